@@ -378,14 +378,14 @@ class BrownianPath(NoiseSource):
         if self._scratch is None:
             size = 2, 2, 1, (count + 1) // 2
             precision = torch.promote_types(self._dtype, torch.float32)
-            with torch.inference_mode(mode=False):
+            with torch.inference_mode(False):
                 self._scratch = torch.empty(size, dtype=precision, device="cpu")
         drawn = keyed_normals([stream], *self._scratch).flatten()[:count]
         return drawn.view(self._size, -1).to(self._device, self._dtype)
 
     def _memory(self, rows: int) -> Tensor:
         # A tensor allocated in inference mode could not be written to outside of it.
-        with torch.inference_mode(mode=False):
+        with torch.inference_mode(False):
             size = rows, math.prod(self._shape)
             return torch.empty(size, dtype=self._dtype, device=self._device)
 

@@ -140,6 +140,8 @@ class Imputation(GridSolver):
         stepper = check_solver(self.solver).on_grid()
         check_state_on_grid(stepper, "solver", "SSCS or EulerMaruyama")
         _check_known(self.known, self.mask)
+        # Copy the data, because the caller may change them.
+        object.__setattr__(self, "known", self.known.clone())
         bases = None
         if self.basis is not None:
             _check_basis(self.basis, self.known.shape)
@@ -167,8 +169,13 @@ class Imputation(GridSolver):
 
     def part(self, samples: slice, shape: Sequence[int]) -> Self:
         """The solver for some samples: data and mask keep their rows if there is one per sample."""
-        if self.known.shape != tuple(shape):
+        if self.known.shape == tuple(shape[1:]):
             return self
+        if self.known.shape != tuple(shape):
+            raise ValueError(
+                f"known must have shape {tuple(shape[1:])}, or {tuple(shape)} with data per "
+                f"sample; got {tuple(self.known.shape)}"
+            )
         rows = self.mask.ndim == len(shape) and len(self.mask) > 1
         mask = self.mask[samples] if rows else self.mask
         return replace(self, known=self.known[samples], mask=mask)

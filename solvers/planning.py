@@ -224,7 +224,7 @@ def plan(process: ReverseProcess, solver: Solver, times: Tensor) -> Plan:
     check_reverse_process(process)
     check_solver(solver)
     # Leave inference mode, so that the plan's tensors can be used outside of it, too.
-    with torch.inference_mode(mode=False), torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():
         grid = as_grid_times(times, "times", process.sde.T).clone()
         if grid[0] < grid[-1]:
             _check_encodes(solver)

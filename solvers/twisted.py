@@ -226,6 +226,11 @@ def sample_posterior(
     steps = _Steps(solver, plan(process, solver, grid).tables)
     like = torch.empty(runs * particles, sde.components, *data_shape, dtype=dtype, device=device)
     at_once = len(like) if chunk is None else chunk
+    whole = (len(like), *data_shape)
+    if process.score.part(slice(0, 1), whole) is not process.score:
+        raise ValueError("score must have one condition for all particles, because they are mixed")
+    if at_once < len(like) and process.score.depends_on_place:
+        raise ValueError("chunk must be None for a score that depends on the place in the batch")
     known, moved = KnownTimes(grid), score_argument(grid, like)
 
     def guide(z: Tensor, i: int) -> Guided:

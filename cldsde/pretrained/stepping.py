@@ -170,7 +170,7 @@ class PathSteps:
         """Tables of the solver for the times from an index on; None if there is no step."""
         times = self.times[origin:]
         if origin not in self._tables and len(times) > 1:
-            with torch.inference_mode(mode=False), torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad():
                 self._tables[origin] = self.solver.prepare(self._process, times)
         return self._tables.get(origin)
 

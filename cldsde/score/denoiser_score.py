@@ -143,7 +143,7 @@ class DenoiserScore(Score):
 
     def check_times(self, t: Tensor) -> None:
         """Raise ValueError if the noise level at a time, ``(n,)`` float64, is out of range."""
-        self._sigma(t)
+        self.denoiser.check_times(self._sigma(t))
 
     def evaluations(self, t: Tensor) -> Tensor:
         """Number of network evaluations per call at each time."""

@@ -29,6 +29,12 @@ class Estimator(nn.Module):
     depends_on_place: bool = False
     shared_conditions: tuple[str, ...] = ()
 
+    def check_times(self, t: Tensor) -> None:
+        """Raise ValueError if a time, or for denoisers a noise level, is not allowed.
+
+        `cldsde.solvers.plan` calls it with the times of a grid ``(n,)``, before any evaluation.
+        """
+
     def evaluations(self, t: Tensor) -> Tensor:
         """Number of network evaluations per call at each time, int64 of the shape of ``t``.
 
@@ -72,3 +78,8 @@ class Estimator(nn.Module):
         other = copy.copy(self)
         other.__dict__.update(attributes, _modules={**self._modules, **modules})
         return other
+
+
+def compiled_module(module: object) -> nn.Module | None:
+    """The original of a module that torch.compile compiled; None for other objects."""
+    return module._modules.get("_orig_mod") if isinstance(module, nn.Module) else None

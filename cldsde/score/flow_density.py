@@ -143,6 +143,7 @@ def flow_log_prob(
     one_of(method, _ADAPTIVE, "method")
     precision = torch.float32 if z.device.type == "mps" else torch.float64
     check_generator(generator)
+    process.score.check_times(torch.tensor([t, T], dtype=torch.float64, device="cpu"))
     flow = _Flow(process, z, (t, T), divergence, max_nfev, generator)
     start = (z.detach().to(precision), z.new_zeros(len(z), dtype=precision))
     if len(z) == 0:

@@ -48,6 +48,8 @@ class ConditionalScore(ScoreWrapper):
 
     def __init__(self, score: ScoreFunction, **conditions: Any) -> None:
         super().__init__(score)
+        if reserved := {"z", "t", "planned"} & conditions.keys():
+            raise ValueError(f"conditions must have other names than z, t, planned; got {reserved}")
         self.conditions = {
             name: x.unsqueeze(0) if name in self.shared_conditions and isinstance(x, Tensor) else x
             for name, x in conditions.items()
@@ -69,6 +71,9 @@ class ConditionalScore(ScoreWrapper):
             return _per_sample(name, x, shape[0])[samples] if whole else x
 
         inner = self.score.part(samples, shape)
+        whole = [x for x in _leaves(self.conditions).values() if isinstance(x, Tensor)]
+        if inner is self.score and all(x.ndim == 0 or len(x) == 1 for x in whole):
+            return self
         return self._changed({"score": inner}, conditions=_map(rows, self.conditions))
 
     def expanded(self, batch: int) -> dict[str, Any]:
@@ -223,7 +228,7 @@ class GuidedScore(Score):
             return call(self.conditional)
         joined = None
         if not (guided.ndim or conditions):
-            joined = _joined(self.conditional, self.unconditional, len(z))
+            joined = _joined(self.conditional, self.unconditional, z)
         if joined is None:
             given, free = call(self.conditional), call(self.unconditional)
         else:
@@ -241,13 +246,16 @@ class GuidedScore(Score):
         return free.lerp(given, per_sample(weight, free))
 
 
-def _joined(first: Score, second: Score, batch: int) -> tuple[Score, dict[str, Any]] | None:
+def _joined(first: Score, second: Score, z: Tensor) -> tuple[Score, dict[str, Any]] | None:
     """Common score and joined conditions of two conditional scores; None if they differ in kind."""
     if not (isinstance(first, ConditionalScore) and isinstance(second, ConditionalScore)):
         return None
-    if first.score is not second.score or first.score.depends_on_place:
+    inner = first.score
+    if inner is not second.score or inner.depends_on_place:
         return None
-    ours, theirs = (_leaves(score.expanded(batch)) for score in (first, second))
+    if inner.part(slice(0, 1), (len(z), *z.shape[2:])) is not inner:
+        return None  # it has data per sample, which would have to be doubled, too
+    ours, theirs = (_leaves(score.expanded(len(z))) for score in (first, second))
     kinds = [
         {name: isinstance(x, Tensor) and (x.shape, x.dtype) for name, x in leaves.items()}
         for leaves in (ours, theirs)
@@ -262,8 +270,9 @@ def _map(function: Callable[[str, Any], Any], tree: Any, name: str = "") -> Any:
     """Apply a function of name and value to all values of nested dictionaries, lists and tuples."""
     if isinstance(tree, dict):
         return {k: _map(function, x, f"{name}[{k!r}]" if name else k) for k, x in tree.items()}
-    if isinstance(tree, list | tuple):
-        return type(tree)([_map(function, x, f"{name}[{i}]") for i, x in enumerate(tree)])
+    if isinstance(tree, list | tuple) and not isinstance(tree, torch.Size):
+        items = [_map(function, x, f"{name}[{i}]") for i, x in enumerate(tree)]
+        return items if isinstance(tree, list) else tuple(items)
     return function(name, tree)
 
 

@@ -25,7 +25,7 @@ def check_linear(
     ValueError
         If it has a constant part, is not linear, mixes samples of a batch, or does not fit y.
     """
-    with torch.inference_mode(mode=False):
+    with torch.inference_mode(False):
         probes = _probes(2, shape).to(dtype).to(device).requires_grad_()
         a, b = probes[:1], probes[1:]
         with torch.enable_grad():

@@ -216,12 +216,14 @@ class Observation:
     def residual(self, x: Tensor) -> Tensor:
         """Residual y − A x ``(B, *E)`` for data x ``(B, *D)``."""
         seen = self.forward(x)
+        if self.y.ndim == seen.ndim and len(self.y) != len(seen):
+            raise ValueError(f"y must hold one row per sample, {len(seen)}; got {len(self.y)}")
         return self._y.like(seen) - seen
 
     def adjoint(self, v: Tensor, shape: Sequence[int]) -> Tensor:
         """Adjoint Aᵀv ``(B, *D)`` for a batch v ``(B, *E)`` and data of shape ``(*D)``."""
         # Leave inference mode, in which autograd does not record A.
-        with torch.inference_mode(mode=False), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
             x = torch.zeros(len(v), *shape, dtype=v.dtype, device=v.device, requires_grad=True)
             v = v.clone() if v.is_inference() else v
             (found,) = torch.autograd.grad(self.forward(x), x, v)

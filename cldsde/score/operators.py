@@ -19,6 +19,9 @@ class Copies:
     """A tensor, and its copies in other dtypes and on other devices, each of which is made once."""
 
     def __init__(self, original: Tensor) -> None:
+        if original.is_inference():  # autograd could not save it
+            with torch.inference_mode(False):
+                original = original.clone()
         self._copies = {(original.dtype, original.device): original}
         self._original = original
 
@@ -27,7 +30,7 @@ class Copies:
         floating = self._original.is_floating_point()
         key = (x.dtype if floating else self._original.dtype, x.device)
         if key not in self._copies:
-            with torch.inference_mode(mode=False):
+            with torch.inference_mode(False):
                 self._copies[key] = self._original.to(key[1], key[0])
         return self._copies[key]
 

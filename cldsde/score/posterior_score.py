@@ -319,7 +319,7 @@ class PosteriorScore(ScoreWrapper):
         self.observation.check(z.shape[2:], dtype=dtype, device=z.device)
         driven = len(self.sde.driven)
         # V needs gradients, which solvers disable.
-        with torch.inference_mode(mode=False), torch.set_grad_enabled(self.gradient):
+        with torch.inference_mode(False), torch.set_grad_enabled(self.gradient):
             t, planned = _recordable(t, z, planned)
             at = coefficients_at(self, t, z, self._coefficients, dtype, planned=planned)
             # In half precision, small gradients would underflow.
@@ -343,7 +343,7 @@ class PosteriorScore(ScoreWrapper):
         def spread(w: Tensor) -> Tensor:
             if not self.gradient:
                 return per_sample(isotropic, w) * w
-            with torch.inference_mode(mode=False):
+            with torch.inference_mode(False):
                 w = w.clone() if w.is_inference() else w
                 (slope,) = torch.autograd.grad(mean, state, w, retain_graph=True)
                 pulled = apply_blocks(at.psi, slope)[:, 0]

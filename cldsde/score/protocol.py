@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -11,7 +11,7 @@ from cldsde.linear.checks import check_callable
 from cldsde.linear.reprs import shown
 from cldsde.linear.sde import LinearSDE
 from cldsde.score.denoisers import Denoiser
-from cldsde.score.estimator import Estimator
+from cldsde.score.estimator import Estimator, compiled_module
 from cldsde.score.times import PlannedTime
 
 ScoreFunction = Callable[..., Tensor]
@@ -72,12 +72,6 @@ class Score(Estimator):
         """
         raise ValueError(f"score must have a data prediction of its own; got {self!r} without one")
 
-    def check_times(self, t: Tensor) -> None:
-        """Raise ValueError if the score cannot be evaluated at a time, ``(n,)`` float64.
-
-        `cldsde.solvers.plan` calls it with the times of a grid, before any evaluation.
-        """
-
 
 class FunctionScore(Score):
     """A plain function, module or callable object as a `Score`; `as_score` makes it."""
@@ -100,7 +94,8 @@ class FunctionScore(Score):
 class ScoreWrapper(Score):
     """Base class of scores around another score: it passes on all that a score can do.
 
-    A subclass overrides what it changes.
+    A subclass overrides what it changes. If it overrides ``forward`` alone, it does not predict the
+    data, because the other score's prediction does not follow the change.
 
     Parameters
     ----------
@@ -124,7 +119,10 @@ class ScoreWrapper(Score):
         self.score = as_score(score)
         self.sde = self.score.sde
         self.noise_levels = self.score.noise_levels
-        self.predicts_data = self.score.predicts_data
+        own = type(self)
+        changed = own.forward is not ScoreWrapper.forward
+        followed = own.data_prediction is not ScoreWrapper.data_prediction
+        self.predicts_data = self.score.predicts_data and (followed or not changed)
         self.depends_on_place = self.score.depends_on_place
         self.shared_conditions = self.score.shared_conditions
 
@@ -146,6 +144,24 @@ class ScoreWrapper(Score):
         return self.score.evaluations(t)
 
 
+class CompiledScore(ScoreWrapper):
+    """A score that torch.compile compiled, with the abilities of the original."""
+
+    def __init__(self, score: Score, compiled: ScoreFunction) -> None:
+        super().__init__(score)
+        self.compiled = compiled
+        self.predicts_data = score.predicts_data
+
+    def forward(self, z: Tensor, t: Any, **options: Any) -> Tensor:
+        """Score of the driven components, ``(B, d, *D)``, by the compiled score."""
+        return self.compiled(z, t, **options)
+
+    def part(self, samples: slice, shape: Sequence[int]) -> Score:  # type: ignore[override]
+        """The score of some samples; if it has data per sample, it is not compiled."""
+        part = self.score.part(samples, shape)
+        return self if part is self.score else part
+
+
 def as_score(score: object, name: str = "score") -> Score:
     """Return a `Score`, and adapt any other function score(z, t).
 
@@ -156,6 +172,11 @@ def as_score(score: object, name: str = "score") -> Score:
     """
     if isinstance(score, Score):
         return score
+    inside = compiled_module(score)
+    if isinstance(inside, Score):
+        return CompiledScore(inside, score)  # type: ignore[arg-type]
+    if isinstance(score, type):
+        raise TypeError(f"{name} must be a score; got the class {score.__name__}")
     check_callable(score, name, "a callable score(z, t)")
     if isinstance(score, Denoiser):
         msg = f"{name} must be a score; got a denoiser. Wrap it: DenoiserScore(denoiser, sde)"

@@ -100,7 +100,8 @@ class ScoreDenoiser(Denoiser):
         self.shared_conditions = self.score.shared_conditions
         ends = torch.tensor([start, self.sde.T], dtype=torch.float64, device="cpu")
         low, high = (-self.sde.log_snr(ends)).exp().tolist()
-        self.noise_levels: tuple[float, float] = low, high
+        known = self.score.noise_levels or (low, high)
+        self.noise_levels: tuple[float, float] = max(low, known[0]), min(high, known[1])
 
     def forward(
         self,
@@ -131,9 +132,15 @@ class ScoreDenoiser(Denoiser):
             z = z + apply_blocks(lift.rest, self._noise(z))
         t = lift.time.expand(len(u)).clone()
         at = mapped(planned, sigma, self, self._times, t)
+        if self.score.predicts_data:
+            return self.score.data_prediction(z, t, planned=at, **conditions).to(u.dtype)
         score = self.score(z, t, planned=at, **conditions)
         data = apply_blocks(lift.state, z) + apply_blocks(lift.value, score)
         return data[:, 0].to(u.dtype)
+
+    def check_times(self, t: Tensor) -> None:
+        """Raise ValueError if the score cannot be evaluated at a noise level."""
+        self.score.check_times(self._times(t))
 
     def evaluations(self, t: Tensor) -> Tensor:
         """Number of network evaluations per call at each noise level."""
@@ -144,7 +151,7 @@ class ScoreDenoiser(Denoiser):
         kind = (z.shape, z.dtype, z.device)
         if self._kept is None or self._kept[0] != kind:
             generator = torch.Generator().manual_seed(self.seed)
-            with torch.inference_mode(mode=False), torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad():
                 drawn = standard_normal(
                     z.shape, generator=generator, dtype=z.dtype, device=z.device
                 )

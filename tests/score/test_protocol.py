@@ -5,7 +5,16 @@ import copy
 import pytest
 import torch
 
-from cldsde import CLD, VPSDE, DenoiserScore, GuidedScore, Observation, RectifiedFlow
+from cldsde import (
+    CLD,
+    VPSDE,
+    DenoiserScore,
+    GuidedScore,
+    Observation,
+    RectifiedFlow,
+    ReverseProcess,
+)
+from cldsde.linear.log_snr import times_of_log_snr
 from cldsde.score import ConditionalScore, PosteriorScore, Score, ScoreDenoiser, ScoreWrapper
 from cldsde.score.times import KnownTimes, score_times
 from probes import generator
@@ -24,7 +33,7 @@ class Able(Score):
 
     def __init__(self, sde, *, predicts_data=True, depends_on_place=True):
         super().__init__()
-        self.sde, self.noise_levels = sde, (0.2, 5.0)
+        self.sde, self.noise_levels = sde, (0.02, 50.0)
         self.predicts_data, self.depends_on_place = predicts_data, depends_on_place
         self.calls, self.times = 0, []
         self.shift = torch.linspace(-1, 1, BATCH, dtype=torch.float64).reshape(BATCH, 1)
@@ -267,3 +276,68 @@ def test_a_posterior_cannot_start_where_nothing_of_the_data_is_left():
     score = PosteriorScore(lambda z, t: -z, Observation.mask(SEEN, torch.zeros(3), 0.3), sde=flow)
     with pytest.raises(ValueError, match=r"earlier than 1 for a PosteriorScore"):
         score.check_times(torch.tensor([0.5, 1.0], dtype=torch.float64))
+
+
+@every_wrapper
+def test_a_compiled_score_keeps_its_abilities(name):
+    _, score = made(name)
+    compiled = ReverseProcess(score.sde, torch.compile(score, backend="eager")).score
+    for ability in ("sde", "noise_levels", "predicts_data", "depends_on_place"):
+        assert getattr(compiled, ability) == getattr(score, ability)
+    assert torch.equal(compiled.evaluations(TIMES), score.evaluations(TIMES))
+    z, at = state(score), planned(score)[0]
+    torch.testing.assert_close(called(compiled, z, at), called(score, z, at), **EXACT)
+    part = compiled.part(slice(2, 5), SHAPE)
+    torch.testing.assert_close(part(z[2:5], 0.2), score(z, 0.2)[2:5], **EXACT)
+
+
+def test_a_compiled_denoiser_keeps_its_abilities():
+    for score in (Able(CLD()), GuidedScore(Able(CLD()), Able(CLD()), 2.0)):
+        denoiser = ScoreDenoiser(score, seed=1)
+        plain, compiled = (
+            DenoiserScore(x, VPSDE()) for x in (denoiser, torch.compile(denoiser, backend="eager"))
+        )
+        assert (compiled.noise_levels, compiled.depends_on_place) == (plain.noise_levels, True)
+        assert torch.equal(compiled.evaluations(TIMES), plain.evaluations(TIMES))
+        z = state(plain)
+        torch.testing.assert_close(compiled(z, 0.3), plain(z, 0.3), **EXACT)
+
+
+def test_guidance_around_data_per_sample_calls_both_scores():
+    def score(z, t, row, label):
+        return row[:, None, None] - label[:, None, None] * z
+
+    base = ConditionalScore(score, row=rows())
+    guided = GuidedScore(*(ConditionalScore(base, label=x * ONE) for x in (1, 2)), 3.0)
+    z = torch.randn(BATCH, 1, 3, generator=generator(), dtype=torch.float64)
+    expected = rows()[:, None, None] - (3 * 1 - 2 * 2) * z
+    torch.testing.assert_close(guided(z, 0.5), expected, **EXACT)
+
+
+def test_a_wrapper_that_changes_the_score_alone_does_not_predict_the_data():
+    class Halved(ScoreWrapper):
+        def forward(self, z, t, **options):
+            return 0.5 * super().forward(z, t, **options)
+
+    leaf = Able(RectifiedFlow())
+    assert Plain(leaf).predicts_data
+    assert not Halved(leaf).predicts_data
+    assert not GuidedScore(Halved(leaf), leaf, 2.0).predicts_data
+
+
+def test_the_levels_and_checks_of_a_score_hold_in_another_process():
+    leaf = Able(CLD())
+    score = DenoiserScore(ScoreDenoiser(leaf, fill=False), VPSDE())
+    assert score.noise_levels == leaf.noise_levels
+    score.check_times(times_of_log_snr(VPSDE(), torch.zeros(1, dtype=torch.float64)))
+    # The wrapper's own range allows this level of CLD at 0.8, but the score's does not.
+    t = times_of_log_snr(VPSDE(), CLD().log_snr(0.8)).reshape(1)
+    wide = DenoiserScore(ScoreDenoiser(leaf, fill=False), VPSDE(), noise_levels=(0.02, 130.0))
+    with pytest.raises(ValueError, match=r"sigma must lie in \[0\.02, 50\]"):
+        wide.check_times(t)
+
+
+@pytest.mark.parametrize("name", ["z", "t", "planned"])
+def test_names_of_a_score_s_arguments_are_no_conditions(name):
+    with pytest.raises(ValueError, match="conditions must have other names than z, t, planned"):
+        ConditionalScore(lambda z, t: z, **{name: 1})
