@@ -212,7 +212,7 @@ class Imputation(GridSolver):
         once = self._stepper.evaluation_times(process, times)
         if self.resample == 1:
             return once
-        groups = once.reshape(len(times) - 1, -1).split(self.jump)
+        groups = torch.split(once.reshape(len(times) - 1, -1), self.jump)
         return torch.cat([group.repeat(self.resample, 1).flatten() for group in groups])
 
     def step(

@@ -218,9 +218,10 @@ def recommended_plan(
             recipes = tuple(replace(recipe, denoise=False) for recipe in recipes)
     reasons = []
     for recipe in recipes:
-        grid = times
-        if grid is None:
+        if times is None:
             grid = fit_grid(process, recipe.solver, *window(process), nfe, denoise=True)
+        else:
+            grid = times
         if len(grid) - 1 > recipe.most_steps:
             continue
         try:

@@ -194,16 +194,11 @@ class DenoiserScore(Score):
         low, high = self.noise_levels
         outside = outside_levels(sigma, low, high)
         if bool(outside.any()):
-            raise ValueError(self._out_of_range(t[outside][0], sigma[outside][0]))
+            bounds = torch.tensor([low, high], dtype=torch.float64, device="cpu")
+            end, start = times_of_log_snr(self.sde, -bounds.clamp(1e-300, 1e300).log()).tolist()
+            raise ValueError(
+                f"the noise level at t must be one that the denoiser was trained on, {low:.6g} to "
+                f"{high:.6g}; got σ = {float(sigma[outside][0]):.6g} at t = "
+                f"{float(t[outside][0]):.6g}. Sample from t = {start:.6g} down to t = {end:.6g}"
+            )
         return sigma.clamp(low, high)
-
-    def _out_of_range(self, t: Tensor, sigma: Tensor) -> str:
-        assert self.noise_levels is not None
-        bounds = torch.tensor(self.noise_levels, dtype=torch.float64, device="cpu")
-        end, start = times_of_log_snr(self.sde, -bounds.clamp(1e-300, 1e300).log()).tolist()
-        low, high = self.noise_levels
-        return (
-            f"the noise level at t must be one that the denoiser was trained on, {low:.6g} to "
-            f"{high:.6g}; got σ = {float(sigma):.6g} at t = {float(t):.6g}. Sample from "
-            f"t = {start:.6g} down to t = {end:.6g}"
-        )

@@ -220,7 +220,7 @@ class GuidedScore(Score):
         self, name: str, z: Tensor, t: Any, *, planned: PlannedTime | None = None, **conditions: Any
     ) -> Tensor:
         """A method of the scores, guided."""
-        call = methodcaller(name, z, t, planned=planned, **conditions)
+        call: Callable[[Score], Tensor] = methodcaller(name, z, t, planned=planned, **conditions)
         if self._never_conditional:
             return call(self.unconditional)
         guided = self._guided(score_times(t, z, planned))
@@ -237,8 +237,8 @@ class GuidedScore(Score):
                 twice = t.reshape(-1)[:1].expand(2 * len(z))
                 planned = planned and planned.moved(t, twice)
                 t = twice
-            both = methodcaller(name, torch.cat([z, z]), t, planned=planned, **doubled)(score)
-            given, free = both.chunk(2)
+            call = methodcaller(name, torch.cat([z, z]), t, planned=planned, **doubled)
+            given, free = call(score).chunk(2)
         # A shared weight is a number; weights per sample are copied to the device.
         if guided.ndim == 0:
             return free.lerp(given, self.weight)
