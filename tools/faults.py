@@ -116,8 +116,8 @@ FAULTS = [
     Fault(
         "an evaluation counted twice on a grid",
         "score/reverse.py",
-        "self.nfev += 1 if self._counts is None",
-        "self.nfev += 2 if self._counts is None",
+        "else self._counts[number]",
+        "else 2 * self._counts[number]",
         CONTRACT,
     ),
     Fault(
@@ -137,8 +137,8 @@ FAULTS = [
     Fault(
         "a bypassed forward",
         "score/reverse.py",
-        "checked_score(self._score(z, self._arguments[number])",
-        'checked_score(getattr(self._score, "forward", self._score)(z, self._arguments[number])',
+        "checked_score(self._score(z, at.argument, planned=at)",
+        "checked_score(self._score.forward(z, at.argument, planned=at)",
         "solvers/test_plan.py",
     ),
 ]
