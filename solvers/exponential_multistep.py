@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from cldsde.linear.blocks import block_solve
-from cldsde.linear.checks import check_at_least
+from cldsde.linear.checks import check_at_least, one_of
 from cldsde.linear.covariance import triangular_inverse
 from cldsde.linear.moves import by_steps, carried_roots, marginal_factors, moves_to_end
 from cldsde.linear.schedule import gauss_legendre
 from cldsde.linear.sde import LinearSDE
 from cldsde.score import Conversion, ReverseProcess
-from cldsde.score.checks import one_of
 
 from .base import DATA_DETERMINED, Facts, GridSolver, Memory, ScoreAt
 from .combine import Block, add_to, as_blocks, combine

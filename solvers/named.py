@@ -67,13 +67,7 @@ def named_solvers() -> dict[str, Solver]:
 
 
 def canonical_name(name: str) -> str:
-    """Expand the short names ``em`` and ``multistep``; return any other name unchanged.
-
-    Examples
-    --------
-    >>> canonical_name("em")
-    'euler-maruyama'
-    """
+    """Expand the short names ``em`` and ``multistep``; return any other name unchanged."""
     return _SHORT.get(name, name)
 
 

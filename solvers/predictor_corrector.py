@@ -8,9 +8,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from cldsde.linear.checks import check_positive
+from cldsde.linear.checks import check_positive, one_of
 from cldsde.score import ReverseProcess
-from cldsde.score.checks import one_of
 
 from .base import (
     Facts,

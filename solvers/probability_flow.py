@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from cldsde.linear.blocks import apply_blocks, per_sample
-from cldsde.linear.checks import check_at_least, check_positive
+from cldsde.linear.checks import check_at_least, check_positive, one_of
 from cldsde.score import ReverseProcess
-from cldsde.score.checks import one_of
 from cldsde.score.reverse import KnownScore
 from cldsde.score.times import KnownTimes, on_device
 

@@ -11,13 +11,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from cldsde.linear.checks import as_grid_times, as_integer
+from cldsde.linear.checks import as_grid_times, as_integer, two_increasing
 from cldsde.linear.log_snr import times_of_log_snr
 from cldsde.linear.sde import LinearSDE
 from cldsde.messages import counted
 from cldsde.progress import progress_bar
 from cldsde.score import ReverseProcess, Score, ScoreFunction
-from cldsde.score.checks import two_increasing
 
 from .base import Solver, check_solver
 from .exponential_multistep import ExponentialMultistep

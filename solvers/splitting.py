@@ -8,9 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from cldsde.linear.checks import one_of
 from cldsde.linear.sde import LinearSDE
 from cldsde.score import ReverseProcess
-from cldsde.score.checks import one_of
 
 from .base import Facts
 from .combine import as_blocks

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from cldsde.linear.blocks import block_exp
-from cldsde.linear.checks import check_positive
+from cldsde.linear.checks import check_positive, one_of
 from cldsde.linear.covariance import triangular_inverse
 from cldsde.linear.sde import LinearSDE
 from cldsde.score import ReverseProcess
-from cldsde.score.checks import one_of
 
 from .base import Facts
 from .combine import as_blocks

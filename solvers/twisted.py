@@ -22,12 +22,11 @@ import torch
 from torch import Tensor
 
 from cldsde.linear.blocks import apply_blocks
-from cldsde.linear.checks import as_grid_times, check_between
+from cldsde.linear.checks import as_grid_times, check_between, one_of
 from cldsde.linear.covariance import triangular_inverse
 from cldsde.linear.random import check_generator, standard_normal
 from cldsde.progress import progress_bar
 from cldsde.score import Observation, PosteriorScore, ReverseProcess
-from cldsde.score.checks import one_of
 from cldsde.score.observation import check_observation
 from cldsde.score.posterior_score import Guided
 from cldsde.score.reverse import check_reverse_process

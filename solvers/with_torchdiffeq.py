@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cldsde.linear.checks import check_at_least, check_positive
+from cldsde.linear.checks import check_at_least, check_positive, one_of
 from cldsde.messages import counted
 from cldsde.progress import progress_bar
 from cldsde.score import ReverseProcess
-from cldsde.score.checks import one_of
 
 from .adaptive import LOOSE
 from .base import Facts, Integration, Run, Solver

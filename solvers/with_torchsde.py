@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from cldsde.linear.checks import one_of
 from cldsde.score import ReverseProcess
-from cldsde.score.checks import one_of
 
 from .base import Facts, GridSolver, Memory, ScoreAt, check_regular
 from .combine import Block, as_blocks, combine

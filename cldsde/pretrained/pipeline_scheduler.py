@@ -14,6 +14,7 @@ from diffusers import ConfigMixin, SchedulerMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
+from cldsde.linear.checks import one_of
 from cldsde.linear.random import Generators
 from cldsde.linear.sde import LinearSDE
 from cldsde.pretrained.conventions import Convention
@@ -31,7 +32,6 @@ from cldsde.pretrained.pipeline_levels import (
 )
 from cldsde.pretrained.pipeline_noise import GeneratorNoise, latent_streams
 from cldsde.pretrained.stepping import PathSteps, check_steppable, steps_of
-from cldsde.score.checks import one_of
 from cldsde.solvers.base import Solver
 from cldsde.solvers.noise import NoiseSource
 

@@ -30,10 +30,9 @@ import torch
 from torch import Tensor, nn
 
 from cldsde.linear.blocks import apply_blocks
-from cldsde.linear.checks import TimeLike, check_at_least
+from cldsde.linear.checks import TimeLike, check_at_least, one_of
 from cldsde.linear.covariance import joint_root
 from cldsde.linear.sde import LinearSDE, check_process
-from cldsde.score.checks import one_of
 from cldsde.score.conversion import Conversion, Prediction
 from cldsde.score.matching import PerturbedData, Weighting
 from cldsde.score.network_score import Inputs, NetworkScore

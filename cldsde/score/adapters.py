@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from cldsde.linear.blocks import apply_blocks
+from cldsde.linear.checks import one_of
 from cldsde.linear.sde import LinearSDE
-from cldsde.score.checks import one_of
 from cldsde.score.reverse import ReverseProcess
 
 

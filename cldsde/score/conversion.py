@@ -27,11 +27,10 @@ import torch
 from torch import Tensor
 
 from cldsde.linear.blocks import apply_blocks
-from cldsde.linear.checks import TimeLike, as_times
+from cldsde.linear.checks import TimeLike, as_times, one_of
 from cldsde.linear.covariance import joint_root, triangular_inverse
 from cldsde.linear.kernel import Kernel, check_density, check_kernel_shape
 from cldsde.linear.sde import LinearSDE, check_process
-from cldsde.score.checks import one_of
 
 Prediction = Literal["score", "noise", "data", "full_score", "velocity", "flow"]
 """``"score"``: of the driven components. ``"noise"``: n = −L_ddᵀ s_d. ``"data"``: E[x_0 | z_t].

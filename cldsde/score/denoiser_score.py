@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from cldsde.linear.blocks import apply_blocks
-from cldsde.linear.checks import TimeLike, check_state
+from cldsde.linear.checks import TimeLike, check_state, two_increasing
 from cldsde.linear.log_snr import times_of_log_snr
 from cldsde.linear.sde import LinearSDE, check_process
-from cldsde.score.checks import two_increasing
 from cldsde.score.conversion import whiten
 from cldsde.score.denoisers import as_denoiser, outside_levels
 from cldsde.score.protocol import Score

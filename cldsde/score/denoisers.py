@@ -9,8 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cldsde.linear.checks import check_callable
-from cldsde.score.checks import one_of
+from cldsde.linear.checks import check_callable, one_of
 from cldsde.score.conversion import TRAINED, Prediction, WhitenedKernel
 from cldsde.score.estimator import Estimator, compiled_module
 from cldsde.score.paths import NoisePath
@@ -53,29 +52,12 @@ class FunctionDenoiser(Denoiser):
         return self.function(u.to(input_dtype(self.function, u.dtype)), sigma, **conditions)
 
 
-class CompiledDenoiser(Denoiser):
-    """A denoiser that torch.compile compiled, with the abilities of the original."""
-
-    def __init__(self, denoiser: Denoiser, compiled: Callable[..., Tensor]) -> None:
-        super().__init__()
-        self.denoiser, self.compiled = denoiser, compiled
-        self.noise_levels = denoiser.noise_levels
-        self.depends_on_place = denoiser.depends_on_place
-        self.shared_conditions = denoiser.shared_conditions
-        self.check_times, self.evaluations = denoiser.check_times, denoiser.evaluations
-
-    def forward(self, u: Tensor, sigma: Tensor, **options: Any) -> Tensor:
-        """Estimate of the data by the compiled denoiser."""
-        return self.compiled(u, sigma, **options)
-
-
 def as_denoiser(denoiser: object) -> Denoiser:
     """Return a `Denoiser`, and adapt any other function; raise TypeError if it is not callable."""
     if isinstance(denoiser, Denoiser):
         return denoiser
-    inside = compiled_module(denoiser)
-    if isinstance(inside, Denoiser):
-        return CompiledDenoiser(inside, denoiser)  # type: ignore[arg-type]
+    if isinstance(inside := compiled_module(denoiser), Denoiser):
+        return inside._changed({}, forward=denoiser)
     check_callable(denoiser, "denoiser", "a callable denoiser(u, sigma)")
     return FunctionDenoiser(denoiser)  # type: ignore[arg-type]
 

@@ -74,8 +74,9 @@ class Estimator(nn.Module):
         return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
     def _changed(self, modules: dict[str, Any], **attributes: Any) -> Self:
-        """A shallow copy with other submodules or attributes."""
+        """A shallow copy with other submodules or attributes, such as a compiled ``forward``."""
         other = copy.copy(self)
+        other.__dict__.pop("forward", None)  # it was compiled with the present submodules
         other.__dict__.update(attributes, _modules={**self._modules, **modules})
         return other
 

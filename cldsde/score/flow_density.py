@@ -21,13 +21,12 @@ import torch
 from torch import Tensor
 
 from cldsde.linear.blocks import apply_blocks
-from cldsde.linear.checks import check_at_least, check_between, check_positive, check_state
+from cldsde.linear.checks import check_at_least, check_between, check_positive, check_state, one_of
 from cldsde.linear.kernel import Gaussian
 from cldsde.linear.log_snr import times_of_log_snr
 from cldsde.linear.random import check_generator, standard_normal
 from cldsde.linear.sde import LinearSDE
 from cldsde.messages import counted
-from cldsde.score.checks import one_of
 from cldsde.score.reverse import ReverseProcess, check_reverse_process, checked_score
 from cldsde.score.times import score_argument
 

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from cldsde.linear.blocks import per_sample
-from cldsde.linear.checks import TimeLike, as_number
+from cldsde.linear.checks import TimeLike, as_number, two_increasing
 from cldsde.linear.log_snr import times_of_log_snr
-from cldsde.score.checks import two_increasing
 from cldsde.score.protocol import Score, ScoreFunction, ScoreWrapper, as_score
 from cldsde.score.reverse import same_dynamics
 from cldsde.score.times import PlannedTime, score_times
@@ -162,6 +161,7 @@ class GuidedScore(Score):
         self.shared_conditions = (*given.shared_conditions, *free.shared_conditions)
         self.interval = None if interval is None else two_increasing(interval, "interval")
         self._times = self._ends()
+        self._never_conditional = self.weight == 0 and self.interval is None
 
     def extra_repr(self) -> str:
         """Weight and interval, for the representation."""
@@ -189,10 +189,6 @@ class GuidedScore(Score):
         if t.ndim > 1:
             guided = guided.any(-1, keepdim=True)
         return self.conditional.evaluations(t) + guided * free
-
-    @property
-    def _never_conditional(self) -> bool:
-        return self.weight == 0 and self.interval is None
 
     def _ends(self) -> tuple[float, float] | None:
         """Times of the ends of the interval of noise levels."""

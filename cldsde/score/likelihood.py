@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 from cldsde.linear.blocks import apply_blocks, flatten_data
-from cldsde.linear.checks import as_integer, check_between
+from cldsde.linear.checks import as_integer, check_between, one_of
 from cldsde.linear.covariance import joint_root
 from cldsde.linear.kernel import Gaussian
 from cldsde.linear.random import check_generator, standard_normal
-from cldsde.score.checks import one_of
 from cldsde.score.conversion import whiten
 from cldsde.score.flow_density import Divergence, flow_log_prob
 from cldsde.score.quantisation import bits_per_dim

@@ -18,12 +18,11 @@ import torch
 from torch import Tensor
 
 from cldsde.linear.blocks import apply_blocks
-from cldsde.linear.checks import TimeLike, as_times, check_positive
+from cldsde.linear.checks import TimeLike, as_times, check_positive, one_of
 from cldsde.linear.covariance import joint_root, triangular_inverse
 from cldsde.linear.kernel import Kernel
 from cldsde.linear.random import Generators, check_generator
 from cldsde.linear.sde import LinearSDE, check_process
-from cldsde.score.checks import one_of
 from cldsde.score.conversion import (
     MEASURED,
     TRAINED,

@@ -40,11 +40,10 @@ import torch
 from torch import Tensor, nn
 
 from cldsde.linear.blocks import apply_blocks
-from cldsde.linear.checks import TimeLike, as_number, check_state
+from cldsde.linear.checks import TimeLike, as_number, check_state, one_of
 from cldsde.linear.covariance import joint_root, triangular_inverse
 from cldsde.linear.kernel import Kernel
 from cldsde.linear.sde import LinearSDE, check_process
-from cldsde.score.checks import one_of
 from cldsde.score.conversion import (
     MEASURED,
     Conversion,

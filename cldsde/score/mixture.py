@@ -11,14 +11,12 @@ import torch
 from torch import Tensor
 
 from cldsde.linear.blocks import flatten_data
-from cldsde.linear.checks import TimeLike, as_float64, check_at_least, check_state
+from cldsde.linear.checks import TimeLike, as_float64, check_at_least, check_state, one_of
 from cldsde.linear.covariance import joint_root, triangular_inverse
 from cldsde.linear.kernel import check_density
 from cldsde.linear.random import check_generator, standard_normal
 from cldsde.linear.reprs import constructor_repr
 from cldsde.linear.sde import LinearSDE, check_process
-from cldsde.score.checks import one_of
-from cldsde.score.conditioning import condition_gaussians
 from cldsde.score.observation import Observation, check_observation
 from cldsde.score.protocol import Score
 from cldsde.score.times import PlannedTime, coefficients_at, score_times
@@ -312,7 +310,7 @@ class GaussianMixture:
                 f"got shape {tuple(observation.y.shape)}"
             )
         means, covariances = self.means.detach().cpu(), self.covariances.cpu()
-        return condition_gaussians(means, covariances, A, y, observation.noise_std)
+        return _conditioned_gaussians(means, covariances, A, y, observation.noise_std)
 
     def _flat_state(self, sde: LinearSDE, z: Tensor) -> Tensor:
         flat = flatten_data(check_state(z, sde.components))
@@ -456,3 +454,35 @@ class MixtureScore(Score):
     def data_prediction(self, z: Tensor, t: TimeLike, **options: Any) -> Tensor:
         """E[x_0 | z_t = z], ``(B, *D)``, also if the driven score does not determine it."""
         return self.data.posterior_mean(self.sde, z, score_times(t, z, **options))
+
+
+def _conditioned_gaussians(
+    means: Tensor, covariances: Tensor, A: Tensor, y: Tensor, noise_std: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Log-evidence ``(n,)``, means and covariances of Gaussians given y = A x + s n, by Bayes' rule.
+
+    .. math::
+        S = A C A^⊤ + s^2 I, \quad K = C A^⊤ S^{-1}, \quad m' = m + K (y − A m), \quad
+        C' = (I − K A) C (I − K A)^⊤ + s^2 K K^⊤
+
+    This is Joseph's form of C', which stays positive semi-definite for small s. Raises a ValueError
+    if y has no density. Without noise this happens if rows of A are linearly dependent or zero on
+    the data.
+    """
+    cross = covariances @ A.mT
+    S = A @ cross + noise_std**2 * torch.eye(len(A), dtype=A.dtype, device="cpu")
+    roots, faults = torch.linalg.cholesky_ex(S)
+    if bool(faults.any()):
+        raise ValueError(
+            f"noise_std of the observation must be larger, because y has no density under the "
+            f"mixture; got {noise_std:g}"
+        )
+    residual = y - means @ A.mT
+    whitened = torch.linalg.solve_triangular(roots, residual.unsqueeze(-1), upper=False)
+    volume = roots.diagonal(dim1=1, dim2=2).log().sum(1) + 0.5 * len(A) * math.log(2 * math.pi)
+    gain = torch.cholesky_solve(cross.mT, roots).mT
+    rest = torch.eye(A.shape[1], dtype=A.dtype, device="cpu") - gain @ A
+    moved = means + (gain @ residual.unsqueeze(-1)).squeeze(-1)
+    shrunk = rest @ covariances @ rest.mT + noise_std**2 * gain @ gain.mT
+    log_evidence = -0.5 * whitened.square().sum((1, 2)) - volume
+    return log_evidence, moved, (shrunk + shrunk.mT) / 2

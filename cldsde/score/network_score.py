@@ -8,9 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from cldsde.linear.checks import TimeLike, check_state
+from cldsde.linear.checks import TimeLike, check_state, one_of
 from cldsde.linear.sde import LinearSDE
-from cldsde.score.checks import one_of
 from cldsde.score.conversion import TRAINED, Prediction
 from cldsde.score.denoisers import input_dtype
 from cldsde.score.matching import PerturbedData, Weighting

@@ -9,12 +9,11 @@ from dataclasses import KW_ONLY, dataclass
 import torch
 from torch import Tensor
 
-from cldsde.linear.checks import check_alphas_cumprod, check_callable
+from cldsde.linear.checks import check_alphas_cumprod, check_callable, two_increasing
 from cldsde.linear.interpolants import AlphasCumprod, cosine, falling, rising, sine
 from cldsde.linear.log_snr import times_of_log_snr
 from cldsde.linear.reprs import constructor_repr
 from cldsde.linear.sde import LinearSDE, check_process
-from cldsde.score.checks import two_increasing
 
 Function = Callable[[Tensor], Tensor]
 

@@ -21,9 +21,8 @@ import torch
 from torch import Tensor
 
 from cldsde.linear.blocks import apply_blocks, per_sample
-from cldsde.linear.checks import TimeLike, as_integer, check_positive, check_state
+from cldsde.linear.checks import TimeLike, as_integer, check_positive, check_state, one_of
 from cldsde.linear.sde import LinearSDE, check_process
-from cldsde.score.checks import one_of
 from cldsde.score.conjugate_gradients import conjugate_gradients, dot
 from cldsde.score.conversion import whiten
 from cldsde.score.observation import Observation, check_observation

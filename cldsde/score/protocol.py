@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -44,19 +44,14 @@ class Score(Estimator):
 
     Examples
     --------
-    >>> import torch
-    >>> from cldsde import VPSDE, ReverseProcess
+    >>> from cldsde import VPSDE, sample
     >>> class Normal(Score):
-    ...     predicts_data = True
+    ...     noise_levels = (0.01, 100.0)
     ...
     ...     def forward(self, z, t, *, planned=None):
     ...         return -z
-    ...
-    ...     def data_prediction(self, z, t, *, planned=None):
-    ...         return VPSDE().marginal(t).mean.to(z)[..., 0] * z[:, 0]
-    >>> process = ReverseProcess(VPSDE(), Normal())
-    >>> process.score.evaluations(torch.tensor([0.5, 0.1]))
-    tensor([1, 1])
+    >>> sample(VPSDE(), Normal(), (4, 2)).shape
+    torch.Size([4, 2])
     """
 
     sde: LinearSDE | None = None
@@ -144,24 +139,6 @@ class ScoreWrapper(Score):
         return self.score.evaluations(t)
 
 
-class CompiledScore(ScoreWrapper):
-    """A score that torch.compile compiled, with the abilities of the original."""
-
-    def __init__(self, score: Score, compiled: ScoreFunction) -> None:
-        super().__init__(score)
-        self.compiled = compiled
-        self.predicts_data = score.predicts_data
-
-    def forward(self, z: Tensor, t: Any, **options: Any) -> Tensor:
-        """Score of the driven components, ``(B, d, *D)``, by the compiled score."""
-        return self.compiled(z, t, **options)
-
-    def part(self, samples: slice, shape: Sequence[int]) -> Score:  # type: ignore[override]
-        """The score of some samples; if it has data per sample, it is not compiled."""
-        part = self.score.part(samples, shape)
-        return self if part is self.score else part
-
-
 def as_score(score: object, name: str = "score") -> Score:
     """Return a `Score`, and adapt any other function score(z, t).
 
@@ -172,9 +149,8 @@ def as_score(score: object, name: str = "score") -> Score:
     """
     if isinstance(score, Score):
         return score
-    inside = compiled_module(score)
-    if isinstance(inside, Score):
-        return CompiledScore(inside, score)  # type: ignore[arg-type]
+    if isinstance(inside := compiled_module(score), Score):
+        return inside._changed({}, forward=score)
     if isinstance(score, type):
         raise TypeError(f"{name} must be a score; got the class {score.__name__}")
     check_callable(score, name, "a callable score(z, t)")

@@ -39,11 +39,10 @@ import torch
 from torch import Tensor
 
 from cldsde.linear.blocks import apply_blocks, flatten_data
-from cldsde.linear.checks import TimeLike, check_between, check_positive
+from cldsde.linear.checks import TimeLike, check_between, check_positive, one_of
 from cldsde.linear.covariance import triangular_inverse
 from cldsde.linear.kernel import Gaussian, check_density
 from cldsde.linear.sde import LinearSDE, check_process
-from cldsde.score.checks import one_of
 from cldsde.score.conversion import TRAINED, Prediction
 from cldsde.score.matching import PerturbedData
 from cldsde.score.protocol import ScoreFunction
