@@ -459,7 +459,7 @@ class MixtureScore(Score):
 def _conditioned_gaussians(
     means: Tensor, covariances: Tensor, A: Tensor, y: Tensor, noise_std: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    r"""Log-evidence ``(n,)``, means and covariances of Gaussians given y = A x + s n, by Bayes' rule.
+    r"""Log-evidence ``(n,)``, means and covariances of Gaussians given y = A x + s n.
 
     .. math::
         S = A C A^⊤ + s^2 I, \quad K = C A^⊤ S^{-1}, \quad m' = m + K (y − A m), \quad
