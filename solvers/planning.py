@@ -118,7 +118,7 @@ class Plan:
             states = done.states[: int((requested != times[0]).sum())]
             if requested[0] == times[0]:
                 states = torch.cat([state.unsqueeze(0), states])
-            last = int(process.score.evaluations(times[-1]))
+            last = 0 if final is None else int(process.score.evaluations(times[-1]))
             solution = finished(done, final, last, states, requested)
         if warn and solution.status == 1:
             warn_of_failure(solution.message)

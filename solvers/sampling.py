@@ -271,8 +271,8 @@ def fit_grid(
     if solver.facts.adaptive:
         return torch.tensor([start, end], dtype=torch.float64, device="cpu")
     evaluations = process.score.evaluations
-    last = evaluations(torch.tensor(end, dtype=torch.float64, device="cpu"))
-    reserved = int(last) if denoise else 0
+    last = torch.tensor(end, dtype=torch.float64, device="cpu")
+    reserved = int(evaluations(last)) if denoise else 0
     budget = nfe - reserved
 
     def costs(times: Tensor) -> Tensor:
@@ -287,9 +287,9 @@ def fit_grid(
         excess = int(needed.sum()) - budget
         if excess <= 0:
             return times
-        # With guidance in an interval, a shorter grid may have a guided step more or less at each
-        # end of the interval. Skip only grids that are too long in any case.
-        n -= max(1, excess // (per_step * int(needed.max())) - 2)
+        # With guidance in intervals, a shorter grid may have a guided step more or less at each end
+        # of an interval. Skip only grids that are too long in any case.
+        n -= max(1, excess // (per_step * int(needed.max())) - 4)
     least = int(costs(grid(process.sde, start, end, 1)).sum()) + reserved
     given = f"{counted(nfe, 'evaluation')} {'is' if nfe == 1 else 'are'}"
     raise ValueError(

@@ -146,7 +146,9 @@ class DenoiserScore(Score):
 
     def evaluations(self, t: Tensor) -> Tensor:
         """Number of network evaluations per call at each time."""
-        return self.denoiser.evaluations(self._sigma(t))
+        sigma = (-self.sde.log_snr(t)).exp()
+        known = self.noise_levels
+        return self.denoiser.evaluations(sigma if known is None else sigma.clamp(*known))
 
     def _denoised(
         self, z: Tensor, t: TimeLike, planned: PlannedTime | None = None, **conditions: Any

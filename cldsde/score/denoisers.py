@@ -34,7 +34,7 @@ class Denoiser(Estimator):
     A denoiser is called as denoiser(u, sigma, **conditions) with u = x_0 + σ n of shape ``(B, *D)``
     and noise levels ``(B,)``, as EDM and k-diffusion define it, and returns E[x_0 | u], like u. A
     `DenoiserScore` takes any such function. A subclass defines ``forward`` with a further keyword
-    ``planned``, the place of σ among levels that a solver knows; see `cldsde.score.Score`.
+    ``planned``, the index of σ among levels that a solver knows; see `cldsde.score.Score`.
     """
 
 

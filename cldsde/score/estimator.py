@@ -1,4 +1,4 @@
-"""What scores and denoisers have in common: the abilities that solvers ask for, with defaults."""
+"""Base class of scores and denoisers: abilities that solvers ask for, with defaults."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Estimator(nn.Module):
         Smallest and largest noise level σ = e^{−κ} of the training; None: not known. Solvers raise
         an error before they evaluate outside of them.
     depends_on_place
-        Whether an estimate depends on the sample's place in the batch.
+        Whether an estimate depends on the sample's index in the batch.
     shared_conditions
         Names of conditions that have no axis of samples, such as the positions of Flux.
     """
@@ -48,6 +48,8 @@ class Estimator(nn.Module):
 
     def part(self, samples: slice, shape: Sequence[int]) -> Self:
         """The same estimate for some samples of a batch: everything per sample keeps their rows.
+
+        Only direct submodules are asked for their parts.
 
         Parameters
         ----------
@@ -78,6 +80,7 @@ class Estimator(nn.Module):
         other = copy.copy(self)
         other.__dict__.pop("forward", None)  # it was compiled with the present submodules
         other.__dict__.update(attributes, _modules={**self._modules, **modules})
+        other._buffers = dict(self._buffers)
         return other
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from cldsde.linear.blocks import per_sample
 from cldsde.linear.checks import TimeLike, as_number, two_increasing
 from cldsde.linear.log_snr import times_of_log_snr
-from cldsde.score.protocol import Score, ScoreFunction, ScoreWrapper, as_score
+from cldsde.score.protocol import FunctionScore, Score, ScoreFunction, ScoreWrapper, as_score
 from cldsde.score.reverse import same_dynamics
 from cldsde.score.times import PlannedTime, score_times
 
@@ -116,8 +116,9 @@ class GuidedScore(Score):
 
     Notes
     -----
-    A guided evaluation costs the evaluations of both scores, any other those of one. With times per
-    sample both scores are evaluated for all samples if any sample is guided.
+    A guided evaluation costs the evaluations of both scores. Outside of the interval only the
+    conditional score is evaluated. With times per sample both scores are evaluated for all samples
+    if any sample is guided. The scores get states in single precision at least.
 
     References
     ----------
@@ -155,7 +156,8 @@ class GuidedScore(Score):
         self.sde = given.sde or free.sde
         ranges = [x.noise_levels for x in (given, free) if x.noise_levels is not None]
         if ranges:
-            self.noise_levels = max(low for low, _ in ranges), min(high for _, high in ranges)
+            both = max(low for low, _ in ranges), min(high for _, high in ranges)
+            self.noise_levels = two_increasing(both, "noise levels that both scores know")
         self.predicts_data = given.predicts_data and free.predicts_data
         self.depends_on_place = given.depends_on_place or free.depends_on_place
         self.shared_conditions = (*given.shared_conditions, *free.shared_conditions)
@@ -222,6 +224,8 @@ class GuidedScore(Score):
         guided = self._guided(score_times(t, z, planned))
         if not bool(guided.any()):
             return call(self.conditional)
+        dtype, z = z.dtype, z.to(torch.promote_types(z.dtype, torch.float32))
+        call = methodcaller(name, z, t, planned=planned, **conditions)
         joined = None
         if not (guided.ndim or conditions):
             joined = _joined(self.conditional, self.unconditional, z)
@@ -237,9 +241,9 @@ class GuidedScore(Score):
             given, free = call(score).chunk(2)
         # A shared weight is a number; weights per sample are copied to the device.
         if guided.ndim == 0:
-            return free.lerp(given, self.weight)
+            return free.lerp(given, self.weight).to(dtype)
         weight = torch.where(guided, self.weight, 1.0).to(free)
-        return free.lerp(given, per_sample(weight, free))
+        return free.lerp(given, per_sample(weight, free)).to(dtype)
 
 
 def _joined(first: Score, second: Score, z: Tensor) -> tuple[Score, dict[str, Any]] | None:
@@ -247,7 +251,7 @@ def _joined(first: Score, second: Score, z: Tensor) -> tuple[Score, dict[str, An
     if not (isinstance(first, ConditionalScore) and isinstance(second, ConditionalScore)):
         return None
     inner = first.score
-    if inner is not second.score or inner.depends_on_place:
+    if _identity(inner) is not _identity(second.score) or inner.depends_on_place:
         return None
     if inner.part(slice(0, 1), (len(z), *z.shape[2:])) is not inner:
         return None  # it has data per sample, which would have to be doubled, too
@@ -262,13 +266,17 @@ def _joined(first: Score, second: Score, z: Tensor) -> tuple[Score, dict[str, An
     return first.score, _map(join, first.conditions)
 
 
+def _identity(score: Score) -> object:
+    """The score, or the function that was adapted to it."""
+    return score.function if isinstance(score, FunctionScore) else score
+
+
 def _map(function: Callable[[str, Any], Any], tree: Any, name: str = "") -> Any:
     """Apply a function of name and value to all values of nested dictionaries, lists and tuples."""
-    if isinstance(tree, dict):
+    if type(tree) is dict:
         return {k: _map(function, x, f"{name}[{k!r}]" if name else k) for k, x in tree.items()}
-    if isinstance(tree, list | tuple) and not isinstance(tree, torch.Size):
-        items = [_map(function, x, f"{name}[{i}]") for i, x in enumerate(tree)]
-        return items if isinstance(tree, list) else tuple(items)
+    if type(tree) in (list, tuple):
+        return type(tree)([_map(function, x, f"{name}[{i}]") for i, x in enumerate(tree)])
     return function(name, tree)
 
 

@@ -205,17 +205,14 @@ class MixedScore(NetworkScore):
         table = coefficients_at(
             self, t, z, self._coefficients, z.dtype, planned=planned, version=self._loads
         )
-        if prediction not in ("score", "noise"):
-            times = score_times(t, z, planned)
-            if not self._of_data:
-                noise = self._noise(z, table, condition)
-                return Conversion.at(self.sde, times, "noise", prediction)(z, noise)
-            data = self._data(z, table, condition)
-            if prediction == "data":
-                return data
-            return Conversion.at(self.sde, times, "data", prediction)(z, data)
-        noise = self._noise(z, table, condition)
-        return apply_blocks(table.to_score, noise) if prediction == "score" else noise
+        direct = self._of_data and prediction not in ("score", "noise")
+        source: Prediction = "data" if direct else "noise"
+        value = (self._data if direct else self._noise)(z, table, condition)
+        if prediction == source:
+            return value
+        if prediction == "score":
+            return apply_blocks(table.to_score, value)
+        return Conversion.at(self.sde, score_times(t, z, planned), source, prediction)(z, value)
 
     def loss(
         self,

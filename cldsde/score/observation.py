@@ -72,6 +72,7 @@ class Observation:
     shape: tuple[int, ...] | None = None
     _checked: set[object] = field(default_factory=set, init=False, repr=False)
     _y: Copies = field(init=False, repr=False)
+    _rows: slice = field(default_factory=lambda: slice(None), init=False, repr=False)
 
     def __post_init__(self) -> None:
         check_callable(self.forward, "forward", "a function of data (B, *D)")
@@ -189,22 +190,14 @@ class Observation:
         return cls(correlation(shape, weights), image, noise_std, shape)
 
     def part(self, samples: slice, shape: Sequence[int]) -> Observation:
-        """The observation of some samples of data ``(B, *D)``, if there is one per sample.
-
-        Raises
-        ------
-        ValueError
-            If y does not hold one observation, or one per sample.
-        """
-        seen = self._seen_shape(shape[1:], self.y)
-        if self.y.shape == seen:
+        """The observation of some samples of data ``(B, *D)``, if there is one per sample."""
+        # Whether there is one per sample, `residual` tells from the operator's values.
+        rows = range(len(self.y))[self._rows] if self.y.ndim else ()
+        if len(rows) != shape[0]:
             return self
-        if self.y.shape != (shape[0], *seen):
-            raise ValueError(
-                f"y must hold one observation of shape {tuple(seen)}, or one for each of the "
-                f"{shape[0]} samples; got {tuple(self.y.shape)}"
-            )
-        return self.with_y(self.y[samples])
+        other, some = copy.copy(self), rows[samples]
+        object.__setattr__(other, "_rows", slice(some.start, some.stop))
+        return other
 
     def with_y(self, y: Tensor) -> Observation:
         """The same observation with other values, which are not checked."""
@@ -216,9 +209,12 @@ class Observation:
     def residual(self, x: Tensor) -> Tensor:
         """Residual y − A x ``(B, *E)`` for data x ``(B, *D)``."""
         seen = self.forward(x)
-        if self.y.ndim == seen.ndim and len(self.y) != len(seen):
-            raise ValueError(f"y must hold one row per sample, {len(seen)}; got {len(self.y)}")
-        return self._y.like(seen) - seen
+        y = self._y.like(seen)
+        if y.ndim == seen.ndim:
+            y = y[self._rows]
+            if len(y) != len(seen):
+                raise ValueError(f"y must hold one row per sample, {len(seen)}; got {len(y)}")
+        return y - seen
 
     def adjoint(self, v: Tensor, shape: Sequence[int]) -> Tensor:
         """Adjoint Aᵀv ``(B, *D)`` for a batch v ``(B, *E)`` and data of shape ``(*D)``."""

@@ -19,9 +19,9 @@ class Copies:
     """A tensor, and its copies in other dtypes and on other devices, each of which is made once."""
 
     def __init__(self, original: Tensor) -> None:
-        if original.is_inference():  # autograd could not save it
-            with torch.inference_mode(False):
-                original = original.clone()
+        # The caller may change the original, and autograd cannot save tensors of inference mode.
+        with torch.inference_mode(False):
+            original = original.clone()
         self._copies = {(original.dtype, original.device): original}
         self._original = original
 
@@ -47,13 +47,13 @@ def selection(mask: Tensor) -> Operator:
     """
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         raise TypeError(f"mask must be a bool tensor; got {described(mask)}")
-    where = Copies(mask.flatten().nonzero().flatten())
+    indices = Copies(mask.flatten().nonzero().flatten())
     if not bool(mask.any()):
         raise ValueError("mask must mark at least one entry as observed; got none")
 
     def forward(x: Tensor) -> Tensor:
         _check_size(x, mask.numel(), "mask")
-        return x.flatten(1).index_select(1, where.like(x))
+        return x.flatten(1).index_select(1, indices.like(x))
 
     return forward
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cldsde.linear.blocks import apply_blocks, per_sample
 from cldsde.linear.checks import TimeLike, as_integer, check_positive, check_state, one_of
@@ -206,6 +206,8 @@ class PosteriorScore(ScoreWrapper):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.observation = self.observation.with_y(fn(self.observation.y))
+        if isinstance(self.observation.forward, nn.Module):
+            self.observation.forward._apply(fn)  # type: ignore[no-untyped-call]
         return self
 
     def guide(self, z: Tensor, t: TimeLike, **options: Any) -> Guided:

@@ -26,8 +26,9 @@ class Score(Estimator):
     """Base class of scores: ∂ log p_t(z)/∂z on the driven components.
 
     A score maps states ``(B, k, *D)`` and times ``(B,)`` to ``(B, d, *D)``. A subclass defines
-    ``forward(z, t, *, planned=None, **conditions)``, and overrides what else it can do. ``planned``
-    is the place of t among times that a solver knows; pass it on to other scores along with t. A
+    ``forward(z, t, *, planned=None, **conditions)``, and overrides the methods of its other
+    abilities. ``planned`` is the index of t among times that a solver knows. Pass it on to other
+    scores along with t. A
     plain function, a module or another callable object becomes a score when a `ReverseProcess` or
     another score takes it.
 
@@ -89,8 +90,8 @@ class FunctionScore(Score):
 class ScoreWrapper(Score):
     """Base class of scores around another score: it passes on all that a score can do.
 
-    A subclass overrides what it changes. If it overrides ``forward`` alone, it does not predict the
-    data, because the other score's prediction does not follow the change.
+    A subclass overrides the methods that it changes. If it overrides ``forward`` alone, it does not
+    predict the data, because the other score's prediction does not follow the change.
 
     Parameters
     ----------

@@ -149,14 +149,15 @@ class ScoreDenoiser(Denoiser):
     def _noise(self, z: Tensor) -> Tensor:
         """Noise of the seed, drawn on the CPU once per shape, dtype and device of the states."""
         kind = (z.shape, z.dtype, z.device)
-        if self._kept is None or self._kept[0] != kind:
+        kept = self._kept
+        if kept is None or kept[0] != kind:
             generator = torch.Generator().manual_seed(self.seed)
             with torch.inference_mode(False), torch.no_grad():
                 drawn = standard_normal(
                     z.shape, generator=generator, dtype=z.dtype, device=z.device
                 )
-            self._kept = kind, drawn
-        return self._kept[1]
+            self._kept = kept = kind, drawn
+        return kept[1]
 
     def _times(self, levels: Tensor) -> Tensor:
         known = checked_levels(levels, *self.noise_levels)

@@ -2,9 +2,8 @@
 
 A score multiplies the residual z − ψ x̂₀ by an inverse covariance, which amplifies rounding by about
 e^κ. Scores therefore compute in single precision at least and round their result once, which leaves
-one rounding of a half-precision type. Guidance of weight 2 combines two rounded scores with weights
-2 and −1, and rounds the sum: four roundings. In single precision the arithmetic has the amplified
-error of its own precision (`score_rounding`), for every type.
+one rounding of a half-precision type: half an eps, the unit roundoff. In single precision the
+arithmetic has the amplified error of its own precision (`score_rounding`), for every type.
 """
 
 import pytest
@@ -21,7 +20,7 @@ from score.cases import COMMON, MODES, called, mixture, score_rounding
 from tolerances import rounding
 
 PROCESSES = {**COMMON, "rectified flow": RectifiedFlow()}
-ROUNDINGS = 4
+UNIT = 0.5  # unit roundoff in units of eps
 ONE = torch.tensor(1.0)
 
 
@@ -56,7 +55,7 @@ def network_denoiser():
 
 def guided(sde):
     base = DenoiserScore(denoiser, sde)
-    return GuidedScore(*(ConditionalScore(base, scale=torch.tensor(x)) for x in (1.0, 2.0)), 2.0)
+    return GuidedScore(*(ConditionalScore(base, scale=torch.tensor(x)) for x in (1.0, 2.0)), 7.5)
 
 
 def posterior(sde):
@@ -86,7 +85,7 @@ SCORES = {
 }
 
 
-@pytest.mark.parametrize("kappa", [-5.0, -3.0, -1.0, 0.0, 1.0, 3.0, 5.0])
+@pytest.mark.parametrize("kappa", [-5.0, -3.0, 0.0, 3.0, 5.0])
 @pytest.mark.parametrize("name", SCORES)
 @pytest.mark.parametrize("process", PROCESSES)
 def test_the_error_is_a_few_roundings_of_the_states_type(process, name, kappa):
@@ -111,4 +110,18 @@ def test_the_error_is_a_few_roundings_of_the_states_type(process, name, kappa):
         assert found.dtype == dtype
         amplified = score_rounding(sde, t[0]) * rounding(1, dtype=torch.float32) / rounding(1)
         error = (found.to(torch.float64) - expected).abs().max() / expected.abs().max()
-        assert error <= rounding(ROUNDINGS, dtype=dtype) / 2 + amplified, dtype
+        assert error <= rounding(UNIT, dtype=dtype) + amplified, dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("sigma", [0.01, 1.0, 50.0])
+def test_a_denoiser_of_a_network_rounds_once(sigma, dtype):
+    path = NoisePath(torch.ones_like, lambda t: t, interval=(1e-3, 1e3))
+    made = PredictionDenoiser(lambda x, clock: x / (1 + sigma), path, "noise", clock="log_snr")
+    u = torch.randn(50, 3, generator=generator(), dtype=torch.float64).to(dtype)
+    found, expected = made(u, sigma).double(), made(u.double(), sigma)
+    # The estimate u − σ n cancels by less than a factor of 1 + σ in single precision.
+    lost = rounding(8, 1 + sigma, torch.float32)
+    assert (found - expected).abs().max() / expected.abs().max() <= rounding(
+        UNIT, dtype=dtype
+    ) + lost

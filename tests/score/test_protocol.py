@@ -1,6 +1,7 @@
 """The protocol of scores: every wrapper passes on every ability, however deep it is nested."""
 
 import copy
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -31,15 +32,16 @@ SEEN = torch.tensor([True, False, True])
 class Able(Score):
     """A score with an unusual value of every ability, which notes its calls."""
 
-    def __init__(self, sde, *, predicts_data=True, depends_on_place=True):
+    def __init__(self, sde, *, predicts_data=True, depends_on_place=False):
         super().__init__()
         self.sde, self.noise_levels = sde, (0.02, 50.0)
         self.predicts_data, self.depends_on_place = predicts_data, depends_on_place
+        self.shared_conditions = ("ids",)
         self.calls, self.times = 0, []
         self.shift = torch.linspace(-1, 1, BATCH, dtype=torch.float64).reshape(BATCH, 1)
 
     def note(self, z, t, planned, weight):
-        self.calls += 3  # a score whose evaluation costs three
+        self.calls += 3 * len(z) // BATCH  # a score whose evaluation costs three
         self.times.append(score_times(t, z, planned))
         scale = weight.reshape(-1, 1) if weight.ndim else weight
         return (scale * self.shift).to(z)
@@ -141,6 +143,7 @@ def test_process_levels_and_flags_are_passed_on(name, value):
     leaf, score = made(name, predicts_data=value, depends_on_place=value)
     assert score.sde.components in (1, 2)
     assert score.depends_on_place is value
+    assert set(score.shared_conditions) == {"ids"}
     if "another process" in name:  # a denoiser knows its own levels and predicts data
         assert score.predicts_data
         return
@@ -153,7 +156,7 @@ def test_times_are_checked_by_the_innermost_score(name):
     _, score = made(name)
     if "another process" in name:
         with pytest.raises(ValueError, match="noise level"):
-            score.check_times(torch.tensor([0.5, 1.0 + 1e-9 - 1e-9, 1e-12], dtype=torch.float64))
+            score.check_times(torch.tensor([0.5, 1.0, 1e-12], dtype=torch.float64))
         return
     score.check_times(TIMES)
     with pytest.raises(ValueError, match=r"Able stops at 0\.9"):
@@ -161,9 +164,10 @@ def test_times_are_checked_by_the_innermost_score(name):
 
 
 @every_wrapper
+@pytest.mark.parametrize("place", [True, False])
 @pytest.mark.parametrize("times", ["shared", "per sample"])
-def test_evaluations_are_those_that_happen(name, times):
-    leaf, score = made(name)
+def test_evaluations_are_those_that_happen(name, times, place):
+    leaf, score = made(name, depends_on_place=place)
     z = state(score)
     t = TIMES if times == "shared" else torch.stack([TIMES.roll(i) for i in range(BATCH)], 1)
     expected = score.evaluations(t)
@@ -196,12 +200,19 @@ def test_a_planned_time_reaches_the_innermost_score_exactly(name):
     for i, at in enumerate(KnownTimes(TIMES).arguments(z)):
         leaf.times.clear()
         called(score, z, at)
-        exact = leaf.times[0] if score.sde is leaf.sde else None
-        if exact is not None:
-            assert float(exact) == float(TIMES[i])
         score(z, at.argument)
-        if exact is not None:
-            assert float(leaf.times[-1]) == float(TIMES[i].to(torch.float32))
+        exact = TIMES[i : i + 1]
+        rounded = exact.to(torch.float32).double()
+        if score.sde is not leaf.sde:
+            # The innermost process has the same level at another time; twice is there and back.
+            exact, rounded = (
+                times_of_log_snr(leaf.sde, score.sde.log_snr(t), eps=1e-5) for t in (exact, rounded)
+            )
+        planned, read = float(leaf.times[0].max()), float(leaf.times[-1].max())
+        # The inverse of κ is accurate to the rounding of log t.
+        assert planned == pytest.approx(float(exact), rel=rounding(64), abs=0)
+        assert read != pytest.approx(float(exact), rel=rounding(64), abs=0)
+        assert read == pytest.approx(float(rounded), rel=rounding(4, dtype=torch.float32), abs=0)
 
 
 @every_wrapper
@@ -341,3 +352,48 @@ def test_the_levels_and_checks_of_a_score_hold_in_another_process():
 def test_names_of_a_score_s_arguments_are_no_conditions(name):
     with pytest.raises(ValueError, match="conditions must have other names than z, t, planned"):
         ConditionalScore(lambda z, t: z, **{name: 1})
+
+
+class Other(Able):
+    """A score whose abilities all differ."""
+
+    def __init__(self, sde):
+        super().__init__(sde, predicts_data=False, depends_on_place=True)
+        self.noise_levels = (0.01, 40.0)
+
+    def check_times(self, t):
+        if bool((t > 0.8).any()):
+            raise ValueError("Other stops at 0.8")
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_guidance_has_the_abilities_that_both_scores_have(swapped):
+    pair = [Able(VPSDE()), Other(VPSDE())]
+    guided = GuidedScore(*(reversed(pair) if swapped else pair), 2.0)
+    assert guided.noise_levels == (0.02, 40.0)
+    assert guided.depends_on_place
+    assert not guided.predicts_data
+    with pytest.raises(ValueError, match=r"Other stops at 0\.8"):
+        guided.check_times(torch.tensor([0.85], dtype=torch.float64))
+    pair[0].noise_levels = (60.0, 70.0)
+    with pytest.raises(ValueError, match="that both scores know must be two increasing"):
+        GuidedScore(*pair, 2.0)
+
+
+def test_guidance_of_one_plain_function_is_one_call():
+    calls = []
+
+    def score(z, t, label):
+        calls.append(len(z))
+        return -z * label.reshape(-1, 1, 1)
+
+    pair = (ConditionalScore(score, label=torch.tensor(float(x))) for x in (1, 2))
+    GuidedScore(*pair, 3.0)(torch.zeros(4, 1, 2), 0.5)
+    assert calls == [8]
+
+
+def test_containers_of_other_types_are_passed_on_as_they_are():
+    given = {"size": torch.Size([2, 3]), "pair": (1, torch.ones(2)), "ordered": OrderedDict(a=1)}
+    seen = {}
+    ConditionalScore(lambda z, t, **x: seen.update(x) or z, **given)(torch.zeros(2, 1, 1), 0.5)
+    assert [type(x) for x in seen.values()] == [torch.Size, tuple, OrderedDict]

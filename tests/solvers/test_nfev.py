@@ -122,3 +122,17 @@ def test_the_longest_grid_is_found_with_guidance_in_an_interval():
                 for m in range(1, budget)
             ]
             assert n == max(m for m, cost in enumerate(costs, 1) if cost <= budget)
+
+
+@pytest.mark.parametrize("levels", [None, (0.05, 200.0)])
+@pytest.mark.parametrize("name", ["euler-maruyama", "sscs", "reverse-diffusion", "torchsde-euler"])
+def test_a_solve_without_data_prediction_may_end_at_the_data(name, levels):
+    """Nothing of the score is asked at the end, which it may not allow."""
+    sde, network = CLD(), Counting()
+    score = DenoiserScore(network, sde, noise_levels=levels)
+    process = ReverseProcess(sde, ConditionalScore(score, variance=torch.tensor(0.5)))
+    state = sde.prior.sample((BATCH, 2), generator=generator())
+    times = solvers.root_times(0.9, 0.0 if levels is None else 1e-4, 5)
+    solver = SOLVERS[name]
+    found = solvers.solve(process, solver, state, times, generator=generator())
+    assert network.samples == BATCH * found.nfev
