@@ -21,6 +21,18 @@ from cldsde.images.sections import (
     TrainingConfig,
 )
 
+__all__ = [
+    "DataConfig",
+    "LatentConfig",
+    "NetworkConfig",
+    "ProcessConfig",
+    "RunConfig",
+    "SamplingConfig",
+    "ScoreConfig",
+    "TrainingConfig",
+    "load_config",
+]
+
 
 @section
 class RunConfig(Configuration):

@@ -230,7 +230,7 @@ class GuidedScore(Score):
         if not (guided.ndim or conditions):
             joined = _joined(self.conditional, self.unconditional, z)
         if joined is None:
-            given, free = call(self.conditional), call(self.unconditional)
+            pair = call(self.conditional), call(self.unconditional)
         else:
             score, doubled = joined
             if isinstance(t, Tensor):
@@ -238,7 +238,8 @@ class GuidedScore(Score):
                 planned = planned and planned.moved(t, twice)
                 t = twice
             call = methodcaller(name, torch.cat([z, z]), t, planned=planned, **doubled)
-            given, free = call(score).chunk(2)
+            pair = call(score).chunk(2)
+        given, free = pair
         # A shared weight is a number; weights per sample are copied to the device.
         if guided.ndim == 0:
             return free.lerp(given, self.weight).to(dtype)

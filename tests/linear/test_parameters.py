@@ -111,7 +111,7 @@ def test_a_mass_is_learnt_by_processes_made_anew():
     steps, losses = torch.optim.SGD([mass], lr=0.01), []
     for _ in range(4):
         loss = (CLD(mass=mass).marginal(0.5).covariance[1, 1] - 0.2).square()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         steps.zero_grad()
         loss.backward()
         steps.step()
