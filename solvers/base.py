@@ -307,7 +307,7 @@ def check_solver(solver: object, name: str = "solver") -> Solver:
 
 def check_state_on_grid(solver: Solver, name: str, advice: str) -> None:
     """Raise ValueError unless each step ends at a grid time, so that its state can be changed."""
-    if not (solver.facts.state_on_grid and hasattr(solver, "step")):
+    if not (solver.facts.state_on_grid and isinstance(solver, GridSolver)):
         raise ValueError(
             f"{name} must have a state at each grid time, which is changed before the next step; "
             f"{solver!r} does not. Use {advice}"
