@@ -192,7 +192,12 @@ nitpick_ignore_regex = [
     ("py:.*", r"(.*\.)?_[^.]*"),  # private names in annotations
     # Tables of coefficients.
     ("py:class", r"cldsde\.score\.(conversion\.WhitenedKernel|times\.Coefficients)|Block"),
-    ("py:class", r"cldsde\.solvers\.path_density\.PathDensity"),  # of the driver
+    (
+        "py:class",
+        r"cldsde\.solvers\.(path_density\.PathDensity|noise\.CheckedNoise)",
+    ),  # of the driver
+    ("py:class", r"cldsde\.score\.times\.PlannedTime"),
+    ("py:.*", r"diffusers\..*|save_pretrained|.*\.PipelineSchedulerOutput"),
 ]
 
 

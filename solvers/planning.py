@@ -145,7 +145,7 @@ class Plan:
         return other
 
     def part(self, samples: slice, shape: Sequence[int]) -> Plan:
-        """The plan for some samples of data ``(B, *D)``; see `Score.part`."""
+        """The plan for some samples of data ``(B, *D)``; see ``Score.part``."""
         score, solver = self.process.score.part(samples, shape), self.solver.part(samples, shape)
         if score is self.process.score and solver is self.solver:
             return self

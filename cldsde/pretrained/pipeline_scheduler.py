@@ -53,7 +53,7 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     Put it in place of a pipeline's scheduler. The pipeline keeps its guidance, masks, callbacks and
     image-to-image modes. It sees x = α x_0 + σ n, as with `diffusers.DDIMScheduler`; velocities and
-    other components of the process stay inside (`PathSteps`). n steps evaluate the network n times:
+    other components of the process stay inside. n steps evaluate the network n times:
     the last step returns the data prediction.
 
     Parameters
@@ -94,7 +94,7 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     - If a pipeline changes its latents between two steps (masks, callbacks), x changes and the rest
       of the state stays, so that the state keeps its distribution. Solvers that correct an
       earlier step (``corrector=True``, ``order=3``) start again from the changed state.
-    - A pipeline with this scheduler is saved and loaded as usual. Import `cldsde` before you load
+    - A pipeline with this scheduler is saved and loaded as usual. Import ``cldsde`` before you load
       it. Processes and solvers are saved by name and options.
 
     Examples

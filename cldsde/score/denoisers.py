@@ -29,10 +29,10 @@ _TINY = 1e-100
 
 
 class Denoiser(Estimator):
-    """Base class of denoisers: estimates of the data from data plus noise.
+    r"""Base class of denoisers: estimates of the data from data plus noise.
 
-    A denoiser is called as denoiser(u, sigma, **conditions) with u = x_0 + σ n of shape ``(B, *D)``
-    and noise levels ``(B,)``, as EDM and k-diffusion define it, and returns E[x_0 | u], like u. A
+    A denoiser is called as denoiser(u, sigma, \*\*conditions), as EDM and k-diffusion define it: u
+    is x_0 + σ n of shape ``(B, *D)``, with noise levels ``(B,)``. It returns E[x_0 | u], like u. A
     `DenoiserScore` takes any such function. A subclass defines ``forward`` with a further keyword
     ``planned``, the index of σ among levels that a solver knows; see `cldsde.score.Score`.
     """
