@@ -45,86 +45,86 @@ def sample_k_diffusion(
 ) -> Tensor:
     r"""Sample with any linear SDE, with the arguments of the samplers of k-diffusion and ComfyUI.
 
-     The model sees x = x_0 + σ n. Velocities and other components of the process stay inside
-    . Each level before the final 0 is one evaluation of the model; the last evaluation
-     is the result. In ComfyUI, ``KSAMPLER(sample_k_diffusion)`` is a sampler.
+    The model sees x = x_0 + σ n. Velocities and other components of the process stay inside. Each
+    level before the final 0 is one evaluation of the model. The last evaluation
+    is the result. In ComfyUI, ``KSAMPLER(sample_k_diffusion)`` is a sampler.
 
-     Parameters
-     ----------
-     model
-         Denoiser model(x, sigma, \*\*extra_args) of ``(B, *D)`` and levels ``(B,)`` that returns an
-         estimate of x_0.
-     x
-         Noisy data ``(B, *D)`` of level ``sigmas[0]``.
-     sigmas
-         Decreasing levels ``(n + 1,)``. They may end in 0, with the data, or above 0, with x of the
-         last level. With one level, x is returned.
-     extra_args
-         Keyword arguments of the model.
-     callback
-         Called after each evaluation with a dictionary of ``'x'``, ``'i'``, ``'sigma'``,
-         ``'sigma_hat'`` (equal to ``'sigma'``) and ``'denoised'``. It may change ``'x'`` and
-         ``'denoised'`` in place.
-     disable
-         Whether to hide the progress bar. None: show it if stderr is a terminal.
-     process
-         The process, or the name of its class. None: `cldsde.CLD`.
-     solver
-         A solver that evaluates the score once per step, at its start, or its name. None: the
-         recommended one for the process and the number of steps; for a part of a sampling, that for
-         many steps.
-     path
-         Signal α and noise σ of x = α(t) x_0 + σ(t) n, if ``sigmas`` are times t of this path. None:
-         x = x_0 + σ n, or, if the model is one of ComfyUI's flow models (``CONST``),
-         ``NoisePath.linear()``.
-     noise
-         A noise source, a generator, or a seed, from which each sample has a random stream of its
-         own. None: random streams that depend on each sample's x alone.
-     noise_sampler
-         k-diffusion's source of noise noise_sampler(sigma, next_sigma), in place of ``noise``, for
-         processes of one component.
+    Parameters
+    ----------
+    model
+        Denoiser model(x, sigma, \*\*extra_args) of ``(B, *D)`` and levels ``(B,)`` that returns an
+        estimate of x_0.
+    x
+        Noisy data ``(B, *D)`` of level ``sigmas[0]``.
+    sigmas
+        Decreasing levels ``(n + 1,)``. They may end in 0, with the data, or above 0, with x of the
+        last level. With one level, x is returned.
+    extra_args
+        Keyword arguments of the model.
+    callback
+        Called after each evaluation with a dictionary of ``'x'``, ``'i'``, ``'sigma'``,
+        ``'sigma_hat'`` (equal to ``'sigma'``) and ``'denoised'``. It may change ``'x'`` and
+        ``'denoised'`` in place.
+    disable
+        Whether to hide the progress bar. None: show it if stderr is a terminal.
+    process
+        The process, or the name of its class. None: `cldsde.CLD`.
+    solver
+        A solver that evaluates the score once per step, at its start, or its name. None: the
+        recommended one for the process and the number of steps; for a part of a sampling, that for
+        many steps.
+    path
+        Signal α and noise σ of x = α(t) x_0 + σ(t) n, if ``sigmas`` are times t of this path. None:
+        x = x_0 + σ n, or, if the model is one of ComfyUI's flow models (``CONST``),
+        ``NoisePath.linear()``.
+    noise
+        A noise source, a generator, or a seed, from which each sample has a random stream of its
+        own. None: random streams that depend on each sample's x alone.
+    noise_sampler
+        k-diffusion's source of noise noise_sampler(sigma, next_sigma), in place of ``noise``, for
+        processes of one component.
 
-     Returns
-     -------
-     Tensor
-         ``(B, *D)`` in the type of x: the data, or x of the last level.
+    Returns
+    -------
+    Tensor
+        ``(B, *D)`` in the type of x: the data, or x of the last level.
 
-     Raises
-     ------
-     TypeError
-         If an argument has the wrong type.
-     ValueError
-         If the levels do not decrease, the process does not reach them, the solver does not apply,
-         or ``noise_sampler`` is given for several components. The model has not been evaluated then.
+    Raises
+    ------
+    TypeError
+        If an argument has the wrong type.
+    ValueError
+        If the levels do not decrease, the process does not reach them, the solver does not apply,
+        or ``noise_sampler`` is given for several components. The model has not been evaluated then.
 
-     Notes
-     -----
-     - k-diffusion's ``sample_euler`` is ``process="VESDE", solver=ExponentialMultistep(order=1)``.
-       ``sample_dpmpp_2m`` has order 2, ``variable="log_snr"`` and ``weights="published"``. Any
-       process of one component gives the same samples with them.
-     - Deterministic steps of order 1 lead from pure noise (t = 1 of the linear path) to the first
-       level that the process reaches. `cldsde.RectifiedFlow` reaches every level, and takes such
-       steps above σ = 148.
-     - Prefer levels with even steps in log σ near the data, such as those of Karras et al. (2022).
-       ComfyUI's "normal" levels end with a step by a factor of 10, after which all samplers of order
-       2 make Gaussian data too wide, by 9 to 30 % with 30 levels.
-     - Between two parts of ``sigmas``, only x is kept. The second part draws velocities again, with
-       the right distribution given x.
+    Notes
+    -----
+    - k-diffusion's ``sample_euler`` is ``process="VESDE", solver=ExponentialMultistep(order=1)``.
+      ``sample_dpmpp_2m`` has order 2, ``variable="log_snr"`` and ``weights="published"``. Any
+      process of one component gives the same samples with them.
+    - Deterministic steps of order 1 lead from pure noise (t = 1 of the linear path) to the first
+      level that the process reaches. `cldsde.RectifiedFlow` reaches every level, and takes such
+      steps above σ = 148.
+    - Prefer levels with even steps in log σ near the data, such as those of Karras et al. (2022).
+      ComfyUI's "normal" levels end with a step by a factor of 10, after which all samplers of order
+      2 make Gaussian data too wide, by 9 to 30 % with 30 levels.
+    - Between two parts of ``sigmas``, only x is kept. The second part draws velocities again, with
+      the right distribution given x.
 
-     Examples
-     --------
-     Normal data of variance 4, on the levels of Karras et al. (2022):
+    Examples
+    --------
+    Normal data of variance 4, on the levels of Karras et al. (2022):
 
-     >>> import torch
-     >>> from cldsde.pretrained import sample_k_diffusion
-     >>> def denoiser(x, sigma):
-     ...     return x * (4 / (4 + sigma**2)).unsqueeze(1)
-     >>> sigmas = torch.cat(
-     ...     [torch.linspace(80 ** (1 / 7), 0.02 ** (1 / 7), 20) ** 7, torch.zeros(1)]
-     ... )
-     >>> x = sigmas[0] * torch.randn(2000, 3, generator=torch.Generator().manual_seed(0))
-     >>> bool((sample_k_diffusion(denoiser, x, sigmas).var(0) - 4).abs().max() < 0.6)
-     True
+    >>> import torch
+    >>> from cldsde.pretrained import sample_k_diffusion
+    >>> def denoiser(x, sigma):
+    ...     return x * (4 / (4 + sigma**2)).unsqueeze(1)
+    >>> sigmas = torch.cat(
+    ...     [torch.linspace(80 ** (1 / 7), 0.02 ** (1 / 7), 20) ** 7, torch.zeros(1)]
+    ... )
+    >>> x = sigmas[0] * torch.randn(2000, 3, generator=torch.Generator().manual_seed(0))
+    >>> bool((sample_k_diffusion(denoiser, x, sigmas).var(0) - 4).abs().max() < 0.6)
+    True
     """
     check_callable(model, "model", "a denoiser model(x, sigma)")
     if not (isinstance(x, Tensor) and x.is_floating_point() and x.ndim > 1 and len(x) > 0):
