@@ -1,4 +1,4 @@
-"""What the scheduler of diffusers says of a network: its noise levels, prediction and time."""
+"""Noise levels, prediction and time of a network, read from its scheduler of diffusers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Noise levels of a pipeline: those of a grid of the process, or of a scheduler of diffusers."""
+"""Noise levels of a pipeline, from a grid of the process or from a scheduler of diffusers."""
 
 from __future__ import annotations
 
