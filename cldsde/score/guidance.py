@@ -230,7 +230,7 @@ class GuidedScore(Score):
         if not (guided.ndim or conditions):
             joined = _joined(self.conditional, self.unconditional, z)
         if joined is None:
-            pair = call(self.conditional), call(self.unconditional)
+            pair: Sequence[Tensor] = call(self.conditional), call(self.unconditional)
         else:
             score, doubled = joined
             if isinstance(t, Tensor):
