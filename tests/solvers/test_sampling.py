@@ -89,11 +89,11 @@ def test_a_sample_depends_on_its_seed_and_number_alone():
 
 def test_seeds_share_no_stream():
     """Seeds that a start of 32 bits, or words without their number, would confuse."""
-    sde, rows = VPSDE(), 40_000
+    sde, rows = VPSDE(), 50  # the first two seeds have starts of 32 bits that differ by 10
     score = DATA.score(sde)
     samples = [
         cldsde.sample(sde, score, (rows, 2), nfe=3, seed=seed)
-        for seed in (2785, 2816, 2785 + 2**32, 2785 + 2**128)
+        for seed in (10695, 12133, 10695 + 2**32, 10695 + 2**128)
     ]
     assert len(torch.cat(samples).unique(dim=0)) == len(samples) * rows
 
