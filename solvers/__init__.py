@@ -19,6 +19,7 @@ from .grids import (
     quadratic_times,
     root_times,
     uniform_times,
+    vp_times,
 )
 from .imputation import Imputation
 from .named import find_solver, named_solvers
@@ -77,4 +78,5 @@ __all__ = [
     "solve",
     "times_of_log_snr",
     "uniform_times",
+    "vp_times",
 ]

@@ -20,13 +20,19 @@ from cldsde.score import Conversion, ReverseProcess
 from .base import DATA_DETERMINED, Facts, GridSolver, Memory, ScoreAt
 from .combine import Block, add_to, as_blocks, combine
 from .noise import NoiseSource
+from .vp_clock import vp_time
 
 _NODES = 16
 _LEAST_LOG_SNR = -8.0  # below it a float32 score determines three digits of the data prediction
 
 Prediction = Literal["data", "noise"]
-Variable = Literal["time", "log_snr"]
+Variable = Literal["time", "log_snr", "vp_time"]
 Weights = Literal["exact", "published"]
+_VARIABLES: dict[Variable, Callable[[LinearSDE, Tensor], Tensor]] = {
+    "time": lambda _, t: t,
+    "log_snr": lambda sde, t: sde.log_snr(t),
+    "vp_time": lambda sde, t: vp_time(sde.log_snr(t)),
+}
 
 
 class _Tables(NamedTuple):
@@ -93,8 +99,10 @@ class ExponentialMultistep(GridSolver):
         ``"data"``: as above. ``"noise"``: polynomials through n = −R_tᵀs with gDDIM's root R_t, for
         λ = 0 and without corrector.
     variable
-        Variable of the polynomials ℓ_j: ``"time"``, or κ = ½ log ψᵀΣ⁻¹ψ with ``"log_snr"``, as
-        published for k = 1.
+        Variable of the polynomials ℓ_j: ``"time"``; κ = ½ log ψᵀΣ⁻¹ψ with ``"log_snr"``, as
+        published for k = 1; or the time at which the default `cldsde.VPSDE` has the same κ, with
+        ``"vp_time"``. On `vp_times`, ``"vp_time"`` gives every process of one component the samples
+        of `cldsde.VPSDE` on `root_times`.
     weights
         ``"exact"``, or ``"published"`` for ``variable="log_snr"``: formulas of two points weight
         their difference by B H/(2H'), as in DPM-Solver++(2M) and UniPC.
@@ -309,8 +317,7 @@ class ExponentialMultistep(GridSolver):
     ) -> list[list[Block]]:
         """Weights of the predictions at times i + offset, i + offset − 1, … for each step i."""
         n = len(times) - 1
-        in_time = self.variable == "time"
-        x, nodes = (t if in_time else sde.log_snr(t) for t in (times, steps.nodes))
+        x, nodes = (_VARIABLES[self.variable](sde, t) for t in (times, steps.nodes))
         blocks: list[list[Block]] = []
         # Group steps by the length of their history: one group with the full one, and short ones.
         counts = [min(self.order, i + 1) + offset for i in range(n)]

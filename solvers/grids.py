@@ -15,6 +15,8 @@ from cldsde.linear.checks import check_positive
 from cldsde.linear.log_snr import times_of_log_snr
 from cldsde.linear.sde import LinearSDE
 
+from .vp_clock import log_snr_of_vp_time, vp_time
+
 P = ParamSpec("P")
 
 
@@ -207,6 +209,25 @@ def logistic_times(
     first, last = torch.sigmoid(-rate * (_log_snr_ends(sde, T, eps) - center))
     level = first + fraction * (last - first)
     return _with_ends(times_of_log_snr(sde, center - level.logit() / rate, T, eps), T, eps)
+
+
+@_process_first(needed=True)
+def vp_times(sde: LinearSDE, T: float, eps: float, n: int) -> Tensor:
+    """Grid on which a process has the κ of the default `cldsde.VPSDE` on `root_times`.
+
+    It spends more steps at large noise than `root_times` if the noise grows fast near the end of a
+    process, as in `cldsde.RectifiedFlow`. See `log_snr_times` for arguments, result and errors.
+
+    Examples
+    --------
+    >>> from cldsde import RectifiedFlow
+    >>> vp_times(RectifiedFlow(), 0.99, 0.04, 4)
+    tensor([0.9900, 0.8383, 0.5373, 0.2536, 0.0400], dtype=torch.float64)
+    """
+    fraction = _fractions(T, eps, n)
+    first, last = vp_time(_finite_log_snr_ends(sde, T, eps)).sqrt()
+    level = log_snr_of_vp_time((first + fraction * (last - first)).square())
+    return _with_ends(times_of_log_snr(sde, level, T, eps), T, eps)
 
 
 def _log_snr_ends(sde: LinearSDE, T: float, eps: float) -> Tensor:

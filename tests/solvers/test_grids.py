@@ -10,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import references
-from cldsde import CLD, VESDE, SubVPSDE, solvers
+from cldsde import CLD, VESDE, VPSDE, RectifiedFlow, SubVPSDE, solvers
+from cldsde.linear.log_snr import times_of_log_snr
 from cldsde.solvers import karras_times, log_snr_times, logistic_times
+from cldsde.solvers.vp_clock import log_snr_of_vp_time, vp_time
 from probes import few_examples, tensor
 from score.cases import COMMON
 from strategies import log_uniform
@@ -127,3 +129,25 @@ def test_times_of_log_snr_are_its_inverse(family):
 def test_beyond_the_range_of_log_snr_its_inverse_is_the_nearer_end():
     times = solvers.times_of_log_snr(VESDE(), torch.tensor([50.0, -50.0]), 0.9, 1e-4)
     assert times.tolist() == pytest.approx([1e-4, 0.9], rel=KERNEL, abs=0)
+
+
+@pytest.mark.parametrize("sde", [VPSDE(), RectifiedFlow(), CLD()], ids=["VP", "flow", "CLD"])
+def test_vp_times_are_the_levels_of_vp_on_its_root_times(sde):
+    first, last = times_of_log_snr(sde, tensor([-5.0, 3.3])).tolist()
+    found = sde.log_snr(solvers.vp_times(sde, first, last, 9))
+    vp = VPSDE()
+    ends = times_of_log_snr(vp, tensor([-5.0, 3.3])).tolist()
+    expected = vp.log_snr(solvers.root_times(*ends, 9))
+    # κ of a rounded time of rectified flow near 1 has digits of 1 − t = e^{−5} only.
+    torch.testing.assert_close(found, expected, rtol=0, atol=rounding(2**12))
+
+
+@given(st.floats(-30.0, 10.0))
+@few_examples
+def test_vp_time_is_inverted(log_snr):
+    """The condition of B in κ is at most 2(1 + |κ|), also where e^B overflows."""
+    kappa = tensor(log_snr)
+    bound = rounding(64, 1 + abs(log_snr))
+    assert abs(float(log_snr_of_vp_time(vp_time(kappa)) - kappa)) <= bound
+    if log_snr > VPSDE().log_snr(1.0):
+        assert abs(float(VPSDE().log_snr(vp_time(kappa)) - kappa)) <= bound

@@ -62,6 +62,7 @@ TABLE = {
     "noise, 2": (Multistep(order=2, prediction="noise"), ["VE", "CLD", "HOLD"]),
     "noise, 3": (Multistep(order=3, prediction="noise"), []),
     "log-SNR, 2": (Multistep(order=2, variable="log_snr"), ["VP", "CLD"]),
+    "VP's time, 2": (Multistep(order=2, variable="vp_time"), ["VP", "CLD"]),
     "log-SNR, 2 corrected": (Multistep(order=2, variable="log_snr", corrector=True), ["CLD"]),
     "log-SNR, 2 with noise": (Multistep(order=2, variable="log_snr", stochasticity=1.0), ["CLD"]),
     "published, 1": (Multistep(order=1, **PUBLISHED), ["CLD"]),
