@@ -247,6 +247,7 @@ class SampleNoise(NoiseSource):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         t: float | None = None,
+        mean_std: float = 0.0,
     ) -> Tensor:
         """Draw a state to start from for each sample, for data of shape ``(*D)``.
 
@@ -261,6 +262,9 @@ class SampleNoise(NoiseSource):
         t
             Time of the start. None or T: draw from the prior. Earlier: draw from the distribution
             at t for Gaussian data of mean 0 and variance 1.
+        mean_std
+            Standard deviation in [0, 1) of a part of these data that all numbers of a sample share,
+            such as the brightness of images. With it, also draw at t = T for such data.
 
         Returns
         -------
@@ -268,7 +272,16 @@ class SampleNoise(NoiseSource):
             ``(len(seeds), k, *D)``.
         """
         like = torch.empty(len(self.seeds), sde.components, *shape, dtype=dtype, device=device)
-        return apply_blocks(start_root(sde, t), self.normal(like, sde.components))
+        normals = self.normal(like, sde.components)
+        if mean_std == 0 or t is None:
+            return apply_blocks(start_root(sde, t), normals)
+        initial = sde.initial_covariance.clone()
+        initial[0, 0] = initial[0, 0] + 1 - mean_std**2
+        marginal = sde.marginal(t, initial)
+        shared = self.normal(like[(..., *(slice(1),) * len(shape))], 1)
+        return apply_blocks(marginal.root, normals) + apply_blocks(
+            mean_std * marginal.mean[..., :1], shared
+        )
 
     def check(self, z: Tensor) -> None:
         """Raise unless the batch has one sample per seed.

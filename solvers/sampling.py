@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ from cldsde.score import ReverseProcess, Score, ScoreFunction
 
 from .base import Solver, check_solver
 from .exponential_multistep import ExponentialMultistep
-from .grids import root_times
+from .grids import root_times, vp_times
 from .noise import SampleNoise
 from .planning import Plan, plan
 from .sscs import SSCS
@@ -30,6 +30,16 @@ from .stochastic_heun import StochasticHeun
 # about 1. At the start the noise hides the data. At the end the data prediction removes the
 # remaining noise.
 _FIRST_LOG_SNR, _LAST_LOG_SNR = -3.3, 3.3
+# A direction of the data with variance v is lost if sampling starts at σ² ≪ v. The strongest
+# direction of D numbers is their mean, with v = D·Var(mean), so that σ² follows D. It also follows
+# the number of evaluations: more of them resolve a longer way, and the error of the start,
+# (v/(v + σ²))², falls like that of a solver of order 2. This is σ²/(D·evaluations).
+_FIRST_VARIANCE = 1 / 40
+# Standard deviation of the mean at the start, for data with a standard deviation of 1 in all: 0.5,
+# and what the first of 20 steps lose of it.
+_BRIGHTNESS = 0.52
+# A start below this multiple of √D is worth a warning. With 20 evaluations it is at 0.7 √D.
+_HIDDEN_LEVEL = 0.63
 # Above this value at the start, samples follow the prior noticeably instead of the data.
 _VISIBLE_LOG_SNR = -2.0
 
@@ -45,24 +55,33 @@ class Recipe:
     denoise: Literal[True, False, "step"]  #: See `solve`.
     most_steps: float = math.inf  #: Largest number of steps.
     most_components: float = math.inf  #: Largest number of components of the process.
+    grid: Callable[..., Tensor] = root_times  #: Function grid(sde, start, end, n).
 
 
 # Largest number of steps of order 3. With 6 steps it gave better images than order 2. With 8 steps
 # it was better for one component with half of the noise; for more components it was 0.1 worse.
 _FEW = 8
 
+
+def _multistep(order: Literal[2, 3], stochasticity: float, variable: Any = "time") -> Solver:
+    return ExponentialMultistep(order=order, stochasticity=stochasticity, variable=variable)
+
+
 RECOMMENDED = (
-    Recipe(ExponentialMultistep(order=3, stochasticity=0.5), True, _FEW, most_components=1),
-    Recipe(ExponentialMultistep(order=3, stochasticity=1.0), True, _FEW),
-    Recipe(ExponentialMultistep(order=2, stochasticity=1.0), denoise=True),
+    Recipe(_multistep(3, 0.5, "vp_time"), True, _FEW, most_components=1, grid=vp_times),
+    Recipe(_multistep(2, 1.0, "vp_time"), True, most_components=1, grid=vp_times),
+    Recipe(_multistep(3, 1.0), True, _FEW),
+    Recipe(_multistep(2, 1.0), True),
     Recipe(SSCS(), denoise="step"),
     Recipe(StochasticHeun(), denoise="step"),
 )
-"""Solvers in order of preference, on `root_times`; the first that applies to a process is used.
+"""Solvers in order of preference; the first that applies to a process is used.
 
 - `ExponentialMultistep` with noise, for processes whose driven score determines the data: order 3
   for at most 8 steps, otherwise order 2. A step is one score evaluation, or two with guidance. With
   few steps, processes of one component take half of the noise, because it enters the data directly.
+  These processes differ in scale alone at equal κ. They take the steps of `cldsde.VPSDE`, on
+  `vp_times`, and have its samples. All others take `root_times`.
 - `SSCS`, for processes with a stationary distribution
 - `StochasticHeun`, for every process"""
 
@@ -83,10 +102,10 @@ def sample(
 ) -> Tensor:
     """Generate samples from a score, with solver, grid, start and end chosen for the process.
 
-    The solver is the first of `RECOMMENDED` that applies to the process and number of steps, on
-    `root_times`. Sampling starts at κ = −3.3 (κ = ½ log SNR), and ends at κ = 3.3 with the data
-    prediction. A score that knows the noise levels of its training, such as `DenoiserScore`,
-    narrows this range.
+    The solver is the first of `RECOMMENDED` that applies to the process and number of steps.
+    Sampling starts at the noise level σ with σ² = D·nfe/40 for D numbers per sample, at least at
+    σ = 27 (κ = −3.3; κ = −log σ = ½ log SNR), and ends at κ = 3.3 with the data prediction. A score
+    that knows the noise levels of its training, such as `DenoiserScore`, narrows this range.
 
     Parameters
     ----------
@@ -138,15 +157,20 @@ def sample(
     Warns
     -----
     UserWarning
-        If the process, or the noise levels of the score, end at κ > −2: the noise does not hide the
-        data there, so samples are biased towards the prior. Also if a layer of the score is in
-        training mode.
+        If the process, or the noise levels of the score, end before the noise hides the data: at
+        κ > −2, or at σ < 0.63 √D for large samples. Samples are biased towards the start then; for
+        images it is their brightness. Also if a layer of the score is in training mode.
 
     Notes
     -----
     The end at κ = 3.3 smooths structure finer than e^{−κ} ≈ 0.04, which networks do not resolve
     accurately. If an exact score has finer structure, pass ``times`` with a smaller end. The data
     should have a standard deviation of about 1.
+
+    The mean of all numbers of a sample, such as the brightness of an image, is the direction of the
+    data that needs most noise to hide. At the start it has a standard deviation of 0.52. If the
+    data's mean has another one, the samples' differs from it for images of 64 × 64 and more: by +4
+    to +9 % for 0.25 and by −6 to −13 % for 0.7, with 20 evaluations of CLD or VP.
 
     Examples
     --------
@@ -167,10 +191,12 @@ def sample(
     if solver is not None:
         check_solver(solver)
     _warn_of_training(process.score)
-    recipe, sampler = recommended_plan(process, nfe=nfe, solver=solver, times=times)
+    recipe, sampler = recommended_plan(
+        process, nfe=nfe, solver=solver, times=times, shape=data_shape
+    )
     first_time = float(sampler.times[0])
     if times is None:
-        _warn_of_start(sde, first_time)
+        _warn_of_start(sde, first_time, data_shape)
     device = process.score.device if device is None else torch.device(device)
     most = max(1, _NUMBERS // (sde.components * math.prod(data_shape)))
     size = min(_SAMPLES, most) if batch is None else batch
@@ -178,7 +204,7 @@ def sample(
     with progress_bar(None, shown=progress, total=count, desc="sampling") as bar, torch.no_grad():
         for first in range(0, count, size):
             noise = SampleNoise(range(first, min(first + size, count)), key=seed)
-            start = noise.start(sde, data_shape, dtype=dtype, device=device, t=first_time)
+            start = start_of(noise, sde, data_shape, first_time, dtype=dtype, device=device)
             batched = sampler.part(slice(first, first + size), (count, *data_shape))
             solution = batched.solve(start, noise=noise, denoise=recipe.denoise, warn=False)
             found.append(solution.raise_for_failure().data)
@@ -192,6 +218,7 @@ def recommended_plan(
     nfe: int = 20,
     solver: Solver | None = None,
     times: Tensor | None = None,
+    shape: Sequence[int] = (1,),
 ) -> tuple[Recipe, Plan]:
     """Recipe and plan that `sample` uses for a process.
 
@@ -199,6 +226,8 @@ def recommended_plan(
     ----------
     process, nfe, solver, times
         See `sample`.
+    shape
+        See `window`.
 
     Raises
     ------
@@ -218,7 +247,8 @@ def recommended_plan(
     reasons = []
     for recipe in recipes:
         if times is None:
-            grid = fit_grid(process, recipe.solver, *window(process), nfe, denoise=True)
+            ends = window(process, shape=shape, nfe=nfe)
+            grid = fit_grid(process, recipe.solver, *ends, nfe, grid=recipe.grid, denoise=True)
         else:
             grid = times
         if len(grid) - 1 > recipe.most_steps:
@@ -300,9 +330,13 @@ def fit_grid(
 
 
 def window(
-    process: ReverseProcess, start: float | None = None, end: float | None = None
+    process: ReverseProcess,
+    start: float | None = None,
+    end: float | None = None,
+    shape: Sequence[int] = (1,),
+    nfe: int = 20,
 ) -> tuple[float, float]:
-    """Start and end times of `sample`: κ = −3.3 and κ = 3.3, or a narrower range.
+    """Start and end times of `sample`: κ = −3.3, or less for large data, and κ = 3.3.
 
     The noise levels of the score's training narrow the range, if they are known.
 
@@ -312,13 +346,16 @@ def window(
         The reverse process.
     start, end
         Times that replace the start or the end.
+    shape, nfe
+        Shape of one sample, and largest number of evaluations, see `sample`.
 
     Raises
     ------
     ValueError
         If the range is empty.
     """
-    low, high = _FIRST_LOG_SNR, _LAST_LOG_SNR
+    first = -0.5 * math.log(_FIRST_VARIANCE * math.prod(shape) * nfe)
+    low, high = min(_FIRST_LOG_SNR, first), _LAST_LOG_SNR
     levels = process.score.noise_levels
     if levels is not None:
         levels = two_increasing(levels, "score.noise_levels")
@@ -334,6 +371,19 @@ def window(
             "process with these levels"
         )
     return start, end
+
+
+def start_of(
+    noise: SampleNoise,
+    sde: LinearSDE,
+    shape: Sequence[int],
+    t: float,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """States ``(B, k, *D)`` at which `sample` starts at time t, whose means vary."""
+    return noise.start(sde, shape, dtype=dtype, device=device, t=t, mean_std=_BRIGHTNESS)
 
 
 def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
@@ -352,11 +402,17 @@ def _warn_of_training(score: Score) -> None:
         warnings.warn(msg, UserWarning, stacklevel=3)
 
 
-def _warn_of_start(sde: LinearSDE, start: float) -> None:
+def _warn_of_start(sde: LinearSDE, start: float, shape: Sequence[int]) -> None:
     """Warn if sampling starts from noise that does not hide the data."""
     log_snr = float(sde.log_snr(start))
+    wanted = _HIDDEN_LEVEL * math.sqrt(math.prod(shape))
+    advice = "Use a larger noise schedule, or a score trained at larger noise levels"
     if log_snr > _VISIBLE_LOG_SNR:
         msg = f"the noise does not hide the data at the start of sampling, t = {start:.3g}: half "
         msg += f"the log SNR is {log_snr:.1f} there, and should be {_VISIBLE_LOG_SNR:g} or less. "
-        msg += "Use a larger noise schedule, or a score trained at larger noise levels"
-        warnings.warn(msg, UserWarning, stacklevel=3)
+        warnings.warn(msg + advice, UserWarning, stacklevel=3)
+    elif math.exp(-log_snr) < wanted:
+        msg = f"the noise does not hide the mean of data of shape {tuple(shape)} at the start of "
+        msg += f"sampling, t = {start:.3g}: the noise level is {math.exp(-log_snr):.3g} there, and "
+        msg += f"should be {wanted:.3g} or more. The brightness of images may vary too little. "
+        warnings.warn(msg + advice, UserWarning, stacklevel=3)

@@ -1,5 +1,6 @@
 """`cldsde.sample`: samples in one call."""
 
+import math
 from functools import partial
 
 import pytest
@@ -117,7 +118,10 @@ def test_a_process_whose_score_does_not_determine_the_data_is_sampled_by_sscs():
 def test_few_evaluations_take_order_3(name, nfe, order, stochasticity):
     sde = PROCESSES[name]()
     process = ReverseProcess(sde, DATA.score(sde))
-    expected = solvers.ExponentialMultistep(order=order, stochasticity=stochasticity)
+    variable = "vp_time" if sde.components == 1 else "time"
+    expected = solvers.ExponentialMultistep(
+        order=order, stochasticity=stochasticity, variable=variable
+    )
     assert recommended_plan(process, nfe=nfe)[1].solver == expected
 
 
@@ -273,3 +277,126 @@ def test_a_wrapper_does_not_change_the_branch_of_a_solver(wrap):
         for x in (score, wrap(score))
     )
     assert torch.equal(plain, wrapped)
+
+
+def test_processes_of_one_component_have_the_samples_of_vp():
+    """They differ in clock and scale alone; also what `DATA.score` says at rounded times."""
+    found = [
+        cldsde.sample(PROCESSES[name](), _exact(PROCESSES[name]()), (50, 2), dtype=torch.float64)
+        for name in ("VP", "VE", "rectified flow")
+    ]
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=0, atol=rounding(2**30))
+
+
+def _exact(sde):
+    """Score of data N(0.5, 0.25)."""
+    return DenoiserScore(
+        lambda u, sigma: 0.5 + 0.25 / (0.25 + sigma.unsqueeze(1) ** 2) * (u - 0.5), sde
+    )
+
+
+# Images whose mean varies: N(0, (1 − b²) I + b² 11ᵀ).
+
+
+def images(brightness, D, sde):
+    """Score of the images, from the mean of an image and the rest."""
+
+    def denoiser(u, sigma):
+        level = sigma.double().square().reshape(-1, *(1,) * (u.ndim - 1))
+        rest, mean = 1 - brightness**2, u.flatten(1).mean(1).reshape(level.shape)
+        strong = rest + brightness**2 * D
+        return u * (rest / (rest + level)) + mean * (
+            strong / (strong + level) - rest / (rest + level)
+        )
+
+    return DenoiserScore(denoiser, sde)
+
+
+def brightness_ratio(sde, D, nfe, count=20_000):
+    """Standard deviation of the mean of an image of D pixels, by its exact value .5.
+
+    All directions of Gaussian data are independent: one number with the variance of the mean
+    direction has the distribution of √D times the mean.
+    """
+    strong = 0.75 + 0.25 * D
+    process = ReverseProcess(
+        sde, DenoiserScore(lambda u, s: u * (strong / (strong + s.square().unsqueeze(1))), sde)
+    )
+    recipe, plan = recommended_plan(process, nfe=nfe, shape=(1, D))
+    noise = solvers.SampleNoise(range(count), key=0)
+    like = torch.empty(count, sde.components, 1, dtype=torch.float64)
+    initial = sde.initial_covariance.clone()
+    # Variance of the start of `sample` in this direction, see `start_of`.
+    initial[0, 0] += 1 - 0.52**2 + 0.52**2 * D
+    root = sde.marginal(float(plan.times[0]), initial).root
+    start = torch.einsum("ij,bjd->bid", root, noise.normal(like, sde.components))
+    x = plan.solve(start, noise=noise, denoise=recipe.denoise).data
+    return float(x.std()) / strong**0.5
+
+
+# The promise for the standard deviation of the mean. An estimate from n samples has a standard
+# error of 1/√(2n).
+PROMISE = 0.03
+
+
+@pytest.mark.parametrize("name", ["CLD", "VP", "rectified flow"])
+@pytest.mark.parametrize("side", [16, 64, 128, 256])
+@pytest.mark.parametrize("nfe", [20, 50])
+def test_large_images_keep_their_brightness(name, side, nfe):
+    assert abs(brightness_ratio(PROCESSES[name](), side**2, nfe) - 1) < PROMISE + standard_error(
+        1.0, 2 * 20_000, 2.0
+    )
+
+
+@pytest.mark.parametrize("name", ["CLD", "VP", "rectified flow"])
+def test_images_of_64_by_64_keep_their_brightness(name):
+    sde, count = PROCESSES[name](), 200
+    x = cldsde.sample(sde, images(0.5, 64**2, sde), (count, 1, 64, 64))
+    mean = x.flatten(1).mean(1)
+    exact = ((0.75 + 0.25 * 64**2) / 64**2) ** 0.5
+    assert abs(float(mean.std()) / exact - 1) < PROMISE + standard_error(1.0, 2 * count, 3.0)
+
+
+SMALL = 0.5 * math.log(3072 / 4) - 3.3 + rounding()
+
+
+@pytest.mark.parametrize("nfe", [5, 10])
+@pytest.mark.parametrize("shape", [(1, 8, 8), (1, 32, 32), (3, 32, 32)])
+def test_small_images_with_few_evaluations_start_as_small_data(shape, nfe):
+    """More noise than κ = −3.3 would take steps away from what they need.
+
+    For 3 × 32 × 32 and 10 evaluations it is −½ log(3072/4).
+    """
+    process = ReverseProcess(CLD(), DATA.score(CLD()))
+    start = solvers.sampling.window(process, shape=shape, nfe=nfe)[0]
+    assert CLD().log_snr(start) == pytest.approx(-3.3, abs=SMALL)
+
+
+def test_starts_of_noise_sources_may_share_a_part():
+    sde, t, D, count = CLD(), 0.5, 16, 20_000
+    noise = solvers.SampleNoise(range(count))
+    z = noise.start(sde, (D,), dtype=torch.float64, t=t, mean_std=0.5)
+    initial = sde.initial_covariance.clone()
+    initial[0, 0] += 1
+    total = sde.marginal(t, initial).covariance
+    entry = torch.einsum("bi,bj->ij", z[..., 0], z[..., 0]) / count
+    scale = total.diagonal().sqrt()
+    relative = (entry - total) / (scale[:, None] * scale)
+    assert relative.abs().max() < standard_error(2**0.5, count)
+    psi = sde.marginal(t).mean[:, 0]
+    between = torch.einsum("bi,bj->ij", z[..., 0], z[..., 1]) / count
+    relative = (between - 0.25 * psi[:, None] * psi) / (scale[:, None] * scale)
+    assert relative.abs().max() < standard_error(2**0.5, count)
+
+
+@pytest.mark.parametrize(
+    ("sde", "levels"),
+    [(HOLD(), None), (CLD(), (0.02, 14.6)), (VPSDE(), (0.02, 14.6))],
+    ids=["process", "network with CLD", "network with VP"],
+)
+def test_a_start_that_does_not_hide_the_brightness_is_pointed_out(sde, levels):
+    score = DenoiserScore(lambda u, sigma: 0 * u, sde, noise_levels=levels)
+    with pytest.warns(UserWarning, match=r"mean of data of shape \(1, 64, 64\) .* 40\.3 or more"):
+        cldsde.sample(sde, score, (1, 1, 64, 64), nfe=3)
+    cldsde.sample(sde, score, (1, 1, 16, 16), nfe=3)

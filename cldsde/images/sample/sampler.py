@@ -28,7 +28,7 @@ from cldsde.score import ConditionalScore, GuidedScore, ReverseProcess, Score, S
 from cldsde.score.protocol import as_score
 from cldsde.solvers import Imputation, Plan, SampleNoise, find_solver, grids, plan
 from cldsde.solvers.authoring import Solver
-from cldsde.solvers.sampling import fit_grid, window
+from cldsde.solvers.sampling import fit_grid, start_of, window
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
@@ -63,14 +63,20 @@ def changed_recipe(
     return changed
 
 
-def time_grid(process: ReverseProcess, solver: Solver, sampling: SamplingConfig) -> Tensor:
+def time_grid(
+    process: ReverseProcess,
+    solver: Solver,
+    sampling: SamplingConfig,
+    shape: Sequence[int] = (1,),
+) -> Tensor:
     """The longest grid on which a solver takes at most ``nfe`` score evaluations.
 
     The last denoising counts, and with guidance each score evaluation is two. Adaptive solvers get
-    the two ends. Raises a SettingError if no step fits, a ValueError if the solver does not apply.
+    the two ends. The start depends on the shape of the data. Raises a SettingError if no step
+    fits, a ValueError if the solver does not apply.
     """
     grid: Any = getattr(grids, f"{sampling.grid}_times")
-    ends = window(process, sampling.t_start, sampling.t_end)
+    ends = window(process, sampling.t_start, sampling.t_end, shape=shape, nfe=sampling.nfe)
     with setting("nfe"):
         return fit_grid(process, solver, *ends, sampling.nfe, grid=grid, denoise=sampling.denoise)
 
@@ -80,8 +86,12 @@ def make_plan(
     sampling: SamplingConfig,
     sde: LinearSDE | None = None,
     observed: Conditioning | None = None,
+    shape: Sequence[int] = (1,),
 ) -> Plan:
-    """The plan of a solver; raise a SettingError if recipe, process and observation do not fit."""
+    """The plan of a solver for data of a shape.
+
+    Raises a SettingError if recipe, process and observation do not fit.
+    """
     score = as_score(score)
     sde = check_process(score.sde if sde is None else sde)
     process = ReverseProcess(sde, score if observed is None else observed.score(score, sde))
@@ -89,7 +99,7 @@ def make_plan(
     try:
         if observed is not None:
             sampling, solver = observed.recipe(sampling, process), observed.solver(solver)
-        return plan(process, solver, time_grid(process, solver, sampling))
+        return plan(process, solver, time_grid(process, solver, sampling, shape))
     except SettingError:
         raise
     except ValueError as error:
@@ -191,7 +201,14 @@ class ImageSampler:
     def _plan(self) -> Plan:
         # Guidance counts, so that the plan is made for a guided score.
         planned = self.score if self.guidance == 1 else self._given(0)
-        return make_plan(planned, self.sampling, observed=self._conditioning)
+        return make_plan(
+            planned, self.sampling, observed=self._conditioning, shape=self._data_shape
+        )
+
+    @property
+    def _data_shape(self) -> Sequence[int]:
+        """Shape of one sample of the process."""
+        return self.space.shape if self.vae is None else self.vae.latent_shape
 
     def _cast(self) -> AbstractContextManager[object]:
         # Around the whole solve: its own arithmetic is elementwise, which autocast leaves alone.
@@ -223,9 +240,9 @@ class ImageSampler:
 
     def start(self, seeds: Sequence[int]) -> Start:
         """Draw the random numbers with which the sampling of a batch starts."""
-        noise, sde, vae = SampleNoise(seeds), self._plan.process.sde, self.vae
-        shape, first = self.space.shape if vae is None else vae.latent_shape, self._plan.times[0]
-        return noise, noise.start(sde, shape, device=self.score.device, t=float(first))
+        noise, sde, first = SampleNoise(seeds), self._plan.process.sde, self._plan.times[0]
+        state = start_of(noise, sde, self._data_shape, float(first), device=self.score.device)
+        return noise, state
 
     def draw(
         self, seeds: Sequence[int], label: int | None = None, start: Start | None = None
