@@ -29,6 +29,7 @@ from .predictor_corrector import Langevin, PredictorCorrector
 from .predictors import Ancestral, ReverseDiffusion
 from .probability_flow import ProbabilityFlow
 from .sampling import RECOMMENDED, sample
+from .settings import SamplerSettings
 from .solution import Solution, SolveWarning
 from .splitting import Splitting
 from .sscs import SSCS
@@ -57,6 +58,7 @@ __all__ = [
     "RecordedNoise",
     "ReverseDiffusion",
     "SampleNoise",
+    "SamplerSettings",
     "Solution",
     "SolveWarning",
     "Splitting",

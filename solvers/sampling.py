@@ -23,6 +23,7 @@ from .exponential_multistep import ExponentialMultistep
 from .grids import root_times, vp_times
 from .noise import SampleNoise
 from .planning import Plan, plan
+from .settings import SamplerSettings
 from .sscs import SSCS
 from .stochastic_heun import StochasticHeun
 
@@ -99,6 +100,7 @@ def sample(
     dtype: torch.dtype = torch.float32,
     batch: int | None = None,
     progress: bool = False,
+    settings: SamplerSettings | None = None,
 ) -> Tensor:
     """Generate samples from a score, with solver, grid, start and end chosen for the process.
 
@@ -138,6 +140,8 @@ def sample(
         Number of samples in one batch. None: up to 4,096, fewer if a sample is large.
     progress
         Show a progress bar on stderr.
+    settings
+        Solver and grid in place of ``nfe``, ``solver`` and ``times``.
 
     Returns
     -------
@@ -190,6 +194,12 @@ def sample(
         raise TypeError(f"dtype must be a floating-point type of torch; got {dtype!r}")
     if solver is not None:
         check_solver(solver)
+    if settings is not None:
+        if not isinstance(settings, SamplerSettings):
+            raise TypeError(f"settings must be a SamplerSettings; got {type(settings).__name__}")
+        if not (solver is None and times is None):
+            raise ValueError("solver and times must be None with settings, which have both")
+        solver, times = settings.solver(), settings.times(sde)
     _warn_of_training(process.score)
     recipe, sampler = recommended_plan(
         process, nfe=nfe, solver=solver, times=times, shape=data_shape

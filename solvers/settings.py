@@ -1,0 +1,160 @@
+"""Settings of a sampler with few evaluations, for one process and network; JSON on disk."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from cldsde.files import write_whole
+from cldsde.linear.log_snr import times_of_log_snr
+from cldsde.linear.sde import LinearSDE, check_process
+
+from .exponential_multistep import ExponentialMultistep
+
+_REACHED = 1e-6  # distance in κ from a level that counts as reached
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerSettings:
+    """Noise levels, noise and order of a sampler with few evaluations.
+
+    The sampler is `ExponentialMultistep` with polynomials in VP's time; it ends with the data
+    prediction. n levels are n network evaluations, or 2n with guidance.
+
+    Parameters
+    ----------
+    log_snr
+        Increasing κ = ½ log SNR of the n evaluations. The last one is the data prediction.
+    stochasticity
+        λ ≥ 0 of the n − 1 steps.
+    process
+        ``repr`` of the process that the settings are for.
+    order, corrector
+        See `ExponentialMultistep`.
+    network
+        Name of the network that the settings were fitted to.
+
+    Raises
+    ------
+    TypeError
+        If a value has the wrong type.
+    ValueError
+        If κ does not increase, λ is negative, or their numbers do not fit.
+
+    Examples
+    --------
+    >>> import torch, cldsde
+    >>> data = cldsde.GaussianMixture([0.5, 0.5], [[-2.0, 0.0], [2.0, 1.0]], [torch.eye(2) / 4] * 2)
+    >>> sde = cldsde.CLD()
+    >>> settings = cldsde.solvers.SamplerSettings(
+    ...     log_snr=(-3.0, -1.35, -0.33, 0.6, 2.35),
+    ...     stochasticity=(0.54, 1.29, 1.76, 1.19),
+    ...     process=repr(sde),
+    ...     order=3,
+    ... )
+    >>> cldsde.sample(sde, data.score(sde), (1000, 2), settings=settings).shape
+    torch.Size([1000, 2])
+    """
+
+    log_snr: tuple[float, ...]
+    stochasticity: tuple[float, ...]
+    process: str
+    order: int = 2
+    corrector: bool = False
+    network: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("log_snr", "stochasticity"):
+            given = getattr(self, name)
+            try:
+                values = torch.tensor([float(x) for x in given], dtype=torch.float64, device="cpu")
+            except (TypeError, ValueError) as error:
+                raise TypeError(f"{name} must be a sequence of numbers; got {given!r}") from error
+            if not bool(values.isfinite().all()):
+                raise ValueError(f"{name} must be finite; got {given!r}")
+            object.__setattr__(self, name, tuple(values.tolist()))
+        for name, kind in (("process", str), ("corrector", bool), ("network", str)):
+            if not isinstance(given := getattr(self, name), kind):
+                raise TypeError(f"{name} must be of type {kind.__name__}; got {given!r}")
+        if len(self.log_snr) < 2 or any(y <= x for x, y in pairwise(self.log_snr)):
+            raise ValueError(f"log_snr must be two or more increasing κ; got {self.log_snr!r}")
+        if len(self.stochasticity) != len(self.log_snr) - 1 or min((*self.stochasticity, 0)) < 0:
+            raise ValueError(
+                f"stochasticity must be one λ ≥ 0 for each of the {len(self.log_snr) - 1} steps; "
+                f"got {self.stochasticity!r}"
+            )
+        self.solver()  # it checks the order
+
+    @property
+    def nfe(self) -> int:
+        """Number of evaluations, without guidance."""
+        return len(self.log_snr)
+
+    def solver(self) -> ExponentialMultistep:
+        """The solver, for grids of n times."""
+        return ExponentialMultistep(
+            order=self.order,
+            stochasticity=_PerStep(self.stochasticity),
+            corrector=self.corrector,
+            variable="vp_time",
+        )
+
+    def times(self, sde: LinearSDE) -> Tensor:
+        """Decreasing times ``(n,)`` of a process at which it has the noise levels.
+
+        Raises
+        ------
+        ValueError
+            If the settings are for another process, or the process does not reach a level.
+        """
+        if repr(check_process(sde)) != self.process:
+            raise ValueError(
+                f"settings must be for this process, {sde!r}; got settings for {self.process}"
+            )
+        wanted = torch.tensor(self.log_snr, dtype=torch.float64, device="cpu")
+        times = times_of_log_snr(sde, wanted, sde.regular_until)
+        if bool(((sde.log_snr(times) - wanted).abs() > _REACHED).any()):
+            raise ValueError(
+                f"log_snr must be levels that {sde!r} reaches, from "
+                f"{float(sde.log_snr(sde.regular_until)):.4g} on; got {self.log_snr!r}"
+            )
+        return times
+
+    def save(self, file: str | Path) -> None:
+        """Write the settings as JSON."""
+        text = json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
+        write_whole(Path(file), lambda path: path.write_text(text, encoding="utf-8"))
+
+    @classmethod
+    def load(cls, file: str | Path) -> Self:
+        """Read settings that `save` wrote.
+
+        Raises
+        ------
+        ValueError
+            If the file does not hold settings.
+        """
+        try:
+            found = json.loads(Path(file).read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{file} does not hold sampler settings in JSON: {error}") from error
+        names = {field.name for field in fields(cls)}
+        if not isinstance(found, dict) or set(found) != names:
+            raise ValueError(f"{file} must hold the settings {', '.join(sorted(names))} in JSON")
+        return cls(**found)
+
+
+@dataclass(frozen=True)
+class _PerStep:
+    """λ of each step, whatever its time."""
+
+    levels: tuple[float, ...]
+
+    def __call__(self, times: Tensor) -> Tensor:
+        return torch.tensor(self.levels, dtype=torch.float64, device="cpu")
