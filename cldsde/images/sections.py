@@ -369,8 +369,8 @@ class SamplingConfig:
         Grid of times: ``"uniform"``, ``"quadratic"``, ``"root"``, ``"log_snr"``,
         ``"logistic"`` or ``"karras"``.
     t_start, t_end
-        Times at which sampling starts and ends (ε). None: as for `cldsde.sample`, the times at
-        which κ, half the log of the signal-to-noise ratio, is −3.3 and 3.3.
+        Times at which sampling starts and ends (ε). None: as for `cldsde.sample`. κ, half the log
+        of the signal-to-noise ratio, is then −3.3, or less for large images, and 3.3.
     denoise
         Return the data prediction at ε instead of the state there.
     options
