@@ -84,18 +84,18 @@ TABLES = 1e-4  # the tables of the schedulers are in single precision
 SECOND = MULTISTEP(order=2, variable="log_snr", weights="published")
 
 
-@pytest.mark.parametrize("name", ["ddpm", "v", "sample"])
 @pytest.mark.parametrize(
-    ("scheduler", "options", "solver"),
+    ("name", "scheduler", "options", "solver"),
     [
-        ("DDIMScheduler", {"clip_sample": False}, MULTISTEP(order=1)),
-        ("DPMSolverMultistepScheduler", {"lower_order_final": False}, SECOND),
+        ("ddpm", "DDIMScheduler", {"clip_sample": False}, MULTISTEP(order=1)),
+        ("v", "DDIMScheduler", {"clip_sample": False}, MULTISTEP(order=1)),
+        ("sample", "DPMSolverMultistepScheduler", {"lower_order_final": False}, SECOND),
     ],
 )
 def test_images_are_those_of_the_schedulers(folders, name, scheduler, options, solver):
     config = json.loads((folders[name] / "scheduler/scheduler_config.json").read_text())
     made = getattr(diffusers, scheduler).from_config(config, **options)
-    made.set_timesteps(12)
+    made.set_timesteps(6)
     levels = 0.5 * made.alphas_cumprod.double()[made.timesteps].logit()
     assert relative(ours(folders[name], solver, levels, NOISE), theirs(made, NOISE)) <= TABLES
 
@@ -302,7 +302,8 @@ def test_a_compiled_network_is_one_of_the_pipeline(folders):
     for source in ((pipeline,), (pipeline.unet, pipeline.scheduler)):
         found = pretrained.from_diffusers(*source)
         assert found.shape == SHAPE
-        assert relative(found(U.float(), 1.5), expected) <= COMPILED
+        with torch.compiler.set_stance("force_eager"):  # to trace the network takes seconds
+            assert relative(found(U.float(), 1.5), expected) <= COMPILED
 
 
 def test_an_inpainting_network_is_rejected():

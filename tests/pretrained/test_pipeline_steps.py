@@ -1,5 +1,6 @@
 """The scheduler for pipelines, called as pipelines call it, with a network that costs nothing."""
 
+import functools
 import math
 
 import pytest
@@ -103,25 +104,37 @@ def test_repeated_levels_are_left_out():
     assert bool(run(found, 10).isfinite().all())
 
 
+@functools.cache
+def shared(name, process):
+    return made({"DDIM": DDIM(), "flow": FLOW()}[name], process)
+
+
 @pytest.mark.parametrize("process", ["CLD", "VPSDE", "HOLD", "RectifiedFlow"])
-@pytest.mark.parametrize("scheduler", [PLAIN, DDIM(), FLOW()])
-@pytest.mark.parametrize("n", [1, 2, 3, 9])
+@pytest.mark.parametrize("scheduler", ["DDIM", "flow"])
+@pytest.mark.parametrize("n", [1, 2, 5])
 def test_n_steps_are_n_evaluations_from_the_noisiest_level_to_the_data(process, scheduler, n):
-    found = made(scheduler, process)
+    found = shared(scheduler, process)
     found.set_timesteps(n)
     assert len(found.timesteps) == found.num_inference_steps == n
-    noisiest = 1000.0 if isinstance(scheduler, FLOW) else 999.0
+    noisiest = 1000.0 if scheduler == "flow" else 999.0
     assert float(found.timesteps[0]) == pytest.approx(noisiest, rel=NEAR, abs=0)
     assert bool((found.timesteps.diff() < 0).all())
     assert bool(run(found, n).isfinite().all())
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("scheduler", [DDIM(clip_sample=False), FLOW()])
-@pytest.mark.parametrize("process", ["VPSDE", "CLD"])
+@pytest.mark.parametrize(
+    ("process", "scheduler"),
+    [
+        ("VPSDE", FLOW()),
+        ("CLD", DDIM(clip_sample=False)),
+        pytest.param("VPSDE", DDIM(clip_sample=False), marks=pytest.mark.slow),
+        pytest.param("CLD", FLOW(), marks=pytest.mark.slow),
+    ],
+)
 def test_the_brightness_of_large_images_is_kept(process, scheduler):
     """Normal images of 64 × 64 with a brightness of standard deviation 0.5, exactly denoised."""
-    count, size, n = 200, 64, 30
+    count, size, n = 200, 64, 20
     found = made(scheduler, process)
     found.set_timesteps(n)
     signal, noise = found._convention.scales(found._levels)
@@ -134,7 +147,7 @@ def test_the_brightness_of_large_images_is_kept(process, scheduler):
         data = next(gains) * (x - mean) + next(gains) * mean
         kept = 1.0 if isinstance(scheduler, FLOW) else a  # the flow, or the noise
         x = found.step((x - kept * data) / s, t, x).prev_sample
-    # Three standard errors of a standard deviation, and 3 %, the error of 30 steps.
+    # Three standard errors of a standard deviation, and 3 %, the error of 20 steps.
     assert abs(float(x.mean((1, 2, 3)).std()) / 0.5 - 1) <= 3 / math.sqrt(2 * count) + 0.03
 
 
@@ -204,11 +217,19 @@ def test_streams_of_the_latents_belong_to_the_samples():
     assert far(torch.cat(alone), together) <= CLOSE
 
 
-@pytest.mark.parametrize("solver", [None, FIRST, MULTISTEP(order=3), MULTISTEP(corrector=True)])
-@pytest.mark.parametrize("process", ["CLD", "VPSDE"])
+@pytest.mark.parametrize(
+    ("process", "solver"),
+    [
+        ("CLD", None),
+        ("VPSDE", FIRST),
+        ("CLD", MULTISTEP(order=3)),
+        ("CLD", MULTISTEP(corrector=True)),
+    ],
+)
 def test_latents_that_are_only_copied_change_nothing(process, solver):
-    plain = run(made(PLAIN, process, solver))
-    assert torch.equal(run(made(PLAIN, process, solver), change=lambda i, x: x.clone()), plain)
+    scheduler = made(PLAIN, process, solver)
+    plain = run(scheduler)
+    assert torch.equal(run(scheduler, change=lambda i, x: x.clone()), plain)
 
 
 def test_a_start_in_the_middle_follows_from_the_latents():
