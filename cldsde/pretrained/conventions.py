@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cldsde.linear.interpolants import AlphasCumprod
 from cldsde.score import NoisePath
 from cldsde.score.conversion import Prediction
 
@@ -81,20 +82,17 @@ class Convention:
 
     @property
     def path(self) -> NoisePath:
-        """Path of the levels that have signal."""
+        """Path of the levels that the network can denoise."""
         if self.table is None:
             noisiest, last = (
                 torch.tensor(self.ends, dtype=torch.float64, device="cpu").neg().sigmoid().tolist()
             )
             return dataclasses.replace(NoisePath.linear(), interval=(last, noisiest))
-        return NoisePath.from_alphas_cumprod(torch.sigmoid(2 * self.table))
-
-    @property
-    def finite_ends(self) -> tuple[float, float]:
-        """κ of the noisiest level with signal, and of the last one."""
-        if self.table is None or self.ends[0] > -math.inf:
-            return self.ends
-        return float(self.table[self.table > -math.inf][-1]), self.ends[1]
+        alphas = torch.sigmoid(2 * self.table)
+        if self.ends[0] > -math.inf:
+            return NoisePath.from_alphas_cumprod(alphas)
+        found, last = AlphasCumprod(alphas, start=-1.0, end=self.steps - 1.0), self.steps - 1.0
+        return NoisePath(found.signal, found.noise, interval=(0.0, last), inverse=self.times)
 
     def scales(self, log_snr: Tensor) -> tuple[Tensor, Tensor]:
         """α and σ at values of κ, finite or not, in their type and on their device."""
@@ -110,7 +108,9 @@ class Convention:
             return -log_snr / 4
         index = (torch.searchsorted(-self.table, -log_snr) - 1).clamp(0, self.steps - 2)
         low, high = self.table[index], self.table[index + 1]
-        return index + torch.where(log_snr <= high, 1.0, (low - log_snr) / (low - high))
+        # After the last entry with signal, the angle atan(α/σ) is linear, as in `AlphasCumprod`.
+        angles = 1 - log_snr.exp().atan() / low.exp().atan()
+        return index + torch.where(high == -math.inf, angles, (low - log_snr) / (low - high))
 
     def log_snr(self, times: Tensor) -> Tensor:
         """κ at times of the scheduler ``(n,)``, on their device; −40 if there is no signal."""
@@ -122,7 +122,9 @@ class Convention:
             return -4 * times
         table = self.table.clamp(min=LEAST_LOG_SNR).to(times)
         index = times.floor().clamp(0, self.steps - 2).long()
-        return table[index].lerp(table[index + 1], times - index)
+        low, high, share = table[index], table[index + 1], times - index
+        angles = (low.exp().atan() * (1 - share)).tan().log().clamp(min=LEAST_LOG_SNR)
+        return torch.where(high == LEAST_LOG_SNR, angles, low.lerp(high, share))
 
     def estimate(self, signal: float, noise: float) -> tuple[float, float]:
         """Coefficients of x and of the network's output in its prediction of the data.

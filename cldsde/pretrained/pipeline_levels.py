@@ -38,7 +38,7 @@ def window(
     ValueError
         If a given time lies outside, or the range is empty.
     """
-    noisiest, last = convention.finite_ends
+    noisiest, last = convention.ends
     default = (
         max(_FIRST_LOG_SNR, noisiest, noisiest_log_snr(sde)),
         min(_LAST_LOG_SNR, last),

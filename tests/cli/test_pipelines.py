@@ -10,7 +10,7 @@ from cldsde.cli import main
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
-import tiny_pipelines
+import tiny_pipelines  # noqa: E402 -- needs both libraries
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import torch
 from cldsde import (
     CLD,
     VPSDE,
+    CosineVP,
     GuidedScore,
     LinearSDE,
     RectifiedFlow,
@@ -177,10 +178,28 @@ def test_a_model_of_the_caller_is_left_as_it_is():
 
 
 @pytest.mark.parametrize("kind", ["DDIMScheduler", "DPMSolverMultistepScheduler"])
-def test_an_entry_without_signal_is_left_out(kind):
-    options = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+@pytest.mark.parametrize(("predicts", "last"), [("v_prediction", 999.0), ("epsilon", 998.0)])
+def test_an_entry_without_signal_is_left_out_if_the_network_predicts_noise(kind, predicts, last):
+    options = {"rescale_betas_zero_snr": True, "prediction_type": predicts}
     scheduler = getattr(diffusers, kind)(**options)
-    assert pretrained.from_diffusers(unet(), scheduler).path.interval == (0.0, 998.0)
+    assert pretrained.from_diffusers(unet(), scheduler).path.interval == (0.0, last)
+
+
+@pytest.mark.parametrize("process", [RectifiedFlow(), CosineVP()])
+def test_images_are_those_of_ddim_from_pure_noise(process):
+    """A table whose last entry has no signal, and processes that begin without signal."""
+    options = {"prediction_type": "v_prediction", "timestep_spacing": "trailing"}
+    scheduler = diffusers.DDIMScheduler(rescale_betas_zero_snr=True, clip_sample=False, **options)
+    scheduler.set_timesteps(5)
+    levels = 0.5 * scheduler.alphas_cumprod.double()[scheduler.timesteps].logit()
+    assert levels[0] == -torch.inf
+    times = torch.cat([torch.ones(1), solvers.times_of_log_snr(process, levels[1:])])
+    denoiser = pretrained.from_diffusers(unet().eval(), scheduler).double()
+    reverse = ReverseProcess(process, DenoiserScore(denoiser, process))
+    found = solvers.solve(reverse, MULTISTEP(order=1), NOISE.unsqueeze(1), times, denoise=True)
+    assert relative(found.data, theirs(scheduler, NOISE)) <= TABLES
+    whole = sample(process, reverse.score, (1, *SHAPE), nfe=4, times=solvers.root_times(1, 0.01, 4))
+    assert bool(whole.isfinite().all())
 
 
 def transformer(kind="FluxTransformer2DModel"):
