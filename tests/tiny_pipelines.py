@@ -7,6 +7,7 @@ Text encoders and tokenizers come from configurations, too: nothing is fetched.
 """
 
 import functools
+import inspect
 from dataclasses import dataclass, field
 
 import diffusers
@@ -39,10 +40,19 @@ def _clip(projection=False):
     return kind(CLIPTextConfig(**shape, **tokens)).eval()
 
 
-def _t5(kind="T5EncoderModel"):
-    shape = {"d_model": WIDTH, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
+def _t5(kind="T5EncoderModel", width=WIDTH):
+    shape = {"d_model": width, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
     config = T5Config(**shape, vocab_size=len(WORDS), pad_token_id=0, eos_token_id=2)
     return getattr(transformers, kind)(config).eval()
+
+
+def _transformer(kind, **options):
+    """A transformer of latents of 4 channels."""
+    shape = {"sample_size": 8, "patch_size": 2, "in_channels": 4, "out_channels": 4}
+    shape |= {"num_layers": 1, "attention_head_dim": 8, "num_attention_heads": 2}
+    kind = getattr(diffusers, kind)
+    taken = inspect.signature(kind.__init__).parameters
+    return kind(**{**{name: x for name, x in shape.items() if name in taken}, **options}).eval()
 
 
 def _vae(channels=4, **options):
@@ -90,117 +100,83 @@ def _sdxl():
 
 
 def _sd3():
-    transformer = diffusers.SD3Transformer2DModel(
-        sample_size=8,
-        patch_size=2,
-        in_channels=4,
-        num_layers=1,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=2 * WIDTH,
-        caption_projection_dim=16,
-        pooled_projection_dim=2 * WIDTH,
-        out_channels=4,
-        pos_embed_max_size=8,
-    )
-    # T5's embeddings are as wide as both of CLIP's together.
-    shape = {"d_model": 2 * WIDTH, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
-    config = T5Config(**shape, vocab_size=len(WORDS), pad_token_id=0, eos_token_id=2)
     return diffusers.StableDiffusion3Pipeline(
-        transformer=transformer.eval(),
+        transformer=_transformer(
+            "SD3Transformer2DModel",
+            joint_attention_dim=2 * WIDTH,
+            caption_projection_dim=16,
+            pooled_projection_dim=2 * WIDTH,
+            pos_embed_max_size=8,
+        ),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=_vae(shift_factor=0.0),
         text_encoder=_clip(projection=True),
         tokenizer=_tokenizer(),
         text_encoder_2=_clip(projection=True),
         tokenizer_2=_tokenizer(),
-        text_encoder_3=transformers.T5EncoderModel(config).eval(),
+        text_encoder_3=_t5(width=2 * WIDTH),  # as wide as both of CLIP's embeddings together
         tokenizer_3=_tokenizer(),
     )
 
 
 def _flux():
-    transformer = diffusers.FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=WIDTH,
-        pooled_projection_dim=WIDTH,
-        axes_dims_rope=(2, 2, 4),
-        guidance_embeds=True,
-    )
     return diffusers.FluxPipeline(
+        transformer=_transformer(
+            "FluxTransformer2DModel",
+            patch_size=1,
+            in_channels=16,
+            out_channels=None,
+            num_single_layers=1,
+            joint_attention_dim=WIDTH,
+            pooled_projection_dim=WIDTH,
+            axes_dims_rope=(2, 2, 4),
+            guidance_embeds=True,
+        ),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
         vae=_vae(shift_factor=0.0),
         text_encoder=_clip(),
         tokenizer=_tokenizer(),
         text_encoder_2=_t5(),
         tokenizer_2=_tokenizer(),
-        transformer=transformer.eval(),
     )
 
 
 def _auraflow():
-    transformer = diffusers.AuraFlowTransformer2DModel(
-        sample_size=8,
-        patch_size=2,
-        in_channels=4,
-        num_mmdit_layers=1,
-        num_single_dit_layers=1,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=WIDTH,
-        caption_projection_dim=16,
-        out_channels=4,
-        pos_embed_max_size=16,
-    )
     return diffusers.AuraFlowPipeline(
+        transformer=_transformer(
+            "AuraFlowTransformer2DModel",
+            num_mmdit_layers=1,
+            num_single_dit_layers=1,
+            joint_attention_dim=WIDTH,
+            caption_projection_dim=16,
+            pos_embed_max_size=16,
+        ),
         tokenizer=_tokenizer(),
         text_encoder=_t5("UMT5EncoderModel"),
         vae=_vae(),
-        transformer=transformer.eval(),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=1.73),
     )
 
 
 def _pixart():
-    transformer = diffusers.PixArtTransformer2DModel(
-        sample_size=8,
-        num_layers=1,
-        patch_size=2,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        caption_channels=WIDTH,
-        in_channels=4,
-        cross_attention_dim=16,
-        out_channels=8,
-        use_additional_conditions=False,
-    )
     return diffusers.PixArtAlphaPipeline(
+        transformer=_transformer(
+            "PixArtTransformer2DModel",
+            caption_channels=WIDTH,
+            cross_attention_dim=16,
+            out_channels=8,
+            use_additional_conditions=False,
+        ),
         tokenizer=_tokenizer(),
         text_encoder=_t5(),
         vae=_vae(),
-        transformer=transformer.eval(),
         scheduler=diffusers.DDIMScheduler(clip_sample=False),
     )
 
 
 def _dit():
-    transformer = diffusers.DiTTransformer2DModel(
-        sample_size=8,
-        num_layers=1,
-        patch_size=2,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        in_channels=4,
-        out_channels=8,
-        norm_num_groups=4,
-    )
     return diffusers.DiTPipeline(
-        transformer=transformer.eval(),
+        transformer=_transformer("DiTTransformer2DModel", out_channels=8, norm_num_groups=4),
         vae=_vae(),
         scheduler=diffusers.DDIMScheduler(clip_sample=False),
     )
@@ -302,51 +278,52 @@ def _prompts(samples):
 
 
 _TEXT = {"prompt": _prompts, "negative_prompt": lambda samples: ["a"] * len(samples)}
+_INPAINT = {**_TEXT, "image": _images, "mask_image": masks}
 _SIZE = {"height": 16, "width": 16}
-_LATENT = {"output_type": "latent", "guidance_scale": 3.0}
-_STEPS = {"num_inference_steps": 4}
-_EDIT = {**_TEXT, "image": _images}
-_INPAINT = {**_EDIT, "mask_image": masks}
+_PLAIN = {"num_inference_steps": 4, "output_type": "np"}
+_LATENT = {"num_inference_steps": 4, "output_type": "latent", "guidance_scale": 3.0}
+_PART = {**_LATENT, "num_inference_steps": 7, "strength": 0.6}
 _CLEAN = {"clean_caption": False, "use_resolution_binning": False}
-_FLUX = {"output_type": "latent", "guidance_scale": 3.0, "max_sequence_length": 8, **_SIZE}
+
+
+def _guided(make, arguments=_LATENT, per_sample=_TEXT, network="unet"):
+    return Case(make, arguments, per_sample, 3.0, network)
+
+
+def _inpainting(channels):
+    make = functools.partial(_sd, "StableDiffusionInpaintPipeline", {"in_channels": channels})
+    return _guided(make, {**_LATENT, **_SIZE}, _INPAINT)
+
 
 CASES = {
-    "DDPM": Case(_ddpm, {**_STEPS, "output_type": "np"}, {"batch_size": len}),
+    "DDPM": Case(_ddpm, _PLAIN, {"batch_size": len}),
     "DiT": Case(
         _dit,
-        {**_STEPS, "output_type": "np", "guidance_scale": 3.0},
+        {**_PLAIN, "guidance_scale": 3.0},
         {"class_labels": list},
         3.0,
         "transformer",
         conditional_first=True,
     ),
-    "SD": Case(_sd, {**_STEPS, **_LATENT}, _TEXT, 3.0),
-    "SD-v": Case(
-        functools.partial(_sd, prediction_type="v_prediction"), {**_STEPS, **_LATENT}, _TEXT, 3.0
-    ),
-    "SD-img2img": Case(
+    "SD": _guided(_sd),
+    "SD-v": _guided(functools.partial(_sd, prediction_type="v_prediction")),
+    "SD-img2img": _guided(
         functools.partial(_sd, "StableDiffusionImg2ImgPipeline"),
-        {**_LATENT, "num_inference_steps": 7, "strength": 0.6},
-        _EDIT,
-        3.0,
+        _PART,
+        {**_TEXT, "image": _images},
     ),
-    "SD-inpaint-4": Case(
-        functools.partial(_sd, "StableDiffusionInpaintPipeline"),
-        {**_STEPS, **_LATENT, **_SIZE},
-        _INPAINT,
-        3.0,
+    "SD-inpaint-4": _inpainting(4),
+    "SD-inpaint-9": _inpainting(9),
+    "SDXL": _guided(_sdxl, {**_LATENT, **_SIZE}),
+    "SD3": _guided(_sd3, {**_LATENT, **_SIZE}, network="transformer"),
+    "Flux": Case(
+        _flux,
+        {**_LATENT, **_SIZE, "max_sequence_length": 8},
+        {"prompt": _prompts},
+        network="transformer",
     ),
-    "SD-inpaint-9": Case(
-        functools.partial(_sd, "StableDiffusionInpaintPipeline", {"in_channels": 9}),
-        {**_STEPS, **_LATENT, **_SIZE},
-        _INPAINT,
-        3.0,
-    ),
-    "SDXL": Case(_sdxl, {**_STEPS, **_LATENT, **_SIZE}, _TEXT, 3.0),
-    "SD3": Case(_sd3, {**_STEPS, **_LATENT, **_SIZE}, _TEXT, 3.0, "transformer"),
-    "Flux": Case(_flux, {**_STEPS, **_FLUX}, {"prompt": _prompts}, None, "transformer"),
-    "PixArt": Case(_pixart, {**_STEPS, **_LATENT, **_SIZE, **_CLEAN}, _TEXT, 3.0, "transformer"),
-    "AuraFlow": Case(_auraflow, {**_STEPS, **_LATENT, **_SIZE}, _TEXT, 3.0, "transformer"),
+    "PixArt": _guided(_pixart, {**_LATENT, **_SIZE, **_CLEAN}, network="transformer"),
+    "AuraFlow": _guided(_auraflow, {**_LATENT, **_SIZE}, network="transformer"),
 }
 
 

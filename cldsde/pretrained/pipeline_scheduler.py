@@ -24,14 +24,14 @@ from cldsde.pretrained.descriptions import (
     process_of,
     solver_of,
 )
+from cldsde.pretrained.noise import GeneratorNoise, streams_of
 from cldsde.pretrained.pipeline_levels import (
     levels_of_grid,
     levels_of_scheduler,
     number_of_steps,
     window,
 )
-from cldsde.pretrained.pipeline_noise import GeneratorNoise, latent_streams
-from cldsde.pretrained.stepping import PathSteps, check_steppable, steps_of
+from cldsde.pretrained.stepping import PathSteps, check_steppable, recommended_steps
 from cldsde.solvers.base import Solver
 from cldsde.solvers.noise import NoiseSource
 
@@ -135,11 +135,17 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         self.sde = process_of(process)
         self.solver = None if solver is None else check_steppable(solver_of(solver))
         self._convention = Convention.of(self.replaced)
-        given = {name: x for name, x in (("start", start), ("end", end)) if x is not None}
-        if given and grid == "scheduler":
-            msg = f"{next(iter(given))} must be None with grid='scheduler', which has its own ends"
-            raise ValueError(msg)
-        self._window = window(self.sde, self._convention, start, end)
+        self._window = None
+        if grid == "root_times":
+            self._window = window(self.sde, self._convention, start, end)
+        for name, given in (("start", start), ("end", end)):
+            if given is not None and self._window is None:
+                msg = f"{name} must be None with grid='scheduler', which has its own ends"
+                raise ValueError(msg)
+        # A configuration may hold keys of other schedulers, which its class does not read.
+        read = inspect.signature(type(self.replaced).__init__).parameters
+        names = ("thresholding", "clip_sample")
+        self._clips = [x for x in names if x in read and self.replaced.config.get(x)]
         #: Steps on the levels of `set_timesteps`.
         self.steps: PathSteps | None = None
         self.num_inference_steps: int | None = None
@@ -196,7 +202,7 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         given = {"timesteps": timesteps, "sigmas": sigmas, "mu": mu}
         given = {name: x for name, x in given.items() if x is not None}
         convention = self._convention
-        if self.config.grid == "scheduler":
+        if self._window is None:
             levels, times = levels_of_scheduler(
                 self.replaced, convention, num_inference_steps, given
             )
@@ -207,12 +213,12 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         pairs = zip(signal[:-1].tolist(), noise[:-1].tolist(), strict=True)
         self._estimates = [convention.estimate(*pair) for pair in pairs]
         if self.steps is None or not torch.equal(levels, self._levels):
-            self.steps = steps_of(self.sde, self.solver, levels, signal, noise)
+            self.steps = recommended_steps(self.sde, self.solver, levels, signal, noise)
         self.steps.reset()
         self._levels: Tensor = levels
         self._clear()
         spread = float(getattr(self.replaced, "init_noise_sigma", 1.0))
-        if self.config.grid == "scheduler" and spread != 1:
+        if self._window is None and spread != 1:
             # Euler's latents are x/α. Some of its grids leave the data's part out of the first.
             self.init_noise_sigma = spread * float(signal[0])
         self.num_inference_steps = len(times)
@@ -266,16 +272,15 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         assert self.steps is not None
         data = self._data_prediction(i, model_output, sample)
         if generator is None and self._streams is None:
-            self._streams = latent_streams(sample)
+            self._streams = streams_of(sample)
         noise = self._streams if generator is None else GeneratorNoise(generator)
         assert noise is not None
         found = self.steps.step(i, sample, data, noise)
+        data = data.to(sample.dtype)
         self._step_index = i + 1
         if not return_dict:
-            return found, data.to(sample.dtype)
-        return PipelineSchedulerOutput(
-            prev_sample=found, pred_original_sample=data.to(sample.dtype)
-        )
+            return found, data
+        return PipelineSchedulerOutput(prev_sample=found, pred_original_sample=data)
 
     def _data_prediction(self, i: int, output: Tensor, x: Tensor) -> Tensor:
         """Data prediction at level i, clipped as the replaced scheduler clips it."""
@@ -293,11 +298,9 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         data = of_output * output.to(exact)
         if of_x:
             data.add_(x.to(exact), alpha=of_x)
-        # A configuration may hold keys of other schedulers, which its class does not read.
-        options = inspect.signature(type(theirs).__init__).parameters
-        if "thresholding" in options and theirs.config.thresholding:
+        if "thresholding" in self._clips:
             return theirs._threshold_sample(data)  # type: ignore[no-any-return]
-        if "clip_sample" in options and theirs.config.clip_sample:
+        if "clip_sample" in self._clips:
             return data.clamp(*(sign * theirs.config.clip_sample_range for sign in (-1, 1)))
         return data
 

@@ -28,6 +28,8 @@ from cldsde.solvers.sampling import RECOMMENDED
 
 # A level this close in κ to an end of the process counts as that end.
 _ROUNDING = 1e-6
+# A sampling that starts at a larger κ = log(α/σ) is a part of one.
+_NOISE = -2.0
 
 
 class PathSteps:
@@ -175,20 +177,23 @@ class PathSteps:
         return self._tables.get(origin)
 
 
-def steps_of(
-    sde: LinearSDE, solver: GridSolver | None, levels: Tensor, signal: Tensor, noise: Tensor
+def recommended_steps(
+    sde: LinearSDE, solver: GridSolver | None, log_snr: Tensor, signal: Tensor, noise: Tensor
 ) -> PathSteps:
-    """Steps with a solver, or with the first recommended one that applies to the process."""
-    if solver is None:
-        k, n = sde.components, len(levels) - 2
-        kept = [x for x in RECOMMENDED if k <= x.most_components and n <= x.most_steps]
-        for recipe in kept:
-            if recipe.solver.facts.score_at_start:
-                try:
-                    return PathSteps(sde, check_steppable(recipe.solver), levels, signal, noise)
-                except ValueError:  # try the next one, as `recommended_plan` does
-                    continue
-    return PathSteps(sde, solver or ExponentialEuler(), levels, signal, noise)
+    """Steps of `PathSteps` with a solver; None: the first recommended one that applies."""
+    if solver is not None:
+        return PathSteps(sde, solver, log_snr, signal, noise)
+    # A part of a sampling has few steps, but may have long ones, for which order 3 is unstable.
+    whole = bool(log_snr[0] <= _NOISE) and bool(log_snr[-1] == math.inf)
+    n = len(log_snr) - 2 if whole else math.inf  # steps before the data prediction
+    for recipe in RECOMMENDED:
+        fits = sde.components <= recipe.most_components and n <= recipe.most_steps
+        if fits and recipe.solver.facts.score_at_start:
+            try:
+                return PathSteps(sde, check_steppable(recipe.solver), log_snr, signal, noise)
+            except ValueError:  # try the next one, as `recommended_plan` does
+                continue
+    return PathSteps(sde, ExponentialEuler(), log_snr, signal, noise)
 
 
 class _Blocks(NamedTuple):

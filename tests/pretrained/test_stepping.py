@@ -62,7 +62,7 @@ def start():
 
 # Every process and every solver, and those pairs that differ from others in their tables.
 PAIRS = [("CLD", method) for method in SOLVERS] + [(name, "noise") for name in PROCESSES]
-PAIRS += [("VP", "order 3"), ("HOLD", "corrector"), ("PSLD", "euler"), ("VP", "ancestral")]
+PAIRS += [("VP", "order 3"), ("HOLD", "corrector")]
 ALL = [(name, method) for name in PROCESSES for method in SOLVERS]
 pairs = pytest.mark.parametrize(
     ("name", "method"),

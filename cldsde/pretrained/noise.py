@@ -1,4 +1,4 @@
-"""Noise of pipelines: from their generators, or from streams that belong to the latents."""
+"""Noise in other libraries: from their generators, or from streams that belong to the samples."""
 
 from __future__ import annotations
 
@@ -26,12 +26,11 @@ class GeneratorNoise(NoiseSource):
         return standard_normal(shape, generator=self._generator, dtype=z.dtype, device=z.device)
 
 
-def latent_streams(latents: Tensor) -> SampleNoise:
-    """Streams that depend on the values of each sample alone; they are read back once."""
-    return SampleNoise([_seed_of(x) for x in latents], key=_KEY)
+def streams_of(x: Tensor) -> SampleNoise:
+    """One random stream per sample, which depends on the values of this sample alone.
 
-
-def _seed_of(x: Tensor) -> int:
-    """Seed that depends on the values of a sample."""
-    values = x.detach().to("cpu", torch.float32).contiguous().numpy().tobytes()
-    return int.from_bytes(hashlib.sha256(values).digest()[:4], "little")
+    The values are read back once.
+    """
+    rows = x.detach().to("cpu", torch.float32).contiguous().numpy()
+    digests = [hashlib.sha256(row.tobytes()).digest() for row in rows]
+    return SampleNoise([int.from_bytes(found[:4], "little") for found in digests], key=_KEY)
