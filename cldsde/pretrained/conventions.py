@@ -69,11 +69,11 @@ class Convention:
                 "denoiser(u, sigma) instead"
             )
         alphas = found.detach().cpu().double()
-        if float(alphas[-1]) >= float(alphas[-2]) or float(alphas[-1]) <= _NO_SIGNAL:
+        if config.get("rescale_betas_zero_snr") and float(alphas[-1]) <= _NO_SIGNAL:
             alphas = torch.cat([alphas[:-1], alphas.new_zeros(1)])
         predicts, table = _PREDICTIONS[prediction], 0.5 * alphas.logit()
-        # A network that predicts the noise says nothing of the data if there is no signal.
-        usable = table if predicts != "noise" else table[table > -math.inf]
+        # A network that predicts the noise says nothing of the data if there is next to no signal.
+        usable = table if predicts != "noise" else table[alphas > _NO_SIGNAL]
         ends = float(usable[-1]), float(usable[0])
         continuous = config.get("timestep_type") == "continuous" and prediction == "v_prediction"
         if continuous and config.get("sigma_min") and config.get("sigma_max"):

@@ -24,6 +24,8 @@ _FIRST_LOG_SNR, _LAST_LOG_SNR = -5.0, 3.3
 # latents of both have the same distribution to 1 in 1,000.
 _NEAR = 0.1
 _ROUNDING = 1e-6
+# A step of this length in κ does not change single precision.
+_NO_LENGTH = 1e-6
 # Deviation from an even spacing, relative to the largest value, that rounding may explain.
 _UNEVEN = 1e-3
 
@@ -65,17 +67,17 @@ def number_of_steps(n: int | None, given: Mapping[str, Any]) -> int:
     Raises
     ------
     TypeError, ValueError
-        If it is no positive integer, or times are not evenly spaced.
+        If it is no positive integer, or times are not evenly spaced or do not decrease.
     """
     for name in ("timesteps", "sigmas"):
         if name not in given:
             continue
         values = torch.as_tensor(given[name], dtype=torch.float64, device="cpu").flatten()
         uneven = values.diff().diff().abs() > _UNEVEN * values.abs().max()
-        if bool(uneven.any()):
+        if bool(uneven.any()) or bool((values.diff() >= 0).any()):
             raise ValueError(
-                f"{name} must be evenly spaced with grid='root_times', which takes their number "
-                f"only; got {values.tolist()}. Use grid='scheduler'"
+                f"{name} must decrease in even steps with grid='root_times', which takes their "
+                f"number only; got {values.tolist()}. Use grid='scheduler'"
             )
         n = len(values)
     if isinstance(n, bool) or not isinstance(n, Integral):
@@ -125,7 +127,7 @@ def levels_of_scheduler(
         If the scheduler does not take an argument, or its noise does not decrease with each step.
     """
     name = type(scheduler).__name__
-    if scheduler.order != 1:
+    if getattr(scheduler, "order", 1) != 1:
         raise ValueError(
             f"grid must be 'root_times' for {name}, whose steps evaluate the network "
             f"{scheduler.order} times; got 'scheduler'"
@@ -144,9 +146,8 @@ def levels_of_scheduler(
         found = convention.log_snr(times.double())
         final = float(getattr(scheduler, "final_alpha_cumprod", 1.0))
         last = 0.5 * torch.tensor([final], dtype=torch.float64, device="cpu").logit()
-        # DDIM may end with a step of no length at index 0. It becomes the data prediction.
-        last = torch.where(last > found[-1], last, math.inf)
-        levels = torch.cat([found, last])
+        # DDIM may end with a step of no length at index 0, which changes nothing.
+        levels = torch.cat([found, last.clamp(min=found[-1] + _NO_LENGTH)])
         levels = torch.where(levels <= LEAST_LOG_SNR, -math.inf, levels)
     # PNDM repeats a level.
     new = torch.cat([torch.tensor([True], device="cpu"), levels[1:] != levels[:-1]])

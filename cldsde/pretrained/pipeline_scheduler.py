@@ -37,6 +37,10 @@ from cldsde.solvers.noise import NoiseSource
 
 Grid = Literal["root_times", "scheduler"]
 
+_CLIPS = ("thresholding", "clip_sample")
+# Schedulers that have an option to clip and do not read it.
+_NEVER_CLIP = ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler")
+_IGNORED = ("prev_timestep", "use_clipped_model_output")
 _OWN = ("scheduler", "process", "solver", "start", "end", "grid")
 
 
@@ -144,7 +148,7 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
                 raise ValueError(msg)
         # A configuration may hold keys of other schedulers, which its class does not read.
         read = inspect.signature(type(self.replaced).__init__).parameters
-        names = ("thresholding", "clip_sample")
+        names = () if type(self.replaced).__name__ in _NEVER_CLIP else _CLIPS
         self._clips = [x for x in names if x in read and self.replaced.config.get(x)]
         #: Steps on the levels of `set_timesteps`.
         self.steps: PathSteps | None = None
@@ -230,7 +234,18 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     # Steps
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
-        """Return the latents, which the network takes as they are."""
+        """Return the latents, which the network takes as they are.
+
+        Raises
+        ------
+        ValueError
+            If a pipeline scales a noise level, because its latents are x_0 + σ n.
+        """
+        if sample.ndim < 2:
+            raise ValueError(
+                f"sample must be latents (B, *D); got the shape {tuple(sample.shape)}. The "
+                "pipeline uses latents x_0 + σ n, and PipelineScheduler has α x_0 + σ n"
+            )
         return sample
 
     def step(
@@ -240,6 +255,7 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         sample: Tensor,
         generator: Generators | None = None,
         return_dict: bool = True,
+        **others: Any,
     ) -> PipelineSchedulerOutput | tuple[Tensor, Tensor]:
         """Take one step of the solver; pipelines call it.
 
@@ -256,6 +272,9 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             Source of the noise, or one source per sample. None: streams of the first latents.
         return_dict
             Whether to return an object in place of a tuple.
+        others
+            Arguments of other schedulers, which are rejected unless they change nothing here:
+            ``prev_timestep``, ``use_clipped_model_output``, and ``eta`` = 0.
 
         Returns
         -------
@@ -264,10 +283,18 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
         Raises
         ------
+        TypeError
+            If a pipeline passes an argument that this scheduler does not take.
         ValueError
             If ``set_timesteps`` was not called, all steps are done, the first time is not one of
             ``timesteps``, or a shape is wrong.
         """
+        for name, value in others.items():
+            if name not in _IGNORED and (name != "eta" or value):
+                raise TypeError(
+                    f"PipelineScheduler does not take {name} in step; the pipeline needs "
+                    f"{type(self.replaced).__name__} itself"
+                )
         i = self._index(timestep)
         assert self.steps is not None
         data = self._data_prediction(i, model_output, sample)

@@ -66,6 +66,22 @@ REPLACED = {
         DDIM(**TABLE, clip_sample=False, set_alpha_to_one=False, steps_offset=1),
         FIRST,
     ),
+    "DDIM, no length at index 0": (
+        DDIM(**TABLE, clip_sample=False, set_alpha_to_one=False),
+        FIRST,
+    ),
+    # Its last entry, 2e-9, is no level without signal.
+    "DDIM, cosine": (
+        DDIM(
+            beta_schedule="squaredcos_cap_v2",
+            prediction_type="sample",
+            clip_sample=False,
+            timestep_spacing="trailing",
+        ),
+        FIRST,
+    ),
+    # It has the option to clip, and does not read it.
+    "CogVideoX": (diffusers.CogVideoXDDIMScheduler(prediction_type="v_prediction"), FIRST),
     "DDIM, v": (DDIM(**V, clip_sample=False), FIRST),
     "DDIM, no signal": (
         DDIM(**V, clip_sample=False, rescale_betas_zero_snr=True, timestep_spacing="trailing"),
@@ -384,7 +400,8 @@ UNEVEN = {"timesteps": [999, 500, 10]}
 BAD_STEPS = [
     (PLAIN, {}, {}, TypeError, "num_inference_steps must be an integer; got None"),
     (PLAIN, {}, {"num_inference_steps": 0}, ValueError, "num_inference_steps must be at least 1"),
-    (PLAIN, {}, UNEVEN, ValueError, "timesteps must be evenly spaced with grid='root_times'"),
+    (PLAIN, {}, UNEVEN, ValueError, "timesteps must decrease in even steps with grid='root"),
+    (FLOW(), {}, {"sigmas": [0.0, 0.5, 1.0]}, ValueError, "sigmas must decrease in even steps"),
     (PLAIN, KEPT, UNEVEN, ValueError, "timesteps must be None for DDIMScheduler, which does not"),
     (FLOW(), KEPT, {"sigmas": [0.5, 0.9]}, ValueError, "its noise does not decrease"),
     (diffusers.HeunDiscreteScheduler(), KEPT, {"num_inference_steps": 4}, ValueError, "2 times"),
@@ -417,6 +434,23 @@ def test_calls_of_step_that_do_not_fit_are_rejected():
     found.step(x, found.timesteps[0], x)
     with pytest.raises(ValueError, match="step must be called at most 1 times"):
         found.step(x, found.timesteps[0], x)
+
+
+def test_arguments_of_other_schedulers_are_ignored_or_rejected():
+    found, x = made(diffusers.UnCLIPScheduler(), grid="scheduler"), latents()
+    found.set_timesteps(2)
+    first, second = found.timesteps
+    known = {"eta": 0.0, "use_clipped_model_output": True, "prev_timestep": second}
+    assert bool(found.step(x, first, x, **known).prev_sample.isfinite().all())
+    for name, value in {"eta": 1.0, "per_token_timesteps": x}.items():
+        with pytest.raises(
+            TypeError, match=f"does not take {name} in step; the pipeline needs UnCLIPSch"
+        ):
+            found.step(x, second, x, **{name: value})
+    with pytest.raises(
+        ValueError, match=r"must be latents \(B, \*D\); got the shape \(\)\. The pipel"
+    ):
+        found.scale_model_input(found.sigmas[0], second)
 
 
 def test_given_times_of_pipelines_count_steps():
