@@ -40,6 +40,8 @@ Grid = Literal["root_times", "scheduler"]
 _CLIPS = ("thresholding", "clip_sample")
 # Schedulers that have an option to clip and do not read it.
 _NEVER_CLIP = ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler")
+# Schedulers whose noise prediction stays that of the network if they clip the data prediction.
+_KEEPS_NOISE = ("DDIMScheduler", "DDIMParallelScheduler")
 _IGNORED = ("prev_timestep", "use_clipped_model_output")
 _OWN = ("scheduler", "process", "solver", "start", "end", "grid")
 
@@ -92,7 +94,8 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     Notes
     -----
     - ``clip_sample`` and ``thresholding`` act on the data prediction if the replaced scheduler has
-      them. DDIM clips, but keeps the noise of the prediction before it was clipped.
+      them. DDIM keeps the noise of the prediction before it was clipped, and so does this scheduler
+      in its place. Solvers that correct an earlier step do not.
     - Noise comes from the generators that a pipeline passes to `step`. Other pipelines have random
       streams that depend on each sample's first latents alone.
     - If a pipeline changes its latents between two steps (masks, callbacks), x changes and the rest
@@ -214,7 +217,8 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             n = number_of_steps(num_inference_steps, given)
             levels, times = levels_of_grid(self.sde, convention, self._window, n)
         signal, noise = convention.scales(levels)
-        pairs = zip(signal[:-1].tolist(), noise[:-1].tolist(), strict=True)
+        self._signal = signal.tolist()
+        pairs = zip(self._signal[:-1], noise[:-1].tolist(), strict=True)
         self._estimates = [convention.estimate(*pair) for pair in pairs]
         if self.steps is None or not torch.equal(levels, self._levels):
             self.steps = recommended_steps(self.sde, self.solver, levels, signal, noise)
@@ -297,12 +301,16 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
                 )
         i = self._index(timestep)
         assert self.steps is not None
-        data = self._data_prediction(i, model_output, sample)
+        predicted = self._data_prediction(i, model_output, sample)
+        data, x = self._clipped(predicted), sample
+        ours = others.get("use_clipped_model_output") or not self.steps.solver.facts.state_on_grid
+        if self._clips and type(self.replaced).__name__ in _KEEPS_NOISE and not ours:
+            x = x + self._signal[i] * (data - predicted)  # of the clipped data and the noise before
         if generator is None and self._streams is None:
             self._streams = streams_of(sample)
         noise = self._streams if generator is None else GeneratorNoise(generator)
         assert noise is not None
-        found = self.steps.step(i, sample, data, noise)
+        found = self.steps.step(i, x, data, noise).to(sample.dtype)
         data = data.to(sample.dtype)
         self._step_index = i + 1
         if not return_dict:
@@ -310,9 +318,8 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         return PipelineSchedulerOutput(prev_sample=found, pred_original_sample=data)
 
     def _data_prediction(self, i: int, output: Tensor, x: Tensor) -> Tensor:
-        """Data prediction at level i, clipped as the replaced scheduler clips it."""
-        theirs = self.replaced
-        learned = str(theirs.config.get("variance_type")).startswith("learned")
+        """Data prediction at level i."""
+        learned = str(self.replaced.config.get("variance_type")).startswith("learned")
         if learned and output.ndim > 1 and output.shape[1] == 2 * x.shape[1]:
             output = output[:, : x.shape[1]]
         if output.shape != x.shape:
@@ -323,8 +330,11 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         exact = torch.promote_types(x.dtype, torch.float32)
         of_x, of_output = self._estimates[i]
         data = of_output * output.to(exact)
-        if of_x:
-            data.add_(x.to(exact), alpha=of_x)
+        return data.add_(x.to(exact), alpha=of_x) if of_x else data
+
+    def _clipped(self, data: Tensor) -> Tensor:
+        """Data prediction clipped as the replaced scheduler clips it."""
+        theirs = self.replaced
         if "thresholding" in self._clips:
             return theirs._threshold_sample(data)  # type: ignore[no-any-return]
         if "clip_sample" in self._clips:

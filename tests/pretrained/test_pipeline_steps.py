@@ -70,6 +70,8 @@ REPLACED = {
         DDIM(**TABLE, clip_sample=False, set_alpha_to_one=False),
         FIRST,
     ),
+    "DDIM, clipped": (DDIM(**TABLE, clip_sample=True, clip_sample_range=0.5), FIRST),
+    "DDIM, thresholded": (DDIM(**V, thresholding=True, sample_max_value=1.5), FIRST),
     # Its last entry, 2e-9, is no level without signal.
     "DDIM, cosine": (
         DDIM(
