@@ -471,15 +471,17 @@ def test_given_times_of_pipelines_count_steps():
 
 
 @needs_simulation
-@pytest.mark.parametrize("process", ["CLD", "VPSDE"])
-def test_nothing_is_read_back_after_the_first_step(process):
+@pytest.mark.parametrize(("process", "n", "clip"), [("CLD", 12, True), ("VPSDE", 6, False)])
+def test_nothing_is_read_back_after_the_first_step(process, n, clip):
+    """Neither by order 2 whose latents change by clipping, nor by order 3."""
     with simulated_device() as device, torch.no_grad():
-        found = made(PLAIN, process)
-        found.set_timesteps(12, device="sim")
+        found = made(DDIM(**TABLE, clip_sample=clip), process)
+        found.set_timesteps(n, device="sim")
         x = latents().to("sim")
         reads = []
         for t in found.timesteps:
             before, output = device.traffic(), x * 0.5
             x = found.step(output, t, x).prev_sample
             reads.append((device.traffic() - before).read_backs)
-        assert reads[1:] == [0] * 11
+        assert found.steps.solver.order == (3 if n == 6 else 2)
+        assert reads[1:] == [0] * (n - 1)
