@@ -74,10 +74,15 @@ def number_of_steps(n: int | None, given: Mapping[str, Any]) -> int:
             continue
         values = torch.as_tensor(given[name], dtype=torch.float64, device="cpu").flatten()
         uneven = values.diff().diff().abs() > _UNEVEN * values.abs().max()
-        if bool(uneven.any()) or bool((values.diff() >= 0).any()):
+        if bool((values.diff() >= 0).any()):
             raise ValueError(
-                f"{name} must decrease in even steps with grid='root_times', which takes their "
-                f"number only; got {values.tolist()}. Use grid='scheduler'"
+                f"{name} must decrease, from the noise to the data; got {values.tolist()}. The "
+                "pipeline needs its own scheduler"
+            )
+        if bool(uneven.any()):
+            raise ValueError(
+                f"{name} must be evenly spaced with grid='root_times', which takes their number "
+                f"only; got {values.tolist()}. Use grid='scheduler'"
             )
         n = len(values)
     if isinstance(n, bool) or not isinstance(n, Integral):

@@ -402,8 +402,8 @@ UNEVEN = {"timesteps": [999, 500, 10]}
 BAD_STEPS = [
     (PLAIN, {}, {}, TypeError, "num_inference_steps must be an integer; got None"),
     (PLAIN, {}, {"num_inference_steps": 0}, ValueError, "num_inference_steps must be at least 1"),
-    (PLAIN, {}, UNEVEN, ValueError, "timesteps must decrease in even steps with grid='root"),
-    (FLOW(), {}, {"sigmas": [0.0, 0.5, 1.0]}, ValueError, "sigmas must decrease in even steps"),
+    (PLAIN, {}, UNEVEN, ValueError, "timesteps must be evenly spaced with grid='root_times'"),
+    (FLOW(), {}, {"sigmas": [0.0, 0.5, 1.0]}, ValueError, "sigmas must decrease, from the noise"),
     (PLAIN, KEPT, UNEVEN, ValueError, "timesteps must be None for DDIMScheduler, which does not"),
     (FLOW(), KEPT, {"sigmas": [0.5, 0.9]}, ValueError, "its noise does not decrease"),
     (diffusers.HeunDiscreteScheduler(), KEPT, {"num_inference_steps": 4}, ValueError, "2 times"),
