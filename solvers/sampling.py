@@ -199,7 +199,7 @@ def sample(
             raise TypeError(f"settings must be a SamplerSettings; got {type(settings).__name__}")
         if not (solver is None and times is None):
             raise ValueError("solver and times must be None with settings, which have both")
-        solver, times = settings.solver(), settings.times(sde)
+        solver, times = settings.solver(sde), settings.times(sde)
     _warn_of_training(process.score)
     recipe, sampler = recommended_plan(
         process, nfe=nfe, solver=solver, times=times, shape=data_shape

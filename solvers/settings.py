@@ -89,18 +89,18 @@ class SamplerSettings:
                 f"stochasticity must be one λ ≥ 0 for each of the {len(self.log_snr) - 1} steps; "
                 f"got {self.stochasticity!r}"
             )
-        self.solver()  # it checks the order
+        ExponentialMultistep(order=self.order)  # it checks the order
 
     @property
     def nfe(self) -> int:
         """Number of evaluations, without guidance."""
         return len(self.log_snr)
 
-    def solver(self) -> ExponentialMultistep:
-        """The solver, for grids of n times."""
+    def solver(self, sde: LinearSDE) -> ExponentialMultistep:
+        """The solver for a process, on `times` or from one of them on; errors as `times`."""
         return ExponentialMultistep(
             order=self.order,
-            stochasticity=_PerStep(self.stochasticity),
+            stochasticity=_PerStep(tuple(self.times(sde).tolist()[:-1]), self.stochasticity),
             corrector=self.corrector,
             variable="vp_time",
         )
@@ -152,9 +152,11 @@ class SamplerSettings:
 
 @dataclass(frozen=True)
 class _PerStep:
-    """λ of each step, whatever its time."""
+    """λ of the step with the nearest start."""
 
+    starts: tuple[float, ...]
     levels: tuple[float, ...]
 
     def __call__(self, times: Tensor) -> Tensor:
-        return torch.tensor(self.levels, dtype=torch.float64, device="cpu")
+        starts, levels = torch.tensor([self.starts, self.levels], dtype=torch.float64, device="cpu")
+        return levels[(times.unsqueeze(1) - starts).abs().argmin(1)]

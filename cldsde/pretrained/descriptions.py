@@ -6,12 +6,14 @@ import dataclasses
 import inspect
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from cldsde import linear, solvers
 from cldsde.linear.sde import LinearSDE
 from cldsde.score.reverse import same_dynamics
+from cldsde.solvers import SamplerSettings
 from cldsde.solvers.base import Solver
 
 
@@ -37,6 +39,26 @@ def solver_of(given: object, name: str = "solver") -> Solver:
         return given
     found: Solver = _made(given, solvers, Solver, name)
     return found
+
+
+def settings_of(given: object) -> SamplerSettings:
+    """Settings from themselves, their fields or a file.
+
+    Raises
+    ------
+    TypeError
+        If ``given`` is something else.
+    ValueError
+        If the file or the fields are no settings.
+    """
+    if isinstance(given, SamplerSettings):
+        return given
+    if isinstance(given, str | Path):
+        return SamplerSettings.load(given)
+    if not isinstance(given, Mapping):
+        kind = type(given).__name__
+        raise TypeError(f"settings must be a SamplerSettings, or a file of them; got {kind}")
+    return SamplerSettings(**given)
 
 
 def described_process(sde: LinearSDE) -> dict[str, Any] | None:

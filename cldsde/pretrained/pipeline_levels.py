@@ -15,7 +15,7 @@ from cldsde.linear.log_snr import times_of_log_snr
 from cldsde.linear.sde import LinearSDE
 from cldsde.pretrained.conventions import LEAST_LOG_SNR, Convention
 from cldsde.pretrained.stepping import noisiest_log_snr
-from cldsde.solvers import root_times
+from cldsde.solvers import SamplerSettings, root_times
 
 # Values of κ at which the process starts and ends. Noise hides the brightness of large images only
 # from κ = −5. From κ = −3.3 the brightness of 64 × 64 images shrinks by a fifth.
@@ -110,6 +110,33 @@ def levels_of_grid(
     first, last = (torch.tensor(x, dtype=torch.float64, device="cpu") for x in (lead, [math.inf]))
     levels = torch.cat([first, sde.log_snr(grid), last])
     return levels, convention.times(levels[:-1]).float()
+
+
+def levels_of_settings(
+    settings: SamplerSettings, convention: Convention, n: int
+) -> tuple[Tensor, Tensor]:
+    """κ of settings and of the data, and times of the scheduler.
+
+    Latents of flow-matching pipelines are noise alone, so the first is that level there.
+
+    Raises
+    ------
+    ValueError
+        If n is another number, or the network does not know a level.
+    """
+    noisiest, last = convention.ends
+    levels = [noisiest] * (noisiest == -math.inf) + list(settings.log_snr)
+    if n != len(levels):
+        first = f"1 and the {settings.nfe}" if len(levels) > settings.nfe else str(settings.nfe)
+        msg = f"num_inference_steps must be {len(levels)}, {first} of the settings; got {n}"
+        raise ValueError(msg)
+    if not (noisiest - _ROUNDING <= levels[0] and levels[-1] <= last + _ROUNDING):
+        raise ValueError(
+            f"log_snr of the settings must be levels that the network knows, from {noisiest:.4g} "
+            f"to {last:.4g}; got {settings.log_snr}"
+        )
+    found = torch.tensor([*levels, math.inf], dtype=torch.float64, device="cpu")
+    return found, convention.times(found[:-1]).float()
 
 
 def levels_of_scheduler(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import diffusers
@@ -22,16 +23,19 @@ from cldsde.pretrained.descriptions import (
     described_process,
     described_solver,
     process_of,
+    settings_of,
     solver_of,
 )
 from cldsde.pretrained.noise import GeneratorNoise, streams_of
 from cldsde.pretrained.pipeline_levels import (
     levels_of_grid,
     levels_of_scheduler,
+    levels_of_settings,
     number_of_steps,
     window,
 )
 from cldsde.pretrained.stepping import PathSteps, check_steppable, recommended_steps
+from cldsde.solvers import SamplerSettings
 from cldsde.solvers.base import Solver
 from cldsde.solvers.noise import NoiseSource
 
@@ -43,7 +47,7 @@ _NEVER_CLIP = ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler")
 # Schedulers whose noise prediction stays that of the network if they clip the data prediction.
 _KEEPS_NOISE = ("DDIMScheduler", "DDIMParallelScheduler")
 _IGNORED = ("prev_timestep", "use_clipped_model_output")
-_OWN = ("scheduler", "process", "solver", "start", "end", "grid")
+_OWN = ("scheduler", "process", "solver", "start", "end", "grid", "settings")
 
 
 @dataclass
@@ -82,6 +86,10 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         pipeline then give the number of steps only, and must be evenly spaced.
         ``"scheduler"``: the levels of the scheduler replaced, with its ``timesteps``, ``sigmas``
         and ``mu``, and the level at which it ends.
+    settings
+        Settings of a fitted sampler, or a file of them, in place of ``solver``, ``start``, ``end``
+        and ``grid``. The number of steps is that of their evaluations, and one more for
+        flow-matching networks.
 
     Raises
     ------
@@ -127,6 +135,7 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         start: float | None = None,
         end: float | None = None,
         grid: Grid = "root_times",
+        settings: SamplerSettings | Mapping[str, Any] | str | Path | None = None,
     ) -> None:
         if isinstance(scheduler, PipelineScheduler):
             scheduler = scheduler.replaced
@@ -142,13 +151,19 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         self.sde = process_of(process)
         self.solver = None if solver is None else check_steppable(solver_of(solver))
         self._convention = Convention.of(self.replaced)
+        #: Settings of a fitted sampler.
+        self.settings = None if settings is None else settings_of(settings)
         self._window = None
-        if grid == "root_times":
+        if self.settings is not None:
+            if solver is not None or grid != "root_times":
+                raise ValueError("solver and grid must be left out with settings, which have both")
+            self.solver = self.settings.solver(self.sde)
+        elif grid == "root_times":
             self._window = window(self.sde, self._convention, start, end)
         for name, given in (("start", start), ("end", end)):
             if given is not None and self._window is None:
-                msg = f"{name} must be None with grid='scheduler', which has its own ends"
-                raise ValueError(msg)
+                owner = "settings" if grid == "root_times" else "grid='scheduler'"
+                raise ValueError(f"{name} must be None with {owner}, which has its own ends")
         # A configuration may hold keys of other schedulers, which its class does not read.
         read = inspect.signature(type(self.replaced).__init__).parameters
         names = () if type(self.replaced).__name__ in _NEVER_CLIP else _CLIPS
@@ -168,6 +183,7 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             start,
             end,
             grid,
+            None if self.settings is None else asdict(self.settings),
         )
         self.register_to_config(**kept, **dict(zip(_OWN, own, strict=True)))
 
@@ -209,13 +225,18 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         given = {"timesteps": timesteps, "sigmas": sigmas, "mu": mu}
         given = {name: x for name, x in given.items() if x is not None}
         convention = self._convention
-        if self._window is None:
+        theirs = self._window is None and self.settings is None
+        if theirs:
             levels, times = levels_of_scheduler(
                 self.replaced, convention, num_inference_steps, given
             )
         else:
             n = number_of_steps(num_inference_steps, given)
-            levels, times = levels_of_grid(self.sde, convention, self._window, n)
+            levels, times = (
+                levels_of_grid(self.sde, convention, self._window, n)
+                if self._window is not None
+                else levels_of_settings(self.settings, convention, n)
+            )
         signal, noise = convention.scales(levels)
         self._signal = signal.tolist()
         pairs = zip(self._signal[:-1], noise[:-1].tolist(), strict=True)
@@ -226,7 +247,7 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         self._levels: Tensor = levels
         self._clear()
         spread = float(getattr(self.replaced, "init_noise_sigma", 1.0))
-        if self._window is None and spread != 1:
+        if theirs and spread != 1:
             # Euler's latents are x/α. Some of its grids leave the data's part out of the first.
             self.init_noise_sigma = spread * float(signal[0])
         self.num_inference_steps = len(times)
@@ -427,7 +448,7 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         ValueError
             If names and options do not determine the process, the solver or the scheduler.
         """
-        parts = {"process": self.sde, "solver": self.solver}
+        parts = {"process": self.sde, "solver": None if self.settings else self.solver}
         for name, part in parts.items():
             if part is not None and self.config[name] is None:
                 raise ValueError(

@@ -1,14 +1,25 @@
 """Pipelines of diffusers sample with any process, and change nothing else."""
 
 import copy
+import dataclasses
 import functools
 
 import pytest
 import torch
 
-from cldsde import CLD, DenoiserScore, PredictionDenoiser, ReverseProcess, pretrained, solvers
+from cldsde import (
+    CLD,
+    VPSDE,
+    DenoiserScore,
+    PredictionDenoiser,
+    ReverseProcess,
+    pretrained,
+    solvers,
+)
 from cldsde.pretrained.conventions import Convention
 from cldsde.pretrained.stepping import PathSteps
+from probes import generator
+from tolerances import rounding
 
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
@@ -201,3 +212,70 @@ def test_callbacks_change_latents():
     assert bool(other.isfinite().all())
     assert far(other, plain) > CLOSE
     assert len(seen) == 4
+
+
+SETTINGS = solvers.SamplerSettings(
+    log_snr=(-2.2, -0.9, 0.4, 2.3), stochasticity=(0.3, 1.2, 0.9), process=repr(CLD()), order=3
+)
+
+
+@pytest.mark.parametrize("name", ["DDPM", "SD", "SD-img2img", "SD3"])
+def test_fitted_settings_are_the_steps(name, tmp_path):
+    """Their levels are reached, and they are saved with the pipeline."""
+    case, settings = CASES[name], SETTINGS
+    case = dataclasses.replace(case, arguments=case.arguments | {"num_inference_steps": 4})
+    if name == "SD3":  # one step more, from noise alone
+        settings = dataclasses.replace(SETTINGS, log_snr=(-2.2, 0.4, 2.3), stochasticity=(0.3, 1.2))
+    settings.save(tmp_path / "settings.json")
+    pipe = pipeline(name, settings=tmp_path / "settings.json")
+    found = case.call(pipe, [0, 1])
+    kappa = pipe.scheduler.sde.log_snr(pipe.scheduler.steps.times)
+    levels = torch.tensor(settings.log_snr, dtype=torch.float64)
+    torch.testing.assert_close(kappa, levels, rtol=0, atol=rounding(2**12))
+    pipe.save_pretrained(tmp_path / "pipe")
+    loaded = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "pipe")
+    loaded.set_progress_bar_config(disable=True)
+    assert loaded.scheduler.settings == settings
+    assert torch.equal(case.call(loaded, [0, 1]), found)
+
+
+@torch.no_grad()
+def test_steps_with_settings_are_those_of_sample():
+    pipe, sde = built("DDPM"), VPSDE()
+    settings = dataclasses.replace(SETTINGS, stochasticity=(0, 0, 0), process=repr(sde))
+    scheduler = Scheduler(pipe.scheduler, sde, settings=settings)
+    scheduler.set_timesteps(4)
+    x = torch.randn(2, 3, 8, 8, generator=generator())
+    process = ReverseProcess(sde, DenoiserScore(pretrained.from_diffusers(pipe), sde))
+    expected = solvers.solve(
+        process, settings.solver(sde), x.unsqueeze(1), settings.times(sde), denoise=True
+    ).data
+    for t in scheduler.timesteps:
+        x = scheduler.step(pipe.unet(x, t).sample, t, x).prev_sample
+    assert far(x, expected) <= CLOSE
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"process": "VPSDE"}, r"for this process, VPSDE.* settings for CLD"),
+        ({"grid": "scheduler"}, "solver and grid must be left out with settings"),
+        ({"start": 0.5}, "start must be None with settings"),
+        ({"settings": 3}, "settings must be a SamplerSettings, or a file of them; got int"),
+    ],
+)
+def test_options_that_contradict_settings_are_rejected(options, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        pipeline("SD", **{"settings": SETTINGS} | options)
+
+
+def test_settings_for_other_steps_or_levels_are_rejected():
+    scheduler = pipeline("SD", settings=SETTINGS).scheduler
+    with pytest.raises(ValueError, match="num_inference_steps must be 4, 4 of the settings; got 5"):
+        scheduler.set_timesteps(5)
+    flow = pipeline("SD3", settings=SETTINGS).scheduler
+    with pytest.raises(ValueError, match=r"must be 5, 1 and the 4 of the settings; got 4"):
+        flow.set_timesteps(4)
+    noisy = dataclasses.replace(SETTINGS, log_snr=(-4.5, -0.9, 0.4, 2.3))
+    with pytest.raises(ValueError, match=r"levels that the network knows, from -2\.\d+ to"):
+        pipeline("SD", settings=noisy).scheduler.set_timesteps(4)
