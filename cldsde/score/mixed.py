@@ -44,30 +44,24 @@ from cldsde.linear.checks import TimeLike, as_number, check_state, one_of
 from cldsde.linear.covariance import joint_root, triangular_inverse
 from cldsde.linear.kernel import Kernel
 from cldsde.linear.sde import LinearSDE, check_process
-from cldsde.score.conversion import (
-    MEASURED,
-    Conversion,
-    Prediction,
-    WhitenedKernel,
-    whiten,
-)
+from cldsde.score.conversion import MEASURED, Conversion, Prediction, WhitenedKernel, whiten
 from cldsde.score.matching import PerturbedData, Weighting
 from cldsde.score.network_score import Inputs, NetworkScore
-from cldsde.score.time_sampling import LogSNRDensity
+from cldsde.score.time_sampling import check_normal, normal_log_snr
 from cldsde.score.times import PlannedTime, coefficients_at, score_times
 
 _LEAST_CLOCK = -10.0
 
 
 class _Coefficients(NamedTuple):
-    """Coefficients at times of shape ``*``; ``*V`` is the shape of the variance."""
+    """Coefficients at times of shape ``*``, with one reference for each of V variances."""
 
     psi: Tensor  # (*, k), maps the data to the mean of the state
-    reference: Tensor  # (*, d, k, *V), maps z − ψμ to n_ref
-    inputs: Tensor  # (*, k, *V), scales the network's input to unit size
-    residual: Tensor  # (*, d, *V), c_out, scales the network's output
-    data: Tensor  # (*, k, *V), maps z − ψμ to the reference's x_0 − μ
-    data_residual: Tensor  # (*, *V), standard deviation of x_0 given the reference and z
+    reference: Tensor  # (*, d, k, V), maps z − ψμ to n_ref
+    inputs: Tensor  # (*, k, V), scales the network's input to unit size
+    residual: Tensor  # (*, d, V), c_out, scales the network's output
+    data: Tensor  # (*, k, V), maps z − ψμ to the reference's x_0 − μ
+    data_residual: Tensor  # (*, V), standard deviation of x_0 given the reference and z
     log_snr: Tensor  # (*), κ = ½ log ψᵀΣ⁻¹ψ, the network's time input
     to_score: Tensor  # (*, d, d), −L_dd^{−T}
 
@@ -75,12 +69,8 @@ class _Coefficients(NamedTuple):
         return _Coefficients(*(field.to(like) for field in self))
 
     def residual_variance(self) -> Tensor:
-        """Mean square of c_out at times ``(n,)``."""
-        return self.residual.square().flatten(1).mean(1)
-
-    def data_residual_variance(self) -> Tensor:
-        """Mean variance of x_0 given the reference and z at times ``(n,)``."""
-        return self.data_residual.square().reshape(len(self.data_residual), -1).mean(1)
+        """Mean square of c_out, ``(*)``."""
+        return self.residual.square().mean((-2, -1))
 
 
 class MixedScore(NetworkScore):
@@ -187,7 +177,7 @@ class MixedScore(NetworkScore):
         self.register_buffer("data_mean", data_mean.to(torch.float32))
         self.register_buffer("data_variance", single)
         # A float64 copy on the CPU for the coefficients, which .to(device) does not move.
-        self._variance = self.data_variance.cpu().to(torch.float64)
+        self._variance = self.data_variance.flatten().cpu().to(torch.float64)
         self._loads = 0  # number of loaded state dicts, a version of the coefficients
 
     def extra_repr(self) -> str:
@@ -243,7 +233,7 @@ class MixedScore(NetworkScore):
             return self._loss_of_score(pair, prediction, weighting, condition)
         coefficients = self._coefficients(pair.t, pair.kernel, pair.whitened)
         if isinstance(weighting, _LogSNRWeighting) and weighting.model is self and pair.t.ndim:
-            known = weighting.of_kernel(pair.whitened, coefficients)
+            known = weighting.of_known(pair.whitened, coefficients)
             weighting = lambda t: known  # noqa: E731
         if prediction != "noise" and self._of_data:
             data = self._data(pair.z, coefficients.to(pair.z), condition)
@@ -263,11 +253,12 @@ class MixedScore(NetworkScore):
         it gives all times the same share of the training signal.
         """
         one_of(prediction, MEASURED, "prediction")
+        coefficients = self._coefficients(t)
         if prediction == "noise":
-            return self._coefficients(t).residual_variance()
+            return coefficients.residual_variance()
         convert = whiten(self.sde, self.sde.marginal(t), t).convert("data", prediction)
         scale = convert.value[..., 0, 0].square()
-        return scale * self._coefficients(t).data_residual_variance()
+        return scale * coefficients.data_residual.square().mean(-1)
 
     def log_snr_weighting(
         self, *, mean: float = 1.2, std: float = 1.2
@@ -290,11 +281,12 @@ class MixedScore(NetworkScore):
         callable
             A `Weighting`.
         """
-        return _LogSNRWeighting(self, LogSNRDensity(self.sde, mean, std))
+        check_normal(mean, std)
+        return _LogSNRWeighting(self, mean, std)
 
     def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._variance = self.data_variance.cpu().to(torch.float64)
+        self._variance = self.data_variance.flatten().cpu().to(torch.float64)
         self._loads += 1
 
     def _coefficients(
@@ -303,43 +295,35 @@ class MixedScore(NetworkScore):
         if kernel is None or whitened is None:
             kernel = self.sde.marginal(times)
             whitened = whiten(self.sde, kernel, times)
-        psi, signal = whitened.psi.squeeze(-1), whitened.signal.squeeze(-1)
-        noise_root = whitened.driven_root()
+        psi, signal, noise_root = whitened.psi, whitened.signal, whitened.driven_root()
+        information = whitened.information()
         # Keep the clock finite at times when nothing of the data is left.
-        log_snr = (0.5 * whitened.information().log()).clamp_min(_LEAST_CLOCK)
-        to_score = -triangular_inverse(noise_root).mT
-
-        # There is one reference for each entry of the variance, in axes (*, *V, k, k).
-        ones = (1,) * self._variance.ndim
-
-        def over_variance(blocks: Tensor) -> Tensor:
-            return blocks.reshape(*psi.shape[:-1], *ones, *blocks.shape[-2:])
-
-        spread = self._variance.sqrt()[..., None, None] * over_variance(whitened.psi)
-        factor = joint_root(over_variance(kernel.root), spread)
+        log_snr = (0.5 * information.log()).clamp_min(_LEAST_CLOCK)
+        # There is one reference for each entry of the variance, in axes (*, V, k, k).
+        variance, deviation = self._variance, self._variance.sqrt()
+        spread = deviation[:, None, None] * psi.unsqueeze(-3)
+        factor = joint_root(kernel.root.unsqueeze(-3), spread)
         whitening = triangular_inverse(factor)
         precision = whitening[..., list(self.sde.driven)].mT @ whitening
-        reference = over_variance(noise_root).mT @ precision
+        reference = noise_root.unsqueeze(-3).mT @ precision
         gain = spread.mT @ whitening.mT @ whitening
-        data = (self._variance.sqrt()[..., None, None] * gain).squeeze(-2)
-        information = whitened.information().reshape(psi.shape[:-1] + ones)
-        total = 1 + self._variance * information
+        data = deviation[:, None] * gain.squeeze(-2)
+        information = information.unsqueeze(-1)
+        total = 1 + variance * information
         # For one component the estimate is the state in other units.
         if self.inputs == "state" or self.sde.components == 1:
             inputs = factor.square().sum(-1).rsqrt()
         else:
-            weights = (whitened.signal.mT @ whitened.inverse).reshape(*psi.shape[:-1], *ones, -1)
-            inputs = weights / (information * total).sqrt()[..., None]
-        signal = signal[..., -len(self.sde.driven) :].reshape(*psi.shape[:-1], *ones, -1)
-        data_residual = (self._variance / total).sqrt()
-        residual = data_residual[..., None] * signal
-        axis = psi.ndim - 1
+            inputs = signal.mT @ whitened.inverse / (information * total).sqrt()[..., None]
+        data_residual = (variance / total).sqrt()
+        residual = data_residual.unsqueeze(-2) * signal[..., -len(self.sde.driven) :, :]
+        to_score = -triangular_inverse(noise_root).mT
         return _Coefficients(
-            psi,
-            reference.movedim((-2, -1), (axis, axis + 1)),
-            inputs.movedim(-1, axis),
-            residual.movedim(-1, axis),
-            data.movedim(-1, axis),
+            psi.squeeze(-1),
+            reference.movedim(-3, -1),
+            inputs.mT,
+            residual,
+            data.mT,
             data_residual,
             log_snr,
             to_score,
@@ -368,12 +352,11 @@ class MixedScore(NetworkScore):
         return reference - self._spread(c, c.data_residual, 0, z) * learnt
 
     def _spread(self, c: _Coefficients, field: Tensor, inner: int, z: Tensor) -> Tensor:
-        """Reshape coefficients: batch axis in front, axes of V aligned with the data's axes."""
+        """Reshape coefficients: batch axis in front, variances aligned with the data's axes."""
         if c.log_snr.ndim == 0:
             field = field.unsqueeze(0)
-        shape, variance_axes = field.shape[: 1 + inner], field.shape[1 + inner :]
-        missing = z.ndim - 2 - len(variance_axes)
-        return field.reshape(*shape, *(1,) * missing, *variance_axes)
+        own = self.data_variance.shape
+        return field.reshape(*field.shape[: 1 + inner], *(1,) * (z.ndim - 2 - len(own)), *own)
 
     def _centred(self, z: Tensor, c: _Coefficients) -> tuple[Tensor, Tensor]:
         """Return the pair z − ψμ and μ."""
@@ -410,11 +393,15 @@ class _LogSNRWeighting:
     """Result of `MixedScore.log_snr_weighting`: a density of times divided by mean c_out²."""
 
     model: MixedScore
-    density: LogSNRDensity
+    mean: float
+    std: float
 
     def __call__(self, t: Tensor) -> Tensor:
-        return self.density(t) / self.model.residual_variance(t)
+        kernel = self.model.sde.marginal(t)
+        whitened = whiten(self.model.sde, kernel, t)
+        return self.of_known(whitened, self.model._coefficients(t, kernel, whitened))
 
-    def of_kernel(self, whitened: WhitenedKernel, coefficients: _Coefficients) -> Tensor:
+    def of_known(self, whitened: WhitenedKernel, coefficients: _Coefficients) -> Tensor:
         """The weights from kernel and coefficients that the loss has computed already."""
-        return self.density.of_kernel(whitened) / coefficients.residual_variance()
+        density = normal_log_snr(self.model.sde, whitened, self.mean, self.std)
+        return density / coefficients.residual_variance()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -186,35 +185,24 @@ def log_snr_density(
     >>> f"{CLD().log_snr(t).mean():.1f}, {CLD().log_snr(t).std():.1f}"
     '1.2, 1.2'
     """
-    return LogSNRDensity(sde, mean, std)
+    check_process(sde)
+    check_normal(mean, std)
+    return partial(_log_snr_normal, sde=sde, mean=mean, std=std)
 
 
-@dataclass(frozen=True)
-class LogSNRDensity:
-    """Result of `log_snr_density`, with a method for kernels that a loss has whitened already."""
+def _log_snr_normal(t: Tensor, sde: LinearSDE, mean: float, std: float) -> Tensor:
+    times = as_times(t, "t", sde.T)
+    return normal_log_snr(sde, whiten(sde, sde.marginal(times), times), mean, std)
 
-    sde: LinearSDE
-    mean: float
-    std: float
 
-    def __post_init__(self) -> None:
-        """Check the process and the numbers."""
-        check_process(self.sde)
-        _check_normal(self.mean, self.std)
-
-    def __call__(self, t: Tensor) -> Tensor:
-        """Density at times of any shape in (0, 1]."""
-        times = as_times(t, "t", self.sde.T)
-        return self.of_kernel(whiten(self.sde, self.sde.marginal(times), times))
-
-    def of_kernel(self, whitened: WhitenedKernel) -> Tensor:
-        """Density at times whose whitened kernel is known."""
-        information = whitened.information()
-        driven = whitened.signal[..., -len(self.sde.driven) :, :]
-        pulled = likelihood_rows(self.sde, whitened) @ driven
-        nothing = information == 0
-        rate = pulled.square().sum((-2, -1)) / torch.where(nothing, 1.0, 2 * information)
-        return rate * _normal(0.5 * information.log(), self.mean, self.std)
+def normal_log_snr(sde: LinearSDE, whitened: WhitenedKernel, mean: float, std: float) -> Tensor:
+    """The density of `log_snr_density` at times whose whitened kernel is known."""
+    information = whitened.information()
+    driven = whitened.signal[..., -len(sde.driven) :, :]
+    pulled = likelihood_rows(sde, whitened) @ driven
+    nothing = information == 0
+    rate = pulled.square().sum((-2, -1)) / torch.where(nothing, 1.0, 2 * information)
+    return rate * _normal(0.5 * information.log(), mean, std)
 
 
 def logit_normal_density(*, mean: float = 0.0, std: float = 1.0) -> Callable[[Tensor], Tensor]:
@@ -246,7 +234,7 @@ def logit_normal_density(*, mean: float = 0.0, std: float = 1.0) -> Callable[[Te
     >>> f"{t.logit().mean():.2f}, {t.logit().std():.2f}"
     '0.00, 1.00'
     """
-    _check_normal(mean, std)
+    check_normal(mean, std)
     return partial(_logit_normal, mean=mean, std=std)
 
 
@@ -298,7 +286,7 @@ def _mode(t: Tensor | float, scale: float) -> Tensor:
     return 1 / (1 + scale * (1 - math.pi / 2 * (math.pi * u).sin()))
 
 
-def _check_normal(mean: float, std: float) -> None:
+def check_normal(mean: float, std: float) -> None:
     """Raise ValueError unless the numbers are the moments of a normal distribution."""
     check_positive(std, "std")
     if not math.isfinite(as_number(mean, "mean")):
