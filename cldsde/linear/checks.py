@@ -59,8 +59,7 @@ def as_grid_times(times: object, name: str, end: float, *, least: int = 2) -> Te
         nor increase.
     """
     if not isinstance(times, Tensor) or times.ndim != 1 or len(times) < least:
-        got = tuple(times.shape) if isinstance(times, Tensor) else type(times).__name__
-        msg = f"{name} must be a tensor of at least {least} decreasing times; got {got}"
+        msg = f"{name} must be a tensor of at least {least} decreasing times; got {shaped(times)}"
         raise (ValueError if isinstance(times, Tensor) else TypeError)(msg)
     grid = as_times(times.detach(), name, end)
     steps = grid.diff()
@@ -187,6 +186,11 @@ def parameter_value(parameter: Parameter) -> float:
 def described(value: object) -> object:
     """Dtype of a tensor, or the name of another object's type, for error messages."""
     return value.dtype if isinstance(value, Tensor) else type(value).__name__
+
+
+def shaped(value: object) -> object:
+    """Shape of a tensor, or the name of another object's type, for error messages."""
+    return tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
 
 
 def check_positive(value: float, name: str) -> float:

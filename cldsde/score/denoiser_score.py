@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from cldsde.linear.blocks import apply_blocks
-from cldsde.linear.checks import TimeLike, check_state, two_increasing
+from cldsde.linear.checks import TimeLike, check_state, shaped, two_increasing
 from cldsde.linear.log_snr import times_of_log_snr
 from cldsde.linear.sde import LinearSDE, check_process
 from cldsde.score.conversion import whiten
@@ -163,9 +163,10 @@ class DenoiserScore(Score):
         at = mapped(planned, t, self, self._sigma, sigma)
         data = self.denoiser(u, sigma, planned=at, **conditions)
         if not isinstance(data, Tensor) or data.shape != u.shape:
-            got = tuple(data.shape) if isinstance(data, Tensor) else type(data).__name__
-            msg = f"denoiser must return a tensor like its input, {tuple(u.shape)}; got {got}"
-            raise ValueError(msg)
+            raise ValueError(
+                f"denoiser must return a tensor like its input, {tuple(u.shape)}; "
+                f"got {shaped(data)}"
+            )
         return wide, rows, data.to(wide.dtype).unsqueeze(1)
 
     def _rows(self, t: Tensor) -> _Rows:

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cldsde.linear.checks import check_callable, one_of
+from cldsde.linear.checks import check_callable, one_of, shaped
 from cldsde.score.conversion import TRAINED, Prediction, WhitenedKernel
 from cldsde.score.estimator import Estimator, compiled_module
 from cldsde.score.paths import NoisePath
@@ -191,27 +191,22 @@ class PredictionDenoiser(Denoiser):
         given = (scale * wide).to(input_dtype(self.network, wide.dtype))
         out = self.network(given, clock, **conditions)
         if not isinstance(out, Tensor) or out.shape != u.shape:
-            got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-            msg = f"network must return a tensor like its input, {tuple(u.shape)}; got {got}"
-            raise ValueError(msg)
+            raise ValueError(
+                f"network must return a tensor like its input, {tuple(u.shape)}; got {shaped(out)}"
+            )
         return (state * wide + value * out).to(u.dtype)
 
     def _levels(self, levels: Tensor) -> _Levels:
         # Functions of the path accept one axis of times.
         kappa = -checked_levels(levels, *self.noise_levels).flatten().log()
         t = self.path.time(kappa)
-        alpha, sigma = self.path.signal(t), self.path.noise(t)
-        state, value = self._estimate(t, alpha, sigma)
+        # A tiny σ in place of 0 has the same estimate to rounding, and a finite x/σ.
+        alpha, sigma = self.path.signal(t), self.path.noise(t).clamp_min(_TINY)
+        whitened = WhitenedKernel.of_path(alpha, sigma, t, partial(self.path.slopes, t))
+        estimate = whitened.convert(self.predicts, "data")
+        state, value = alpha * estimate.state[..., 0, 0], estimate.value[..., 0, 0]
         found = (alpha, state, value, self._clock(t, kappa))
         return _Levels(*(x.reshape(levels.shape) for x in found))
-
-    def _estimate(self, t: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """Coefficients of u = x/α and of the network's output in the estimate of x_0."""
-        # A tiny σ in place of 0 has the same estimate to rounding, and a finite x/σ.
-        sigma = sigma.clamp_min(_TINY)
-        whitened = WhitenedKernel.of_path(alpha, sigma, t, partial(self.path.slopes, t))
-        convert = whitened.convert(self.predicts, "data")
-        return alpha * convert.state[..., 0, 0], convert.value[..., 0, 0]
 
     def _clock(self, t: Tensor, kappa: Tensor) -> Tensor:
         if callable(self.clock):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from cldsde.linear.checks import check_alphas_cumprod, check_callable, two_increasing
+from cldsde.linear.checks import check_alphas_cumprod, check_callable, shaped, two_increasing
 from cldsde.linear.interpolants import AlphasCumprod, cosine, falling, rising, sine
 from cldsde.linear.log_snr import times_of_log_snr
 from cldsde.linear.reprs import constructor_repr
@@ -71,13 +72,10 @@ class NoisePath:
 
     def __post_init__(self) -> None:
         """Check the path on a grid of times."""
-        for name in ("signal", "noise"):
-            check_callable(getattr(self, name), name, "a function of times")
         start, end = two_increasing(self.interval, "interval")
         times = torch.linspace(start, end, _POINTS, dtype=torch.float64, device="cpu")
-        for name in ("signal", "noise"):
-            _check_values(getattr(self, name)(times), times, name)
-        level = self.noise(times) / self.signal(times)
+        signal = _values(self.signal, times, "signal")
+        level = _values(self.noise, times, "noise") / signal
         falls = ~(level.diff() > 0)
         if bool(falls.any()):
             where = times[:-1][falls][0]
@@ -127,8 +125,7 @@ class NoisePath:
             If the table is not such a tensor.
         """
         if not isinstance(table, Tensor) or table.ndim != 1 or len(table) < 2:
-            got = tuple(table.shape) if isinstance(table, Tensor) else type(table).__name__
-            raise ValueError(f"table must be a tensor (N,) with N ≥ 2; got {got}")
+            raise ValueError(f"table must be a tensor (N,) with N ≥ 2; got {shaped(table)}")
         values = table.detach().cpu().to(torch.float64)
         check_alphas_cumprod(values)
         last = float((values > 0).sum()) - 1
@@ -161,13 +158,12 @@ class NoisePath:
             )
         if not 0 < start < sde.T:
             raise ValueError(f"start must lie between 0 and {sde.T:g}; got {start:g}")
-        found = _OfProcess(sde, start)
         return cls(
-            found.signal,
-            found.noise,
+            partial(_process_signal, sde),
+            partial(_process_noise, sde),
             interval=(start, sde.T),
-            inverse=found.inverse,
-            rates=found.rates,
+            inverse=partial(times_of_log_snr, sde, eps=start),
+            rates=partial(_process_rates, sde),
         )
 
     @property
@@ -209,7 +205,7 @@ def _derivative(function: Function, t: Tensor, name: str) -> Tensor:
     return torch.zeros_like(t)
 
 
-# These are functions and classes of the module, so that a path can be pickled.
+# These are functions of the module, so that a path can be pickled.
 
 
 def _linear_time(kappa: Tensor) -> Tensor:
@@ -220,27 +216,22 @@ def _cosine_time(kappa: Tensor) -> Tensor:
     return (-kappa).exp().atan() * (2 / math.pi)
 
 
-@dataclass(frozen=True, eq=False)
-class _OfProcess:
-    """Signal and noise of a process of one component."""
-
-    sde: LinearSDE
-    start: float
-
-    def signal(self, t: Tensor) -> Tensor:
-        return self.sde.marginal(t).mean[..., 0, 0]
-
-    def noise(self, t: Tensor) -> Tensor:
-        return self.sde.marginal(t).root[..., 0, 0]
-
-    def rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        return self.sde.dynamics.rates(t, self.sde.initial_covariance[0, 0])
-
-    def inverse(self, kappa: Tensor) -> Tensor:
-        return times_of_log_snr(self.sde, kappa, eps=self.start)
+def _process_signal(sde: LinearSDE, t: Tensor) -> Tensor:
+    return sde.marginal(t).mean[..., 0, 0]
 
 
-def _check_values(values: object, times: Tensor, name: str) -> None:
+def _process_noise(sde: LinearSDE, t: Tensor) -> Tensor:
+    return sde.marginal(t).root[..., 0, 0]
+
+
+def _process_rates(sde: LinearSDE, t: Tensor) -> tuple[Tensor, Tensor]:
+    return sde.dynamics.rates(t, sde.initial_covariance[0, 0])
+
+
+def _values(function: Function, times: Tensor, name: str) -> Tensor:
+    """Values of a function at times; raise unless they are finite and not negative."""
+    check_callable(function, name, "a function of times")
+    values: object = function(times)
     if not isinstance(values, Tensor):
         raise TypeError(f"{name} must return a tensor; got {type(values).__name__}")
     if values.shape != times.shape:
@@ -252,3 +243,4 @@ def _check_values(values: object, times: Tensor, name: str) -> None:
             f"{name} must be finite and not negative; got {float(values[bad][0]):.6g} at "
             f"t = {float(times[bad][0]):.6g}"
         )
+    return values

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from cldsde.linear.blocks import apply_blocks
-from cldsde.linear.checks import TimeLike, check_at_least, check_state, described
+from cldsde.linear.checks import TimeLike, check_at_least, check_state, described, shaped
 from cldsde.linear.reprs import constructor_repr
 from cldsde.linear.sde import LinearSDE, check_process
 from cldsde.score.conversion import Conversion, Prediction
@@ -187,9 +187,10 @@ class KnownScore:
         z, at = self._counted(z, number)
         value = self._score.data_prediction(z, at.argument, planned=at)
         if not isinstance(value, Tensor) or value.shape != z[:, 0].shape:
-            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            msg = f"score.data_prediction must return shape {tuple(z[:, 0].shape)}; got {got}"
-            raise ValueError(msg)
+            raise ValueError(
+                f"score.data_prediction must return shape {tuple(z[:, 0].shape)}; "
+                f"got {shaped(value)}"
+            )
         return value.to(z).unsqueeze(1)
 
     def _counted(self, z: Tensor, number: int) -> tuple[Tensor, PlannedTime]:
