@@ -143,7 +143,12 @@ def flow_log_prob(
     precision = torch.float32 if z.device.type == "mps" else torch.float64
     check_generator(generator)
     process.score.check_times(torch.tensor([t, T], dtype=torch.float64, device="cpu"))
-    flow = _Flow(process, z, (t, T), divergence, max_nfev, generator)
+    signs = None
+    if divergence == "hutchinson":
+        shape = (len(z), len(sde.driven), *z.shape[2:])
+        draws = standard_normal(shape, generator=generator, dtype=torch.float32, device=z.device)
+        signs = torch.where(draws < 0, -1.0, 1.0)
+    flow = _Flow(process, z.dtype, (t, T), max_nfev, signs)
     start = (z.detach().to(precision), z.new_zeros(len(z), dtype=precision))
     if len(z) == 0:
         return FlowDensity(start[1], start[0], start[1], 0)
@@ -182,85 +187,70 @@ def _worst_sample(y: tuple[Tensor, Tensor]) -> Tensor:
     return torch.maximum(z.square().flatten(1).mean(1).sqrt(), integral.abs()).max()
 
 
+@dataclass(eq=False)
 class _Flow:
     """Right-hand side of the ODE: velocity of the flow and its divergence."""
 
-    def __init__(
-        self,
-        process: ReverseProcess,
-        z: Tensor,
-        interval: tuple[float, float],
-        divergence: Divergence,
-        max_nfev: int,
-        generator: torch.Generator | None,
-    ) -> None:
-        self.nfev = 0
-        self.raised: AssertionError | None = None  # by the score
-        self._process = process
-        self._interval = interval
-        self._max_nfev = max_nfev
-        self._dtype = z.dtype
-        self._driven = list(process.sde.driven)
-        self._dimension = math.prod(z.shape[2:])
-        shape = (len(z), len(self._driven), *z.shape[2:])
-        self._signs: Tensor | None = None
-        if divergence == "hutchinson":
-            draws = standard_normal(
-                shape, generator=generator, dtype=torch.float32, device=z.device
-            )
-            self._signs = torch.where(draws < 0, -1.0, 1.0)
+    process: ReverseProcess
+    dtype: torch.dtype  # of the states that the score gets
+    interval: tuple[float, float]
+    max_nfev: int
+    signs: Tensor | None  # of Hutchinson's estimate, (B, d, *D); None: the exact divergence
+    nfev: int = 0
+    raised: AssertionError | None = None  # by the score
 
     def __call__(self, time: Tensor, y: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        sde, z = self._process.sde, y[0]
+        sde, z = self.process.sde, y[0]
+        driven = list(sde.driven)
         # torchdiffeq's estimate of the first step length may look beyond the interval.
-        low, high = self._interval
+        low, high = self.interval
         t = time.cpu().to(torch.float64).clamp(low, high)
         if not bool(t.isfinite()):
             raise UnsolvedFlowError(
                 "rtol and atol cannot be met, because the first step length is not finite; check "
                 "the score"
             )
-        self.nfev += int(self._process.score.evaluations(t))
-        if self.nfev > self._max_nfev:
+        self.nfev += int(self.process.score.evaluations(t))
+        if self.nfev > self.max_nfev:
             raise UnsolvedFlowError(
-                f"max_nfev = {counted(self._max_nfev, 'evaluation')} did not reach T; increase "
+                f"max_nfev = {counted(self.max_nfev, 'evaluation')} did not reach T; increase "
                 "max_nfev, or rtol and atol"
             )
         F, G = sde.drift(t), sde.diffusion(t)
-        pull = (G @ G.mT)[..., self._driven]
+        pull = (G @ G.mT)[..., driven]
         with torch.enable_grad():
-            leaf = z.detach().to(self._dtype).requires_grad_()
+            leaf = z.detach().to(self.dtype).requires_grad_()
             try:
-                score = self._process.score(leaf, score_argument(t, leaf).expand(len(z)))
+                score = self.process.score(leaf, score_argument(t, leaf).expand(len(z)))
             except AssertionError as error:
                 self.raised = error
                 raise
-            score = checked_score(score, leaf, len(self._driven))
-            force = apply_blocks(pull[self._driven], score.to(z.dtype))
+            score = checked_score(score, leaf, len(driven))
+            force = apply_blocks(pull[driven], score.to(z.dtype))
             if not bool(score.isfinite().all()):
                 raise FloatingPointError(f"the score is not finite at t = {float(t):g}")
             trace = self._trace(force, leaf)
         velocity = apply_blocks(F, z) - 0.5 * apply_blocks(pull, score.detach().to(z.dtype))
-        divergence = self._dimension * float(F.detach().trace()) - 0.5 * trace.to(z.dtype)
+        divergence = math.prod(z.shape[2:]) * float(F.detach().trace()) - 0.5 * trace.to(z.dtype)
         return velocity, divergence
 
     def _trace(self, force: Tensor, leaf: Tensor) -> Tensor:
         """Trace of ∂force/∂z over the driven components, ``(B,)``."""
-        n = len(leaf)
+        driven = list(self.process.sde.driven)
         if not force.requires_grad:
             raise ValueError(
                 "process must have a score that is differentiable in the state; got a score "
                 "without a graph, as under torch.no_grad or after detach"
             )
-        if self._signs is not None:
-            signs = self._signs.to(force)
+        if self.signs is not None:
+            signs = self.signs.to(force)
             (slope,) = torch.autograd.grad(force, leaf, signs, materialize_grads=True)
-            return (slope[:, self._driven] * signs).flatten(1).sum(1)
+            return (slope[:, driven] * signs).flatten(1).sum(1)
         size = force[0].numel()
-        trace = torch.zeros(n, dtype=force.dtype, device=force.device)
+        trace = force.new_zeros(len(leaf))
         for first in range(0, size, _BACKWARD_AT_ONCE):
             entries = torch.arange(first, min(first + _BACKWARD_AT_ONCE, size), device=force.device)
-            basis = torch.zeros(len(entries), size, dtype=force.dtype, device=force.device)
+            basis = force.new_zeros(len(entries), size)
             basis[entries - first, entries] = 1.0
             directions = basis.reshape(len(entries), 1, *force.shape[1:]).expand(-1, *force.shape)
             (slopes,) = torch.autograd.grad(
@@ -273,6 +263,6 @@ class _Flow:
             )
             if slopes is None:  # the score ignores the state
                 return trace
-            rows = slopes[:, :, self._driven].flatten(2)
+            rows = slopes[:, :, driven].flatten(2)
             trace = trace + (rows * basis.unsqueeze(1)).sum((0, 2))
         return trace
