@@ -361,7 +361,7 @@ class GaussianMixture:
 
     def _like(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Means and axes in the dtype and on the device of states; copied once, unless learnt."""
-        version, key = self._version("moved"), (z.dtype, z.device)
+        version, key = self._version(), (z.dtype, z.device)
         if version is None:
             return self.means.to(z), self._axes.to(z)
         if self._moved.get(key, (None,))[0] != version:
@@ -371,12 +371,12 @@ class GaussianMixture:
         found: tuple[Tensor, Tensor] = self._moved[key][1]
         return found
 
-    def _version(self, purpose: str) -> object:
+    def _version(self) -> object:
         """Version of weights and means, which may be learnt; None if they need gradients."""
         parts = (self.weights, self.means)
         if torch.is_grad_enabled() and any(x.requires_grad for x in parts):
             return None
-        return purpose, *(0 if x.is_inference() else x._version for x in parts)
+        return tuple(0 if x.is_inference() else x._version for x in parts)
 
 
 def _dense_score(flat: Tensor, marginal: _DenseMarginal) -> Tensor:
@@ -443,7 +443,7 @@ class MixtureScore(Score):
         make: Callable[[Tensor], Any] = partial(data._marginal, self.sde)
         if dense:
             make = partial(data._dense_marginal, self.sde, rows)
-        version = data._version("dense" if dense else "marginal")
+        version = data._version()
         with torch.autocast(z.device.type, enabled=False):
             marginal = coefficients_at(
                 self, t, z, make, flat.dtype, planned=planned, version=version
