@@ -17,20 +17,18 @@ from cldsde.score import ReverseProcess
 from .adaptive import LOOSE
 from .base import Facts, Integration, Run, Solver
 
-# Adaptive methods: order and evaluations per step. Methods with fixed steps: order and stage times.
-_ADAPTIVE = {
-    "dopri8": (8, 13),
-    "dopri5": (5, 6),
-    "bosh3": (3, 3),
-    "fehlberg2": (2, 2),
-    "adaptive_heun": (2, 1),
-}
-_FIXED = {
-    "euler": (1, (0.0,)),
-    "midpoint": (2, (0.0, 1 / 2)),
-    "heun2": (2, (0.0, 1.0)),
-    "heun3": (3, (0.0, 1 / 3, 2 / 3)),
-    "rk4": (4, (0.0, 1 / 3, 2 / 3, 1.0)),
+# Order, evaluations per step, and the stage times of methods with fixed steps.
+_METHODS: dict[str, tuple[int, int, tuple[float, ...] | None]] = {
+    "dopri8": (8, 13, None),
+    "dopri5": (5, 6, None),
+    "bosh3": (3, 3, None),
+    "fehlberg2": (2, 2, None),
+    "adaptive_heun": (2, 1, None),
+    "euler": (1, 1, (0.0,)),
+    "midpoint": (2, 2, (0.0, 1 / 2)),
+    "heun2": (2, 2, (0.0, 1.0)),
+    "heun3": (3, 3, (0.0, 1 / 3, 2 / 3)),
+    "rk4": (4, 4, (0.0, 1 / 3, 2 / 3, 1.0)),
 }
 
 
@@ -82,7 +80,7 @@ class TorchDiffEq(Solver):
     max_nfev: int = 10_000
 
     def __post_init__(self) -> None:
-        one_of(self.method, (*_ADAPTIVE, *_FIXED), "method")
+        one_of(self.method, tuple(_METHODS), "method")
         check_positive(self.rtol, "rtol")
         check_positive(self.atol, "atol")
         check_at_least(self.max_nfev, 1, "max_nfev")
@@ -96,18 +94,13 @@ class TorchDiffEq(Solver):
     @property
     def facts(self) -> Facts:
         """Every linear SDE; order of the method."""
-        adaptive = self.method in _ADAPTIVE
-        if adaptive:
-            order, evaluations = _ADAPTIVE[self.method]
-        else:
-            order, stages = _FIXED[self.method]
-            evaluations = len(stages)
+        order, evaluations, stages = _METHODS[self.method]
         return Facts(
             applies_to="every linear SDE",
             nfe_per_step=evaluations,
             ode_order=order,
             state_on_grid=False,
-            adaptive=adaptive,
+            adaptive=stages is None,
         )
 
     def prepare(self, process: ReverseProcess, times: Tensor) -> None:
@@ -115,9 +108,9 @@ class TorchDiffEq(Solver):
 
     def evaluation_times(self, process: ReverseProcess, times: Tensor) -> Tensor | None:
         """Stage times of each step for methods with fixed steps; None for adaptive methods."""
-        if self.method in _ADAPTIVE:
+        *_, stages = _METHODS[self.method]
+        if stages is None:
             return None
-        _, stages = _FIXED[self.method]
         return torch.stack([times[:-1] + c * times.diff() for c in stages], dim=1).flatten()
 
     def with_step(self, h: float) -> TorchDiffEq:
@@ -128,7 +121,7 @@ class TorchDiffEq(Solver):
         ValueError
             If the method has fixed steps already.
         """
-        if self.method in _FIXED:
+        if not self.facts.adaptive:
             msg = f"method must be adaptive to take steps of one length; got {self.method!r}"
             raise ValueError(msg)
         options = {**self.options, "first_step": h, "max_step": h}
@@ -144,7 +137,7 @@ class TorchDiffEq(Solver):
         precision = torch.float32 if z.device.type == "mps" else torch.float64
         grid, ahead = times.to(z.device, precision), stops.to(z.device, precision)
         options = dict(self.options)
-        if self.method in _ADAPTIVE:
+        if self.facts.adaptive:
             options.update(step_t=ahead, dtype=precision)
             if torch.is_grad_enabled():
                 # torchdiffeq would differentiate its estimate of the first step.
