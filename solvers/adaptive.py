@@ -38,7 +38,7 @@ class ActiveSamples:
         self._times = self.t.clone()
         self._stops, self._max_nfev, self._callback = run.stops, max_nfev, run.callback
         self._state = self._latest = state
-        self._at_stops: list[Tensor | None] = [None] * len(run.stops)
+        self._at_stops = [torch.full_like(state, torch.nan) for _ in run.stops[:-1]]
         self._rows = torch.arange(n, device="cpu")
         self._device_rows: Tensor | None = None  # the same on the device; None: all samples
         self._kept: Tensor | None = None
@@ -156,7 +156,7 @@ class ActiveSamples:
         self._times[self._rows] = self.t
         at_stop = accept & (self._goal >= 0)
         for stop in sorted(set(self._next[at_stop].tolist())):
-            if stop + 1 < len(self._stops):
+            if stop < len(self._at_stops):
                 self._save_at_stop(stop, accept_on_device & (self._device_goal == stop))
         self._next = self._next + at_stop
         if self._callback is not None:
@@ -176,9 +176,7 @@ class ActiveSamples:
         ]
         stopped = self._stopped and len(self._rows) > 0
         message = "stopped by the callback" if stopped else "; ".join(failed)
-        state = self._state
-        nothing = torch.full_like(state, torch.nan) if len(self._stops) > 1 else state
-        states = [nothing if y is None else y for y in self._at_stops[:-1]]
+        state, states = self._state, [*self._at_stops]
         if bool(self._success.all()):
             states.append(state)
         else:
@@ -204,8 +202,6 @@ class ActiveSamples:
     def _save_at_stop(self, stop: int, reached: Tensor) -> None:
         """Save the states of the samples that have reached a stop."""
         z, rows, saved = self._latest, self._device_rows, self._at_stops[stop]
-        if saved is None:
-            saved = torch.full_like(self._state, torch.nan)
         before = saved if rows is None else saved[rows]
         found = torch.where(per_sample(reached, z), z, before)
         self._at_stops[stop] = found if rows is None else saved.index_copy(0, rows, found)
