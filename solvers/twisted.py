@@ -32,7 +32,7 @@ from cldsde.score.posterior_score import Guided
 from cldsde.score.reverse import check_reverse_process
 from cldsde.score.times import KnownTimes, PlannedTime, score_argument
 
-from .combine import as_blocks, combine
+from .combine import Block, as_blocks, combine
 from .exponential_multistep import ExponentialMultistep
 from .noise import checked_seeds, start_root
 from .planning import plan
@@ -205,7 +205,7 @@ def sample_posterior(
     if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype must be a floating-point type of torch; got {dtype!r}")
     generators, runs = _generators(seeds, generator)
-    data_shape = _data_shape(observation, shape)
+    data_shape = _data_shape(observation.shape if shape is None else shape)
     observation.check(data_shape, dtype=dtype, device=device)
     latest = observation.end_time(sde, data_shape)
     if float(grid[-1]) > latest * (1 + 1e-6):
@@ -222,7 +222,8 @@ def sample_posterior(
         sde=sde,
     )
     solver = ExponentialMultistep(order=2, stochasticity=1.0)
-    steps = _Steps(solver, plan(process, solver, grid).tables)
+    tables = plan(process, solver, grid).tables
+    tilts = _tilts(solver, tables)
     like = torch.empty(runs * particles, sde.components, *data_shape, dtype=dtype, device=device)
     at_once = len(like) if chunk is None else chunk
     whole = (len(like), *data_shape)
@@ -245,23 +246,22 @@ def sample_posterior(
     weights = _Weights(runs, particles)
     with torch.no_grad():
         z = apply_blocks(start_root(sde, float(grid[0]), data_variance), normals())
-        now, earlier = guide(z, 0), None
-        weights.add(now.log_likelihood)
+        history = [guide(z, 0)]  # the newest first
+        weights.add(history[0].log_likelihood)
         for i in progress_bar(range(len(grid) - 1), shown=progress, desc="posterior"):
             chosen = weights.resampled(threshold, _uniforms(generators, runs))
             if chosen is not None:
                 chosen = chosen.to(device)
-                z, now = z[chosen], _rows(now, chosen)
-                earlier = earlier and _rows(earlier, chosen)
-            z, change = steps.take(z, [now, earlier] if earlier else [now], i, normals())
-            earlier, now = now, guide(z, i + 1)
-            weights.add(now.log_likelihood - earlier.log_likelihood + change)
+                z, history = z[chosen], [Guided(*(x[chosen] for x in y)) for y in history]
+            z, change = _step(tables, tilts[i], i, z, history, normals())
+            history = [guide(z, i + 1), history[0]]
+            weights.add(history[0].log_likelihood - history[1].log_likelihood + change)
     log_weights = weights.log_evidence + weights.log_weights
     evidence = log_weights.logsumexp(1) - math.log(particles)
     mean = evidence.logsumexp(0) - math.log(runs)
     spread = float((evidence - mean).exp().std()) if runs > 1 else math.nan
     return PosteriorSamples(
-        samples=now.data + now.shift if denoise else z[:, 0].clone(),
+        samples=history[0].data + history[0].shift if denoise else z[:, 0].clone(),
         log_weights=log_weights.flatten(),
         log_evidence=float(mean),
         log_evidence_std=spread / math.sqrt(runs),
@@ -270,31 +270,25 @@ def sample_posterior(
     )
 
 
-class _Steps:
-    """Guided steps of the second-order multistep solver with noise."""
+def _tilts(solver: ExponentialMultistep, tables: Any) -> list[list[Block]]:
+    """L⁻¹Bⱼ of each step, which map shifts D_y − D to q."""
+    roots = torch.tensor(solver.noise_roots(tables), dtype=torch.float64, device="cpu")
+    return [
+        as_blocks(whitening @ torch.tensor(blocks, dtype=torch.float64, device="cpu"))
+        for whitening, blocks in zip(triangular_inverse(roots), tables.weights, strict=True)
+    ]
 
-    def __init__(self, solver: ExponentialMultistep, tables: Any) -> None:
-        self._tables = tables
-        roots = torch.tensor(solver.noise_roots(tables), dtype=torch.float64, device="cpu")
-        self._tilts = [
-            as_blocks(whitening @ torch.tensor(blocks, dtype=torch.float64, device="cpu"))
-            for whitening, blocks in zip(triangular_inverse(roots), tables.weights, strict=True)
-        ]  # L⁻¹Bⱼ
 
-    def take(
-        self, z: Tensor, history: list[Guided], i: int, noise: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """State after step i, and the change of the log-weights by its proposal.
-
-        ``history`` holds the predictions at the step's start and before, newest first.
-        """
-        tables = self._tables
-        shifts = [x.shift.unsqueeze(1) for x in history]
-        predictions = [x.data.unsqueeze(1) + x.shift.unsqueeze(1) for x in history]
-        q = combine(*zip(self._tilts[i], shifts, strict=True))
-        moved = zip(tables.weights[i], predictions, strict=True)
-        z = combine((tables.move[i], z), *moved, (tables.noise[i], noise))
-        return z, -(q * (noise + q / 2)).flatten(1).sum(1)
+def _step(
+    tables: Any, tilts: list[Block], i: int, z: Tensor, history: list[Guided], noise: Tensor
+) -> tuple[Tensor, Tensor]:
+    """State after step i, and the change of the log-weights by its proposal."""
+    shifts = [past.shift.unsqueeze(1) for past in history]
+    predictions = [past.data.unsqueeze(1) + past.shift.unsqueeze(1) for past in history]
+    q = combine(*zip(tilts, shifts, strict=True))
+    moved = zip(tables.weights[i], predictions, strict=True)
+    z = combine((tables.move[i], z), *moved, (tables.noise[i], noise))
+    return z, -(q * (noise + q / 2)).flatten(1).sum(1)
 
 
 class _Weights:
@@ -337,10 +331,6 @@ class _Weights:
         return (chosen + count * torch.arange(runs, device="cpu").unsqueeze(1)).flatten()
 
 
-def _rows(guided: Guided, chosen: Tensor) -> Guided:
-    return Guided(*(x[chosen] for x in guided))
-
-
 def _generators(
     seeds: Sequence[int] | Tensor | None, generator: torch.Generator | None
 ) -> tuple[_Generators, int]:
@@ -354,12 +344,11 @@ def _generators(
     return [torch.Generator().manual_seed(seed) for seed in checked], len(checked)
 
 
-def _data_shape(observation: Observation, shape: Sequence[int] | None) -> tuple[int, ...]:
-    found = observation.shape if shape is None else tuple(shape)
-    if found is None:
+def _data_shape(shape: Sequence[int] | None) -> tuple[int, ...]:
+    if shape is None:
         msg = "shape must be given: this observation does not know the shape of the data; got None"
         raise ValueError(msg)
-    return tuple(found)
+    return tuple(shape)
 
 
 def _uniforms(generators: _Generators, runs: int) -> Tensor:
