@@ -121,7 +121,7 @@ class TorchSDE(GridSolver):
         h = -times.diff()[:, None, None]
         increment, integral = plain.increment, plain.integral
         zero = torch.zeros_like(increment)
-        # H = U/h − ΔW/2 has variance h/12, see `_Increments`.
+        # H = U/h − ΔW/2 has variance h/12, see `_Step`.
         return PathNoise(
             torch.cat([increment, -math.sqrt(3) * increment], dim=1),
             torch.cat([integral, integral], dim=1),
@@ -137,11 +137,10 @@ class TorchSDE(GridSolver):
 
         # Call the method directly: `torchsde.sdeint` evaluates the drift once more to check shapes.
         method = _METHODS[self.method]
-        evaluations = len(method.stages)
-        reverse = _Step(method.calculus, tables, i, evaluations, score, z)
+        reverse = _Step(method.calculus, tables, i, i * len(method.stages), score, noise, z)
         solver = methods.select(self.method, method.calculus)(
             sde=base_sde.ForwardSDE(reverse),
-            bm=_Increments(noise, z, len(tables.diffusion[0][0])),
+            bm=reverse,
             dt=1.0,
             adaptive=False,
             rtol=0.0,
@@ -154,49 +153,47 @@ class TorchSDE(GridSolver):
         return y.view_as(z), ()
 
 
+@dataclass(eq=False)
 class _Step:
-    """The reverse SDE in the time −t, as torchsde expects it, for one step."""
+    """The reverse SDE in the time −t and its Brownian motion, as torchsde expects them."""
 
+    sde_type: str
+    tables: _Tables
+    i: int
+    evaluation: int  # index of the next score evaluation
+    score: ScoreAt
+    noise: NoiseSource
+    like: Tensor
     noise_type = "additive"
-
-    def __init__(
-        self, calculus: str, tables: _Tables, i: int, evaluations: int, score: ScoreAt, z: Tensor
-    ) -> None:
-        self.sde_type = calculus
-        self._tables, self._i, self._score, self._like = tables, i, score, z
-        self._evaluation = i * evaluations  # index of the next score evaluation
-
-    def f(self, s: float, y: Tensor) -> Tensor:
-        tables, j = self._tables, self._evaluation
-        self._evaluation += 1
-        z = y.view_as(self._like)
-        return combine((tables.state[j], z), (tables.score[j], self._score(z, j))).flatten(1)
-
-    def g_prod(self, s: float, y: Tensor, v: Tensor) -> Tensor:
-        start, end = self._tables.times[self._i], self._tables.times[self._i + 1]
-        quarter = round(_QUARTERS * (start + s) / (start - end))
-        G = self._tables.diffusion[self._i * (_QUARTERS + 1) + quarter]
-        xi = v.view(len(v), len(G[0]), *self._like.shape[2:])
-        return combine((G, xi)).flatten(1)
-
-
-class _Increments:
-    """Noise source with the interface of torchsde's Brownian motion, for one query per step."""
-
     levy_area_approximation = "space-time"
 
-    def __init__(self, noise: NoiseSource, z: Tensor, rows: int) -> None:
-        self._noise, self._z, self._rows = noise, z, rows
-        self.shape = (len(z), rows * z[:, 0].numel() // max(len(z), 1))
+    @property
+    def shape(self) -> tuple[int, int]:
+        rows, z = len(self.tables.diffusion[0][0]), self.like
+        return len(z), rows * z[:, 0].numel() // max(len(z), 1)
+
+    def f(self, s: float, y: Tensor) -> Tensor:
+        tables, j = self.tables, self.evaluation
+        self.evaluation += 1
+        z = y.view_as(self.like)
+        return combine((tables.state[j], z), (tables.score[j], self.score(z, j))).flatten(1)
+
+    def g_prod(self, s: float, y: Tensor, v: Tensor) -> Tensor:
+        start, end = self.tables.times[self.i], self.tables.times[self.i + 1]
+        quarter = round(_QUARTERS * (start + s) / (start - end))
+        G = self.tables.diffusion[self.i * (_QUARTERS + 1) + quarter]
+        xi = v.view(len(v), len(G[0]), *self.like.shape[2:])
+        return combine((G, xi)).flatten(1)
 
     def __call__(
         self, s: float, t: float, *, return_U: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
-        h = t - s
-        xi = self._noise.normal(self._z, 2 * self._rows if return_U else self._rows)
-        W = math.sqrt(h) * xi[:, : self._rows].flatten(1)
+        """Increment of the Brownian motion, and its integral; torchsde asks once per step."""
+        h, rows = t - s, len(self.tables.diffusion[0][0])
+        xi = self.noise.normal(self.like, 2 * rows if return_U else rows)
+        W = math.sqrt(h) * xi[:, :rows].flatten(1)
         if not return_U:
             return W
         # ∫ (W_r − W_s) dr = h (W/2 + H) with H ~ N(0, h/12) independent of W.
-        H = math.sqrt(h / 12) * xi[:, self._rows :].flatten(1)
+        H = math.sqrt(h / 12) * xi[:, rows:].flatten(1)
         return W, h * (0.5 * W + H)
