@@ -94,27 +94,25 @@ class Splitting(StagedSolver):
         sde = process.sde
         covariance = _stationary_variances(sde)
         row_of, ratio = _drift_per_noise(sde, times)
+        eye = torch.eye(2, dtype=torch.float64, device="cpu")
         stages: list[Stage] = []
         evaluated = False
         for letter, start, end in self._parts(times):
             noise = sde.accumulated_noise(end, start)
             friction = 0.5 * noise / covariance
             if letter == "O":
-                decay = torch.exp(-friction.diagonal(dim1=-2, dim2=-1))
-                spread = (
-                    covariance * -torch.expm1(-2 * friction.diagonal(dim1=-2, dim2=-1))
-                ).sqrt()
+                rate = friction.diagonal(dim1=-2, dim2=-1)
+                spread = (covariance * -torch.expm1(-2 * rate)).sqrt()
                 root = torch.diag_embed(spread)[..., list(sde.driven)]
-                stages.append(Stage(as_blocks(torch.diag_embed(decay)), noise=as_blocks(root)))
+                decay = torch.diag_embed(torch.exp(-rate))
+                stages.append(Stage(as_blocks(decay), noise=as_blocks(root)))
                 continue
             row = "AB".index(letter)
-            state = torch.eye(2, dtype=torch.float64, device="cpu").repeat(len(start), 1, 1)
-            state[:, row] += (friction - ratio * noise[:, row_of, row_of, None, None])[:, row]
-            score = torch.zeros_like(state)
-            score[:, row] = noise[:, row]
-            stage = Stage(as_blocks(state))
+            own = eye[:, row : row + 1]  # selects the letter's row
+            pull = friction - ratio * noise[:, row_of, row_of, None, None]
+            stage = Stage(as_blocks(eye + own * pull))
             if row in sde.driven:
-                blocks = as_blocks(score[..., list(sde.driven)])
+                blocks = as_blocks(own * noise[..., list(sde.driven)])
                 reuse = self.shared_score and evaluated
                 stage = stage._replace(first=blocks) if reuse else stage._replace(score=blocks)
                 evaluated = True
