@@ -1,12 +1,4 @@
-r"""Score of any linear SDE from a denoiser D(u, σ).
-
-One combination of the components is a sufficient statistic of the state for the data,
-
-.. math:: û = \frac{ψ^⊤ Σ^{-1} z}{ψ^⊤ Σ^{-1} ψ} = x_0 + σ n, \qquad σ = e^{-κ(t)},
-
-with κ = ½ log SNR (`LinearSDE.log_snr`). So E[x_0 | z_t] = D(û, σ), and one denoiser
-D(u, σ) = E[x_0 | x_0 + σn = u] serves all processes.
-"""
+"""Score of any linear SDE from a denoiser D(u, σ) = E[x_0 | x_0 + σn = u]."""
 
 from __future__ import annotations
 
@@ -45,7 +37,8 @@ class DenoiserScore(Score):
     .. math:: s = −Σ_t^{-1}\,(z − ψ\,D(û, σ)), \qquad û = ψ^⊤Σ_t^{-1}z / ψ^⊤Σ_t^{-1}ψ, \quad
               σ = e^{-κ(t)}
 
-    with κ = ½ log SNR (`LinearSDE.log_snr`). The denoiser may have been trained with any other
+    with κ = ½ log SNR (`LinearSDE.log_snr`). û = x_0 + σ n is a sufficient statistic of the state
+    for the data, so E[x_0 | z_t] = D(û, σ). The denoiser may have been trained with any other
     process. The conversion is exact, and one score evaluation evaluates the denoiser once.
 
     Parameters

@@ -111,19 +111,9 @@ class ScoreDenoiser(Denoiser):
         planned: PlannedTime | None = None,
         **conditions: Any,
     ) -> Tensor:
-        """Estimate of the data, like ``u``.
+        """Estimate of the data, like ``u``; see `PredictionDenoiser.forward` for the arguments.
 
-        Parameters
-        ----------
-        u
-            Data plus noise of level σ, ``(B, *D)``. The score gets states in single precision at
-            least.
-        sigma
-            Noise levels, one or ``(B,)``.
-        planned
-            Planned level of ``sigma``; see `Denoiser`.
-        conditions
-            Passed to the score.
+        The score gets states in single precision at least, and the conditions.
         """
         wide = u.to(torch.promote_types(u.dtype, torch.float32))
         lift = coefficients_at(self, sigma, u, self._lift, wide.dtype, planned=planned, levels=True)
