@@ -197,7 +197,7 @@ class MixedScore(NetworkScore):
         )
         direct = self._of_data and prediction not in ("score", "noise")
         source: Prediction = "data" if direct else "noise"
-        value = (self._data if direct else self._noise)(z, table, condition)
+        value = self._estimate(source, z, table, condition)
         if prediction == source:
             return value
         if prediction == "score":
@@ -235,15 +235,14 @@ class MixedScore(NetworkScore):
         if isinstance(weighting, _LogSNRWeighting) and weighting.model is self and pair.t.ndim:
             known = weighting.of_known(pair.whitened, coefficients)
             weighting = lambda t: known  # noqa: E731
-        if prediction != "noise" and self._of_data:
-            data = self._data(pair.z, coefficients.to(pair.z), condition)
-            return pair.loss(data, "data", weighting=weighting, measured=prediction)
-        noise = self._noise(pair.z, coefficients.to(pair.z), condition)
-        return pair.loss(noise, "noise", weighting=weighting, measured=prediction)
+        direct = self._of_data and prediction != "noise"
+        source: Prediction = "data" if direct else "noise"
+        value = self._estimate(source, pair.z, coefficients.to(pair.z), condition)
+        return pair.loss(value, source, weighting=weighting, measured=prediction)
 
     @property
     def _of_data(self) -> bool:
-        """Whether `_data` gives the data prediction directly, without the noise."""
+        """Whether `_estimate` gives the data prediction directly, without the noise."""
         return self.sde.components == 1 and self.mixing_logits is None
 
     def residual_variance(self, t: Tensor, prediction: Prediction = "noise") -> Tensor:
@@ -329,11 +328,17 @@ class MixedScore(NetworkScore):
             to_score,
         )
 
-    def _noise(self, z: Tensor, c: _Coefficients, condition: Tensor | None) -> Tensor:
-        """Noise of the driven components, ``(B, d, *D)``."""
-        centred, _ = self._centred(z, c)
-        reference = (self._spread(c, c.reference, 2, z) * centred.unsqueeze(1)).sum(2)
+    def _estimate(
+        self, source: Prediction, z: Tensor, c: _Coefficients, condition: Tensor | None
+    ) -> Tensor:
+        """Noise of the driven components ``(B, d, *D)``, or for k = 1 the data ``(B, *D)``."""
+        centred, mean = self._centred(z, c)
         learnt = self._learnt(centred, c, condition)
+        if source == "data":
+            reference = mean + (self._spread(c, c.data, 1, z) * centred).sum(1)
+            # n = (z − ψ x_0) / σ, so the network's noise enters the data with a minus sign.
+            return reference - self._spread(c, c.data_residual, 0, z) * learnt[:, 0]
+        reference = (self._spread(c, c.reference, 2, z) * centred.unsqueeze(1)).sum(2)
         if self.mixing_logits is None:
             return reference + self._spread(c, c.residual, 1, z) * learnt
         share, shape = self.mixing_logits.to(z).sigmoid(), tuple(z.shape[2:])
@@ -342,14 +347,6 @@ class MixedScore(NetworkScore):
             msg = f"mixing_logits must broadcast with the data, {shape}; got {tuple(share.shape)}"
             raise ValueError(msg)
         return reference.lerp(learnt, share.expand_as(learnt))
-
-    def _data(self, z: Tensor, c: _Coefficients, condition: Tensor | None) -> Tensor:
-        """E[x_0 | z_t] of a process of one component, ``(B, *D)``."""
-        centred, mean = self._centred(z, c)
-        reference = mean + (self._spread(c, c.data, 1, z) * centred).sum(1)
-        # n = (z − ψ x_0) / σ, so the network's noise enters the data with a minus sign.
-        learnt = self._learnt(centred, c, condition)[:, 0]
-        return reference - self._spread(c, c.data_residual, 0, z) * learnt
 
     def _spread(self, c: _Coefficients, field: Tensor, inner: int, z: Tensor) -> Tensor:
         """Reshape coefficients: batch axis in front, variances aligned with the data's axes."""
