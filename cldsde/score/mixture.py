@@ -183,9 +183,7 @@ class GaussianMixture:
             If shapes do not fit or the distribution has no density at some time.
         """
         check_process(sde)
-        flat = self._flat_state(sde, z)
-        with torch.autocast(z.device.type, enabled=False):
-            _, log_terms = self._terms(flat, self._marginal(sde, score_times(t, z)))
+        _, _, log_terms = self._whitened(sde, z, t)
         return log_terms.logsumexp(-1).to(z.dtype)
 
     def conditional_log_prob(self, sde: LinearSDE, z: Tensor, t: TimeLike) -> Tensor:
@@ -196,13 +194,10 @@ class GaussianMixture:
         result and errors. A process of one component raises a ValueError, too.
         """
         _rows(sde, "auxiliary")
-        flat = self._flat_state(sde, z)
-        with torch.autocast(z.device.type, enabled=False):
-            marginal = self._marginal(sde, score_times(t, z)).to(flat)
-            whitened, log_joint = self._terms(flat, marginal)
-            # The root is lower triangular, so its first row whitens x alone.
-            log_data = marginal.data_log_scale - 0.5 * whitened[:, :, 0].square().sum(-1)
-            return (log_joint.logsumexp(-1) - log_data.logsumexp(-1)).to(z.dtype)
+        marginal, whitened, log_joint = self._whitened(sde, z, t)
+        # The root is lower triangular, so its first row whitens x alone.
+        log_data = marginal.data_log_scale - 0.5 * whitened[:, :, 0].square().sum(-1)
+        return (log_joint.logsumexp(-1) - log_data.logsumexp(-1)).to(z.dtype)
 
     def posterior_mean(self, sde: LinearSDE, z: Tensor, t: TimeLike) -> Tensor:
         """Posterior mean E[x_0 | z_t = z], the best prediction of the data, ``(B, *D)``.
@@ -210,13 +205,11 @@ class GaussianMixture:
         See `log_prob` for arguments and errors.
         """
         check_process(sde)
-        flat = self._flat_state(sde, z)
+        marginal, whitened, log_terms = self._whitened(sde, z, t)
         with torch.autocast(z.device.type, enabled=False):
-            marginal = self._marginal(sde, score_times(t, z)).to(flat)
-            whitened, log_terms = self._terms(flat, marginal)
             signal = torch.einsum("...njkl,...l->...nkj", marginal.whitening, marginal.psi)
-            gain = self._variances.to(flat) * (signal * whitened).sum(-2)
-            data_means, axes = self._like(flat)
+            gain = self._variances.to(whitened) * (signal * whitened).sum(-2)
+            data_means, axes = self._like(whitened)
             means = data_means + torch.einsum("bnj,ndj->bnd", gain, axes)
             mean = torch.einsum("bn,bnd->bd", log_terms.softmax(-1), means)
         return mean.to(z.dtype).reshape(len(z), *z.shape[2:])
@@ -295,6 +288,15 @@ class GaussianMixture:
         return float((self.weights.log() + log_evidence).logsumexp(0))
 
     def _conditioned(self, observation: Observation) -> tuple[Tensor, Tensor, Tensor]:
+        r"""Log-evidence ``(n,)``, means and covariances of the modes given y = A x + s n.
+
+        .. math::
+            S = A C A^⊤ + s^2 I, \quad K = C A^⊤ S^{-1}, \quad m' = m + K (y − A m), \quad
+            C' = (I − K A) C (I − K A)^⊤ + s^2 K K^⊤
+
+        This is Joseph's form of C', which stays positive semi-definite for small s. Without noise,
+        y has no density if rows of A are linearly dependent or zero on the data.
+        """
         shape = check_observation(observation).shape or (self.dimension,)
         if math.prod(shape) != self.dimension:
             raise ValueError(
@@ -310,7 +312,23 @@ class GaussianMixture:
                 f"got shape {tuple(observation.y.shape)}"
             )
         means, covariances = self.means.detach().cpu(), self.covariances.cpu()
-        return _conditioned_gaussians(means, covariances, A, y, observation.noise_std)
+        noise_std, eye = observation.noise_std, partial(torch.eye, dtype=A.dtype, device="cpu")
+        cross = covariances @ A.mT
+        roots, faults = torch.linalg.cholesky_ex(A @ cross + noise_std**2 * eye(len(A)))
+        if bool(faults.any()):
+            raise ValueError(
+                f"noise_std of the observation must be larger, because y has no density under the "
+                f"mixture; got {noise_std:g}"
+            )
+        residual = y - means @ A.mT
+        whitened = torch.linalg.solve_triangular(roots, residual.unsqueeze(-1), upper=False)
+        volume = roots.diagonal(dim1=1, dim2=2).log().sum(1) + 0.5 * len(A) * math.log(2 * math.pi)
+        gain = torch.cholesky_solve(cross.mT, roots).mT
+        rest = eye(A.shape[1]) - gain @ A
+        moved = means + (gain @ residual.unsqueeze(-1)).squeeze(-1)
+        shrunk = rest @ covariances @ rest.mT + noise_std**2 * gain @ gain.mT
+        log_evidence = -0.5 * whitened.square().sum((1, 2)) - volume
+        return log_evidence, moved, (shrunk + shrunk.mT) / 2
 
     def _flat_state(self, sde: LinearSDE, z: Tensor) -> Tensor:
         flat = flatten_data(check_state(z, sde.components))
@@ -334,9 +352,15 @@ class GaussianMixture:
         scales = self.weights.log().unsqueeze(-1) - (diagonal.log().sum(-2) + constant).cumsum(-1)
         return _Marginal(psi, triangular_inverse(factor), scales[..., -1], scales[..., 0])
 
+    def _whitened(self, sde: LinearSDE, z: Tensor, t: TimeLike) -> tuple[_Marginal, Tensor, Tensor]:
+        """The distribution of a state, and its `_terms`."""
+        flat = self._flat_state(sde, z)
+        with torch.autocast(z.device.type, enabled=False):
+            marginal = self._marginal(sde, score_times(t, z)).to(flat)
+            return marginal, *self._terms(flat, marginal)
+
     def _terms(self, z: Tensor, marginal: _Marginal) -> tuple[Tensor, Tensor]:
         """Whitened residuals ``(B, n, k, D)`` and log joint densities ``(B, n)``."""
-        marginal = marginal.to(z)
         data_means, axes = self._like(z)
         means = marginal.psi[..., None, :, None] * data_means.unsqueeze(1)
         residual = torch.einsum("bnkd,ndj->bnkj", z.unsqueeze(1) - means, axes)
@@ -454,35 +478,3 @@ class MixtureScore(Score):
     def data_prediction(self, z: Tensor, t: TimeLike, **options: Any) -> Tensor:
         """E[x_0 | z_t = z], ``(B, *D)``, also if the driven score does not determine it."""
         return self.data.posterior_mean(self.sde, z, score_times(t, z, **options))
-
-
-def _conditioned_gaussians(
-    means: Tensor, covariances: Tensor, A: Tensor, y: Tensor, noise_std: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    r"""Log-evidence ``(n,)``, means and covariances of Gaussians given y = A x + s n.
-
-    .. math::
-        S = A C A^⊤ + s^2 I, \quad K = C A^⊤ S^{-1}, \quad m' = m + K (y − A m), \quad
-        C' = (I − K A) C (I − K A)^⊤ + s^2 K K^⊤
-
-    This is Joseph's form of C', which stays positive semi-definite for small s. Raises a ValueError
-    if y has no density. Without noise this happens if rows of A are linearly dependent or zero on
-    the data.
-    """
-    cross = covariances @ A.mT
-    S = A @ cross + noise_std**2 * torch.eye(len(A), dtype=A.dtype, device="cpu")
-    roots, faults = torch.linalg.cholesky_ex(S)
-    if bool(faults.any()):
-        raise ValueError(
-            f"noise_std of the observation must be larger, because y has no density under the "
-            f"mixture; got {noise_std:g}"
-        )
-    residual = y - means @ A.mT
-    whitened = torch.linalg.solve_triangular(roots, residual.unsqueeze(-1), upper=False)
-    volume = roots.diagonal(dim1=1, dim2=2).log().sum(1) + 0.5 * len(A) * math.log(2 * math.pi)
-    gain = torch.cholesky_solve(cross.mT, roots).mT
-    rest = torch.eye(A.shape[1], dtype=A.dtype, device="cpu") - gain @ A
-    moved = means + (gain @ residual.unsqueeze(-1)).squeeze(-1)
-    shrunk = rest @ covariances @ rest.mT + noise_std**2 * gain @ gain.mT
-    log_evidence = -0.5 * whitened.square().sum((1, 2)) - volume
-    return log_evidence, moved, (shrunk + shrunk.mT) / 2
