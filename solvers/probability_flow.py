@@ -227,10 +227,6 @@ def _clock(times: Tensor) -> tuple[Callable[[Tensor], Tensor], int]:
     return lambda t: (low + high - t).clamp(low, high), -1
 
 
-Velocity = Callable[[Tensor, int], Tensor]
-"""Function that returns dz/du from states and the index of an evaluation time."""
-
-
 class _Flow(NamedTuple):
     """The flow along the grid, dz/du for a decreasing time u."""
 
@@ -242,8 +238,8 @@ class _Flow(NamedTuple):
 
     def __call__(
         self, times: Tensor, h: Tensor, *states: Tensor
-    ) -> tuple[Velocity, Tensor, list[Tensor]]:
-        """The flow at times u ``(S, N)``, h ``(N,)`` on the device, and the remaining states."""
+    ) -> tuple[Callable[[Tensor, int], Tensor], Tensor, list[Tensor]]:
+        """Velocity dz/du at times u ``(S, N)``, h ``(N,)`` on the device, and remaining states."""
         process, samples, sde = self.process, self.samples, self.process.sde
         times = self.clock(times)
         samples.spend(process.score.evaluations(times).sum(0))

@@ -227,7 +227,8 @@ class Observation:
 
     def gram(self, shape: Sequence[int], like: Tensor) -> Tensor:
         """Matrix A Aᵀ ``(m, m)`` over the flattened y, with dtype and device of ``like``."""
-        seen = self._seen_shape(shape, like)
+        with torch.no_grad():
+            seen = self.forward(like.new_zeros(1, *shape)).shape[1:]
         size = math.prod(seen)
         units = torch.eye(size, dtype=like.dtype, device=like.device).reshape(size, *seen)
         return self.forward(self.adjoint(units, shape)).reshape(size, size)
@@ -288,10 +289,6 @@ class Observation:
         if key not in self._checked:
             check_linear(self.forward, self.y, shape, dtype=dtype, device=torch.device(device))
             self._checked.add(key)
-
-    def _seen_shape(self, shape: Sequence[int], like: Tensor) -> torch.Size:
-        with torch.no_grad():
-            return self.forward(like.new_zeros(1, *shape)).shape[1:]
 
 
 def check_observation(observation: object) -> Observation:

@@ -50,7 +50,7 @@ class _Coefficients(NamedTuple):
     score: Tensor  # (*, 1, d), of the driven score in D
     psi: Tensor  # (*, 1, k)
     to_score: Tensor  # (*, d, 1), maps a change of D to a change of the driven score
-    variance: Tensor  # (*, 1), σ²
+    variance: Tensor  # (*), σ²
 
 
 class Guided(NamedTuple):
@@ -250,7 +250,7 @@ class PosteriorScore(ScoreWrapper):
             return per_sample(found.isotropic, v) * seen + variance * v
 
         def bounded(v: Tensor) -> tuple[Tensor, Tensor]:
-            return isotropic(v), torch.zeros_like(v.flatten(1)[:, 0])
+            return isotropic(v), v.new_zeros(len(v))
 
         # No eigenvalue of a covariance exceeds its trace, on average the trace of the data's.
         total = self.data_variance * math.prod(shape)
@@ -355,7 +355,7 @@ class PosteriorScore(ScoreWrapper):
     def _coefficients(self, t: Tensor) -> _Coefficients:
         whitened = whiten(self.sde, self.sde.marginal(t), t)
         data, score = whitened.convert("score", "data"), whitened.convert("data", "score")
-        variance = 1 / whitened.information().unsqueeze(-1)
+        variance = 1 / whitened.information()
         return _Coefficients(data.state, data.value, whitened.psi.mT, score.value, variance)
 
 
