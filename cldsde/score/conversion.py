@@ -77,9 +77,6 @@ class WhitenedKernel:
         ψ = Ψ(t, 0) e₀, in the components' own order, ``(*, k, 1)``.
     signal
         c = L⁻¹ψ, ``(*, k, 1)``.
-    noise
-        Matrix that maps the noise ξ of z_t = ψx_0 + root ξ, with the root in the components' own
-        order, to the noise n = −L_ddᵀ s_d of the driven components, ``(*, d, k)``.
     times
         ``(*)``, float64 on the CPU.
     driven
@@ -94,7 +91,6 @@ class WhitenedKernel:
     inverse: Tensor
     psi: Tensor
     signal: Tensor
-    noise: Tensor
     times: Tensor
     driven: tuple[int, ...]
     rates: Callable[[], tuple[Tensor, Tensor]]
@@ -110,7 +106,7 @@ class WhitenedKernel:
     ) -> WhitenedKernel:
         """The distribution of x_t = α x_0 + σ n given x_0, with α and σ > 0 of shape ``*``."""
         psi, root = alpha[..., None, None], sigma[..., None, None]
-        return cls(root, 1 / root, psi, psi / root, torch.ones_like(root), times, (0,), rates)
+        return cls(root, 1 / root, psi, psi / root, times, (0,), rates)
 
     def driven_root(self) -> Tensor:
         """L_dd, the root of the driven components' covariance given all others, ``(*, d, d)``."""
@@ -264,21 +260,11 @@ def whiten(sde: LinearSDE, kernel: Kernel, t: Tensor) -> WhitenedKernel:
     """
     root, psi = kernel.root, kernel.mean[..., :1]
     check_density(root, t, "t")
-    k, driven = sde.components, list(sde.driven)
-    order = component_order(k, sde.driven)
-    if order == list(range(k)):
-        ordered = root
-        eye = torch.eye(k, dtype=torch.float64, device="cpu")[driven]
-        noise = eye.expand(*root.shape[:-2], -1, -1)
-        inverse = triangular_inverse(ordered)
-    else:
-        ordered = joint_root(root[..., order, :])
-        inverse = triangular_inverse(ordered)[..., :, torch.tensor(order, device="cpu").argsort()]
-        # The noise is −L_ddᵀ s_d with s = −root⁻ᵀ ξ.
-        own = triangular_inverse(root)[..., driven].mT
-        noise = ordered[..., -len(driven) :, -len(driven) :].mT @ own
+    order = component_order(sde.components, sde.driven)
+    ordered = root if order == sorted(order) else joint_root(root[..., order, :])
+    inverse = triangular_inverse(ordered)[..., :, torch.tensor(order, device="cpu").argsort()]
     rates = partial(sde.dynamics.rates, t, sde.initial_covariance[0, 0])
-    parts = (ordered, inverse, psi, inverse @ psi, noise)
+    parts = (ordered, inverse, psi, inverse @ psi)
     return WhitenedKernel(*parts, t, sde.driven, rates, sde.regular_until)
 
 

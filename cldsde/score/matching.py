@@ -30,6 +30,7 @@ from cldsde.score.conversion import (
     Conversion,
     Prediction,
     WhitenedKernel,
+    component_order,
     conditional_kernel,
     whiten,
 )
@@ -127,7 +128,11 @@ class PerturbedData:
         kernel = conditional_kernel(sde, times, conditioning)
         whitened = whiten(sde, kernel, times)
         z, epsilon = kernel.perturb(start, generator=generator)
-        noise = apply_blocks(whitened.noise, epsilon)
+        # n = −L_ddᵀ s_d are the last rows of L⁻¹(z − ψx_0), which are ε if no component moves.
+        order, last = component_order(sde.components, sde.driven), slice(-len(sde.driven), None)
+        noise = epsilon[:, last]
+        if order != sorted(order):
+            noise = apply_blocks(whitened.inverse[..., last, :] @ kernel.root, epsilon)
         return cls(sde, x0, z, noise, times, kernel, conditioning, whitened)
 
     def target(self, prediction: Prediction = "score") -> Tensor:

@@ -82,7 +82,7 @@ def cubature(sde, t_min=T_MIN, nodes=60, start=MEAN + SCALE * points(2)):  # noq
     kernel = sde.marginal(times)
     whitened = whiten(sde, kernel, times)
     z = kernel.mean[:, :, :1] * x0.unsqueeze(1) + kernel.root @ epsilon
-    normals = whitened.noise @ epsilon
+    normals = whitened.inverse[..., -len(sde.driven) :, :] @ kernel.root @ epsilon
     return PerturbedData(sde, x0, z, normals, times, kernel, "data", whitened), weight[c]
 
 
