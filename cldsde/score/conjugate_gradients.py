@@ -54,15 +54,14 @@ def conjugate_gradients(
         moved, least = apply(direction)
         curvature = dot(direction, moved)
         # This comparison is False for NaN, which counts as a failure, too.
-        sound = curvature > least
-        if i == 0 and not bool((sound | ~active).all()):
-            first = dot(direction, safe(direction))
-            curvature = torch.where(sound, curvature, first)
-            step = torch.where(active, square / curvature, 0.0)
-        else:
-            step = torch.where(active & sound, square / curvature, 0.0)
+        sound = active & (curvature > least)
+        stepping = sound
+        if i == 0 and not torch.equal(sound, active):
+            stepping = active
+            curvature = torch.where(sound, curvature, dot(direction, safe(direction)))
+        step = torch.where(stepping, square / curvature, 0.0)
         x = x + per_sample(step, b) * direction
-        active = active & sound
+        active = sound
         residual = residual - per_sample(torch.where(active, step, 0.0), b) * moved.nan_to_num()
         new = dot(residual, residual)
         active = active & (new > small)

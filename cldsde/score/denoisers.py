@@ -211,10 +211,9 @@ class PredictionDenoiser(Denoiser):
     def _clock(self, t: Tensor, kappa: Tensor) -> Tensor:
         if callable(self.clock):
             return self.clock(t)
-        if self.clock == "index":
-            return t.round()
         known = {
             "time": t,
+            "index": t.round(),
             "sigma": (-kappa).exp(),
             "log_sigma/4": -kappa / 4,
             "log_snr": 2 * kappa,

@@ -155,24 +155,20 @@ class MixedScore(NetworkScore):
                 "data_variance must be finite and positive in single precision; got "
                 f"{data_variance.tolist()}"
             )
-        if mixing_logits is not None and not (
-            isinstance(mixing_logits, Tensor) and bool(mixing_logits.isfinite().all())
-        ):
-            msg = f"mixing_logits must be a finite tensor or None; got {mixing_logits!r}"
-            raise ValueError(msg)
-        if mixing_logits is not None and inputs != "state":
-            raise ValueError(
-                "mixing_logits must be None unless inputs='state', because they weight noise; got "
-                f"inputs={inputs!r}"
-            )
+        self.mixing_logits = None
+        if mixing_logits is not None:
+            if not (isinstance(mixing_logits, Tensor) and bool(mixing_logits.isfinite().all())):
+                msg = f"mixing_logits must be a finite tensor or None; got {mixing_logits!r}"
+                raise ValueError(msg)
+            if inputs != "state":
+                raise ValueError(
+                    "mixing_logits must be None unless inputs='state', because they weight noise; "
+                    f"got inputs={inputs!r}"
+                )
+            self.mixing_logits = nn.Parameter(mixing_logits.detach().to(torch.float32).clone())
         self.network = network
         self.sde = sde
         self.inputs = inputs
-        self.mixing_logits = (
-            None
-            if mixing_logits is None
-            else nn.Parameter(mixing_logits.detach().to(torch.float32).clone())
-        )
         self.predicts_data = self._of_data
         self.register_buffer("data_mean", data_mean.to(torch.float32))
         self.register_buffer("data_variance", single)
