@@ -12,6 +12,7 @@ from torch import Tensor
 from cldsde.linear.blocks import block_solve
 from cldsde.linear.checks import check_at_least, one_of
 from cldsde.linear.covariance import triangular_inverse
+from cldsde.linear.log_snr import vp_time
 from cldsde.linear.moves import by_steps, carried_roots, marginal_factors, moves_to_end
 from cldsde.linear.schedule import gauss_legendre
 from cldsde.linear.sde import LinearSDE
@@ -20,7 +21,6 @@ from cldsde.score import Conversion, ReverseProcess
 from .base import DATA_DETERMINED, Facts, GridSolver, Memory, ScoreAt
 from .combine import Block, add_to, as_blocks, combine
 from .noise import NoiseSource
-from .vp_clock import vp_time
 
 _NODES = 16
 _LEAST_LOG_SNR = -8.0  # below it a float32 score determines three digits of the data prediction

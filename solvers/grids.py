@@ -12,10 +12,8 @@ import torch
 from torch import Tensor
 
 from cldsde.linear.checks import check_positive
-from cldsde.linear.log_snr import times_of_log_snr
+from cldsde.linear.log_snr import log_snr_of_vp_time, times_of_log_snr, vp_time
 from cldsde.linear.sde import LinearSDE
-
-from .vp_clock import log_snr_of_vp_time, vp_time
 
 P = ParamSpec("P")
 
@@ -137,9 +135,8 @@ def log_snr_times(sde: LinearSDE, T: float, eps: float, n: int) -> Tensor:
     >>> log_snr_times(VPSDE(), 1.0, 0.01, 4)
     tensor([1.0000, 0.7706, 0.4494, 0.1003, 0.0100], dtype=torch.float64)
     """
-    fraction = _fractions(T, eps, n)
-    first, last = _finite_log_snr_ends(sde, T, eps)
-    return _with_ends(times_of_log_snr(sde, first + fraction * (last - first), T, eps), T, eps)
+    levels = _between(_finite_log_snr_ends(sde, T, eps), T, eps, n)
+    return _with_ends(times_of_log_snr(sde, levels, T, eps), T, eps)
 
 
 @_process_first(needed=True)
@@ -164,11 +161,8 @@ def karras_times(sde: LinearSDE, T: float, eps: float, n: int, rho: float = 7.0)
     torch.Size([19])
     """
     check_positive(rho, "rho")
-    fraction = _fractions(T, eps, n)
-    first, last = (-_finite_log_snr_ends(sde, T, eps) / rho).exp()
-    return _with_ends(
-        times_of_log_snr(sde, -rho * (first + fraction * (last - first)).log(), T, eps), T, eps
-    )
+    powers = _between((-_finite_log_snr_ends(sde, T, eps) / rho).exp(), T, eps, n)
+    return _with_ends(times_of_log_snr(sde, -rho * powers.log(), T, eps), T, eps)
 
 
 @_process_first(needed=True)
@@ -205,10 +199,8 @@ def logistic_times(
     torch.Size([11])
     """
     check_positive(rate, "rate")
-    fraction = _fractions(T, eps, n)
-    first, last = torch.sigmoid(-rate * (_log_snr_ends(sde, T, eps) - center))
-    level = first + fraction * (last - first)
-    return _with_ends(times_of_log_snr(sde, center - level.logit() / rate, T, eps), T, eps)
+    levels = _between(torch.sigmoid(-rate * (_log_snr_ends(sde, T, eps) - center)), T, eps, n)
+    return _with_ends(times_of_log_snr(sde, center - levels.logit() / rate, T, eps), T, eps)
 
 
 @_process_first(needed=True)
@@ -224,10 +216,8 @@ def vp_times(sde: LinearSDE, T: float, eps: float, n: int) -> Tensor:
     >>> vp_times(RectifiedFlow(), 0.99, 0.04, 4)
     tensor([0.9900, 0.8383, 0.5373, 0.2536, 0.0400], dtype=torch.float64)
     """
-    fraction = _fractions(T, eps, n)
-    first, last = vp_time(_finite_log_snr_ends(sde, T, eps)).sqrt()
-    level = log_snr_of_vp_time((first + fraction * (last - first)).square())
-    return _with_ends(times_of_log_snr(sde, level, T, eps), T, eps)
+    roots = _between(vp_time(_finite_log_snr_ends(sde, T, eps)).sqrt(), T, eps, n)
+    return _with_ends(times_of_log_snr(sde, log_snr_of_vp_time(roots.square()), T, eps), T, eps)
 
 
 def _log_snr_ends(sde: LinearSDE, T: float, eps: float) -> Tensor:
@@ -245,6 +235,12 @@ def _finite_log_snr_ends(sde: LinearSDE, T: float, eps: float) -> Tensor:
             f"data is left: take T ≤ {sde.regular_until:.15g}, or logistic_times"
         )
     return ends
+
+
+def _between(ends: Tensor, T: float, eps: float, n: int) -> Tensor:
+    """N + 1 evenly spaced values from one end to the other."""
+    first, last = ends
+    return first + _fractions(T, eps, n) * (last - first)
 
 
 def _fractions(T: float, eps: float, n: int) -> Tensor:

@@ -264,7 +264,7 @@ class SampleNoise(NoiseSource):
             at t for Gaussian data of mean 0 and variance 1.
         mean_std
             Standard deviation in [0, 1) of a part of these data that all numbers of a sample share,
-            such as the brightness of images. With it, also draw at t = T for such data.
+            such as the brightness of images.
 
         Returns
         -------
@@ -272,16 +272,12 @@ class SampleNoise(NoiseSource):
             ``(len(seeds), k, *D)``.
         """
         like = torch.empty(len(self.seeds), sde.components, *shape, dtype=dtype, device=device)
-        normals = self.normal(like, sde.components)
-        if mean_std == 0 or t is None:
-            return apply_blocks(start_root(sde, t), normals)
-        initial = sde.initial_covariance.clone()
-        initial[0, 0] = initial[0, 0] + 1 - mean_std**2
-        marginal = sde.marginal(t, initial)
-        shared = self.normal(like[(..., *(slice(1),) * len(shape))], 1)
-        return apply_blocks(marginal.root, normals) + apply_blocks(
-            mean_std * marginal.mean[..., :1], shared
-        )
+        drawn = apply_blocks(start_root(sde, t, 1 - mean_std**2), self.normal(like, sde.components))
+        if mean_std:
+            mean = sde.marginal(sde.T if t is None else t).mean[..., :1]
+            shared = self.normal(like[(..., *(slice(1),) * len(shape))], 1)
+            drawn += apply_blocks(mean_std * mean, shared)
+        return drawn
 
     def check(self, z: Tensor) -> None:
         """Raise unless the batch has one sample per seed.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from pathlib import Path
@@ -71,22 +72,22 @@ class SamplerSettings:
 
     def __post_init__(self) -> None:
         for name in ("log_snr", "stochasticity"):
-            given = getattr(self, name)
             try:
-                values = torch.tensor([float(x) for x in given], dtype=torch.float64, device="cpu")
+                values = tuple(float(x) for x in getattr(self, name))
             except (TypeError, ValueError) as error:
-                raise TypeError(f"{name} must be a sequence of numbers; got {given!r}") from error
-            if not bool(values.isfinite().all()):
-                raise ValueError(f"{name} must be finite; got {given!r}")
-            object.__setattr__(self, name, tuple(values.tolist()))
+                msg = f"{name} must be a sequence of numbers; got {getattr(self, name)!r}"
+                raise TypeError(msg) from error
+            object.__setattr__(self, name, values)
         for name, kind in (("process", str), ("corrector", bool), ("network", str)):
             if not isinstance(given := getattr(self, name), kind):
                 raise TypeError(f"{name} must be of type {kind.__name__}; got {given!r}")
-        if len(self.log_snr) < 2 or any(y <= x for x, y in pairwise(self.log_snr)):
-            raise ValueError(f"log_snr must be two or more increasing κ; got {self.log_snr!r}")
-        if len(self.stochasticity) != len(self.log_snr) - 1 or min((*self.stochasticity, 0)) < 0:
+        levels, steps = self.log_snr, len(self.log_snr) - 1
+        if steps < 1 or not all(-math.inf < x < y < math.inf for x, y in pairwise(levels)):
+            raise ValueError(f"log_snr must be two or more increasing finite κ; got {levels!r}")
+        allowed = [0 <= x < math.inf for x in self.stochasticity]
+        if len(allowed) != steps or not all(allowed):
             raise ValueError(
-                f"stochasticity must be one λ ≥ 0 for each of the {len(self.log_snr) - 1} steps; "
+                f"stochasticity must be one finite λ ≥ 0 for each of the {steps} steps; "
                 f"got {self.stochasticity!r}"
             )
         ExponentialMultistep(order=self.order)  # it checks the order

@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 
 import references
 from cldsde import CLD, VESDE, VPSDE, RectifiedFlow, SubVPSDE, solvers
-from cldsde.linear.log_snr import times_of_log_snr
+from cldsde.linear.log_snr import log_snr_of_vp_time, times_of_log_snr, vp_time
 from cldsde.solvers import karras_times, log_snr_times, logistic_times
-from cldsde.solvers.vp_clock import log_snr_of_vp_time, vp_time
 from probes import few_examples, tensor
 from score.cases import COMMON
 from strategies import log_uniform

@@ -49,11 +49,11 @@ def test_settings_survive_a_file_and_a_pickle(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"log_snr": (1.0,), "stochasticity": ()}, "log_snr must be two or more increasing"),
-        ({"log_snr": (*LEVELS[:4], 0.5)}, "log_snr must be two or more increasing"),
-        ({"log_snr": (*LEVELS[:4], float("nan"))}, "log_snr must be finite"),
-        ({"stochasticity": LAMBDAS[:3]}, "one λ ≥ 0 for each of the 4 steps"),
-        ({"stochasticity": (-0.1, 1, 1, 1)}, "one λ ≥ 0 for each of the 4 steps"),
+        ({"log_snr": (1.0,), "stochasticity": ()}, "log_snr must be two or more increasing finite"),
+        ({"log_snr": (*LEVELS[:4], 0.5)}, "log_snr must be two or more increasing finite"),
+        ({"log_snr": (*LEVELS[:4], float("nan"))}, "increasing finite"),
+        ({"stochasticity": LAMBDAS[:3]}, "one finite λ ≥ 0 for each of the 4 steps"),
+        ({"stochasticity": (-0.1, 1, 1, 1)}, "one finite λ ≥ 0 for each of the 4 steps"),
         ({"order": 4}, "order must be 1, 2 or 3"),
     ],
 )
