@@ -37,7 +37,6 @@ def prepare(options: Namespace) -> Callable[[], None]:
     from accelerate import PartialState
 
     from cldsde.images.config import load_config
-    from cldsde.images.model import MODEL
     from cldsde.images.runs import CONFIG, RunFolder
     from cldsde.images.train import check_run, outlook, rehearse, summary, train
 
@@ -57,8 +56,7 @@ def prepare(options: Namespace) -> Callable[[], None]:
     if started != state.num_processes:
         raise SettingError("device", f"the {started} processes do not form a group")
     data = config.data.load()
-    new = not (out / MODEL).exists()
-    statistics = check_run(config, data, device=device, processes=state.num_processes, new=new)
+    statistics = check_run(config, data, device=device, processes=state.num_processes, run=out)
     facts, images = "\n".join(summary(config, data, device)), config.training.images
     if options.dry_run:
 

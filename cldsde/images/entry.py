@@ -17,7 +17,7 @@ from cldsde.images.config import RunConfig, load_config
 from cldsde.images.data import DataSet
 from cldsde.images.data.samples import as_bytes
 from cldsde.images.figures import picture
-from cldsde.images.model import MODEL, TrainedModel, load_model
+from cldsde.images.model import TrainedModel, load_model
 from cldsde.images.runs import RunFolder
 from cldsde.images.sample.observed import ObservedImage
 from cldsde.images.sample.sampler import ImageSampler, Samples, changed_recipe
@@ -77,7 +77,7 @@ class Run(TrainedModel):
         config = config if isinstance(config, RunConfig) else load_config(Path(config).expanduser())
         data = config.data.load() if data is None else data
         out = Path(out).expanduser()
-        statistics = check_run(config, data, device=device, new=not (out / MODEL).exists())
+        statistics = check_run(config, data, device=device, run=out)
         folder = RunFolder(out, config.to_dict(), free=config.FREE)
         train(config, data, folder, device=device, statistics=statistics, progress=progress)
         return cls.load(folder.path, "cpu" if device == "auto" else device, trust=True)

@@ -18,6 +18,8 @@ CONFIG = "config.json"
 """File of a run that holds its configuration."""
 METRICS = "metrics.jsonl"
 """File of a run with lines of numbers about its training."""
+STATE = "training.safetensors"
+"""File of a run that holds the state of its training, to resume from."""
 
 _FOLDERS = ("evaluations", "samples", "snapshots")  # of a run, for files of its own
 

@@ -14,6 +14,7 @@ from cldsde.errors import SettingError, require
 from cldsde.images.config import RunConfig
 from cldsde.images.data import DataSet
 from cldsde.images.model import (
+    MODEL,
     ImageSpace,
     Statistics,
     check_model,
@@ -21,6 +22,7 @@ from cldsde.images.model import (
     data_statistics,
     make_model,
 )
+from cldsde.images.runs import STATE
 from cldsde.images.sample.sampler import make_plan
 
 _BLOCK = 8  # largest number of images that share generators; processes share blocks
@@ -29,9 +31,13 @@ _PATIENCE = timedelta(hours=12)  # of processes that wait for the one that write
 
 
 def check_run(
-    config: RunConfig, data: DataSet, device: str = "auto", processes: int = 1, new: bool = False
+    config: RunConfig,
+    data: DataSet,
+    device: str = "auto",
+    processes: int = 1,
+    run: Path | None = None,
 ) -> Statistics:
-    """Check a training, and the first weights of a ``new`` one; return statistics of the data."""
+    """Check a training, and its first weights if ``run`` is new; return statistics of the data."""
     space = ImageSpace.of(data.train, config)
     check_model(config, space)
     try:
@@ -55,6 +61,7 @@ def check_run(
     if settings.precision == "fp16" and no_gpu:
         raise SettingError("training.precision", "'fp16' needs a GPU; use 'fp32' or 'bf16'")
     statistics = data_statistics(config, data.train)
+    new = run is not None and not any((run / name).exists() for name in (MODEL, STATE))
     if new and settings.init_from is not None:
         copy_weights(make_model(config, space, statistics), Path(settings.init_from).expanduser())
     return statistics

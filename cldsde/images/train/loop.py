@@ -36,11 +36,11 @@ from cldsde.images.model import (
     read_model,
     save_model,
 )
-from cldsde.images.runs import CONFIG, METRICS, RunFolder
+from cldsde.images.runs import CONFIG, METRICS, STATE, RunFolder
 from cldsde.images.sample.sampler import ImageSampler, ahead
 from cldsde.images.train.engine import check_run, make_engine
 from cldsde.images.train.learner import Learner, learning_rates
-from cldsde.images.train.state import STATE, StopRequest, keep_snapshot, load_state, save_state
+from cldsde.images.train.state import StopRequest, keep_snapshot, load_state, save_state
 from cldsde.images.train.summary import measure_steps
 from cldsde.progress import progress_bar
 
@@ -122,7 +122,8 @@ class _Trainer:
         settings, is_main = self.settings, self.engine.is_main_process
         total = settings.steps * settings.batch
         if self.seen == total:
-            if not (self.folder / MODEL).exists():
+            # A process that was killed at the last checkpoint leaves the model of the one before.
+            if not (self.folder / MODEL).exists() or self._stored()[1] != total:
                 self._save()
             return self._stored(self.engine.device)[0]
         if self.done == 0 and settings.init_from is not None:
@@ -258,14 +259,14 @@ class _Trainer:
         save_model(file, weights, self.config, self.space, self.seen)
 
     def _save(self) -> None:
-        """Save model and state."""
+        """Save state and model, in this order: a run resumes from its state alone."""
         sums = self.learner.meter.shared()
         self._check_finite(self.learner.meter.means()["loss"])
         if self.engine.is_main_process:
             try:
-                self._save_model(self.folder / MODEL)
                 if self.done < self.settings.steps or self.settings.keep_state:
                     save_state(self.learner, self.folder, self.done, self.seconds, sums)
+                self._save_model(self.folder / MODEL)
             except OSError as error:
                 msg = f"not all of the state of {self.seen} images could be saved ({error}); "
                 raise OSError(f"{msg}{self._last_state()}") from error

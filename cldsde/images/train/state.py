@@ -16,15 +16,12 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-from cldsde.images.runs import RunFolder
+from cldsde.images.runs import STATE, RunFolder
 from cldsde.images.tensor_files import load_tensors, save_tensors
 from cldsde.messages import one_line
 
 if TYPE_CHECKING:
     from cldsde.images.train.learner import Learner
-
-STATE = "training.safetensors"
-"""File of a run that holds the state of its training, to resume from."""
 
 KIND = "a training state of cldsde, version 2"
 

@@ -21,17 +21,25 @@ from cldsde.images import model as models
 from cldsde.images.config import RunConfig
 from cldsde.images.data import ArrayImages, DataSet, augment
 from cldsde.images.model import MODEL, ImageSpace, load_model
-from cldsde.images.runs import METRICS, RunFolder
+from cldsde.images.runs import METRICS, STATE, RunFolder
 from cldsde.images.streams import image_order, stream
 from cldsde.images.tensor_files import load_tensors
 from cldsde.images.train import feed
 from cldsde.images.train.engine import check_run
-from cldsde.images.train.state import KIND, STATE
+from cldsde.images.train.state import KIND
 from cldsde.score import PerturbedData, TimeSampler
 from probes import generator
 from tiny_runs import NETWORK, SHORT, noise_images
 from tolerances import EPS32, standard_error
-from trainings import DATA, assert_same_bits, configured, interrupt, metrics, trained
+from trainings import (
+    DATA,
+    StopTrainingError,
+    assert_same_bits,
+    configured,
+    interrupt,
+    metrics,
+    trained,
+)
 
 BOTH = {"flip": True, "dequantise": True}
 CONFIG = {
@@ -111,6 +119,40 @@ def test_a_finished_run_is_loaded_and_its_model_made_again_from_its_state(whole,
     (folder / MODEL).unlink()
     trained(folder, config())
     assert (folder / MODEL).read_bytes() == content
+
+
+@pytest.mark.parametrize("seen", [32, 64, 96])
+@pytest.mark.parametrize("place", ["state", "model"])
+def test_a_kill_between_two_files_of_a_checkpoint_leaves_a_run_that_resumes(
+    whole, tmp_path, monkeypatch, seen, place
+):
+    folder, name = tmp_path / "run", {"state": STATE, "model": MODEL}[place]
+    replace = Path.replace
+
+    def killed(source, target):
+        replace(source, target)
+        if target.name == name and str(seen) in load_checkpoint(target):
+            raise StopTrainingError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", killed)
+        with pytest.raises(StopTrainingError):
+            trained(folder, config())
+    assert_finishes(folder, whole)
+    assert (folder / MODEL).read_bytes() == (whole[0] / MODEL).read_bytes()
+
+
+def load_checkpoint(file):
+    """Images seen at a state or a model."""
+    kind, unit = (KIND, 16) if file.name == STATE else (models.KIND, 1)
+    notes = load_tensors(file, kind)[1]
+    return [str(int(notes.get("step") or notes["images_seen"]) * unit)]
+
+
+def test_a_run_that_has_only_a_state_does_not_need_its_first_weights(tmp_path):
+    interrupt(tmp_path / "run", config(), 48)
+    (tmp_path / "run" / MODEL).unlink()
+    check_run(config(init_from=str(tmp_path / "gone")), DATA, run=tmp_path / "run")
 
 
 def write_config(folder, **training):
