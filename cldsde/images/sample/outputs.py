@@ -27,7 +27,7 @@ from cldsde.files import PARTIAL, check_writable, file_lock, write_whole, writin
 from cldsde.images.data.samples import as_bytes
 from cldsde.images.figures import picture, save_grid
 from cldsde.images.model import ImageModel
-from cldsde.images.sample.sampler import ImageSampler, Samples, ahead
+from cldsde.images.sample.sampler import ImageSampler, ahead
 from cldsde.progress import progress_bar
 
 GRID_LIMIT = 4096
@@ -66,10 +66,6 @@ class SampleRequest:
             **({} if how.precision == "fp32" else {"precision": how.precision}),
         }
 
-    def digest(self) -> str:
-        """SHA-256 of the recipe."""
-        return hashlib.sha256(json.dumps(self.recipe(), sort_keys=True).encode()).hexdigest()
-
     def notes(self) -> list[str]:
         """Notes on settings that are allowed, but probably a mistake."""
         t_min, t_end = self.model.t_min, self.sampler.t_end
@@ -82,7 +78,8 @@ class SampleRequest:
 def check_output(out: Path, request: SampleRequest, *, overwrite: bool = False) -> None:
     """Check that samples can be written to a file or folder, before any work is done.
 
-    Files may be replaced with ``overwrite``, folders never are. Raises a SettingError with the key
+    ``overwrite`` allows to replace a file, and to delete finished parts of another request; folders
+    are never replaced. Raises a SettingError with the key
     ``"out"``, or an OSError.
     """
     problem = None
@@ -98,10 +95,14 @@ def check_output(out: Path, request: SampleRequest, *, overwrite: bool = False) 
         problem = f"{out} is there already, as another kind of file"
     elif out.is_file() and not overwrite:
         problem = f"{out} is there already; name another file, or set overwrite"
+    elif out.is_dir() and any(out.iterdir()) and not _is_done(out, request):
+        problem = f"{out} holds files already; name another folder"
+    others = [x for x in _all_parts(out) if x != _parts_folder(out, request) and any(x.iterdir())]
+    if problem is None and others and not overwrite:
+        problem = f"{others[0]} holds finished samples for {out} with other settings, which would "
+        problem += "be deleted. Repeat that call, name another output, or set overwrite"
     if problem is not None:
         raise SettingError("out", problem)
-    if out.is_dir() and any(out.iterdir()) and not _is_done(out, request):
-        raise SettingError("out", f"{out} holds files already; name another folder")
     check_writable(out.resolve().parent)
 
 
@@ -116,7 +117,8 @@ def draw_to(
     """Sample images into a file or folder; return their mean score evaluations in process 0.
 
     Each batch is kept in a folder beside the output, ``NAME.parts-…`` with a digest of the request,
-    until all are there: a later call for the same request resumes.
+    until all are there: a later call for the same request resumes, also with batches of another
+    size. Parts of other requests for this output are deleted, see `check_output`.
     """
     with alone(out) if process == 0 else nullcontext():
         parts = _parts_folder(out, request)
@@ -124,22 +126,22 @@ def draw_to(
             _drop_parts(out, keep=parts)
             parts.mkdir(exist_ok=True)
         wait()
-        batches = request.sampler.batches(request.seeds)
-        missing = [i for i in range(len(batches)) if not (parts / f"{i:08d}.npy").exists()]
+        there = {seed for seeds, *_ in _read(parts) for seed in seeds.tolist()}
+        missing = request.sampler.batches([seed for seed in request.seeds if seed not in there])
         wait()
         mine = missing[process::processes]
-        total = sum(len(batches[i][1]) for i in mine)
+        total = sum(len(seeds) for _, seeds in mine)
         options = {"total": total, "desc": "sampling", "unit": "image"}
-        starts = ahead(request.sampler.start, (batches[i][1] for i in mine))
+        starts = ahead(request.sampler.start, (seeds for _, seeds in mine))
         bar = progress_bar(None, shown=process == 0, **options)
         # A part is written while the next one is sampled, also if that is interrupted.
         with bar, ThreadPoolExecutor(1) as writer:
             written = writer.submit(lambda: None)
-            for i, start in zip(mine, starts, strict=True):
-                label, seeds = batches[i]
-                save = partial(_save_arrays, arrays=request.sampler.draw(seeds, label, start))
+            for (label, seeds), start in zip(mine, starts, strict=True):
+                drawn = request.sampler.draw(seeds, label, start)
+                save = partial(_save_arrays, arrays=(np.array(seeds), *drawn[:2]))
                 written.result()
-                written = writer.submit(_write, parts / f"{i:08d}.npy", save)
+                written = writer.submit(_write, parts / f"{seeds[0]:010d}.npy", save)
                 bar.update(len(seeds))
             written.result()
         wait()
@@ -162,20 +164,23 @@ def alone(out: Path) -> Iterator[None]:
         raise SettingError("out", msg) from None
 
 
-def _read(parts: Path, request: SampleRequest) -> Iterator[tuple[NDArray[Any], NDArray[Any], Any]]:
-    """Images, score evaluations, and class and seeds of each batch."""
-    for i, batch in enumerate(request.sampler.batches(request.seeds)):
-        with (parts / f"{i:08d}.npy").open("rb") as stream:
-            yield np.load(stream), np.load(stream), batch
+def _read(parts: Path) -> Iterator[tuple[NDArray[Any], NDArray[Any], NDArray[Any]]]:
+    """Seeds, images and score evaluations of each part; raise a ValueError for a damaged part."""
+    for file in sorted(parts.glob("[0-9]*.npy")):
+        try:
+            with file.open("rb") as stream:
+                yield np.load(stream), np.load(stream), np.load(stream)
+        except (ValueError, EOFError) as error:
+            msg = f"{file} is damaged ({error}); delete it to have its images sampled again"
+            raise ValueError(msg) from error
 
 
 def _gather(out: Path, parts: Path, request: SampleRequest) -> float:
     """Join the parts in a file, in the order of the seeds; return the mean score evaluations."""
     levels = request.model.space.levels
-    images, evaluations, batches = zip(*_read(parts, request), strict=True)
-    drawn = np.array([seed for _, seeds in batches for seed in seeds], np.int64)
+    drawn, images, evaluations = map(np.concatenate, zip(*_read(parts), strict=True))
     order = np.argsort(drawn)
-    sheet, nfe = np.concatenate(images)[order], np.concatenate(evaluations)[order]
+    sheet, nfe = images[order], evaluations[order]
     if out.suffix == ".png":
         grid, notes = torch.from_numpy(sheet), _notes(request)
         _write(out, lambda path: save_grid(path, grid, levels, notes=notes))
@@ -187,9 +192,10 @@ def _gather(out: Path, parts: Path, request: SampleRequest) -> float:
         "evaluations": nfe,
         "recipe": np.array(json.dumps(request.recipe())),
     }
+    batches = request.sampler.batches(request.seeds)
+    labels = {seed: label for label, seeds in batches for seed in seeds}
     if batches[0][0] is not None:
-        labels = np.concatenate([np.full(len(seeds), label) for label, seeds in batches])
-        arrays["labels"] = labels[order]
+        arrays["labels"] = np.array([labels[seed] for seed in request.seeds])
     _write(out, lambda path: np.savez_compressed(path, **arrays))
     return float(nfe.mean())
 
@@ -204,10 +210,10 @@ def _gather_pictures(out: Path, parts: Path, request: SampleRequest) -> float:
     done = out.exists() and _is_done(out, request)
     whole.mkdir()
     with progress_bar(None, shown=True, total=total, desc="pictures", unit="image") as bar:
-        for images, evaluations, (_, seeds) in _read(parts, request):
+        for seeds, images, evaluations in _read(parts):
             spent += int(evaluations.sum())
             shown = as_bytes(torch.from_numpy(images), request.model.space.levels)
-            for image, seed in zip(shown, seeds, strict=True):
+            for image, seed in zip(shown, seeds.tolist(), strict=True):
                 if not done:
                     with writing(whole / names[seed], _KEPT):
                         picture(image).save(whole / names[seed], pnginfo=notes)
@@ -244,14 +250,22 @@ def _notes(request: SampleRequest) -> PngInfo:
 
 def _parts_folder(out: Path, request: SampleRequest) -> Path:
     """Folder beside the output, or beside the target of a link, so that it can be moved."""
+    # An image does not depend on its batch.
+    recipe = {key: x for key, x in request.recipe().items() if key != "batch"}
+    digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
     place = out.resolve()
-    return place.with_name(f"{place.name}.parts-{request.digest()[:16]}")
+    return place.with_name(f"{place.name}.parts-{digest[:16]}")
+
+
+def _all_parts(out: Path) -> list[Path]:
+    """Folders of parts of an output, of any request."""
+    place = out.resolve()
+    return [*place.parent.glob(f"{glob.escape(place.name)}.parts-{'[0-9a-f]' * 16}")]
 
 
 def _drop_parts(out: Path, keep: Path | None = None) -> None:
     """Delete the folders of parts of an output, except one."""
-    place = out.resolve()
-    for parts in place.parent.glob(f"{glob.escape(place.name)}.parts-{'[0-9a-f]' * 16}"):
+    for parts in _all_parts(out):
         if parts != keep:
             shutil.rmtree(parts)
 
@@ -261,9 +275,9 @@ def _write(file: Path, writer: Callable[[Path], object]) -> None:
         write_whole(file, writer)
 
 
-def _save_arrays(path: Path, arrays: Samples) -> None:
+def _save_arrays(path: Path, arrays: tuple[Any, ...]) -> None:
     # NumPy's own errors on a full disk do not say that it is full.
     buffer = io.BytesIO()
-    for array in arrays[:2]:
-        np.save(buffer, array.numpy())
+    for array in arrays:
+        np.save(buffer, array)
     path.write_bytes(buffer.getbuffer())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import json
 from collections.abc import Sequence
@@ -180,10 +179,6 @@ class PipelineRequest:
             **how.arguments,
             "seeds": [self.seeds.start, self.seeds.stop],
         }
-
-    def digest(self) -> str:
-        """SHA-256 of the recipe."""
-        return hashlib.sha256(json.dumps(self.recipe(), sort_keys=True).encode()).hexdigest()
 
     def notes(self) -> list[str]:
         """Notes on settings; there are none."""

@@ -215,6 +215,34 @@ def test_an_interrupted_request_resumes_and_other_settings_start_again(
     assert names(tmp_path) == {"x.npz", "whole.npz"}
 
 
+def test_finished_samples_outlast_another_batch_and_are_deleted_only_on_request(
+    request_of, tmp_path, monkeypatch
+):
+    out, drawn, draw = tmp_path / "x.npz", [], ImageSampler.draw
+    monkeypatch.setattr(ImageSampler, "draw", lambda *a: drawn.append(a[1]) or draw(*a))
+    with monkeypatch.context() as patch:
+        patch.setattr(outputs, "_gather", mock.Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            draw_to(out, request_of(4, label="all"))
+    [part, *_] = tmp_path.glob("x.npz.parts-*/*.npy")
+    for changes in ({"sampling": MERGED}, {"label": 0}, {"count": 5}):
+        with pytest.raises(SettingError, match=r"out: .*holds finished samples for .*overwrite"):
+            check_output(out, request_of(**{"count": 4, "label": "all", **changes}))
+    check_output(out, request_of(4), overwrite=True)
+    other = request_of(4, label="all", batch=4)
+    check_output(out, other)
+    content, drawn[:] = part.read_bytes(), []
+    part.write_bytes(b"")
+    with pytest.raises(ValueError, match=rf"{part.name} is damaged .*; delete it to have"):
+        draw_to(out, other)
+    part.write_bytes(content)
+    draw_to(out, other)
+    assert drawn == []
+    found = np.load(out)
+    assert found["seeds"].tolist() == [0, 1, 2, 3]
+    assert found["labels"].tolist() == [0, 1, 2, 0]
+
+
 def test_processes_share_the_work(request_of, tmp_path):
     request, wait = request_of(7), threading.Barrier(2, timeout=60).wait
     draw_to(tmp_path / "one", request)
@@ -259,7 +287,7 @@ def test_a_folder_holds_the_pictures_of_one_request_after_any_interruption(
     assert not out.exists()
     out.mkdir()  # an empty folder is taken
     second = request_of(seeds=range(9, 12))
-    check_output(out, second)
+    check_output(out, second, overwrite=True)
     with monkeypatch.context() as patch:
         patch.setattr(outputs, "_drop_parts", mock.Mock(side_effect=[None, interrupt]))
         with pytest.raises(KeyboardInterrupt):
@@ -267,7 +295,7 @@ def test_a_folder_holds_the_pictures_of_one_request_after_any_interruption(
     assert names(out) == {"09.png", "10.png", "11.png"}
     with pytest.raises(ValueError, match="x holds files already"):
         check_output(out, request_of(seeds=range(9, 13)))
-    check_output(out, second)
+    check_output(out, second, overwrite=True)
     monkeypatch.setattr(ImageSampler, "draw", mock.Mock(side_effect=interrupt))
     draw_to(out, second)
     assert names(tmp_path) == {"x"}
@@ -277,7 +305,7 @@ def test_a_folder_holds_the_pictures_of_one_request_after_any_interruption(
 @pytest.mark.parametrize(
     ("out", "file"),
     [
-        ("x.npz", r"x\.npz\.parts-\w+/00000000\.npy"),
+        ("x.npz", r"x\.npz\.parts-\w+/0000000000\.npy"),
         ("x.png", r"x\.png"),
         ("x", r"x\.parts-\w+/\.partial-whole/0\.png"),
     ],
