@@ -99,7 +99,10 @@ def make_plan(
     try:
         if observed is not None:
             sampling, solver = observed.recipe(sampling, process), observed.solver(solver)
-        return plan(process, solver, time_grid(process, solver, sampling, shape))
+        made = plan(process, solver, time_grid(process, solver, sampling, shape))
+        if observed is not None:
+            observed.check_steps(made)
+        return made
     except SettingError:
         raise
     except ValueError as error:

@@ -83,10 +83,27 @@ def test_replacement_keeps_what_is_known():
 
 def test_other_methods_take_their_own_steps():
     found = [
-        sampled(observed("mask", method=name), range(2), SHORT).images
+        sampled(
+            dataclasses.replace(observed("mask", method=name), noise_std=0.5), range(2), SHORT
+        ).images
         for name in ("moments", "pigdm", "dps")
     ]
     assert all((a != b).any() for a, b in combinations(found, 2))
+
+
+def test_steps_on_which_dps_diverges_are_rejected_by_a_rule():
+    """The same pixels: the posterior is lost above the limit, and kept below."""
+
+    def saturated(std, method="dps"):
+        image = dataclasses.replace(observed("mask", method=method), noise_std=std)
+        return float((sampled(image, range(8)).images % 255 == 0).float().mean())
+
+    with pytest.raises(SettingError, match=r"method: 'dps' diverges with 19 .* below 0\.13; got 0"):
+        saturated(0.02)
+    assert saturated(0.02, "moments") < 0.01
+    assert saturated(0.14) < 0.01
+    adaptive = SamplingConfig(solver="gotta-go-fast")
+    ImageSampler(PixelScore(CLD()), SPACE, adaptive, observed=observed("mask", method="dps"))
 
 
 @pytest.mark.parametrize("method", ["moments", "twisted"])
