@@ -110,23 +110,14 @@ class RunConfig(Configuration):
             place.pop(last, None)
         return _sha256(values)
 
-    def model_digests(self) -> list[str]:
-        """Digests of process, networks, reference, data (not their place) and smallest time.
-
-        The others belong to older runs, whose digests left out fewer options of the data, and had
-        no ``score.prediction`` before there was one.
-        """
-        found = []
-        for older in range(3 if self.score.prediction == "noise" else 2):
-            values = self._digested()
-            names = ("process", "network", "score", "latent", "data")
-            parts = {name: values[name] for name in names} | {"t_min": self.training.t_min}
-            for key in ("path",) if older else ("path", "workers", "download"):
-                parts["data"]["options"].pop(key, None)
-            if older == 2:
-                del parts["score"]["prediction"]
-            found.append(_sha256(parts))
-        return found
+    def model_digest(self) -> str:
+        """Digest of process, networks, reference, data (not their place) and smallest time."""
+        values = self._digested()
+        names = ("process", "network", "score", "latent", "data")
+        parts = {name: values[name] for name in names} | {"t_min": self.training.t_min}
+        for key in ("path", "workers", "download"):
+            parts["data"]["options"].pop(key, None)
+        return _sha256(parts)
 
     def _digested(self) -> dict[str, Any]:
         """Plain types without settings that older runs did not have, unless they are in use."""

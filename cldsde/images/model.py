@@ -218,7 +218,8 @@ def save_model(
     """Write a model file, whole or not at all."""
     shape, *others = dataclasses.astuple(space)
     metadata = {"shape": json.dumps(shape), "space": json.dumps(others)}
-    metadata |= {"images_seen": str(images_seen), "config": config.model_digests()[0]}
+    metadata |= {"images_seen": str(images_seen), "config": config.model_digest()}
+    metadata["training"] = config.training_digest()
     save_tensors(file, KIND, weights, metadata)
 
 
@@ -269,9 +270,12 @@ def read_model(file: Path, config: RunConfig, device: torch.device | str = "cpu"
     """Load a model file that was written for a configuration; runs no code of the file."""
     tensors, metadata = load_tensors(file, KIND)
     try:
-        if metadata["config"] not in config.model_digests():
+        if metadata["config"] != config.model_digest():
             msg = "it was written for another process, other networks or data than those configured"
             raise ValueError(msg)
+        own = config.training_digest()
+        if metadata.get("training", own) != own:
+            raise ValueError("it belongs to another run, with another seed or other training")
         shape, others = (json.loads(metadata[name]) for name in ("shape", "space"))
         others = [tuple(x) if isinstance(x, list) else x for x in others]
         space = ImageSpace(tuple(shape), *others)

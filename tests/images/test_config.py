@@ -202,9 +202,9 @@ def test_the_digest_of_a_model_does_not_depend_on_training():
     config = RunConfig.from_dict(VALID)
     longer = RunConfig.from_dict(with_value(("training", "images"), 2000))
     other = RunConfig.from_dict(with_value(("process", "options", "mass"), 0.31))
-    digest, *others = (some.model_digests()[0] for some in (config, longer, other))
+    digest, *others = (some.model_digest() for some in (config, longer, other))
     assert others[0] == digest != others[1]
     places = ({}, {"workers": 2}, {"path": "elsewhere"})
     data = [{"name": "folder", "options": {"path": ".", "size": 8, **place}} for place in places]
     folders = [RunConfig.from_dict({**VALID, "data": some}) for some in data]
-    assert len({some.model_digests()[0] for some in folders}) == 1
+    assert len({some.model_digest() for some in folders}) == 1

@@ -17,7 +17,7 @@ from cldsde.errors import SettingError
 from cldsde.images.config import RunConfig
 from cldsde.images.data import digits
 from cldsde.images.evaluate.evaluation import Evaluation
-from cldsde.images.model import load_model
+from cldsde.images.model import MODEL, load_model
 from cldsde.images.runs import RunFolder
 from cldsde.images.sample.sampler import ImageSampler
 from cldsde.images.train import check_run, loop, summary
@@ -78,12 +78,12 @@ def test_a_run_that_kept_no_state_is_not_prolonged(tmp_path):
         trained(tmp_path, config(images=64))
 
 
-def test_a_run_from_before_predictions_is_loaded(tmp_path, monkeypatch):
-    digests = RunConfig.model_digests
-    with monkeypatch.context() as patch:
-        patch.setattr(RunConfig, "model_digests", lambda self: digests(self)[2:])
-        trained(tmp_path)
-    assert load_model(tmp_path).images_seen == 32
+def test_weights_of_another_run_are_rejected(finished, tmp_path):
+    other = tmp_path / "run"
+    trained(other, configured(VALUES, seed=7, training={"images": 8}))
+    shutil.copy(finished / MODEL, other / MODEL)
+    with pytest.raises(ValueError, match="belongs to another run, with another seed or other"):
+        load_model(other)
 
 
 def test_a_training_starts_from_the_weights_of_a_run_or_of_a_diffusers_folder(finished, tmp_path):
