@@ -19,7 +19,7 @@ from cldsde.cli.options import DEVICE, INTEGERS, LIST, option, resolve_device
 from cldsde.errors import SettingError
 from cldsde.messages import counted
 
-_TARGET = "a run; or FILE.npz, or a folder of pictures"
+_TARGET = "a run, or a file of its weights; FILE.npz, or a folder of pictures"
 _METRICS = "some of fd, fid, kid, isc, prc, bpd, with commas"
 _FEATURES = "features for fd: classifier, trained on the data's classes, or module:attribute"
 _OUT = "file of results; RUN/evaluation.jsonl or SAMPLES-evaluation.jsonl by default"
@@ -57,7 +57,7 @@ def prepare(options: Namespace) -> Callable[[], None]:
 
     source, out = _places(options)
     device, target = resolve_device(options.device), options.target
-    of_model = options.model is not None or source == target
+    of_model = options.model is not None or options.reference is None
     model = model_of(options, target, device) if of_model else None
     data = load_config(source / CONFIG if source.is_dir() else source).data
     if options.data is not None:
@@ -114,6 +114,7 @@ def prepare(options: Namespace) -> Callable[[], None]:
 
 def _places(options: Namespace) -> tuple[Path, Path]:
     """The run or configuration whose data to compare with, and the file of results."""
+    from cldsde.images.model import MODEL, weights_of
     from cldsde.images.runs import CONFIG
 
     target, reference = options.target, options.reference
@@ -121,7 +122,8 @@ def _places(options: Namespace) -> tuple[Path, Path]:
         raise ValueError("a run, samples or --model is needed")
     if target is not None and not target.exists():
         raise ValueError(f"there is no run and no file {target}")
-    is_run = options.model is None and (target / CONFIG).is_file()
+    run, weights = weights_of(target or Path())
+    is_run = options.model is None and (run / CONFIG).is_file()
     if is_run and reference is not None:
         raise SettingError("reference", "is for samples; a run is compared with its own data")
     if not is_run and reference is None:
@@ -129,10 +131,11 @@ def _places(options: Namespace) -> tuple[Path, Path]:
         raise SettingError("reference", msg)
     place, process = _named(target or Path("model")), f"-{options.process}" * bool(options.process)
     default = place.with_name(f"{place.name}-evaluation.jsonl")
-    out = options.out or (target / f"evaluation{process}.jsonl" if is_run else default)
+    of_file = "" if weights.name == MODEL else f"-{weights.stem}"
+    out = options.out or (run / f"evaluation{of_file}{process}.jsonl" if is_run else default)
     if out.is_dir():
         raise SettingError("out", f"must name a file; {out} is a folder")
-    return target if is_run else reference, out
+    return run if is_run else reference, out
 
 
 def _named(target: Path) -> Path:

@@ -20,6 +20,10 @@ from cldsde.errors import SettingError, require
 from cldsde.messages import counted
 from cldsde.solvers.named import find_solver
 
+_RUN = (
+    "run of cldsde train, or a file in it: snapshots/N.safetensors, or training.safetensors for "
+    "the weights without average"
+)
 _OUT = "FILE.npz, a picture of a grid (FILE.png), or a folder for one picture per image"
 _CLASS = "class to sample, by name or number, or 'all' to cycle through the classes by seed"
 _OBSERVE = (
@@ -36,7 +40,7 @@ _COMPILE = (
     "If MODE is left out, RUN must come before this option"
 )
 OPTIONS = (
-    option("RUN", Path, "folder of a run of cldsde train", nargs="?"),
+    option("RUN", Path, _RUN, nargs="?"),
     *MODEL,
     option("--solver NAME", str, f"solver: {SOLVERS}"),
     option("--nfe N", int, "score evaluations per image"),

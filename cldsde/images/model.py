@@ -18,7 +18,7 @@ from cldsde.images.config import RunConfig, SamplingConfig
 from cldsde.images.data import Images, channel_statistics
 from cldsde.images.latent import VAE
 from cldsde.images.networks import NETWORKS, parameter_count
-from cldsde.images.runs import CONFIG
+from cldsde.images.runs import CONFIG, SNAPSHOTS, STATE
 from cldsde.images.streams import stream_seed
 from cldsde.images.tensor_files import load_tensors, save_tensors
 from cldsde.linear import LinearSDE
@@ -30,7 +30,8 @@ MODEL = "model.safetensors"
 """File of a run that holds the averaged weights."""
 
 KIND = "an image model of cldsde, version 2"
-"""Kind of the file, which other files do not have."""
+STATE_KIND = "a training state of cldsde, version 2"
+"""Kinds of files with weights, which other files do not have."""
 
 
 class DiffusionModel(nn.Module):
@@ -216,11 +217,23 @@ def save_model(
     images_seen: int,
 ) -> None:
     """Write a model file, whole or not at all."""
+    save_tensors(file, KIND, weights, model_notes(config, space, images_seen))
+
+
+def model_notes(config: RunConfig, space: ImageSpace, images_seen: int) -> dict[str, str]:
+    """Notes that weights have in a file."""
     shape, *others = dataclasses.astuple(space)
-    metadata = {"shape": json.dumps(shape), "space": json.dumps(others)}
-    metadata |= {"images_seen": str(images_seen), "config": config.model_digest()}
-    metadata["training"] = config.training_digest()
-    save_tensors(file, KIND, weights, metadata)
+    notes = {"shape": json.dumps(shape), "space": json.dumps(others)}
+    notes |= {"images_seen": str(images_seen), "config": config.model_digest()}
+    return notes | {"training": config.training_digest()}
+
+
+def weights_of(path: Path | str) -> tuple[Path, Path]:
+    """Run folder and file of weights: of a run, a snapshot, or the raw ones in a state."""
+    path = Path(path).expanduser()
+    if path.suffix != ".safetensors":
+        return path, path / MODEL
+    return path.parents[path.parent.name == SNAPSHOTS], path
 
 
 def copy_weights(model: DiffusionModel, source: Path) -> None:
@@ -245,13 +258,14 @@ def copy_weights(model: DiffusionModel, source: Path) -> None:
 def load_model(
     run: Path | str, device: torch.device | str = "cpu", *, trust: bool = False
 ) -> TrainedModel:
-    """Load the model of a run."""
-    run = Path(run).expanduser()
+    """Load the model of a run, or of a file in it; see `weights_of`."""
+    run, file = weights_of(run)
     if not (run / CONFIG).is_file():
         state = "is no folder" if not run.is_dir() else f"holds no {CONFIG}"
         raise ValueError(f"{run} is no run of cldsde train: it {state}")
-    if not (run / MODEL).is_file():
-        msg = f"{run} has no {MODEL} yet: its training has not reached the first checkpoint"
+    if not file.is_file():
+        name = file.relative_to(run)
+        msg = f"{run} has no {name} (yet): its training has not reached that checkpoint"
         if (run / "models").is_dir():
             msg = f"{run} is of a comparison; its models are in {run / 'models'}"
         raise ValueError(msg)
@@ -263,12 +277,19 @@ def load_model(
     if ":" in config.network.name and not trust:
         msg = f"the network of {run}, {config.network.name}, is code outside of cldsde; "
         raise SettingError("trust", f"{msg}set trust if you trust the code")
-    return read_model(run / MODEL, config, device)
+    return read_model(file, config, device)
 
 
 def read_model(file: Path, config: RunConfig, device: torch.device | str = "cpu") -> TrainedModel:
-    """Load a model file that was written for a configuration; runs no code of the file."""
-    tensors, metadata = load_tensors(file, KIND)
+    """Load a model file that was written for a configuration; runs no code of the file.
+
+    A training state has the raw weights, without average, of its last step.
+    """
+    raw = file.name == STATE
+    tensors, metadata = load_tensors(file, STATE_KIND if raw else KIND)
+    if raw:
+        start = "model."
+        tensors = {k.removeprefix(start): x for k, x in tensors.items() if k.startswith(start)}
     try:
         if metadata["config"] != config.model_digest():
             msg = "it was written for another process, other networks or data than those configured"

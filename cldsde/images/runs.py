@@ -21,7 +21,10 @@ METRICS = "metrics.jsonl"
 STATE = "training.safetensors"
 """File of a run that holds the state of its training, to resume from."""
 
-_FOLDERS = ("evaluations", "samples", "snapshots")  # of a run, for files of its own
+SNAPSHOTS = "snapshots"
+"""Folder of a run with averaged weights at several times."""
+
+_FOLDERS = ("evaluations", "samples", SNAPSHOTS)  # of a run, for files of its own
 
 
 class RunFolder:

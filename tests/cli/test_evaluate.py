@@ -51,6 +51,10 @@ def test_a_run_is_measured_and_finished_results_are_kept(run, tmp_path, capsys):
     options = ["--process", "VPSDE", "--samples", 6, "--nfe", 4, "--part", "held_out"]
     assert evaluate(run, *options) == 0
     assert (run / "evaluation-VPSDE.jsonl").is_file()
+    raw = run / "training.safetensors"
+    assert evaluate(raw, "--samples", 6, "--nfe", 4, "--part", "held_out") == 0
+    assert (run / "evaluation-training.jsonl").is_file()
+    assert main(["sample", str(raw), "--seeds", "0-1", "--out", str(tmp_path / "x.npz")]) == 0
 
 
 def test_samples_in_a_file_and_a_folder_are_as_far_from_the_data_as_those_of_the_run(

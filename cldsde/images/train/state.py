@@ -16,14 +16,13 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-from cldsde.images.runs import STATE, RunFolder
+from cldsde.images.model import STATE_KIND, model_notes
+from cldsde.images.runs import SNAPSHOTS, STATE, RunFolder
 from cldsde.images.tensor_files import load_tensors, save_tensors
 from cldsde.messages import one_line
 
 if TYPE_CHECKING:
     from cldsde.images.train.learner import Learner
-
-KIND = "a training state of cldsde, version 2"
 
 
 class Meter:
@@ -116,8 +115,9 @@ def save_state(learner: Learner, run: RunFolder, step: int, seconds: float, sums
     tensors |= {"meter": sums, **learner.statistics._asdict()}
     scaler = None if learner.engine.scaler is None else learner.engine.scaler.state_dict()
     metadata = {"step": str(step), "seconds": str(seconds), "scaler": json.dumps(scaler)}
-    metadata["config"] = learner.config.training_digest()
-    save_tensors(run / STATE, KIND, tensors, metadata)
+    seen = step * learner.settings.batch
+    metadata |= model_notes(learner.config, learner.space, seen)
+    save_tensors(run / STATE, STATE_KIND, tensors, metadata)
 
 
 def load_state(learner: Learner, run: RunFolder) -> tuple[int, float]:
@@ -127,8 +127,9 @@ def load_state(learner: Learner, run: RunFolder) -> tuple[int, float]:
     """
     settings = learner.config.training
     try:
-        tensors, metadata = load_tensors(run / STATE, KIND)
-        if metadata["config"] != learner.config.training_digest():
+        tensors, metadata = load_tensors(run / STATE, STATE_KIND)
+        # States of 0.2 have no other digest.
+        if metadata.get("training", metadata["config"]) != learner.config.training_digest():
             raise ValueError("it was written for other settings than this run's")
         for name, value in learner.statistics._asdict().items():
             if not torch.equal(tensors[name], value):
@@ -172,7 +173,7 @@ def keep_snapshot(
     count: int,
 ) -> None:
     """Write the weights with their metrics, and keep the files with the smallest metric ``by``."""
-    folder, name = run / "snapshots", f"{seen:012d}.safetensors"
+    folder, name = run / SNAPSHOTS, f"{seen:012d}.safetensors"
     folder.mkdir(exist_ok=True)
     record = folder / "values.json"
     known = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
@@ -181,7 +182,7 @@ def keep_snapshot(
     known[name] = metrics
     values = {x: m.get(by, math.inf) if isinstance(m, dict) else math.inf for x, m in known.items()}
     kept = sorted(known, key=lambda x: (values[x], x))[:count]
-    run.write_json("snapshots/values.json", {name: known[name] for name in sorted(kept)})
+    run.write_json(f"{SNAPSHOTS}/values.json", {name: known[name] for name in sorted(kept)})
     for file in folder.glob("*.safetensors"):
         if file.name not in kept:
             file.unlink()

@@ -18,7 +18,7 @@ from cldsde.images.config import RunConfig
 from cldsde.images.data import digits
 from cldsde.images.evaluate.evaluation import Evaluation
 from cldsde.images.model import MODEL, load_model
-from cldsde.images.runs import RunFolder
+from cldsde.images.runs import STATE, RunFolder
 from cldsde.images.sample.sampler import ImageSampler
 from cldsde.images.train import check_run, loop, summary
 from cldsde.images.train.state import StopRequest, keep_snapshot
@@ -124,6 +124,20 @@ def test_the_last_or_best_snapshots_are_kept(tmp_path, monkeypatch, changes, dis
     files = (tmp_path / "snapshots").glob("*.safetensors")
     assert sorted(int(file.stem) for file in files) == kept
     assert {line["images"]: line["fd"] for line in metrics(tmp_path) if "fd" in line} == distances
+
+
+def test_snapshots_and_raw_weights_are_loaded_by_their_file(tmp_path):
+    trained(tmp_path, config(save_every=8, snapshots=2, images=24))
+    snapshots = sorted((tmp_path / "snapshots").glob("*.safetensors"))
+    loaded = [load_model(file) for file in (*snapshots, tmp_path, tmp_path / STATE)]
+    assert [one.images_seen for one in loaded] == [16, 24, 24, 24]
+    assert_same_bits(loaded[1].model, loaded[2].model)
+    assert len({one.digest for one in loaded}) == 3  # the last snapshot is the model
+    trained(tmp_path / "raw", config(images=8, ema_decay=0.0))
+    average, raw = (load_model(tmp_path / "raw" / name) for name in (MODEL, STATE))
+    assert_same_bits(average.model, raw.model)
+    with pytest.raises(ValueError, match=r"has no snapshots/000000000008\.safetensors"):
+        load_model(tmp_path / "snapshots/000000000008.safetensors")
 
 
 def test_snapshots_of_another_metric_make_room(tmp_path):

@@ -20,13 +20,12 @@ from cldsde.cli import main
 from cldsde.images import model as models
 from cldsde.images.config import RunConfig
 from cldsde.images.data import ArrayImages, DataSet, augment
-from cldsde.images.model import MODEL, ImageSpace, load_model
+from cldsde.images.model import MODEL, STATE_KIND, ImageSpace, load_model
 from cldsde.images.runs import METRICS, STATE, RunFolder
 from cldsde.images.streams import image_order, stream
 from cldsde.images.tensor_files import load_tensors
 from cldsde.images.train import feed
 from cldsde.images.train.engine import check_run
-from cldsde.images.train.state import KIND
 from cldsde.score import PerturbedData, TimeSampler
 from probes import generator
 from tiny_runs import NETWORK, SHORT, noise_images
@@ -144,7 +143,7 @@ def test_a_kill_between_two_files_of_a_checkpoint_leaves_a_run_that_resumes(
 
 def load_checkpoint(file):
     """Images seen at a state or a model."""
-    kind, unit = (KIND, 16) if file.name == STATE else (models.KIND, 1)
+    kind, unit = (STATE_KIND, 16) if file.name == STATE else (models.KIND, 1)
     notes = load_tensors(file, kind)[1]
     return [str(int(notes.get("step") or notes["images_seen"]) * unit)]
 
@@ -180,7 +179,7 @@ def test_a_signal_saves_the_state_and_the_command_resumes(tmp_path, monkeypatch,
         except SystemExit as stop:
             found = stop.code
     assert found == code
-    assert load_tensors(out / STATE, KIND)[1]["step"] == "3"
+    assert load_tensors(out / STATE, STATE_KIND)[1]["step"] == "3"
     assert [main([*command, str(folder)]) for folder in (out, whole)] == [0, 0]
     assert_same_bits(load_model(out).model, load_model(whole).model)
     assert metrics(out) == metrics(whole)
@@ -255,7 +254,7 @@ def test_a_full_disk_is_reported_and_the_last_state_stays(
         expected = rf"{message}.*No space left.*; the last state saved stays, {STATE}$"
         with pytest.raises(OSError, match=expected):
             trained(stopped, config())
-    assert load_tensors(stopped / STATE, KIND)[1]["step"] == saved
+    assert load_tensors(stopped / STATE, STATE_KIND)[1]["step"] == saved
     assert not list(stopped.glob(".partial-*"))
     assert_finishes(stopped, whole)
 
@@ -462,7 +461,7 @@ def test_twenty_killed_runs_resume_and_end_with_the_same_bits(tmp_path):
         process.kill()
         process.wait()
         if state.exists():
-            load_tensors(state, KIND)
+            load_tensors(state, STATE_KIND)
         if (killed / MODEL).exists():
             load_model(killed)
     run(tmp_path, "train", file, "--out", killed)
