@@ -114,6 +114,7 @@ def prepare(options: Namespace) -> Callable[[], None]:
 
 def _places(options: Namespace) -> tuple[Path, Path]:
     """The run or configuration whose data to compare with, and the file of results."""
+    from cldsde.images.checks import output_place
     from cldsde.images.model import MODEL, weights_of
     from cldsde.images.runs import CONFIG
 
@@ -135,7 +136,7 @@ def _places(options: Namespace) -> tuple[Path, Path]:
     out = options.out or (run / f"evaluation{of_file}{process}.jsonl" if is_run else default)
     if out.is_dir():
         raise SettingError("out", f"must name a file; {out} is a folder")
-    return run if is_run else reference, out
+    return run if is_run else reference, output_place(out)
 
 
 def _named(target: Path) -> Path:

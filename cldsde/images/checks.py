@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from cldsde.errors import require
+
 
 def check_values(images: object, levels: int) -> Tensor:
     """Return uint8 images if their values are below ``levels``, or raise."""
@@ -71,6 +73,14 @@ def check_groups(groups: int, channels: Sequence[int]) -> None:
         # A norm of single channels would remove what a clock or a latent adds to them.
         msg = f"groups must divide each of the channels, {list(channels)}, into two or more; got "
         raise ValueError(f"{msg}{groups}")
+
+
+def output_place(path: Path) -> Path:
+    """The place of an output, at the end of links; raise a SettingError if it cannot be written."""
+    plain = path.is_file() or path.is_dir() or not (path.exists() or path.is_symlink())
+    msg = f"{path} is a link to nothing, a pipe or a device; name a file or folder"
+    require(plain, "out", msg)
+    return path.resolve()
 
 
 def listed(items: Sequence[object], word: str = "and") -> str:

@@ -24,6 +24,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from cldsde.errors import SettingError
 from cldsde.files import PARTIAL, check_writable, file_lock, write_whole, writing
+from cldsde.images.checks import output_place
 from cldsde.images.data.samples import as_bytes
 from cldsde.images.figures import picture, save_grid
 from cldsde.images.model import ImageModel
@@ -78,17 +79,17 @@ class SampleRequest:
 def check_output(out: Path, request: SampleRequest, *, overwrite: bool = False) -> None:
     """Check that samples can be written to a file or folder, before any work is done.
 
-    ``overwrite`` allows to replace a file, and to delete finished parts of another request; folders
-    are never replaced. Raises a SettingError with the key
+    Files may be replaced, and finished parts of another request deleted, with ``overwrite``;
+    folders never are. Of a link, the target is written. Raises a SettingError with the key
     ``"out"``, or an OSError.
     """
-    problem = None
+    named, out, problem = out, output_place(out), None
     if out.suffix == ".png" and len(request.seeds) > GRID_LIMIT:
         problem = f"a picture holds {GRID_LIMIT} images at most; got {len(request.seeds)} seeds. "
         problem += "Use FILE.npz or a folder"
-    elif out.name in {"", ".."} or out.resolve().is_mount():
+    elif named.name in {"", ".."} or out.is_mount():
         problem = "must name a file, or a folder that can be moved into place; "
-        problem += f"got {out}. Use one inside, such as {out / 'samples'}"
+        problem += f"got {named}. Use one inside, such as {named / 'samples'}"
     elif out.suffix not in {"", ".png", ".npz"}:
         problem = f"must be FILE.npz, FILE.png or a folder; got {out}"
     elif out.exists() and out.is_dir() == bool(out.suffix):
@@ -103,7 +104,7 @@ def check_output(out: Path, request: SampleRequest, *, overwrite: bool = False) 
         problem += "be deleted. Repeat that call, name another output, or set overwrite"
     if problem is not None:
         raise SettingError("out", problem)
-    check_writable(out.resolve().parent)
+    check_writable(out.parent)
 
 
 def draw_to(
@@ -120,6 +121,7 @@ def draw_to(
     until all are there: a later call for the same request resumes, also with batches of another
     size. Parts of other requests for this output are deleted, see `check_output`.
     """
+    out = output_place(out)
     with alone(out) if process == 0 else nullcontext():
         parts = _parts_folder(out, request)
         if process == 0:
@@ -220,12 +222,11 @@ def _gather_pictures(out: Path, parts: Path, request: SampleRequest) -> float:
                 bar.update()
     if hasattr(os, "sync"):  # once: synchronising each file takes far longer than writing it
         os.sync()
-    place = out.resolve()
-    with writing(place, _KEPT):
+    with writing(out, _KEPT):
         if not done:
-            if place.exists():
-                place.rmdir()  # fails if it is not empty
-            whole.replace(place)
+            if out.exists():
+                out.rmdir()  # fails if it is not empty
+            whole.replace(out)
     return spent / total
 
 
@@ -249,18 +250,16 @@ def _notes(request: SampleRequest) -> PngInfo:
 
 
 def _parts_folder(out: Path, request: SampleRequest) -> Path:
-    """Folder beside the output, or beside the target of a link, so that it can be moved."""
+    """Folder beside the output, so that it can be moved into place."""
     # An image does not depend on its batch.
     recipe = {key: x for key, x in request.recipe().items() if key != "batch"}
     digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
-    place = out.resolve()
-    return place.with_name(f"{place.name}.parts-{digest[:16]}")
+    return out.with_name(f"{out.name}.parts-{digest[:16]}")
 
 
 def _all_parts(out: Path) -> list[Path]:
     """Folders of parts of an output, of any request."""
-    place = out.resolve()
-    return [*place.parent.glob(f"{glob.escape(place.name)}.parts-{'[0-9a-f]' * 16}")]
+    return [*out.parent.glob(f"{glob.escape(out.name)}.parts-{'[0-9a-f]' * 16}")]
 
 
 def _drop_parts(out: Path, keep: Path | None = None) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -241,6 +242,29 @@ def test_finished_samples_outlast_another_batch_and_are_deleted_only_on_request(
     found = np.load(out)
     assert found["seeds"].tolist() == [0, 1, 2, 3]
     assert found["labels"].tolist() == [0, 1, 2, 0]
+
+
+@pytest.mark.parametrize("name", ["x.npz", "x.png", "x"])
+def test_links_are_followed_and_stay(request_of, tmp_path, name):
+    (tmp_path / "far").mkdir()
+    target, link = tmp_path / "far" / f"y{Path(name).suffix}", tmp_path / name
+    target.touch() if target.suffix else target.mkdir()
+    link.symlink_to(target)
+    check_output(link, request_of(2), overwrite=True)
+    draw_to(link, request_of(2))
+    assert link.is_symlink()
+    assert names(tmp_path) == {"far", name}
+    assert names(target.parent) == {target.name}
+    assert target.stat().st_size > 0
+
+
+def test_links_to_nothing_and_pipes_are_rejected(request_of, tmp_path):
+    (tmp_path / "x.npz").symlink_to(tmp_path / "nowhere" / "x.npz")
+    os.mkfifo(tmp_path / "y.npz")
+    for name in ("x.npz", "y.npz"):
+        with pytest.raises(SettingError, match=r"out: .*link to nothing, a pipe or a device"):
+            check_output(tmp_path / name, request_of(2), overwrite=True)
+    assert names(tmp_path) == {"x.npz", "y.npz"}
 
 
 def test_processes_share_the_work(request_of, tmp_path):
