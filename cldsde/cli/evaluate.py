@@ -21,7 +21,10 @@ from cldsde.messages import counted
 
 _TARGET = "a run, or a file of its weights; FILE.npz, or a folder of pictures"
 _METRICS = "some of fd, fid, kid, isc, prc, bpd, with commas"
-_FEATURES = "features for fd: classifier, trained on the data's classes, or module:attribute"
+_FEATURES = (
+    "features for fd: classifier, trained on the data's classes; random, for data without classes; "
+    "or module:attribute"
+)
 _OUT = "file of results; RUN/evaluation.jsonl or SAMPLES-evaluation.jsonl by default"
 OPTIONS = (
     option("RUN|SAMPLES", Path, _TARGET, nargs="?", dest="target"),
@@ -51,7 +54,13 @@ def prepare(options: Namespace) -> Callable[[], None]:
     from cldsde.images.config import load_config
     from cldsde.images.data.samples import load_samples
     from cldsde.images.evaluate.evaluation import Evaluation
-    from cldsde.images.evaluate.results import bits_text, markdown_table, notes, read_results
+    from cldsde.images.evaluate.results import (
+        bits_text,
+        features_text,
+        markdown_table,
+        notes,
+        read_results,
+    )
     from cldsde.images.runs import CONFIG
     from cldsde.images.sample.sampler import make_plan
 
@@ -101,6 +110,8 @@ def prepare(options: Namespace) -> Callable[[], None]:
         for bits in (one.about for one in stored if one.metric == "bpd" and one.numbers):
             count = counted(bits["images"], "image")
             print(f"{bits_text(bits)} bits per dim of {count} ({bits['quantity']})")
+        for line in features_text(stored):
+            print(line)
         dequantised = model is None or model.vae is not None or model.space.dequantised
         for note in notes(stored, dequantised=dequantised):
             print(f"note: {note}", file=sys.stderr)

@@ -1,14 +1,20 @@
 """The command ``cldsde evaluate``."""
 
 import errno
+import json
 import shutil
 import tempfile
 
+import numpy as np
 import pytest
+import torch
 
 from cldsde.cli import main
+from cldsde.images.evaluate import classifier
+from cldsde.images.evaluate.classifier import ImageClassifier
 from cldsde.images.evaluate.results import read_results
 from command import rejected
+from tiny_runs import noise_images
 from tolerances import EPS32
 
 pytestmark = pytest.mark.usefixtures("untrained_classifier")
@@ -82,6 +88,39 @@ def test_samples_in_a_file_and_a_folder_are_as_far_from_the_data_as_those_of_the
     assert evaluate(".", "--reference", run) == 0
     assert "| x |" in capsys.readouterr().out
     assert (tmp_path / "x-evaluation.jsonl").exists()
+
+
+def test_the_accuracy_of_the_classifier_is_shown_and_a_useless_one_noted(
+    run, tmp_path, capsys, monkeypatch
+):
+    for accuracy, noted in ((0.5, False), (0.2, True)):
+        monkeypatch.setattr(
+            *(classifier, "train_classifier"),
+            lambda *_, right=accuracy, **__: (
+                ImageClassifier(1, 10, width=4, size=8).eval(),
+                right,
+            ),
+        )
+        (run / "classifier.safetensors").unlink(missing_ok=True)
+        out = tmp_path / f"{accuracy}.jsonl"
+        assert evaluate(run, "--samples", 12, "--part", "held_out", "--out", out) == 0
+        shown = capsys.readouterr()
+        assert f"Classifier of fd: {accuracy:.1%} of held-out images right" in shown.out
+        assert ("fd means little" in shown.err) is noted
+        assert results(out)[0].about["classifier_accuracy"] == accuracy
+
+
+def test_data_without_classes_have_features_of_random_weights(tmp_path, capsys):
+    pixels = noise_images(20, shape=(1, 8, 8)).load(torch.arange(20))
+    np.save(tmp_path / "data.npy", pixels[:, 0].numpy())
+    np.save(tmp_path / "samples.npy", pixels[:12, 0].numpy())
+    options = {"path": str(tmp_path / "data.npy")}
+    config = {"data": {"name": "array", "options": options}, "training": {"images": 1}}
+    (tmp_path / "c.json").write_text(json.dumps(config))
+    assert evaluate(tmp_path / "samples.npy", "--reference", tmp_path / "c.json") == 0
+    assert "a network of random weights" in capsys.readouterr().out
+    [found] = results(tmp_path / "samples.npy-evaluation.jsonl")
+    assert found.against == "random train"
 
 
 def test_a_run_that_cannot_hold_its_classifier_is_rejected(run, tmp_path, capsys, monkeypatch):

@@ -21,7 +21,7 @@ from cldsde.images.config import SamplingConfig
 from cldsde.images.data import DataSet, Images
 from cldsde.images.data.samples import as_bytes, byte_batches
 from cldsde.images.evaluate import inception, likelihoods
-from cldsde.images.evaluate.classifier import kept_classifier
+from cldsde.images.evaluate.classifier import kept_classifier, random_features
 from cldsde.images.evaluate.distances import (
     FeatureStatistics,
     FeatureSums,
@@ -63,7 +63,8 @@ _FAILURES = (FloatingPointError, UnsolvedFlowError, likelihoods.UndefinedLikelih
 class Evaluation:
     """A set of metrics, and the images and features that they need.
 
-    ``features`` are ``"classifier"``, features of a classifier trained on the data's classes, or
+    ``features`` are ``"classifier"``, features of a classifier trained on the data's classes;
+    ``"random"``, those of a classifier with random weights, also used for data without classes; or
     ``module:attribute`` of the user's own network. The classifier is kept in ``folder``. Seeds of
     the images count from ``first_seed``.
     """
@@ -117,12 +118,9 @@ class Evaluation:
                 raise SettingError("metrics", msg)
             with setting("weights"):
                 _ = self._inception
-        if "fd" in self.metrics and self.features != "classifier":
+        if "fd" in self.metrics and self._kind not in {"classifier", "random"}:
             two = as_bytes(self._images.load(torch.arange(2)), self._images.levels)
             check_features(load_features(self.features), two)
-        elif "fd" in self.metrics and train.labels is None:
-            msg = "the data have no classes; name a network, module:attribute"
-            raise SettingError("features", msg)
 
     def prepare(self, *, progress: bool = False) -> None:
         """Train the classifier that measuring samples needs, if there is none yet."""
@@ -133,7 +131,7 @@ class Evaluation:
     def fills_folder(self) -> bool:
         """Whether a file that is missing in the folder is going to be kept there."""
         kept = [_CACHE] if self._inception_metrics else []
-        if "fd" in self.metrics and self.features == "classifier":
+        if "fd" in self.metrics and self._kind == "classifier":
             kept.append(_CLASSIFIER)
         return not all((self.folder / name).exists() for name in kept)
 
@@ -192,6 +190,9 @@ class Evaluation:
         found = {}
         if "fd" in metrics:
             found["fd"] = frechet_report(sums["fd"].statistics(), self._statistics)
+            accuracy = getattr(self._network, "accuracy", None)
+            about = {"classifier_accuracy": accuracy, "classes": self.data.train.classes}
+            found["fd"] |= {} if accuracy is None else about
         if others:
             own, size = sums["inception"].statistics(), min(1000, count, self._shape[0])
             options: dict[str, Any] = {"kid_subset_size": size}
@@ -234,7 +235,7 @@ class Evaluation:
         """Name of what a metric compares with."""
         if metric == "bpd":
             return images_sha256(self._likelihood_images)[:16]
-        features = self.features if metric == "fd" else self._inception.sha256[:8]
+        features = self._kind if metric == "fd" else self._inception.sha256[:8]
         return f"{features} {self.part}"
 
     def _conditions(self, metric: str) -> dict[str, Any]:
@@ -280,6 +281,12 @@ class Evaluation:
         return likelihoods.likelihood(model.score, self._likelihood_images, scale=scale, **options)
 
     @property
+    def _kind(self) -> str:
+        """Name of the features of ``fd``."""
+        unlabelled = self.features == "classifier" and self.data.train.labels is None
+        return "random" if unlabelled else self.features
+
+    @property
     def _measures(self) -> list[str]:
         """Metrics of samples."""
         return [metric for metric in self.metrics if metric != "bpd"]
@@ -323,8 +330,10 @@ class Evaluation:
     @cached_property
     def _network(self) -> FeatureNetwork:
         """The features of ``fd``; their classifier is trained if there is none yet."""
-        if self.features != "classifier":
-            return load_features(self.features)
+        if self._kind == "random":
+            return random_features(self.data.train.shape[0], self.device)
+        if self._kind != "classifier":
+            return load_features(self._kind)
         file = self.folder / _CLASSIFIER
         return kept_classifier(file, self.data, device=self.device, progress=self.progress)
 

@@ -160,6 +160,17 @@ def bits_text(bits: Mapping[str, Any]) -> str:
     return f"{'≤ ' if bits['is_bound'] else ''}{bits['bits_per_dim']:.3f}{spread}"
 
 
+def features_text(results: Iterable[Result]) -> list[str]:
+    """Lines about the features of Fréchet distances."""
+    found: dict[str, None] = {}
+    for one in results:
+        if (accuracy := one.about.get("classifier_accuracy")) is not None:
+            found[f"Classifier of fd: {accuracy:.1%} of held-out images right"] = None
+        if one.against.startswith("random "):
+            found["Features of fd: a network of random weights, which needs no classes"] = None
+    return list(found)
+
+
 def _named(result: Result) -> dict[str, float]:
     """Numbers by their names in a table."""
     return {f"{name} {result.against}": value for name, value in result.numbers.items()}
@@ -172,6 +183,13 @@ def notes(results: Iterable[Result], *, dequantised: bool) -> list[str]:
         if result.metric in {"fd", "fid"} and result.about.get("singular"):
             sizes = f"{result.about['samples']} images in {result.about['feature_count']} features"
             found[f"Fréchet distances of {sizes} are strongly biased; use more images"] = None
+        accuracy, chance = (
+            result.about.get("classifier_accuracy"),
+            1 / result.about.get("classes", 1),
+        )
+        if accuracy is not None and not accuracy >= chance + (1 - chance) / 4:
+            msg = f"fd means little: its classifier names {accuracy:.0%} of held-out images right, "
+            found[f"{msg}and chance {chance:.0%}; use other features, such as 'random'"] = None
         if result.metric == "bpd" and not dequantised:
             msg = "the model was trained without dequantisation, and has no useful density of "
             found[f"{msg}dequantised images"] = None
