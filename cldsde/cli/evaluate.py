@@ -13,11 +13,15 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cldsde.cli.models import MODEL, RECIPE, SOLVERS, model_of, recipes_of
 from cldsde.cli.options import DEVICE, INTEGERS, LIST, option, resolve_device
 from cldsde.errors import SettingError
 from cldsde.messages import counted
+
+if TYPE_CHECKING:
+    from cldsde.images.data import DataSet
 
 _TARGET = "a run, or a file of its weights; FILE.npz, or a folder of pictures"
 _METRICS = "some of fd, fid, kid, isc, prc, bpd, with commas"
@@ -51,7 +55,6 @@ OPTIONS = (
 def prepare(options: Namespace) -> Callable[[], None]:
     """Check the options, load model and data; return the remaining work."""
     from cldsde.files import check_writable
-    from cldsde.images.config import load_config
     from cldsde.images.data.samples import load_samples
     from cldsde.images.evaluate.evaluation import Evaluation
     from cldsde.images.evaluate.results import (
@@ -61,27 +64,20 @@ def prepare(options: Namespace) -> Callable[[], None]:
         notes,
         read_results,
     )
-    from cldsde.images.runs import CONFIG
     from cldsde.images.sample.sampler import make_plan
 
     source, out = _places(options)
     device, target = resolve_device(options.device), options.target
     of_model = options.model is not None or options.reference is None
     model = model_of(options, target, device) if of_model else None
-    data = load_config(source / CONFIG if source.is_dir() else source).data
-    if options.data is not None:
-        given = {**data.options, "path": str(options.data)}
-        try:
-            data = dataclasses.replace(data, options=given)
-        except SettingError:
-            raise SettingError("data", f"the data set {data.name} has no path") from None
+    beside = out.with_name(f"{out.stem}-reference")
     names = ("metrics", "part", "samples", "repeats", "batch", "features", "weights")
     evaluation = Evaluation(
-        data=data.load(),
+        data=_data(options, source),
         first_seed=options.seed,
         likelihood_images=options.likelihood_images,
         # A classifier is kept in the run whose data it was trained on, or beside the results.
-        folder=source if source.is_dir() else out.with_name(f"{out.stem}-reference"),
+        folder=source if source.is_dir() else beside,
         device=device,
         progress=True,
         **{name: getattr(options, name) for name in names},
@@ -96,7 +92,13 @@ def prepare(options: Namespace) -> Callable[[], None]:
             make_plan(model.score, recipe)
     check_writable(out.parent)
     if evaluation.fills_folder:
-        check_writable(evaluation.folder)
+        try:
+            check_writable(evaluation.folder)
+        except OSError:
+            if options.out is None:
+                raise
+            evaluation = dataclasses.replace(evaluation, folder=beside)
+            check_writable(beside)
 
     def work() -> None:
         if model is None:
@@ -121,6 +123,25 @@ def prepare(options: Namespace) -> Callable[[], None]:
         print(f"All is in {out.resolve()}")
 
     return work
+
+
+def _data(options: Namespace, source: Path) -> DataSet:
+    """The data set of a run or configuration."""
+    from cldsde.images.config import load_config
+    from cldsde.images.runs import CONFIG
+
+    data = load_config(source / CONFIG if source.is_dir() else source).data
+    try:
+        if options.data is not None:
+            given = {**data.options, "path": str(options.data)}
+            data = dataclasses.replace(data, options=given)
+    except SettingError:
+        raise SettingError("data", f"the data set {data.name} has no path") from None
+    try:
+        return data.load()
+    except SettingError as error:
+        msg = f"{error.reason}; name the place of the data, since relative paths are of this folder"
+        raise SettingError("data", msg) from error
 
 
 def _places(options: Namespace) -> tuple[Path, Path]:

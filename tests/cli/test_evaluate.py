@@ -123,7 +123,9 @@ def test_data_without_classes_have_features_of_random_weights(tmp_path, capsys):
     assert found.against == "random train"
 
 
-def test_a_run_that_cannot_hold_its_classifier_is_rejected(run, tmp_path, capsys, monkeypatch):
+def test_a_read_only_run_keeps_its_classifier_beside_the_results(
+    run, tmp_path, capsys, monkeypatch
+):
     probe = tempfile.NamedTemporaryFile
 
     def read_only(*arguments, dir, **options):  # noqa: A002
@@ -133,8 +135,18 @@ def test_a_run_that_cannot_hold_its_classifier_is_rejected(run, tmp_path, capsys
 
     # Root may write even if the mode of a folder forbids it.
     monkeypatch.setattr(tempfile, "NamedTemporaryFile", read_only)
-    message = rejected(capsys, "evaluate", run, "--out", tmp_path / "x.json")
+    assert evaluate(run, "--samples", 6, "--part", "held_out", "--out", tmp_path / "x.json") == 0
+    assert (tmp_path / "x-reference" / "classifier.safetensors").is_file()
+    message = rejected(capsys, "evaluate", run)
     assert "run cannot be made or written (Permission denied)" in message
     (run / "classifier.safetensors").write_text("")
-    assert evaluate(run, "--out", tmp_path / "x.json") == 1  # after all checks
+    assert evaluate(run, "--out", tmp_path / "y.json") == 1  # after all checks
     assert "classifier.safetensors is damaged" in capsys.readouterr().err
+
+
+def test_data_that_are_elsewhere_are_asked_for_by_the_option(tmp_path, capsys):
+    config = {"data": {"name": "folder", "options": {"path": "photos", "size": 8}}}
+    (tmp_path / "c.json").write_text(json.dumps({**config, "training": {"images": 1}}))
+    np.save(tmp_path / "x.npy", np.zeros((2, 8, 8), np.uint8))
+    text = rejected(capsys, "evaluate", tmp_path / "x.npy", "--reference", tmp_path / "c.json")
+    assert "--data: path must be a folder; got photos, which does not exist; name the place" in text
