@@ -130,7 +130,7 @@ class Run(TrainedModel):
             guidance=guidance,
             observed=observed,
         )
-        return sampler.sample(list(seeds), progress=progress)
+        return sampler.sample(seeds, progress=progress)
 
     def to_diffusers(self, folder: Path | str) -> None:
         """Write the network as a diffusers `UNet2DModel`, which `from_pretrained` loads.

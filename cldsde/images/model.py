@@ -271,7 +271,7 @@ def load_model(
         raise ValueError(msg)
     try:
         config = RunConfig.from_dict(json.loads((run / CONFIG).read_text(encoding="utf-8")))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         msg = f"{run / CONFIG} is no configuration of an image model ({error})"
         raise ValueError(msg) from error
     if ":" in config.network.name and not trust:

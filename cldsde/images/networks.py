@@ -20,7 +20,7 @@ from diffusers import UNet2DModel
 from torch import Tensor, nn
 
 from cldsde.images.checks import check_groups, check_levels
-from cldsde.images.schema import Channels, Count, Flag, Shape, Share, checked
+from cldsde.images.schema import Blocks, Channels, Count, Flag, Shape, Share, checked
 from cldsde.pretrained import ncsnpp
 
 
@@ -116,7 +116,7 @@ class UNet(_ScoreNetwork):
         outputs: Count,
         *,
         channels: Channels,
-        blocks: Count = 1,
+        blocks: Blocks = 1,
         groups: Count = 8,
         attention: Sequence[Count] = (),
         head_channels: Count | None = None,
@@ -195,7 +195,7 @@ class NCSNpp(_ScoreNetwork):
         outputs: Count,
         *,
         channels: Channels,
-        blocks: Count = 2,
+        blocks: Blocks = 2,
         classes: Count | None = None,
         **options: Any,
     ) -> None:

@@ -92,7 +92,11 @@ class RunFolder:
         """Drop lines of ``metrics.jsonl`` beyond ``images``, which a resumed run writes again."""
         metrics = self.path / METRICS
         if metrics.exists():
-            lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+            try:
+                lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+            except UnicodeDecodeError as error:
+                msg = f"{metrics} is damaged ({error}); put a copy of it back, or delete it"
+                raise ValueError(msg) from error
             kept = [line for line in lines if _images(line) <= images]
             self.write(METRICS, lambda file: file.write_text("".join(kept), encoding="utf-8"))
 

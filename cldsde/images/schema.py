@@ -41,8 +41,12 @@ Share = Annotated[float, Strict(), Field(ge=0, lt=1)]
 """A number in [0, 1)."""
 Shape = Annotated[Sequence[Count], Field(min_length=3, max_length=3)]
 """Shape ``(C, H, W)`` of an image."""
-Channels = Annotated[Sequence[Count], Field(min_length=1)]
+Width = Annotated[int, Strict(), Field(ge=1, le=2**14)]
+"""Channels of a level of a network."""
+Channels = Annotated[Sequence[Width], Field(min_length=1)]
 """Channels of each level of a network."""
+Blocks = Annotated[int, Strict(), Field(ge=1, le=256)]
+"""Residual blocks of a level of a network."""
 Levels = Annotated[int, Strict(), Field(ge=2, le=256)]
 """A number of grey levels."""
 
@@ -213,6 +217,11 @@ def _checked(value: object, hint: Any, key: str) -> Any:
         options = checked_options(hint, value, key=key)
         with setting(key):
             return hint(**options)
+    return check_type(value, hint, key)
+
+
+def check_type(value: object, hint: Any, key: str) -> Any:
+    """Return a value that fits an annotation, or raise a SettingError."""
     try:
         return TypeAdapter(hint, config=_STRICT).validate_python(value)
     except ValidationError as error:
@@ -233,7 +242,9 @@ def read_file(path: Path) -> dict[str, Any]:
     if path.suffix not in readers:
         raise SettingError(str(path), f"a configuration ends in {', '.join(readers)}")
     try:
-        values = readers[path.suffix](path.read_text(encoding="utf-8"))
+        # Some editors begin a file with a mark of its byte order.
+        values = readers[path.suffix](path.read_text(encoding="utf-8-sig"))
+        json.dumps(values, default=str)  # fails if YAML refers to itself
     except OSError as error:
         raise SettingError(str(path), f"cannot be read ({error.strerror or error})") from error
     except (ValueError, TypeError, yaml.YAMLError, RecursionError) as error:

@@ -16,12 +16,14 @@ from cldsde.errors import SettingError, setting
 from cldsde.images.data import DATA_SETS, DataSet
 from cldsde.images.networks import NETWORKS
 from cldsde.images.schema import (
+    Blocks,
     Count,
     Flag,
     Natural,
     Number,
     Positive,
     Share,
+    Width,
     check_keys,
     check_name,
     checked_options,
@@ -225,8 +227,8 @@ class LatentConfig:
     """
 
     latent_channels: Count = 4
-    channels: tuple[Count, ...] = (32, 64)
-    blocks: Count = 1
+    channels: tuple[Width, ...] = (32, 64)
+    blocks: Blocks = 1
     groups: Count = 8
     likelihood: Literal["logistic", "bernoulli"] = "logistic"
     pretraining: Count

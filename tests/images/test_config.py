@@ -110,6 +110,31 @@ def test_the_valid_configuration_is_valid_and_goes_through_every_format(tmp_path
         assert load_config(file).to_dict() == config.to_dict()
 
 
+def test_a_byte_order_mark_is_skipped_and_yaml_that_refers_to_itself_rejected(tmp_path):
+    file = tmp_path / "config.toml"
+    file.write_text("\ufeff" + RunConfig.from_dict(VALID).to_toml(), encoding="utf-8")
+    assert load_config(file) == RunConfig.from_dict(VALID)
+    file = tmp_path / "config.yaml"
+    file.write_text("data: &all\n  options: *all\n")
+    with pytest.raises(SettingError, match=r"config\.yaml: is not valid YAML \(Circular reference"):
+        load_config(file)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [("channels", [2**40], "than or equal to 16384"), ("blocks", 100_000, "than or equal to 256")],
+)
+@pytest.mark.parametrize("name", ["network", "latent"])
+def test_networks_that_no_machine_holds_are_rejected_before_any_is_made(
+    option, value, message, name
+):
+    own = {"options": {**VALID["network"]["options"], option: value}}
+    latent = {"pretraining": 1, option: value}
+    section = own if name == "network" else latent
+    with pytest.raises(SettingError, match=rf"{name}\..*{option}.*{message}"):
+        RunConfig.from_dict({**VALID, name: {**VALID.get(name, {}), **section}})
+
+
 CHOICES = st.fixed_dictionaries(
     {},
     optional={

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter
 
-from cldsde.files import file_lock
+from cldsde.files import file_lock, writing
 from cldsde.images.evaluate.distances import package_versions
 from cldsde.messages import one_line
 from cldsde.tables import Entry, Table, mean_and_spread
@@ -79,7 +79,7 @@ def add_results(file: Path, made: Sequence[Result]) -> None:
     with file_lock(file, wait=True):
         check_comparable([*read_results(file, made[0].model).values(), *made], file)
         whole = len(_whole_lines(file))
-        with file.open("ab") as target:
+        with writing(file, "results before these are kept"), file.open("ab") as target:
             target.truncate(whole)
             target.write("".join(lines).encode())
             target.flush()

@@ -243,6 +243,10 @@ def _observation(
     if name == "downsample":
         return Observation.downsample(int(number), y, noise_std)
     std = check_positive(float(number), "blur")
+    if std > max(y.shape[1:]):
+        raise ValueError(
+            f"blur must be at most {max(y.shape[1:])}, the picture's side; got {std:g}"
+        )
     place = torch.arange(-math.ceil(3 * std), math.ceil(3 * std) + 1)
     row = (-0.5 * (place / std).square()).softmax(0)
     blurred = Observation.blur(torch.outer(row, row), y, noise_std)

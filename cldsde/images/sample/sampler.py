@@ -9,9 +9,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
-from typing import Any, Literal, NamedTuple, Self, TypeVar, get_args
+from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from cldsde.errors import SettingError, require, setting
@@ -20,7 +21,7 @@ from cldsde.images.data import to_levels
 from cldsde.images.latent import VAE
 from cldsde.images.model import ImageModel, ImageSpace
 from cldsde.images.sample.observed import Conditioning, ObservedImage
-from cldsde.images.schema import check_name, checked_options
+from cldsde.images.schema import Count, Number, check_type, checked_options
 from cldsde.linear import LinearSDE
 from cldsde.linear.sde import check_process
 from cldsde.progress import progress_bar
@@ -114,6 +115,7 @@ Precision = Literal["fp32", "bf16", "fp16"]
 _HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+_Weight = Annotated[Number, Field(ge=0)]
 Start = tuple[SampleNoise, Tensor]
 """Source of the random numbers of a batch, and the states at which its sampling starts."""
 
@@ -183,11 +185,13 @@ class ImageSampler:
 
     def __post_init__(self) -> None:
         """Check the settings, and make the plan."""
+        kinds: dict[str, Any] = {"batch": Count, "guidance": _Weight, "precision": Precision}
+        for name, kind in kinds.items():
+            check_type(getattr(self, name), kind, name)
         guided = self.guidance != 1
-        check_name(self.precision, get_args(Precision), "precision")
-        require(self.batch >= 1, "batch", f"must be at least 1; got {self.batch}")
-        msg = f"must be finite and at least 0; got {self.guidance}"
-        require(0 <= self.guidance < math.inf, "guidance", msg)
+        on_cpu = self.score.device.type == "cpu"
+        msg = "'fp16' needs a GPU; use 'fp32' or 'bf16'"
+        require(self.precision != "fp16" or not on_cpu, "precision", msg)
         msg = "needs a network that was trained without classes, too (network.label_dropout)"
         require(not (guided and self.space.always_classes), "guidance", msg)
         msg = f"needs a class; got {self.guidance} and no class"
@@ -308,6 +312,8 @@ class ImageSampler:
 
     def sample(self, seeds: Sequence[int], **options: Any) -> Samples:
         """Sample one image for each seed, in the order of the seeds; see `stream`."""
+        listed = hasattr(seeds, "__len__")
+        require(listed, "seeds", f"must be a sequence of integers; got {seeds!r}")
         require(len(seeds) > 0, "seeds", "must be one or more; got none")
         drawn: dict[int, tuple[Tensor, Tensor]] = {}
         for some, found in self.stream(seeds, **options):

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cached_property, partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -169,6 +170,7 @@ class _Trainer:
     @contextmanager
     def _logging(self) -> Iterator[None]:
         """Open TensorBoard's events, and close them; every event is flushed when it is written."""
+        threading.excepthook = partial(_report_thread, threading.excepthook)
         with self._writing(EVENTS):
             # Events of an earlier process from here on are hidden.
             self.events = SummaryWriter(self.folder / EVENTS, purge_step=self.seen + 1)
@@ -328,3 +330,9 @@ class _Trainer:
                 self.events.add_image("samples", pixels, self.seen, dataformats="HWC")
                 self.events.flush()
         self.engine.wait_for_everyone()
+
+
+def _report_thread(report: Callable[[Any], object], error: threading.ExceptHookArgs) -> None:
+    """Report an error of a thread, unless TensorBoard raises it in the main thread, too."""
+    if type(error.thread).__name__ != "_AsyncWriterThread":
+        report(error)

@@ -1,6 +1,7 @@
 """Evaluations measure what they say, and their results resume, add up and are not mixed."""
 
 import dataclasses
+import os
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -195,6 +196,15 @@ def test_a_failure_is_a_result_that_is_not_repeated_and_does_not_end_the_others(
     lines = markdown_table(read_results(tmp_path / "results.jsonl").values()).splitlines()
     found = [[word.strip() for word in line.split("|")[2:5]] for line in lines[2:]]
     assert found == [["4", "root", ""], ["5", "root", "20"]]
+
+
+def test_a_full_disk_is_reported_with_the_file(tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"results\.jsonl cannot be written \(No space left"):
+        add_results(tmp_path / "results.jsonl", [LINE])
 
 
 LINE = Result(model="abc", recipe={"solver": "em"}, metric="fd", against="x", numbers={"fd": 1.0})

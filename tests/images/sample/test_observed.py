@@ -168,6 +168,7 @@ def test_the_grey_basis_is_orthonormal_and_begins_with_grey():
         ),
         ({"operator": "downsample:2"}, r"known: .* shape \(3, 8, 8\); the model makes"),
         ({"operator": "blur:0"}, "observe: blur must be"),
+        ({"operator": "blur:100"}, "observe: blur must be at most 4, the picture's side; got 100"),
         ({"operator": "blur:1", "method": "replacement"}, "method: 'replacement' needs a mask"),
         ({"known": PICTURE[:, :2]}, "the mask must have the picture's shape"),
     ],

@@ -365,7 +365,7 @@ def test_parts_of_other_requests_are_dropped_and_other_folders_left_alone(reques
     [
         ({"batch": 0}, "x.npz", "batch: "),
         ({"guidance": 2.0}, "x.npz", "guidance: needs a class"),
-        ({"guidance": float("nan"), "label": 0}, "x.npz", "guidance: must be finite"),
+        ({"guidance": float("nan"), "label": 0}, "x.npz", "guidance: must be a finite"),
         ({}, "x.jpg", "out: must be"),
         *(({}, out, "out: must name a file, or a folder") for out in ("/", "..")),
         ({"seeds": range(5000)}, "x.png", "a picture holds"),
@@ -376,6 +376,23 @@ def test_requests_that_make_no_sense_are_rejected(request_of, tmp_path, changes,
     with pytest.raises(ValueError, match=message):
         check_output(tmp_path / out, request_of(**changes))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch": "2"}, "batch: must be a valid integer; got '2'"),
+        ({"guidance": "2"}, "guidance: must be a valid number; got '2'"),
+        ({"seeds": 5}, "seeds: must be a sequence of integers; got 5"),
+        ({"precision": "fp16"}, "precision: 'fp16' needs a GPU"),
+        ({"nfe": "7"}, "nfe: must be a valid integer; got '7'"),
+    ],
+)
+def test_arguments_of_wrong_types_are_named(labelled_run, changes, message):
+    run = Run.load(labelled_run)
+    sample = partial(ImageSampler.of, run, FIXED) if "precision" in changes else run.sample
+    with pytest.raises(SettingError, match=message):
+        sample(**changes)
 
 
 def test_folders_without_a_whole_model_are_rejected(run, tmp_path):
@@ -389,6 +406,8 @@ def test_folders_without_a_whole_model_are_rejected(run, tmp_path):
     assert_rejected(r"is of a comparison; its models are in .*/models")
     (tmp_path / MODEL).write_bytes(b"junk")
     assert_rejected(r"model\.safetensors is damaged")
+    (tmp_path / "config.json").write_text("[" * 10**5)
+    assert_rejected(r"config\.json is no configuration")
 
 
 def test_weights_of_another_configuration_are_rejected(run, tmp_path):

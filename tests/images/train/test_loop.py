@@ -245,18 +245,25 @@ RECORDS = "tensorboard.summary.writer.record_writer.RecordWriter"
     ],
 )
 def test_a_full_disk_is_reported_and_the_last_state_stays(
-    stopped, whole, monkeypatch, function, message, saved
+    stopped, whole, monkeypatch, capfd, function, message, saved
 ):
     with monkeypatch.context() as patch:
         patch.setattr(function, no_room)
-        # TensorBoard writes in a thread, whose traceback is printed.
-        patch.setattr(threading, "excepthook", lambda *_: None)
+        # pytest has a hook of its own, TensorBoard writes in a thread.
+        patch.setattr(threading, "excepthook", threading.__excepthook__)
         expected = rf"{message}.*No space left.*; the last state saved stays, {STATE}$"
         with pytest.raises(OSError, match=expected):
             trained(stopped, config())
     assert load_tensors(stopped / STATE, STATE_KIND)[1]["step"] == saved
+    assert "Traceback" not in capfd.readouterr().err
     assert not list(stopped.glob(".partial-*"))
     assert_finishes(stopped, whole)
+
+
+def test_metrics_that_are_no_text_are_named(stopped):
+    (stopped / METRICS).write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl is damaged .*delete it"):
+        trained(stopped, config())
 
 
 def test_an_untrained_model_has_the_loss_of_its_reference_on_gaussian_data(tmp_path):
