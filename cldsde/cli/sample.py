@@ -12,7 +12,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from cldsde.cli.models import MODEL, RECIPE, SOLVERS, model_of, process_config, recipes_of
 from cldsde.cli.options import DEVICE, ONE_SEED, SEEDS, Kind, flag, option, resolve_device
@@ -33,11 +33,19 @@ _OBSERVE = (
 _GREY = {"action": "store_const", "const": "grey", "dest": "observe"}
 _METHODS = "moments, pigdm, dps, twisted (particles) or replacement (no noise; mask or grey)"
 _NOISE = "standard deviation of the picture's noise, black being -1 and white 1"
-_MODES = ("default", "reduce-overhead", "max-autotune")
-_MODE = Kind({mode: mode for mode in _MODES}.__getitem__, " or ".join(_MODES))
+
+
+def _mode(text: str) -> str:
+    from cldsde.images.sample.source import CompileMode
+
+    if text not in get_args(CompileMode):
+        raise ValueError
+    return text
+
+
+_MODES = "default, reduce-overhead (CUDA graphs) or max-autotune"
 _COMPILE = (
-    "compile the network; MODE is default, reduce-overhead (CUDA graphs) or max-autotune. "
-    "If MODE is left out, RUN must come before this option"
+    f"compile the network; MODE is {_MODES}. If MODE is left out, RUN must come before this option"
 )
 OPTIONS = (
     option("RUN", Path, _RUN, nargs="?"),
@@ -61,7 +69,14 @@ OPTIONS = (
     option("--noise-std S", float, _NOISE, default=0.05),
     option("--particles N", int, "particles per image of twisted", default=16),
     option("--precision NAME", str, "precision of the network: fp32, bf16 or fp16", default="fp32"),
-    option("--compile MODE", _MODE, _COMPILE, dest="compile_mode", nargs="?", const="default"),
+    option(
+        "--compile MODE",
+        Kind(_mode, _MODES),
+        _COMPILE,
+        dest="compile_mode",
+        nargs="?",
+        const="default",
+    ),
     flag("--channels-last", "store features with channels last, may be faster on a GPU"),
     DEVICE,
 )

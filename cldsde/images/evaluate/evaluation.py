@@ -159,7 +159,8 @@ class Evaluation:
         for repeat in range(self.repeats):
             first = self.first_seed + repeat * self.samples
             seeds = range(first, first + self.samples)
-            measure, ends = partial(self._of_seeds, sampler, seeds), (seeds[0], seeds[-1])
+            name = model.digest, repr(recipe)
+            measure, ends = partial(self._of_seeds, sampler, seeds, name), (seeds[0], seeds[-1])
             found += self._filled(file, self._measures, measure, model.digest, seeds=ends, **own)
         return found
 
@@ -248,14 +249,20 @@ class Evaluation:
         return found | {"features": features, "reference": "" if metric == "isc" else self._sha256}
 
     def _of_seeds(
-        self, sampler: Callable[[], ImageSampler], seeds: range, metrics: list[str]
+        self,
+        sampler: Callable[[], ImageSampler],
+        seeds: range,
+        name: tuple[str, str],
+        metrics: list[str],
     ) -> tuple[Reports, dict[str, float]]:
         """Reports of metrics of sampled images, and the cost of the images."""
         evaluations, seconds = [], [0.0]
 
         def batches() -> Iterator[Tensor]:
             began = time.monotonic()
-            for _, drawn in sampler().stream(seeds, progress=self.progress):
+            for some, drawn in sampler().stream(seeds, progress=self.progress):
+                if some == [*range(self.first_seed, self.first_seed + len(some))]:
+                    self.first_images[name] = drawn.images
                 seconds.append(time.monotonic() - began)
                 evaluations.append(drawn.evaluations.double())
                 yield as_bytes(drawn.images, drawn.levels)
@@ -279,6 +286,11 @@ class Evaluation:
             return likelihoods.latent_likelihood(model.model, self._likelihood_images, **options)
         scale: Literal["bins", "ends"] = "bins" if model.space.dequantised else "ends"
         return likelihoods.likelihood(model.score, self._likelihood_images, scale=scale, **options)
+
+    @cached_property
+    def first_images(self) -> dict[tuple[str, str], Tensor]:
+        """First batch of images of digests and recipes that were measured."""
+        return {}
 
     @property
     def _kind(self) -> str:

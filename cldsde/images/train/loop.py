@@ -99,7 +99,7 @@ def _learner(
 
 
 class _Trainer:
-    """One process of a training. ``done`` are the steps made."""
+    """One process of a training. ``done`` are the steps made, ``saved`` those in its state."""
 
     def __init__(self, learner: Learner, run: RunFolder) -> None:
         self.learner, self.folder = learner, run
@@ -107,6 +107,7 @@ class _Trainer:
         self.settings, self.space = learner.config.training, learner.space
         self.events: SummaryWriter | None = None
         self.done, seconds = self._start()
+        self.saved = self.done
         self.began = time.monotonic() - seconds
         if self.engine.is_main_process:
             self._keep_config()
@@ -183,7 +184,7 @@ class _Trainer:
     def _obey(self, stop: StopRequest) -> None:
         """Save and stop if a signal was received, between two steps or two batches of samples."""
         if stop.wanted:
-            if self.done < self.settings.steps:  # the last step has been saved
+            if self.done != self.saved:
                 self._save()
             stop.obey()
 
@@ -272,6 +273,7 @@ class _Trainer:
             except OSError as error:
                 msg = f"not all of the state of {self.seen} images could be saved ({error}); "
                 raise OSError(f"{msg}{self._last_state()}") from error
+        self.saved = self.done
         self.engine.wait_for_everyone()
 
     def _measure(self, stop: StopRequest) -> None:

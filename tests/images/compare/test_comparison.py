@@ -57,6 +57,23 @@ def drawn(monkeypatch):
     return recipes
 
 
+def test_pictures_are_of_images_that_were_measured(finished, folder, drawn):
+    """Of the same bytes as when they are sampled for the picture alone."""
+    measured = compare(folder.with_name("again"))
+    assert len(drawn) == 4  # cells
+    for row, before in zip(
+        measured["rows"], read_comparison(finished / RESULTS)["rows"], strict=True
+    ):
+        first, second = (folder.with_name("again") / row["picture"], finished / before["picture"])
+        assert first.name == second.name
+        (folder / before["picture"]).unlink()
+    compare(folder)
+    assert len(drawn) == 8
+    for row in measured["rows"]:
+        one, two = (x / row["picture"] for x in (folder, folder.with_name("again")))
+        assert one.read_bytes() == two.read_bytes()
+
+
 def test_every_cell_is_filled_with_its_mean_cost(finished):
     found = read_comparison(finished / RESULTS)
     assert found["complete"]
@@ -252,8 +269,8 @@ def test_cells_of_a_solver_with_other_defaults_are_measured_again(
         sampling, "find_solver", lambda name: changed if name == "sscs-midpoint" else find(name)
     )
     found = compare(folder)
-    # One sampler for the repeats, and one for the picture.
-    assert [recipe.solver for recipe in drawn] == ["sscs-midpoint"] * 2
+    # One sampler for the repeats; the picture is of the same images.
+    assert [recipe.solver for recipe in drawn] == ["sscs-midpoint"]
     assert found["rows"][:2] == read_comparison(finished / RESULTS)["rows"][:2]
     rows = [*TINY["rows"][:2], {**TINY["rows"][2], "t_end": 0.01}]
     changed_row = Comparison(ComparisonConfig.from_dict(tiny(rows=rows)), folder).rows[2]

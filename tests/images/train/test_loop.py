@@ -24,7 +24,7 @@ from cldsde.images.model import MODEL, STATE_KIND, ImageSpace, load_model
 from cldsde.images.runs import METRICS, STATE, RunFolder
 from cldsde.images.streams import image_order, stream
 from cldsde.images.tensor_files import load_tensors
-from cldsde.images.train import feed
+from cldsde.images.train import feed, loop
 from cldsde.images.train.engine import check_run
 from cldsde.score import PerturbedData, TimeSampler
 from probes import generator
@@ -183,6 +183,20 @@ def test_a_signal_saves_the_state_and_the_command_resumes(tmp_path, monkeypatch,
     assert [main([*command, str(folder)]) for folder in (out, whole)] == [0, 0]
     assert_same_bits(load_model(out).model, load_model(whole).model)
     assert metrics(out) == metrics(whole)
+
+
+def test_a_signal_at_a_checkpoint_saves_its_state_once(tmp_path, monkeypatch):
+    saved, save = [], loop.save_state
+
+    def signalled(learner, run, step, *arguments):
+        saved.append(step)
+        save(learner, run, step, *arguments)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(loop, "save_state", signalled)
+    with pytest.raises(SystemExit, match="143"):
+        trained(tmp_path, config())
+    assert saved == [2]
 
 
 def test_settings_that_no_weight_depends_on_may_change_on_the_way(stopped, whole):
