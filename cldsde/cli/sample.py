@@ -65,9 +65,9 @@ OPTIONS = (
     option("--known IMAGE", Path, "picture that was observed"),
     flag("--colourise", "the same as --observe grey", **_GREY),
     option("--mask, --observe HOW", str, _OBSERVE, dest="observe"),
-    option("--method NAME", str, _METHODS, default="moments"),
-    option("--noise-std S", float, _NOISE, default=0.05),
-    option("--particles N", int, "particles per image of twisted", default=16),
+    option("--method NAME", str, f"{_METHODS}; moments by default"),
+    option("--noise-std S", float, f"{_NOISE}; 0.05 by default"),
+    option("--particles N", int, "particles per image of twisted; 16 by default"),
     option("--precision NAME", str, "precision of the network: fp32, bf16 or fp16", default="fp32"),
     option(
         "--compile MODE",

@@ -109,6 +109,8 @@ def data_statistics(config: RunConfig, images: Images) -> Statistics:
     """Mean and variance for a configuration's reference; raise if some variance is 0."""
     per, dequantise = config.score.reference, config.data.dequantise
     found = Statistics(*channel_statistics(images, per=per, dequantise=dequantise))
+    if per == "scalar" and not found.data_variance > 0:
+        raise SettingError("data", "all pixels of all training images have the same value")
     if not bool((found.data_variance > 0).all()):
         msg = f"with {per!r} some variance of the data is 0; use a coarser reference"
         raise SettingError("score.reference", msg)
@@ -266,8 +268,9 @@ def load_model(
     if not file.is_file():
         name = file.relative_to(run)
         msg = f"{run} has no {name} (yet): its training has not reached that checkpoint"
-        if (run / "models").is_dir():
-            msg = f"{run} is of a comparison; its models are in {run / 'models'}"
+        for folder, kind in (("models", "a comparison"), ("model", "a demonstration")):
+            if (run / folder).is_dir():
+                msg = f"{run} is of {kind}; see {run / folder}"
         raise ValueError(msg)
     try:
         config = RunConfig.from_dict(json.loads((run / CONFIG).read_text(encoding="utf-8")))

@@ -25,7 +25,6 @@ from cldsde.messages import one_line
 from cldsde.tables import Entry, Table, mean_and_spread
 
 _BEGINNING = b'{"model": "'  # of each line
-_OLDER = b"{\n"  # beginning of files that were one JSON object
 _ELSEWHERE = "delete it, or write to another file"
 
 
@@ -90,11 +89,11 @@ def _whole_lines(file: Path) -> bytes:
     """Content of a file up to its last line break."""
     content = file.read_bytes() if file.exists() else b""
     end = content.rfind(b"\n") + 1
-    if content.startswith(_OLDER):
-        raise ValueError(f"{file} was written by an older version of cldsde; {_ELSEWHERE}")
     # The rest is cut off, unless the file is of something else.
-    if not content[end:].startswith(_BEGINNING[: len(content) - end]):
-        raise ValueError(f"{file} holds something else than results of cldsde; {_ELSEWHERE}")
+    for part in (content, content[end:]):
+        if not part.startswith(_BEGINNING[: len(part)]):
+            msg = f"{file} holds something else than results of cldsde; write to another file"
+            raise ValueError(msg)
     return content[:end]
 
 

@@ -88,12 +88,15 @@ class ObservedImage:
         ``known`` is the file of the picture. ``observe`` is the operator, or a picture of the mask,
         white for observed pixels. ``channels`` is the number of channels of the model's images.
         """
+        options = {key: x for key, x in options.items() if x is not None}
         if known is None and observe is None:
+            for key in options:
+                raise SettingError(key, "needs known and observe: the picture, how it was observed")
             return None
         if known is None or observe is None:
             key, missing = ("observe", "known") if known is None else ("known", "observe")
             raise SettingError(key, f"needs {missing}, too: the picture, and how it was observed")
-        mask = None
+        observe, mask = "grey" if observe == "gray" else observe, None
         if observe.partition(":")[0] not in {"grey", "downsample", "blur"}:
             mask = _read(Path(observe).expanduser(), 1, "observe")[0] >= 128
         return cls(

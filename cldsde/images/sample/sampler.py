@@ -31,12 +31,15 @@ from cldsde.solvers import Imputation, Plan, SampleNoise, find_solver, grids, pl
 from cldsde.solvers.authoring import Solver
 from cldsde.solvers.sampling import fit_grid, start_of, window
 
+_ELSEWHERE = {"ddim": "multistep-1", "dpm-solver++": "multistep-2", "dpmpp_2m": "multistep-2"}
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 
 
 def make_solver(sampling: SamplingConfig) -> Solver:
     """The solver of a configuration; raise a SettingError for an unknown name or option."""
+    here = _ELSEWHERE.get(sampling.solver.lower())
+    require(here is None, "solver", f"{sampling.solver} is called {here} here")
     with setting("solver"):
         solver = find_solver(sampling.solver)
     options = checked_options(type(solver), sampling.options)
@@ -77,7 +80,8 @@ def time_grid(
     fits, a ValueError if the solver does not apply.
     """
     grid: Any = getattr(grids, f"{sampling.grid}_times")
-    ends = window(process, sampling.t_start, sampling.t_end, shape=shape, nfe=sampling.nfe)
+    with setting("t_end"):
+        ends = window(process, sampling.t_start, sampling.t_end, shape=shape, nfe=sampling.nfe)
     with setting("nfe"):
         return fit_grid(process, solver, *ends, sampling.nfe, grid=grid, denoise=sampling.denoise)
 

@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
+from cldsde.errors import require
 from cldsde.images.model import STATE_KIND, model_notes
 from cldsde.images.runs import SNAPSHOTS, STATE, RunFolder
 from cldsde.images.tensor_files import load_tensors, save_tensors
@@ -136,13 +137,11 @@ def load_state(learner: Learner, run: RunFolder) -> tuple[int, float]:
                 raise ValueError(f"the data have changed since it was written: {name} differs")
         _take(learner, tensors, json.loads(metadata["scaler"]))
         step, seconds = int(metadata["step"]), float(metadata["seconds"])
-        if not 0 < step <= settings.steps:
-            images = step * settings.batch
-            msg = "training.images can grow, but not shrink"
-            raise ValueError(f"it has seen {images:,} images: {msg}")
     except (KeyError, ValueError, RuntimeError, TypeError, OSError) as error:
         msg = f"{run / STATE} cannot be used ({one_line(error)}); put a copy of it back, or "
         raise ValueError(f"{msg}begin again in another folder") from error
+    msg = f"can grow, but not shrink; the run has seen {step * settings.batch:,}, got "
+    require(step <= settings.steps, "training.images", f"{msg}{settings.images:,}")
     return step, seconds
 
 

@@ -145,7 +145,10 @@ def test_pictures_are_read_from_files(tmp_path):
     assert found.operator == "mask"
     assert found.recipe() == observed("mask").recipe()
     assert ObservedImage.read(known, "grey", 3, noise_std=STD).recipe() == observed("grey").recipe()
+    assert ObservedImage.read(known, "gray", 3, noise_std=STD).operator == "grey"
     assert ObservedImage.read(None, None, 3) is None
+    with pytest.raises(SettingError, match="noise_std: needs known and observe"):
+        ObservedImage.read(None, None, 3, method=None, noise_std=STD)
 
 
 def test_the_grey_basis_is_orthonormal_and_begins_with_grey():

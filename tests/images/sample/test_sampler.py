@@ -384,6 +384,8 @@ def test_requests_that_make_no_sense_are_rejected(request_of, tmp_path, changes,
         ({"batch": "2"}, "batch: must be a valid integer; got '2'"),
         ({"guidance": "2"}, "guidance: must be a valid number; got '2'"),
         ({"seeds": 5}, "seeds: must be a sequence of integers; got 5"),
+        ({"solver": "ddim"}, "solver: ddim is called multistep-1 here"),
+        ({"t_start": 1e-3, "t_end": 1e-2}, "^t_end: "),
         ({"precision": "fp16"}, "precision: 'fp16' needs a GPU"),
         ({"nfe": "7"}, "nfe: must be a valid integer; got '7'"),
     ],
@@ -403,7 +405,7 @@ def test_folders_without_a_whole_model_are_rejected(run, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(run.config.to_dict()))
     assert_rejected(r"has no model\.safetensors \(yet\)")
     (tmp_path / "models").mkdir()
-    assert_rejected(r"is of a comparison; its models are in .*/models")
+    assert_rejected(r"is of a comparison; see .*/models")
     (tmp_path / MODEL).write_bytes(b"junk")
     assert_rejected(r"model\.safetensors is damaged")
     (tmp_path / "config.json").write_text("[" * 10**5)

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from cldsde.cli import main
+from cldsde.errors import SettingError
 from cldsde.images import model as models
 from cldsde.images.config import RunConfig
 from cldsde.images.data import ArrayImages, DataSet, augment
@@ -272,6 +273,14 @@ def test_a_full_disk_is_reported_and_the_last_state_stays(
     assert "Traceback" not in capfd.readouterr().err
     assert not list(stopped.glob(".partial-*"))
     assert_finishes(stopped, whole)
+
+
+def test_texts_about_data_and_length_name_the_cause(stopped):
+    with pytest.raises(SettingError, match=r"training\.images: can grow, but not shrink.* got 16"):
+        trained(stopped, config(images=16))
+    black = ArrayImages(torch.zeros(64, 1, 4, 4, dtype=torch.uint8))
+    with pytest.raises(SettingError, match="data: all pixels of all training images have the same"):
+        check_run(configured(CONFIG, data={"dequantise": False}), DataSet(black, None))
 
 
 def test_metrics_that_are_no_text_are_named(stopped):
