@@ -111,8 +111,8 @@ class Evaluation:
         names, train = ", ".join(sorted(self._inception_metrics)), self.data.train
         if names:
             if self.weights is None:
-                msg = f"{names} need the file of Inception weights; use fd for features of a "
-                raise SettingError("weights", f"{msg}classifier of the data")
+                msg = f"the file of Inception weights is needed for {names}; fd takes features of "
+                raise SettingError("weights", f"{msg}a classifier of the data")
             if train.shape[0] not in {1, 3}:
                 msg = f"{names}: Inception needs images of 1 or 3 channels; got {train.shape[0]}"
                 raise SettingError("metrics", msg)
@@ -143,8 +143,10 @@ class Evaluation:
         Failures are results and are not repeated, nor do they end the evaluation. Several processes
         may write to one file.
         """
-        found = self.of_density(model, file) if "bpd" in self.metrics else []
-        return [*found, *(x for recipe in recipes for x in self.of_recipe(model, recipe, file))]
+        found, recipes = self.of_density(model, file) if "bpd" in self.metrics else [], [*recipes]
+        self.bar.reset(len(recipes) * self.repeats * self.samples)
+        with self.bar:
+            return [*found, *(x for recipe in recipes for x in self.of_recipe(model, recipe, file))]
 
     def of_density(self, model: ImageModel, file: Path) -> list[Result]:
         """Bits per dim of a trained model; see `of_run`."""
@@ -161,7 +163,10 @@ class Evaluation:
             seeds = range(first, first + self.samples)
             name = model.digest, repr(recipe)
             measure, ends = partial(self._of_seeds, sampler, seeds, name), (seeds[0], seeds[-1])
+            self.bar.set_postfix_str(f"{recipe.solver}, {recipe.nfe}, seeds from {first}")
+            done = self.bar.n + self.samples
             found += self._filled(file, self._measures, measure, model.digest, seeds=ends, **own)
+            self.bar.update(done - self.bar.n)
         return found
 
     def of_samples(self, images: Tensor, name: str, file: Path) -> list[Result]:
@@ -260,7 +265,8 @@ class Evaluation:
 
         def batches() -> Iterator[Tensor]:
             began = time.monotonic()
-            for some, drawn in sampler().stream(seeds, progress=self.progress):
+            for some, drawn in sampler().stream(seeds):
+                self.bar.update(len(some))
                 if some == [*range(self.first_seed, self.first_seed + len(some))]:
                     self.first_images[name] = drawn.images
                 seconds.append(time.monotonic() - began)
@@ -286,6 +292,11 @@ class Evaluation:
             return likelihoods.latent_likelihood(model.model, self._likelihood_images, **options)
         scale: Literal["bins", "ends"] = "bins" if model.space.dequantised else "ends"
         return likelihoods.likelihood(model.score, self._likelihood_images, scale=scale, **options)
+
+    @cached_property
+    def bar(self) -> Any:
+        """Progress of `of_run`, in sampled images."""
+        return progress_bar(None, shown=self.progress, desc="evaluation", unit="image")
 
     @cached_property
     def first_images(self) -> dict[tuple[str, str], Tensor]:

@@ -12,15 +12,16 @@ import pytest
 import torch
 
 from cldsde.images.config import RunConfig, SamplingConfig
-from cldsde.images.data import DataSet
+from cldsde.images.data import DataSet, digits
 from cldsde.images.data.samples import all_bytes
 from cldsde.images.evaluate import evaluation as module
 from cldsde.images.evaluate import frechet, inception
 from cldsde.images.evaluate.distances import images_sha256
 from cldsde.images.evaluate.evaluation import Evaluation
 from cldsde.images.evaluate.results import Result, add_results, markdown_table, read_results
-from cldsde.images.model import ImageModel, ImageSpace
+from cldsde.images.model import ImageModel, ImageSpace, load_model
 from cldsde.images.sample.sampler import Samples
+from comparisons import feature_module
 from image_data import noise
 from tiny_runs import noise_images
 from tolerances import rounding
@@ -198,6 +199,20 @@ def test_a_failure_is_a_result_that_is_not_repeated_and_does_not_end_the_others(
     assert found == [["4", "root", ""], ["5", "root", "20"]]
 
 
+def test_a_run_has_one_bar_with_a_total(tmp_path, capsys, monkeypatch, digits_run):
+    monkeypatch.syspath_prepend(feature_module(tmp_path))
+    options = {"metrics": ["fd"], "features": "flat_features:flat", "samples": 4, "repeats": 2}
+    evaluation = Evaluation(data=digits(), folder=tmp_path, progress=True, **options)
+    recipes = [SamplingConfig(solver="euler-maruyama", nfe=n) for n in (3, 4)]
+    for _ in range(2):  # measured, and found again
+        evaluation = dataclasses.replace(evaluation)
+        evaluation.of_run(load_model(digits_run), recipes, tmp_path / "x.jsonl")
+        shown = capsys.readouterr().err
+        assert "evaluation: 100%" in shown
+        assert "16/16" in shown
+        assert "sampling" not in shown
+
+
 def test_a_full_disk_is_reported_with_the_file(tmp_path, monkeypatch):
     def full(_):
         raise OSError(28, "No space left on device")
@@ -239,7 +254,7 @@ def test_a_line_that_was_cut_off_is_measured_and_written_again(tmp_path):
         (b'{"model": "abc"}\n', r"is damaged \(line 1: .*metric.*\); delete it"),
         (b'{"model": "abc", "metric": 3}\n', "is damaged"),
         (b"mine", "holds something else than results"),
-        (b'{\n "model": "abc",\n "recipes": []\n}\n', "older version of cldsde; delete it, or"),
+        (b"key = 1\n", "something else than results of cldsde; write to another file"),
         (b'{"model": "def", "metric": "fd", "against": ""}\n', "of other weights or images"),
     ],
 )
