@@ -6,6 +6,7 @@ on stderr.
 
 from __future__ import annotations
 
+import re
 import sys
 from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
@@ -66,6 +67,8 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
         made[name] = command = commands.add_parser(
             name, usage=f"cldsde {name} [options]", description=text, help=text.splitlines()[0]
         )
+        # No option is a number, so that -1-3 is a value; its error says what is allowed.
+        command._negative_number_matcher = re.compile(r"-\d")
         actions = [command.add_argument(*names, **how) for names, how in module.OPTIONS]
         command.names = {x.dest: [str(x.metavar), *x.option_strings][-1] for x in actions}
     return parser, made

@@ -145,7 +145,11 @@ def here(tmp_path, monkeypatch):
         ("compare tiny.json --seed -1", "seed: must be"),
         ("compare tiny.json --set rows=[{model='VP',solver='sscs',nfe=[4,1]}]", "rows[0].nfe: mu"),
         ("compare tiny.json --set features=nowhere:thing", "nowhere"),
-        ("compare tiny.json --set metrics=['fid']", "weights: fid need the file"),
+        ("sample RUN --seeds -1-3", "--seeds: must be A-B with 0 ≤ A ≤ B < 2³²; got '-1-3'"),
+        (
+            "compare tiny.json --set metrics=['fid']",
+            "weights: the file of Inception weights is needed for fid",
+        ),
         ("compare tiny.json --device gpu", "--device: must be"),
         ("compare tiny.json --out file", "file is not a folder"),
         ("compare tiny.json --out=", "--out: must be the name of a file or folder"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
 
 from cldsde.files import writing
 from cldsde.images.config import RunConfig
@@ -165,6 +167,10 @@ class _Trainer:
         found = json.loads(file.read_text(encoding="utf-8"))
         if self.done:
             config["training"]["init_from"] = found["training"].get("init_from")
+            longer = found["training"]["images"] < config["training"]["images"]
+            if longer and self.settings.decay == "cosine":
+                msg = "note: the learning rate jumps, as its cosine now ends at training.images = "
+                tqdm.write(f"{msg}{self.settings.images:,}", file=sys.stderr)
         if found != config:
             self.folder.write_json(CONFIG, config)
 

@@ -283,6 +283,13 @@ def test_texts_about_data_and_length_name_the_cause(stopped):
         check_run(configured(CONFIG, data={"dequantise": False}), DataSet(black, None))
 
 
+def test_a_longer_cosine_is_noted(stopped, capsys):
+    trained(stopped, config(images=112))
+    assert "the learning rate jumps, as its cosine now ends at training.images = 112" in (
+        capsys.readouterr().err
+    )
+
+
 def test_metrics_that_are_no_text_are_named(stopped):
     (stopped / METRICS).write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match=r"metrics\.jsonl is damaged .*delete it"):
