@@ -239,8 +239,7 @@ def _finite_log_snr_ends(sde: LinearSDE, T: float, eps: float) -> Tensor:
 
 def _between(ends: Tensor, T: float, eps: float, n: int) -> Tensor:
     """N + 1 evenly spaced values from one end to the other."""
-    first, last = ends
-    return first + _fractions(T, eps, n) * (last - first)
+    return ends[0] + _fractions(T, eps, n) * (ends[1] - ends[0])
 
 
 def _fractions(T: float, eps: float, n: int) -> Tensor:

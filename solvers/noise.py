@@ -275,7 +275,7 @@ class SampleNoise(NoiseSource):
         drawn = apply_blocks(start_root(sde, t, 1 - mean_std**2), self.normal(like, sde.components))
         if mean_std:
             mean = sde.marginal(sde.T if t is None else t).mean[..., :1]
-            shared = self.normal(like[(..., *(slice(1),) * len(shape))], 1)
+            shared = self.normal(like.new_empty(*like.shape[:2], *(1 for _ in shape)), 1)
             drawn += apply_blocks(mean_std * mean, shared)
         return drawn
 

@@ -159,5 +159,5 @@ class _PerStep:
     levels: tuple[float, ...]
 
     def __call__(self, times: Tensor) -> Tensor:
-        starts, levels = torch.tensor([self.starts, self.levels], dtype=torch.float64, device="cpu")
-        return levels[(times.unsqueeze(1) - starts).abs().argmin(1)]
+        table = torch.tensor([self.starts, self.levels], dtype=torch.float64, device="cpu")
+        return table[1, (times.unsqueeze(1) - table[0]).abs().argmin(1)]

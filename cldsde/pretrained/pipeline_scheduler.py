@@ -226,17 +226,15 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         given = {name: x for name, x in given.items() if x is not None}
         convention = self._convention
         theirs = self._window is None and self.settings is None
-        if theirs:
-            levels, times = levels_of_scheduler(
-                self.replaced, convention, num_inference_steps, given
-            )
+        n = num_inference_steps
+        if self.settings is not None:
+            n = number_of_steps(n, given)
+            levels, times = levels_of_settings(self.settings, convention, n)
+        elif self._window is not None:
+            n = number_of_steps(n, given)
+            levels, times = levels_of_grid(self.sde, convention, self._window, n)
         else:
-            n = number_of_steps(num_inference_steps, given)
-            levels, times = (
-                levels_of_grid(self.sde, convention, self._window, n)
-                if self._window is not None
-                else levels_of_settings(self.settings, convention, n)
-            )
+            levels, times = levels_of_scheduler(self.replaced, convention, n, given)
         signal, noise = convention.scales(levels)
         self._signal = signal.tolist()
         pairs = zip(self._signal[:-1], noise[:-1].tolist(), strict=True)
