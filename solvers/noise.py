@@ -20,6 +20,9 @@ from cldsde.linear.sde import LinearSDE
 # Numbers that a sample's generator draws at once. The count is fixed, because a generator's numbers
 # depend on it.
 _BLOCK = 4096
+# Standard deviation of the part of the data that all numbers of a sample share, where sampling
+# starts: 0.5 of the data's 1, and what the first of 20 steps lose of it.
+_SHARED = 0.52
 
 
 class PathNoise(NamedTuple):
@@ -247,7 +250,6 @@ class SampleNoise(NoiseSource):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         t: float | None = None,
-        mean_std: float = 0.0,
     ) -> Tensor:
         """Draw a state to start from for each sample, for data of shape ``(*D)``.
 
@@ -260,11 +262,9 @@ class SampleNoise(NoiseSource):
         dtype, device
             Dtype and device of the state.
         t
-            Time of the start. None or T: draw from the prior. Earlier: draw from the distribution
-            at t for Gaussian data of mean 0 and variance 1.
-        mean_std
-            Standard deviation in [0, 1) of a part of these data that all numbers of a sample share,
-            such as the brightness of images.
+            Time of the start. None: draw from the prior. Otherwise draw from the distribution at t
+            for Gaussian data of mean 0 and variance 1, whose numbers share a part with a standard
+            deviation of 0.52, as images share their brightness.
 
         Returns
         -------
@@ -272,12 +272,13 @@ class SampleNoise(NoiseSource):
             ``(len(seeds), k, *D)``.
         """
         like = torch.empty(len(self.seeds), sde.components, *shape, dtype=dtype, device=device)
-        drawn = apply_blocks(start_root(sde, t, 1 - mean_std**2), self.normal(like, sde.components))
-        if mean_std:
-            mean = sde.marginal(sde.T if t is None else t).mean[..., :1]
-            shared = self.normal(like.new_empty(*like.shape[:2], *(1 for _ in shape)), 1)
-            drawn += apply_blocks(mean_std * mean, shared)
-        return drawn
+        root = start_root(sde, t, 1 - _SHARED**2)
+        drawn = apply_blocks(root, self.normal(like, sde.components))
+        if t is None:
+            return drawn
+        single = like.new_empty(*like.shape[:2], *(1 for _ in shape))
+        shared = apply_blocks(_SHARED * sde.marginal(t).mean[..., :1], self.normal(single, 1))
+        return drawn + shared
 
     def check(self, z: Tensor) -> None:
         """Raise unless the batch has one sample per seed.

@@ -36,9 +36,6 @@ _FIRST_LOG_SNR, _LAST_LOG_SNR = -3.3, 3.3
 # the number of evaluations: more of them resolve a longer way, and the error of the start,
 # (v/(v + σ²))², falls like that of a solver of order 2. This is σ²/(D·evaluations).
 _FIRST_VARIANCE = 1 / 40
-# Standard deviation of the mean at the start, for data with a standard deviation of 1 in all: 0.5,
-# and what the first of 20 steps lose of it.
-_BRIGHTNESS = 0.52
 # A start below this multiple of √D is worth a warning. With 20 evaluations it is at 0.7 √D.
 _HIDDEN_LEVEL = 0.63
 # Above this value at the start, samples follow the prior noticeably instead of the data.
@@ -214,7 +211,7 @@ def sample(
     with progress_bar(None, shown=progress, total=count, desc="sampling") as bar, torch.no_grad():
         for first in range(0, count, size):
             noise = SampleNoise(range(first, min(first + size, count)), key=seed)
-            start = start_of(noise, sde, data_shape, first_time, dtype=dtype, device=device)
+            start = noise.start(sde, data_shape, dtype=dtype, device=device, t=first_time)
             batched = sampler.part(slice(first, first + size), (count, *data_shape))
             solution = batched.solve(start, noise=noise, denoise=recipe.denoise, warn=False)
             found.append(solution.raise_for_failure().data)
@@ -381,19 +378,6 @@ def window(
             "process with these levels"
         )
     return start, end
-
-
-def start_of(
-    noise: SampleNoise,
-    sde: LinearSDE,
-    shape: Sequence[int],
-    t: float,
-    *,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-) -> Tensor:
-    """States ``(B, k, *D)`` at which `sample` starts at time t, whose means vary."""
-    return noise.start(sde, shape, dtype=dtype, device=device, t=t, mean_std=_BRIGHTNESS)
 
 
 def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:

@@ -98,8 +98,22 @@ def test_starts_are_of_the_kind_asked_for_whatever_the_default_dtype(axes, dtype
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_starts_have_the_prior_or_below_it_the_marginal_of_data_of_variance_one():
+def test_starts_have_the_prior():
     sde, normals = HOLD(), SampleNoise([1]).normal(torch.zeros(1, 3, 4, dtype=torch.float64), 3)
-    for t, root in ((0.5, sde.marginal(0.5, initial(sde, 1.0)).root), (1.0, sde.prior.root)):
-        found = SampleNoise([1]).start(sde, (4,), dtype=torch.float64, t=t)
-        assert (found - root @ normals).abs().max() <= rounding(32, 10.0)
+    found = SampleNoise([1]).start(sde, (4,), dtype=torch.float64)
+    assert (found - sde.prior.root @ normals).abs().max() <= rounding(32, 10.0)
+
+
+def test_at_a_time_they_have_the_marginal_of_data_of_variance_one_that_share_a_part():
+    """As images share their brightness: two of their numbers have the covariance 0.52² ψψᵀ."""
+    sde, t, count = CLD(), 0.5, 20_000
+    z = SampleNoise(range(count)).start(sde, (2,), dtype=torch.float64, t=t)
+    total = sde.marginal(t, initial(sde, 1.0)).covariance
+    entry = torch.einsum("bi,bj->ij", z[..., 0], z[..., 0]) / count
+    scale = total.diagonal().sqrt()
+    relative = (entry - total) / (scale[:, None] * scale)
+    assert relative.abs().max() < standard_error(2**0.5, count)
+    psi = sde.marginal(t).mean[:, 0]
+    between = torch.einsum("bi,bj->ij", z[..., 0], z[..., 1]) / count
+    relative = (between - 0.52**2 * psi[:, None] * psi) / (scale[:, None] * scale)
+    assert relative.abs().max() < standard_error(2**0.5, count)

@@ -327,7 +327,7 @@ def brightness_ratio(sde, D, nfe, count=20_000):
     noise = solvers.SampleNoise(range(count), key=0)
     like = torch.empty(count, sde.components, 1, dtype=torch.float64)
     initial = sde.initial_covariance.clone()
-    # Variance of the start of `sample` in this direction, see `start_of`.
+    # Variance of the start of `sample` in this direction, see `SampleNoise.start`.
     initial[0, 0] += 1 - 0.52**2 + 0.52**2 * D
     root = sde.marginal(float(plan.times[0]), initial).root
     start = torch.einsum("ij,bjd->bid", root, noise.normal(like, sde.components))
@@ -371,23 +371,6 @@ def test_small_images_with_few_evaluations_start_as_small_data(shape, nfe):
     process = ReverseProcess(CLD(), DATA.score(CLD()))
     start = solvers.sampling.window(process, shape=shape, nfe=nfe)[0]
     assert CLD().log_snr(start) == pytest.approx(-3.3, abs=SMALL)
-
-
-def test_starts_of_noise_sources_may_share_a_part():
-    sde, t, D, count = CLD(), 0.5, 16, 20_000
-    noise = solvers.SampleNoise(range(count))
-    z = noise.start(sde, (D,), dtype=torch.float64, t=t, mean_std=0.5)
-    initial = sde.initial_covariance.clone()
-    initial[0, 0] += 1
-    total = sde.marginal(t, initial).covariance
-    entry = torch.einsum("bi,bj->ij", z[..., 0], z[..., 0]) / count
-    scale = total.diagonal().sqrt()
-    relative = (entry - total) / (scale[:, None] * scale)
-    assert relative.abs().max() < standard_error(2**0.5, count)
-    psi = sde.marginal(t).mean[:, 0]
-    between = torch.einsum("bi,bj->ij", z[..., 0], z[..., 1]) / count
-    relative = (between - 0.25 * psi[:, None] * psi) / (scale[:, None] * scale)
-    assert relative.abs().max() < standard_error(2**0.5, count)
 
 
 @pytest.mark.parametrize(

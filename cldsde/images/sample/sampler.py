@@ -29,7 +29,7 @@ from cldsde.score import ConditionalScore, GuidedScore, ReverseProcess, Score, S
 from cldsde.score.protocol import as_score
 from cldsde.solvers import Imputation, Plan, SampleNoise, find_solver, grids, plan
 from cldsde.solvers.authoring import Solver
-from cldsde.solvers.sampling import fit_grid, start_of, window
+from cldsde.solvers.sampling import fit_grid, window
 
 _ELSEWHERE = {"ddim": "multistep-1", "dpm-solver++": "multistep-2", "dpmpp_2m": "multistep-2"}
 Item = TypeVar("Item")
@@ -252,7 +252,7 @@ class ImageSampler:
     def start(self, seeds: Sequence[int]) -> Start:
         """Draw the random numbers with which the sampling of a batch starts."""
         noise, sde, first = SampleNoise(seeds), self._plan.process.sde, self._plan.times[0]
-        state = start_of(noise, sde, self._data_shape, float(first), device=self.score.device)
+        state = noise.start(sde, self._data_shape, device=self.score.device, t=float(first))
         return noise, state
 
     def draw(

@@ -35,7 +35,7 @@ def test_images_are_those_of_the_same_steps_of_solvers(diffusers_model):
     start, end = sampling.window(ReverseProcess(sde, score))
     noise = solvers.SampleNoise([2, 3, 4])
     times = sampling.fit_grid(process, solver, start, end, 5)
-    state = sampling.start_of(noise, sde, (1, 8, 8), start)
+    state = noise.start(sde, (1, 8, 8), t=start)
     data = solvers.plan(process, solver, times).solve(state, noise=noise, denoise=True).data
     levels = ((data.clamp(-1, 1) + 1) * 127.5).round()
     # Rounding to grey levels may differ by one.
