@@ -36,8 +36,9 @@ _FIRST_LOG_SNR, _LAST_LOG_SNR = -3.3, 3.3
 # the number of evaluations: more of them resolve a longer way, and the error of the start,
 # (v/(v + σ²))², falls like that of a solver of order 2. This is σ²/(D·evaluations).
 _FIRST_VARIANCE = 1 / 40
-# A start below this multiple of √D is worth a warning. With 20 evaluations it is at 0.7 √D.
-_HIDDEN_LEVEL = 0.63
+# A start below this part of the noise level is worth a warning, with evaluations up to a number
+# beyond which more noise changed brightness little.
+_ENOUGH, _MANY = 0.9, 20
 # Above this value at the start, samples follow the prior noticeably instead of the data.
 _VISIBLE_LOG_SNR = -2.0
 
@@ -159,8 +160,9 @@ def sample(
     -----
     UserWarning
         If the process, or the noise levels of the score, end before the noise hides the data: at
-        κ > −2, or at σ < 0.63 √D for large samples. Samples are biased towards the start then; for
-        images it is their brightness. Also if a layer of the score is in training mode.
+        κ > −2, or for large samples at less than 0.9 of the noise level above. Samples are biased
+        towards the start then; for images it is their brightness. Also if a layer of the score is
+        in training mode.
 
     Notes
     -----
@@ -203,7 +205,7 @@ def sample(
     )
     first_time = float(sampler.times[0])
     if times is None:
-        _warn_of_start(sde, first_time, data_shape)
+        _warn_of_start(sde, first_time, data_shape, nfe)
     device = process.score.device if device is None else torch.device(device)
     most = max(1, _NUMBERS // (sde.components * math.prod(data_shape)))
     size = min(_SAMPLES, most) if batch is None else batch
@@ -396,10 +398,10 @@ def _warn_of_training(score: Score) -> None:
         warnings.warn(msg, UserWarning, stacklevel=3)
 
 
-def _warn_of_start(sde: LinearSDE, start: float, shape: Sequence[int]) -> None:
+def _warn_of_start(sde: LinearSDE, start: float, shape: Sequence[int], nfe: int) -> None:
     """Warn if sampling starts from noise that does not hide the data."""
     log_snr = float(sde.log_snr(start))
-    wanted = _HIDDEN_LEVEL * math.sqrt(math.prod(shape))
+    wanted = _ENOUGH * math.sqrt(_FIRST_VARIANCE * math.prod(shape) * min(nfe, _MANY))
     advice = "Use a larger noise schedule, or a score trained at larger noise levels"
     if log_snr > _VISIBLE_LOG_SNR:
         msg = f"the noise does not hide the data at the start of sampling, t = {start:.3g}: half "
