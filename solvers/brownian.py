@@ -36,16 +36,13 @@ class _Node:
     parent: _Node | None = None
     halvings: int = 0  # splits between the cell and this part of it
     children: tuple[_Node, ...] = ()
-    split: float = math.nan
     root: Tensor = field(init=False)  # J = root ξ
     rotation: Tensor = field(init=False)  # (ξ_earlier, ξ_later) = rotation (ξ, η)
 
     def halve(self, split: float) -> tuple[_Node, ...]:
-        """Split the interval at a time, and return the halves."""
         halvings = self.halvings + (not self.given)
         earlier = [t for t in self.given if t < split]
         later = [t for t in self.given if t > split]
-        self.split = split
         self.children = (
             _Node(2 * self.key, self.start, split, earlier, self, halvings),
             _Node(2 * self.key + 1, split, self.end, later, self, halvings),
@@ -306,7 +303,7 @@ class BrownianPath(NoiseSource):
             halves = [node.halve(node.given[(len(node.given) - 1) // 2]) for node in inner]
             levels.append([half for pair in halves for half in pair])
         self._set_roots([node for level in levels for node in level if not node.children])
-        for level in reversed(levels):
+        for level in reversed(levels[:-1]):
             inner = [node for node in level if node.children]
             for node, root in zip(inner, self._rotate(inner), strict=True):
                 node.root = root
@@ -329,7 +326,6 @@ class BrownianPath(NoiseSource):
             frontier += [(child, inside) for child in node.children]
 
     def _set_roots(self, nodes: Sequence[_Node]) -> None:
-        """Compute roots of the joint covariance of (ΔW, I) over nodes."""
         s, t = _doubles([node.start for node in nodes]), _doubles([node.end for node in nodes])
         roots = increment_roots(self._sde, s, t, integrals=self._integrals)
         for node, root in zip(nodes, roots, strict=True):
@@ -337,9 +333,7 @@ class BrownianPath(NoiseSource):
 
     def _rotate(self, nodes: list[_Node]) -> Sequence[Tensor]:
         """Compute the rotations that split nodes, and return the nodes' roots."""
-        if not nodes:
-            return []
-        split = _doubles([node.split for node in nodes])
+        split = _doubles([node.children[0].end for node in nodes])
         end = _doubles([node.end for node in nodes])
         carried = carried_increments(self._sde, split, end, integrals=self._integrals)
         earlier, later = (
@@ -359,12 +353,15 @@ class BrownianPath(NoiseSource):
         # Remove the pair while it is written to, so that an interrupted sum leaves no wrong pair.
         whole, both = self._pairs.pop(depth, (-1, None))
         if both is None:
-            both = self._memory(size if parent is None else 2 * size)
+            shape = size if parent is None else 2 * size, math.prod(self._shape)
+            # A tensor allocated in inference mode could not be written to outside of it.
+            with torch.inference_mode(False):
+                both = torch.empty(shape, dtype=self._dtype, device=self._device)
         if whole != node.key >> 1:
             if parent is None:
                 both.copy_(self._draw(node, node.end))
             else:
-                above, fresh = self._normals(parent), self._draw(parent, parent.split)
+                above, fresh = self._normals(parent), self._draw(parent, parent.children[0].end)
                 _sum(parent.rotation.chunk(2, dim=1), (above, fresh), out=both)
         self._pairs[depth] = (node.key >> 1, both)
         return both[size:] if parent is not None and node.key % 2 else both[:size]
@@ -382,12 +379,6 @@ class BrownianPath(NoiseSource):
                 self._scratch = torch.empty(size, dtype=precision, device="cpu")
         drawn = keyed_normals([stream], *self._scratch).flatten()[:count]
         return drawn.view(self._size, -1).to(self._device, self._dtype)
-
-    def _memory(self, rows: int) -> Tensor:
-        # A tensor allocated in inference mode could not be written to outside of it.
-        with torch.inference_mode(False):
-            size = rows, math.prod(self._shape)
-            return torch.empty(size, dtype=self._dtype, device=self._device)
 
 
 def _sum(blocks: Sequence[Tensor], normals: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
@@ -429,7 +420,6 @@ class _StepNoise(NoiseSource):
         self._path, self._coming = path, iter(readings)
 
     def check(self, z: Tensor) -> None:
-        """Raise ValueError if the states do not have the path's batch and data shape."""
         shape = (len(z), *z.shape[2:])
         if shape != self._path._shape:
             raise ValueError(
@@ -438,5 +428,4 @@ class _StepNoise(NoiseSource):
             )
 
     def normal(self, z: Tensor, rows: int) -> Tensor:
-        """Return the normals of the next step."""
         return self._path._value(next(self._coming)).to(z)
