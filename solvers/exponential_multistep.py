@@ -239,11 +239,12 @@ class ExponentialMultistep(GridSolver):
         if i > 0 and self._corrects(i):
             *earlier, carried = memory
             predictions += earlier
-            z = combine(*_weighted(tables.corrector[i - 1], predictions)).add_(carried)
+            z = combine(*zip(tables.corrector[i - 1], predictions, strict=False)).add_(carried)
         else:
             predictions += memory
         kept = predictions[: self.order if self.corrector else self.order - 1]
-        weighted = _weighted(tables.weights[i], predictions)
+        # The first steps have fewer weights.
+        weighted = list(zip(tables.weights[i], predictions, strict=False))
         if self._corrects(i + 1):
             # Keep this sum apart from the predictions, because the correction replaces their part.
             carried = combine((tables.move[i], z))
@@ -261,7 +262,6 @@ class ExponentialMultistep(GridSolver):
         return tables.noise if noisy and not self._corrects(1) else None
 
     def _draw(self, z: Tensor, tables: _Tables, i: int, noise: NoiseSource) -> Tensor:
-        """Add the noise of a step."""
         columns = len(tables.noise[i][0])
         return add_to(z, (tables.noise[i], noise.normal(z, columns))) if columns else z
 
@@ -344,21 +344,13 @@ class ExponentialMultistep(GridSolver):
         return blocks
 
 
-def _weighted(weights: list[Block], predictions: list[Tensor]) -> list[tuple[Block, Tensor]]:
-    """Terms of the predictions that a step uses; the first steps have fewer weights."""
-    return list(zip(weights, predictions, strict=False))
-
-
 def _lagrange(points: Tensor, at: Tensor) -> Tensor:
     """Lagrange polynomials through ``points (n, m)`` at ``(n, q)``, shape ``(n, q, m)``."""
-    m = points.shape[1]
-    values = []
-    for j in range(m):
-        others = [i for i in range(m) if i != j]
-        distance = at.unsqueeze(-1) - points[:, others].unsqueeze(1)
-        spacing = points[:, [j]] - points[:, others]
-        values.append((distance / spacing.unsqueeze(1)).prod(-1))
-    return torch.stack(values, -1)
+    distance = at[:, :, None] - points[:, None]
+    spacing = points[:, :, None] - points[:, None]
+    factors = distance[:, :, None] / spacing[:, None]  # (n, q, m, m)
+    factors.diagonal(dim1=2, dim2=3).fill_(1.0)
+    return factors.prod(-1)
 
 
 def _stops(times: Tensor, *, along: bool) -> tuple[Tensor, Tensor, Tensor]:
