@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -139,10 +139,10 @@ class GottaGoFast(Solver):
             )
             z, low_before, path.alive, path.pieces = states
             score = KnownScore(run.process, KnownTimes(times), z, at)
-            step = _Step(drift, gain, diffusion, length, path.increment(weights), score)
-            first = step.change(z, 0)
+            increment = path.increment(weights)
+            first = _change(z, score(z, 0), drift[0], gain[0], diffusion[0], length, increment)
             low = z + first
-            second = step.change(low, 1)
+            second = _change(low, score(low, 1), drift[1], gain[1], diffusion[1], length, increment)
             scale = torch.maximum(atol, self.rtol * torch.maximum(low.abs(), low_before.abs()))
             errors = (0.5 * (second - first) / scale).square().flatten(1).mean(1).sqrt()
             error = errors.detach().cpu().to(torch.float64)
@@ -159,21 +159,12 @@ class GottaGoFast(Solver):
         return samples.result(rejections=rejections)
 
 
-class _Step(NamedTuple):
-    """Coefficients of h (F z − GGᵀ s) and G ΔW at the start and the end of an attempted step."""
-
-    drift: Tensor  # (2, N, k, k)
-    pull: Tensor  # (2, N, k, d)
-    diffusion: Tensor  # (2, N, k, m)
-    length: Tensor  # (N,)
-    increment: Tensor
-    score: KnownScore
-
-    def change(self, z: Tensor, i: int) -> Tensor:
-        """Change of the state with the coefficients at the step's start (0) or end (1)."""
-        drift = apply_blocks(self.drift[i], z) - apply_blocks(self.pull[i], self.score(z, i))
-        noise = apply_blocks(self.diffusion[i], self.increment)
-        return noise - per_sample(self.length.to(z.dtype), z) * drift
+def _change(
+    z: Tensor, s: Tensor, drift: Tensor, pull: Tensor, diffusion: Tensor, h: Tensor, dw: Tensor
+) -> Tensor:
+    """Change G ΔW − h (F z − GGᵀ s) of the state over a step of length h."""
+    velocity = apply_blocks(drift, z) - apply_blocks(pull, s)
+    return apply_blocks(diffusion, dw) - per_sample(h.to(z.dtype), z) * velocity
 
 
 def _coarse(h: Tensor) -> Tensor:
