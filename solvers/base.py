@@ -247,8 +247,7 @@ class GridSolver(Solver):
             if run.callback is not None and run.callback(i + 1, times[i + 1], z.contiguous()):
                 stopped = i + 2 < len(times)
                 break
-        missing = [torch.full_like(z, torch.nan)] * (len(stops) - len(saved))
-        states = [*saved, *missing]
+        states = saved + [torch.full_like(z, torch.nan)] * (len(stops) - len(saved))
         return Integration(
             state=z,
             states=z.unsqueeze(0) if len(states) == 1 and saved else torch.stack(states),

@@ -136,7 +136,6 @@ class Imputation(GridSolver):
     _bases: tuple[Block, Block] | None = field(init=False)  # to the coordinates of the mask, back
 
     def __post_init__(self) -> None:
-        """Check that solver, data, mask and basis fit together."""
         stepper = check_solver(self.solver).on_grid()
         check_state_on_grid(stepper, "solver", "SSCS or EulerMaruyama")
         _check_known(self.known, self.mask)
@@ -153,7 +152,6 @@ class Imputation(GridSolver):
         object.__setattr__(self, "_bases", bases)
 
     def __repr__(self) -> str:
-        """Facts in one line."""
         basis = None if self.basis is None else tuple(self.basis.shape)
         return (
             f"Imputation(solver={self.solver!r}, known={tuple(self.known.shape)}, "
@@ -256,11 +254,6 @@ class Imputation(GridSolver):
         ----------
         data
             ``(B, *D)``, such as the ``data`` of a solution.
-
-        Returns
-        -------
-        Tensor
-            ``(B, *D)``.
 
         Raises
         ------

@@ -163,13 +163,7 @@ class Plan:
 
     @cached_property
     def _density(self) -> PathDensity:
-        """Gaussian densities of the steps.
-
-        Raises
-        ------
-        ValueError
-            If the steps have no density.
-        """
+        """Gaussian densities of the steps; raise ValueError if they have none."""
         roots = self.solver.noise_roots(self.tables)
         if roots is None:
             deterministic = self.solver.facts.ode_order is not None
@@ -226,8 +220,13 @@ def plan(process: ReverseProcess, solver: Solver, times: Tensor) -> Plan:
     # Leave inference mode, so that the plan's tensors can be used outside of it, too.
     with torch.inference_mode(False), torch.no_grad():
         grid = as_grid_times(times, "times", process.sde.T).clone()
-        if grid[0] < grid[-1]:
-            _check_encodes(solver)
+        if grid[0] < grid[-1] and not solver.facts.encodes:
+            kind = "stochastic" if solver.facts.ode_order is None else "for decreasing grids only"
+            raise ValueError(
+                f"times must decrease for {solver!r}, which is {kind}; to encode data on an "
+                "increasing grid take a deterministic solver: ExponentialMultistep(), "
+                "ProbabilityFlow() or EDMHeun()"
+            )
         tables = solver.prepare(process, grid)
         score_times = solver.evaluation_times(process, grid)
         known = None if score_times is None else KnownTimes(score_times)
@@ -400,17 +399,6 @@ def _checked_stops(t_eval: Tensor | None, grid: Tensor, *, any_time: bool) -> Te
         )
         raise ValueError(f"t_eval must {allowed}; got {stops[outside].tolist()}{hint}")
     return stops
-
-
-def _check_encodes(solver: Solver) -> None:
-    """Raise ValueError unless a solver runs on increasing grids."""
-    if not solver.facts.encodes:
-        kind = "stochastic" if solver.facts.ode_order is None else "for decreasing grids only"
-        raise ValueError(
-            f"times must decrease for {solver!r}, which is {kind}; to encode data on an increasing "
-            "grid take a deterministic solver: ExponentialMultistep(), ProbabilityFlow() or "
-            "EDMHeun()"
-        )
 
 
 def _noise_source(generator: torch.Generator | None, noise: object) -> NoiseSource:

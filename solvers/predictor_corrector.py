@@ -159,9 +159,8 @@ class PredictorCorrector(GridSolver):
 
     def evaluation_times(self, process: ReverseProcess, times: Tensor) -> Tensor:
         """For each step its start, for the corrector, then the predictor's times."""
-        steps = len(times) - 1
         corrector = times[:-1].unsqueeze(1).expand(-1, self.corrector.steps)
-        predictor = self.predictor.evaluation_times(process, times).reshape(steps, -1)
+        predictor = self.predictor.evaluation_times(process, times).reshape(len(corrector), -1)
         return torch.cat([corrector, predictor], dim=1).flatten()
 
     def step(

@@ -84,7 +84,6 @@ class Solution:
         return self
 
     def __repr__(self) -> str:
-        """Facts in one line."""
         return (
             f"Solution(success={self.success}, nfev={self.nfev}, state={tuple(self.state.shape)}, "
             f"message={self.message!r})"

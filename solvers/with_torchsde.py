@@ -120,12 +120,11 @@ class TorchSDE(GridSolver):
             return plain
         h = -times.diff()[:, None, None]
         increment, integral = plain.increment, plain.integral
-        zero = torch.zeros_like(increment)
         # H = U/h − ΔW/2 has variance h/12, see `_Step`.
         return PathNoise(
             torch.cat([increment, -math.sqrt(3) * increment], dim=1),
             torch.cat([integral, integral], dim=1),
-            torch.cat([zero, math.sqrt(12) / h * increment], dim=1),
+            torch.cat([torch.zeros_like(increment), math.sqrt(12) / h * increment], dim=1),
         )
 
     def step(
