@@ -16,15 +16,7 @@ _TOLERANCE = 3e-3
 def check_linear(
     forward: Operator, y: Tensor, shape: Sequence[int], *, dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Check on random data ``(*D)`` that a function is linear and returns the shape of y.
-
-    Raises
-    ------
-    TypeError
-        If it does not return a tensor that autograd can differentiate.
-    ValueError
-        If it has a constant part, is not linear, mixes samples of a batch, or does not fit y.
-    """
+    """Raise an error as `Observation.check`, by a test on random data ``(*D)``."""
     with torch.inference_mode(False):
         probes = _probes(2, shape).to(dtype).to(device).requires_grad_()
         a, b = probes[:1], probes[1:]

@@ -85,7 +85,6 @@ class Observation:
         object.__setattr__(self, "noise_std", std)
 
     def __repr__(self) -> str:
-        """Facts in one line."""
         return f"Observation(y={tuple(self.y.shape)}, noise_std={self.noise_std:g})"
 
     @classmethod

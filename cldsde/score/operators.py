@@ -1,4 +1,4 @@
-"""Linear operators on a batch of data, for `Observation`."""
+"""Linear operators on a batch of data, for `Observation`, which documents their errors."""
 
 from __future__ import annotations
 
@@ -36,15 +36,7 @@ class Copies:
 
 
 def selection(mask: Tensor) -> Operator:
-    """Selection of the entries that a bool mask ``(*D)`` marks, ``(B, m)``.
-
-    Raises
-    ------
-    TypeError
-        If the mask is not boolean.
-    ValueError
-        If the mask marks no entry.
-    """
+    """Selection of the entries that a bool mask ``(*D)`` marks, ``(B, m)``."""
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         raise TypeError(f"mask must be a bool tensor; got {described(mask)}")
     indices = Copies(mask.flatten().nonzero().flatten())
@@ -59,13 +51,7 @@ def selection(mask: Tensor) -> Operator:
 
 
 def matrix_product(matrix: Tensor) -> Operator:
-    """Product of a matrix ``(m, D)`` with flattened data, ``(B, m)``.
-
-    Raises
-    ------
-    ValueError
-        If ``matrix`` is not a finite matrix.
-    """
+    """Product of a finite matrix ``(m, D)`` with flattened data, ``(B, m)``."""
     if matrix.ndim != 2 or not bool(matrix.isfinite().all()):
         raise ValueError(f"A must be a finite matrix (m, D); got shape {tuple(matrix.shape)}")
 
@@ -84,21 +70,14 @@ def block_means(shape: tuple[int, ...], factor: int) -> Operator:
     def forward(x: Tensor) -> Tensor:
         _check_shape(x, shape)
         for axis in range(2, x.ndim):
-            blocks = x.reshape(*x.shape[:axis], -1, factor, *x.shape[axis + 1 :])
-            x = blocks.mean(axis + 1)
+            x = torch.unflatten(x, axis, (-1, factor)).mean(axis + 1)
         return x
 
     return forward
 
 
 def correlation(shape: tuple[int, ...], kernel: Tensor) -> Operator:
-    """Correlation of images ``(C, H, W)`` with a kernel of odd sizes and zero padding.
-
-    Raises
-    ------
-    ValueError
-        If the kernel does not have odd sizes or is not finite.
-    """
+    """Correlation of images ``(C, H, W)`` with a finite kernel of odd sizes and zero padding."""
     odd = kernel.ndim == 2 and all(n % 2 for n in kernel.shape)
     if not odd or not bool(kernel.isfinite().all()):
         raise ValueError(f"kernel must be finite, (h, w) with odd sizes; got {tuple(kernel.shape)}")
