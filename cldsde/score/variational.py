@@ -156,11 +156,8 @@ def cross_entropy(
     losses
         Losses of the model's score, ``(B,)``, from ``pair.loss(…, weighting="likelihood")`` or
         `MixedScore.loss`.
-    weight
-        Weights ``(B,)`` of the times, from a `TimeSampler`. The mean of weight · f(t) must equal
-        the mean of f over uniform times.
-    t_min
-        Time at which the model stops, 0 < t_min < T.
+    weight, t_min
+        See `evidence_lower_bound`.
     of
         ``"state"``: all components at t_min. ``"data"``: the data, which the model decodes at
         t_min; this is minus the evidence lower bound. The two differ by a constant.
@@ -218,24 +215,17 @@ def cross_entropy(
     dimension = math.prod(pair.x0.shape[1:])
     divergence = _prior_divergence(sde, pair.x0, prior or sde.prior)
     diffusion = dimension * (sde.T - t_min) * weight * losses
-    last = _state_entropy(sde, t_min) if of == "state" else _decoder_entropy(sde, t_min)
+    entropy = 0.5 * math.log(2 * math.pi * math.e)  # of a standard normal number
+    if of == "data":
+        last = entropy - sde.log_snr(t_min)
+    else:
+        root = sde.marginal(t_min).root
+        check_density(root, torch.tensor(t_min, device="cpu"), "t_min")
+        last = entropy * sde.components + root.diagonal().log().sum()
     return divergence + diffusion + (dimension * last).to(losses)
 
 
-def _state_entropy(sde: LinearSDE, t: float) -> Tensor:
-    """Entropy of the state given the data, per data dimension."""
-    root = sde.marginal(t).root
-    check_density(root, torch.tensor(t, device="cpu"), "t_min")
-    return 0.5 * sde.components * math.log(2 * math.pi * math.e) + root.diagonal().log().sum()
-
-
-def _decoder_entropy(sde: LinearSDE, t: float) -> Tensor:
-    """Entropy ½ log(2πe/I) of the decoder N(x̃, 1/I), per data dimension."""
-    return 0.5 * math.log(2 * math.pi * math.e) - sde.log_snr(t)
-
-
 def _check_times(pair: PerturbedData, weight: Tensor | float, t_min: float) -> None:
-    """Raise ValueError for times outside [t_min, T], and for weights that do not fit."""
     check_between(t_min, 1e-300, pair.sde.T * (1 - 1e-9), "t_min")
     times = pair.t
     # A time in single precision may round below the smallest.
