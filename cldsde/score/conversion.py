@@ -334,11 +334,6 @@ class Conversion:
             Meaning of ``"noise"``: the noise of z_t given the data (hybrid score matching), or
             given all of z_0 (denoising score matching).
 
-        Returns
-        -------
-        Conversion
-            For times of the shape of t.
-
         Raises
         ------
         TypeError

@@ -257,21 +257,13 @@ def score_matching_loss(
     model
         Function model(z, t) of states ``(B, k, *D)`` and times ``(B,)``, on the data's device. It
         returns a prediction ``(B, d, *D)``, or ``(B, *D)`` if it predicts the data.
-    sde
-        The forward process.
-    x0
-        Data ``(B, *D)``.
-    t
-        One time or ``(B,)`` in (0, 1]; see `TimeSampler`.
+    sde, x0, t, conditioning, generator
+        See `PerturbedData.draw`; `TimeSampler` draws times.
     prediction
         Prediction of the model: ``"score"``, ``"noise"``, ``"data"``, ``"velocity"`` or ``"flow"``.
         With ``"flow"`` and `cldsde.RectifiedFlow` this is the flow-matching loss.
-    conditioning
-        ``"data"``: hybrid score matching. ``"all"``: denoising score matching.
     weighting
         See `Weighting`.
-    generator
-        Random generator of the noise.
 
     Returns
     -------

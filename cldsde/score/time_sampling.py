@@ -200,8 +200,7 @@ def normal_log_snr(sde: LinearSDE, whitened: WhitenedKernel, mean: float, std: f
     information = whitened.information()
     driven = whitened.signal[..., -len(sde.driven) :, :]
     pulled = likelihood_rows(sde, whitened) @ driven
-    nothing = information == 0
-    rate = pulled.square().sum((-2, -1)) / torch.where(nothing, 1.0, 2 * information)
+    rate = pulled.square().sum((-2, -1)) / torch.where(information == 0, 1.0, 2 * information)
     return rate * _normal(0.5 * information.log(), mean, std)
 
 
@@ -214,18 +213,8 @@ def logit_normal_density(*, mean: float = 0.0, std: float = 1.0) -> Callable[[Te
     Parameters
     ----------
     mean, std
-        Mean and standard deviation of the logit. A negative mean prefers times near the data.
-
-    Returns
-    -------
-    callable
-        Function of float64 times of any shape in (0, 1] that returns values of that shape, for
-        `TimeSampler`.
-
-    Raises
-    ------
-    ValueError
-        If ``std`` is not positive or a number is not finite.
+        Mean and standard deviation of the logit. A negative mean prefers times near the data. See
+        `log_snr_density` for the result and errors.
 
     Examples
     --------
