@@ -74,8 +74,6 @@ def _pack(z: Tensor) -> Tensor:
 
 
 class _TorchSDEForm(_ProcessModule):
-    """Result of `as_torchsde`."""
-
     noise_type = "additive"
 
     def __init__(
@@ -117,8 +115,7 @@ class _TorchSDEForm(_ProcessModule):
         return self._sde.diffusion(self._time(s)).to(y).expand(len(y), -1, -1)
 
     def _time(self, s: Tensor | float) -> Tensor:
-        t = torch.as_tensor(s).detach().to("cpu", torch.float64)
-        return -t if self._reverse else t
+        return self.clock(torch.as_tensor(s).detach().to("cpu", torch.float64))
 
 
 def as_torchsde(

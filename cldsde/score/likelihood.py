@@ -20,6 +20,7 @@ from cldsde.linear.checks import as_integer, check_between, one_of
 from cldsde.linear.covariance import joint_root
 from cldsde.linear.kernel import Gaussian
 from cldsde.linear.random import check_generator, standard_normal
+from cldsde.linear.sde import LinearSDE
 from cldsde.score.conversion import whiten
 from cldsde.score.flow_density import Divergence, flow_log_prob
 from cldsde.score.quantisation import bits_per_dim
@@ -153,9 +154,8 @@ def log_likelihood(
             "divergence must be 'exact' with importance_weighted=True, because the noise of a "
             f"Hutchinson estimate would bias the mean of the weights; got {divergence!r}"
         )
-    repeated = mean.repeat_interleave(samples, dim=0)
     draw = _perturbed if start == "perturb" else _replaced
-    z, log_ratio = draw(process, repeated, t_min, generator)
+    z, log_ratio = draw(sde, mean.repeat_interleave(samples, dim=0), t_min, generator)
     density = flow_log_prob(
         process,
         z,
@@ -185,10 +185,9 @@ def log_likelihood(
 
 
 def _perturbed(
-    process: ReverseProcess, mean: Tensor, t: float, generator: torch.Generator | None
+    sde: LinearSDE, mean: Tensor, t: float, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor]:
     """States from the forward process and log p(x_0 | z) / q(z | x_0)."""
-    sde = process.sde
     times = torch.tensor(t, dtype=torch.float64, device="cpu")
     kernel = sde.marginal(times)
     whitened = whiten(sde, kernel, times)
@@ -207,10 +206,9 @@ def _perturbed(
 
 
 def _replaced(
-    process: ReverseProcess, mean: Tensor, t: float, generator: torch.Generator | None
+    sde: LinearSDE, mean: Tensor, t: float, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor]:
     """States (x_0, v) with v from its initial distribution, and minus the log of its density."""
-    sde = process.sde
     if sde.components == 1:
         return mean, mean.new_zeros(len(mean))
     root = joint_root(sde.initial_root[1:])

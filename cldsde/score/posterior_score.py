@@ -173,7 +173,6 @@ class PosteriorScore(ScoreWrapper):
         self.data_variance = check_positive(data_variance, "data_variance")
 
     def __repr__(self) -> str:
-        """One line with score, observation and method."""
         return f"PosteriorScore({self.score!r}, {self.observation!r}, {self.method!r})"
 
     def forward(self, z: Tensor, t: TimeLike, **options: Any) -> Tensor:
@@ -249,9 +248,6 @@ class PosteriorScore(ScoreWrapper):
             seen = observation.forward(observation.adjoint(v, shape))
             return per_sample(found.isotropic, v) * seen + variance * v
 
-        def bounded(v: Tensor) -> tuple[Tensor, Tensor]:
-            return isotropic(v), v.new_zeros(len(v))
-
         # No eigenvalue of a covariance exceeds its trace, on average the trace of the data's.
         total = self.data_variance * math.prod(shape)
 
@@ -268,7 +264,7 @@ class PosteriorScore(ScoreWrapper):
         else:
             matched = self.method == "moments" and self.gradient
             weight = conjugate_gradients(
-                moments if matched else bounded,
+                moments if matched else lambda v: (isotropic(v), v.new_zeros(len(v))),
                 isotropic,
                 residual,
                 # In exact arithmetic as many iterations as y has numbers suffice. More of them
@@ -331,8 +327,7 @@ class PosteriorScore(ScoreWrapper):
             else:
                 value = self.score(state, t, planned=planned, **conditions)
                 score = checked_score(value, state, driven)
-                mean = apply_blocks(at.state, state) + apply_blocks(at.score, score)
-                mean = mean[:, 0]
+                mean = (apply_blocks(at.state, state) + apply_blocks(at.score, score))[:, 0]
             if self.gradient and not value.requires_grad:
                 raise ValueError(
                     "score must be differentiable with respect to its state; it returned a tensor "

@@ -77,7 +77,6 @@ class FunctionScore(Score):
         self.function = function
 
     def __repr__(self) -> str:
-        """The function's own representation."""
         return shown(self.function)
 
     def forward(

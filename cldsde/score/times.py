@@ -226,9 +226,8 @@ def coefficients_at(
     """
 
     def moved(times: Tensor) -> Coefficients:
-        table = make(times)
-        kind: Any = type(table)
-        found: Coefficients = kind(*on_device(table, dtype, z.device))
+        table: Any = make(times)
+        found: Coefficients = type(table)(*on_device(table, dtype, z.device))
         return found
 
     times = score_times(t, z, planned, levels=levels)
