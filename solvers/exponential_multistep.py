@@ -192,10 +192,9 @@ class ExponentialMultistep(GridSolver):
         """Blocks of all steps."""
         sde = process.sde
         if float(times.min()) <= 0:
-            ends = float(times[-1]) <= 0
-            verb, advice = (
-                ("end", "finish with denoise=True") if ends else ("start", "draw states at a t > 0")
-            )
+            verb, advice = "start", "draw states at a t > 0"
+            if float(times[-1]) <= 0:
+                verb, advice = "end", "finish with denoise=True"
             raise ValueError(
                 f"times must {verb} above 0 for ExponentialMultistep, because the distribution "
                 f"given the data has no density at 0; {advice} instead"
