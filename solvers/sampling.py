@@ -233,10 +233,8 @@ def recommended_plan(
 
     Parameters
     ----------
-    process, nfe, solver, times
-        See `sample`.
-    shape
-        See `window`.
+    process, nfe, solver, times, shape
+        See `sample` and `window`.
 
     Raises
     ------
@@ -383,11 +381,10 @@ def window(
 
 
 def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
-    sizes = tuple(shape) if isinstance(shape, Sequence) else ()
-    if len(sizes) < 2:
+    if not isinstance(shape, Sequence) or len(shape) < 2:
         msg = f"shape must be (B, *D), positive integers and at least one data axis; got {shape!r}"
         raise ValueError(msg)
-    return tuple(as_integer(size, 1, "shape") for size in sizes)
+    return tuple(as_integer(size, 1, "shape") for size in shape)
 
 
 def _warn_of_training(score: Score) -> None:
