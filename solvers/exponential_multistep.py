@@ -31,7 +31,8 @@ Weights = Literal["exact", "published"]
 _VARIABLES: dict[Variable, Callable[[LinearSDE, Tensor], Tensor]] = {
     "time": lambda _, t: t,
     "log_snr": lambda sde, t: sde.log_snr(t),
-    "vp_time": lambda sde, t: vp_time(sde.log_snr(t)),
+    # Nothing of the data is left at κ = −20: x̂₀ is their mean there, and at pure noise.
+    "vp_time": lambda sde, t: vp_time(sde.log_snr(t).clamp_min(-20.0)),
 }
 
 

@@ -207,8 +207,8 @@ def logistic_times(
 def vp_times(sde: LinearSDE, T: float, eps: float, n: int) -> Tensor:
     """Grid on which a process has the κ of the default `cldsde.VPSDE` on `root_times`.
 
-    It spends more steps at large noise than `root_times` if the noise grows fast near the end of a
-    process, as in `cldsde.RectifiedFlow`. See `log_snr_times` for arguments, result and errors.
+    Near the end of some processes the noise grows fast, as in `cldsde.RectifiedFlow`. This grid has
+    more steps there than `root_times`. See `log_snr_times` for arguments, result and errors.
 
     Examples
     --------
@@ -238,7 +238,7 @@ def _finite_log_snr_ends(sde: LinearSDE, T: float, eps: float) -> Tensor:
 
 
 def _between(ends: Tensor, T: float, eps: float, n: int) -> Tensor:
-    """N + 1 evenly spaced values from one end to the other."""
+    """Evenly spaced values from one end to the other, n + 1 of them."""
     return ends[0] + _fractions(T, eps, n) * (ends[1] - ends[0])
 
 

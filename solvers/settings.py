@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cldsde.files import write_whole
+from cldsde.linear.checks import as_number
 from cldsde.linear.log_snr import times_of_log_snr
 from cldsde.linear.sde import LinearSDE, check_process
 
@@ -73,7 +74,7 @@ class SamplerSettings:
     def __post_init__(self) -> None:
         for name in ("log_snr", "stochasticity"):
             try:
-                values = tuple(float(x) for x in getattr(self, name))
+                values = tuple(as_number(x, name) for x in getattr(self, name))
             except (TypeError, ValueError) as error:
                 msg = f"{name} must be a sequence of numbers; got {getattr(self, name)!r}"
                 raise TypeError(msg) from error

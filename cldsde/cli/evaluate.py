@@ -140,7 +140,9 @@ def _data(options: Namespace, source: Path) -> DataSet:
     try:
         return data.load()
     except SettingError as error:
-        msg = f"{error.reason}; name the place of the data, since relative paths are of this folder"
+        if not error.reason.startswith("path "):
+            raise
+        msg = f"{error.reason}; relative paths start at the current folder"
         raise SettingError("data", msg) from error
 
 

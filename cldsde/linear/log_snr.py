@@ -93,7 +93,7 @@ def times_of_log_snr(
 
 def vp_time(log_snr: Tensor) -> Tensor:
     """Time t with β_min t + ½(β_max − β_min) t² = log(1 + e^{−2κ}); above 1 for κ < −5.02."""
-    total = torch.nn.functional.softplus(-2 * log_snr)
+    total = torch.logaddexp(torch.zeros_like(log_snr), -2 * log_snr)
     # The root of the quadratic equation in the form that does not cancel for small B.
     slope = _BETA_MAX - _BETA_MIN
     return 2 * total / (_BETA_MIN + (_BETA_MIN**2 + 2 * slope * total).sqrt())

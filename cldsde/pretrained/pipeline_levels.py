@@ -127,9 +127,8 @@ def levels_of_settings(
     noisiest, last = convention.ends
     levels = [noisiest] * (noisiest == -math.inf) + list(settings.log_snr)
     if n != len(levels):
-        first = f"1 and the {settings.nfe}" if len(levels) > settings.nfe else str(settings.nfe)
-        msg = f"num_inference_steps must be {len(levels)}, {first} of the settings; got {n}"
-        raise ValueError(msg)
+        msg = f"num_inference_steps must be {len(levels)}, the number of levels in the settings"
+        raise ValueError(f"{msg}{' and 1' * (len(levels) > settings.nfe)}; got {n}")
     if not (noisiest - _ROUNDING <= levels[0] and levels[-1] <= last + _ROUNDING):
         raise ValueError(
             f"log_snr of the settings must be levels that the network knows, from {noisiest:.4g} "

@@ -1,5 +1,6 @@
 """Folders of pipelines of diffusers from the command line: text, classes and an autoencoder."""
 
+import copy
 import functools
 
 import numpy as np
@@ -24,9 +25,14 @@ def folders(tmp_path_factory):
 @pytest.fixture(autouse=True, scope="module")
 def loaded_once():
     """Load each folder once: that takes longer than its images."""
-    load = diffusers.DiffusionPipeline.from_pretrained
+    load = functools.cache(diffusers.DiffusionPipeline.from_pretrained)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(diffusers.DiffusionPipeline, "from_pretrained", functools.cache(load))
+        # A copy: the command gives it another scheduler.
+        patch.setattr(
+            diffusers.DiffusionPipeline,
+            "from_pretrained",
+            lambda *args, **options: copy.copy(load(*args, **options)),
+        )
         yield
 
 

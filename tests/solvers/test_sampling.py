@@ -280,7 +280,10 @@ def test_a_wrapper_does_not_change_the_branch_of_a_solver(wrap):
 
 
 def test_processes_of_one_component_have_the_samples_of_vp():
-    """They differ in clock and scale alone; also what `DATA.score` says at rounded times."""
+    """They differ in clock and scale alone.
+
+    Times of κ = −5 have few digits of 1 − t under rectified flow, and each step carries them on.
+    """
     found = [
         cldsde.sample(PROCESSES[name](), _exact(PROCESSES[name]()), (50, 2), dtype=torch.float64)
         for name in ("VP", "VE", "rectified flow")
@@ -313,18 +316,18 @@ def images(brightness, D, sde):
     return DenoiserScore(denoiser, sde)
 
 
-def brightness_ratio(sde, D, nfe, count=20_000):
-    """Standard deviation of the mean of an image of D pixels, by its exact value .5.
+def brightness_ratio(sde, D, nfe, brightness=0.5, count=20_000):
+    """Standard deviation of the mean of an image of D pixels, by its exact value.
 
     All directions of Gaussian data are independent: one number with the variance of the mean
     direction has the distribution of √D times the mean.
     """
-    strong = 0.75 + 0.25 * D
+    strong = 1 + brightness**2 * (D - 1)
     process = ReverseProcess(
         sde, DenoiserScore(lambda u, s: u * (strong / (strong + s.square().unsqueeze(1))), sde)
     )
     recipe, plan = recommended_plan(process, nfe=nfe, shape=(1, D))
-    noise = solvers.SampleNoise(range(count), key=0)
+    noise = solvers.FreshNoise(generator())
     like = torch.empty(count, sde.components, 1, dtype=torch.float64)
     initial = sde.initial_covariance.clone()
     # Variance of the start of `sample` in this direction, see `SampleNoise.start`.
@@ -344,9 +347,17 @@ PROMISE = 0.03
 @pytest.mark.parametrize("side", [16, 64, 128, 256])
 @pytest.mark.parametrize("nfe", [20, 50])
 def test_large_images_keep_their_brightness(name, side, nfe):
-    assert abs(brightness_ratio(PROCESSES[name](), side**2, nfe) - 1) < PROMISE + standard_error(
-        1.0, 2 * 20_000, 2.0
-    )
+    error = abs(brightness_ratio(PROCESSES[name](), side**2, nfe) - 1)
+    assert error < PROMISE + standard_error(1.0, 2 * 20_000, 2.0)
+
+
+# Other values than that of the start, .5, are less accurate; the docstring of `sample` says so.
+@pytest.mark.parametrize("name", ["CLD", "VP", "rectified flow"])
+@pytest.mark.parametrize("side", [64, 256])
+@pytest.mark.parametrize(("brightness", "promise"), [(0.25, 0.09), (0.7, 0.13)])
+def test_other_values_of_brightness_are_kept_roughly(name, side, brightness, promise):
+    error = abs(brightness_ratio(PROCESSES[name](), side**2, 20, brightness) - 1)
+    assert error < promise + standard_error(1.0, 2 * 20_000, 2.0)
 
 
 @pytest.mark.parametrize("name", ["CLD", "VP", "rectified flow"])

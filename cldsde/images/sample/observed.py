@@ -186,7 +186,7 @@ class Conditioning:
             return
         levels = plan.process.sde.log_snr(plan.times)
         variance = (-2 * levels[:-1]).exp()
-        gain = -torch.expm1(-levels.diff()) * variance / (1 + variance).square()
+        gain = -torch.expm1(-levels.diff()) * 1 / ((1 + variance) * (1 + 1 / variance))
         least = math.sqrt(float(gain.max()) / _LARGEST_GAIN)
         msg = f"'dps' diverges with {len(gain)} steps if noise_std is below {least:.2g}; got "
         msg += f"{self.observed.noise_std:g}. Use 'moments' or 'pigdm', which do not, or more steps"

@@ -177,7 +177,8 @@ class _Trainer:
     @contextmanager
     def _logging(self) -> Iterator[None]:
         """Open TensorBoard's events, and close them; every event is flushed when it is written."""
-        threading.excepthook = partial(_report_thread, threading.excepthook)
+        report = threading.excepthook
+        threading.excepthook = partial(_report_thread, report)
         with self._writing(EVENTS):
             # Events of an earlier process from here on are hidden.
             self.events = SummaryWriter(self.folder / EVENTS, purge_step=self.seen + 1)
@@ -186,6 +187,7 @@ class _Trainer:
         finally:
             with suppress(OSError):
                 self.events.close()
+            threading.excepthook = report
 
     def _obey(self, stop: StopRequest) -> None:
         """Save and stop if a signal was received, between two steps or two batches of samples."""
