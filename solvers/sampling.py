@@ -37,8 +37,8 @@ _FIRST_LOG_SNR, _LAST_LOG_SNR = -3.3, 3.3
 _FIRST_VARIANCE = 1 / 40
 # A start below this part of the level, for at most so many evaluations, is worth a warning.
 _ENOUGH, _MANY = 0.9, 20
-# Above this value at the start, samples follow the prior noticeably instead of the data.
-_VISIBLE_LOG_SNR = -2.0
+# Samples follow the prior noticeably from κ above −2, and lose structure up to κ below 2.
+_VISIBLE = 2.0
 
 # Largest numbers of state entries and of samples in one batch.
 _NUMBERS, _SAMPLES = 2**20, 4096
@@ -158,8 +158,8 @@ def sample(
     UserWarning
         If the process, or the noise levels of the score, end before the noise hides the data: at
         κ > −2, or for large samples at less than 0.9 of the noise level above. Samples are biased
-        towards the start then; for images it is their brightness. Also if a layer of the score is
-        in training mode.
+        towards the start then; for images it is their brightness. Also if sampling ends at κ < 2,
+        or a layer of the score is in training mode.
 
     Notes
     -----
@@ -185,8 +185,6 @@ def sample(
     process = ReverseProcess(sde, score)
     count, *data_shape = _checked_shape(shape)
     nfe, seed = as_integer(nfe, 1, "nfe"), as_integer(seed, 0, "seed")
-    if batch is not None:
-        batch = as_integer(batch, 1, "batch")
     if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype must be a floating-point type of torch; got {dtype!r}")
     if solver is not None:
@@ -203,10 +201,10 @@ def sample(
     )
     first_time = float(sampler.times[0])
     if times is None:
-        _warn_of_start(sde, first_time, data_shape, nfe)
+        _warn_of_ends(sde, sampler.times, data_shape, nfe)
     device = process.score.device if device is None else torch.device(device)
     most = max(1, _NUMBERS // (sde.components * math.prod(data_shape)))
-    size = min(_SAMPLES, most) if batch is None else batch
+    size = min(_SAMPLES, most) if batch is None else as_integer(batch, 1, "batch")
     found = []
     with progress_bar(None, shown=progress, total=count, desc="sampling") as bar, torch.no_grad():
         for first in range(0, count, size):
@@ -282,10 +280,8 @@ def fit_grid(
 
     Parameters
     ----------
-    process, solver
-        The reverse process and its solver.
-    start, end
-        First and last time.
+    process, solver, start, end
+        The reverse process, its solver, first and last time.
     nfe
         Largest number of score evaluations.
     grid
@@ -393,17 +389,21 @@ def _warn_of_training(score: Score) -> None:
         warnings.warn(msg, UserWarning, stacklevel=3)
 
 
-def _warn_of_start(sde: LinearSDE, start: float, shape: Sequence[int], nfe: int) -> None:
-    """Warn if sampling starts from noise that does not hide the data."""
-    log_snr = float(sde.log_snr(start))
+def _warn_of_ends(sde: LinearSDE, times: Tensor, shape: Sequence[int], nfe: int) -> None:
+    """Warn if the start of sampling does not hide the data, or its end leaves noise."""
+    first, last = sde.log_snr(times[[0, -1]]).tolist()
+    at = f"at the start of sampling, t = {float(times[0]):.3g}: the noise level is "
+    at += f"{math.exp(-first):.3g} there, and should be"
+    advice = "or more. Use a larger noise schedule, or a score trained at larger noise levels"
     wanted = _ENOUGH * math.sqrt(_FIRST_VARIANCE * math.prod(shape) * min(nfe, _MANY))
-    advice = "Use a larger noise schedule, or a score trained at larger noise levels"
-    if log_snr > _VISIBLE_LOG_SNR:
-        msg = f"the noise does not hide the data at the start of sampling, t = {start:.3g}: half "
-        msg += f"the log SNR is {log_snr:.1f} there, and should be {_VISIBLE_LOG_SNR:g} or less. "
-        warnings.warn(msg + advice, UserWarning, stacklevel=3)
-    elif math.exp(-log_snr) < wanted:
-        msg = f"the noise does not hide the mean of data of shape {tuple(shape)} at the start of "
-        msg += f"sampling, t = {start:.3g}: the noise level is {math.exp(-log_snr):.3g} there, and "
-        msg += f"should be {wanted:.3g} or more. The brightness of images may vary too little. "
-        warnings.warn(msg + advice, UserWarning, stacklevel=3)
+    msg = ""
+    if first > -_VISIBLE:
+        msg = f"the noise does not hide the data {at} {math.exp(_VISIBLE):.3g} {advice}"
+    elif math.exp(-first) < wanted:
+        msg = f"the noise does not hide the mean of data of shape {tuple(shape)} {at} {wanted:.3g} "
+        msg += f"{advice}. The brightness of images may vary too little"
+    elif last < _VISIBLE:
+        msg = f"sampling ends at the noise level {math.exp(-last):.3g}, because process or score "
+        msg += "have none below. Data lose structure finer than it"
+    if msg:
+        warnings.warn(msg, UserWarning, stacklevel=3)

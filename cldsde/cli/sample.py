@@ -99,6 +99,8 @@ def prepare(options: Namespace) -> Callable[[], None]:
     seeds = options.seeds or options.seed or range(64)
     device = resolve_device(options.device)
     state = PartialState(cpu=device == "cpu", timeout=timedelta(hours=12))
+    if options.model is not None:
+        require(options.model.exists(), "model", f"there is no {options.model}")
     if options.run is None and options.model is not None and is_pipeline(options.model):
         place = state.device if device == "cuda" else device
         return _work(options, _pipeline_request(options, seeds, place), state)

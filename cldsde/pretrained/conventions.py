@@ -49,6 +49,8 @@ class Convention:
             If levels or prediction of the scheduler are unknown here.
         """
         config, name = scheduler.config, type(scheduler).__name__
+        if "Inverse" in name:
+            raise ValueError(f"scheduler: {name} adds noise; pass the one that removes it")
         prediction = config.get("prediction_type", "epsilon")
         if name.startswith("FlowMatch") or config.get("use_flow_sigmas"):
             if config.get("invert_sigmas"):

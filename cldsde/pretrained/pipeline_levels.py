@@ -20,6 +20,8 @@ from cldsde.solvers import SamplerSettings, root_times
 # Values of κ at which the process starts and ends. Noise hides the brightness of large images only
 # from κ = −5. From κ = −3.3 the brightness of 64 × 64 images shrinks by a fifth.
 _FIRST_LOG_SNR, _LAST_LOG_SNR = -5.0, 3.3
+# Noise hides data with a standard deviation of 1 from here on.
+_HIDDEN = -2.0
 # Noisier levels of a network within this distance in κ of the start are not worth an evaluation:
 # latents of both have the same distribution to 1 in 1,000.
 _NEAR = 0.1
@@ -48,6 +50,11 @@ def window(
     ends = torch.tensor([*default, last, noisiest], dtype=torch.float64, device="cpu")
     *times, low, high = times_of_log_snr(sde, ends, sde.regular_until).tolist()
     given = start, end
+    if end is None and float(sde.log_snr(times[1])) < default[1] - _ROUNDING:
+        raise ValueError(
+            f"process must have noise levels down to σ = {math.exp(-default[1]):.4g}; {sde!r} has "
+            f"none below σ = {math.exp(-float(sde.log_snr(times[1]))):.4g}. Give an end"
+        )
     found = [x if y is None else float(y) for x, y in zip(times, given, strict=True)]
     for name, t in zip(("start", "end"), found, strict=True):
         kappa = float(sde.log_snr(t)) if 0 < t <= sde.regular_until else math.nan
@@ -129,6 +136,11 @@ def levels_of_settings(
     if n != len(levels):
         msg = f"num_inference_steps must be {len(levels)}, the number of levels in the settings"
         raise ValueError(f"{msg}{' and 1' * (len(levels) > settings.nfe)}; got {n}")
+    if levels[0] > _HIDDEN:
+        raise ValueError(
+            f"log_snr of the settings must start at {_HIDDEN:g} or less, because latents start as "
+            f"noise; got {settings.log_snr}"
+        )
     if not (noisiest - _ROUNDING <= levels[0] and levels[-1] <= last + _ROUNDING):
         raise ValueError(
             f"log_snr of the settings must be levels that the network knows, from {noisiest:.4g} "

@@ -78,6 +78,8 @@ BAD = [
     ("SD", [*TEXT, "--grid", "quadratic"], "--grid", "must be left out for a pipeline"),
     ("SD", [*TEXT, "--solver", "sscs"], "--solver", "evaluate the score only at the start"),
     ("DiT", ["--prompt", "red"], "prompt", "must be left out for a DiTPipeline"),
+    ("SD/unet", [], "--model", "a network with a condition; give the folder of its whole pipeline"),
+    ("nope", TEXT, "--model", "there is no"),
     ("DiT", [], "--class", "must be a number for a DiTPipeline; got None"),
 ]
 

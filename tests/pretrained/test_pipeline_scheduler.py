@@ -9,6 +9,7 @@ import torch
 
 from cldsde import (
     CLD,
+    VESDE,
     VPSDE,
     DenoiserScore,
     PredictionDenoiser,
@@ -261,6 +262,7 @@ def test_steps_with_settings_are_those_of_sample():
         ({"process": "VPSDE"}, r"for this process, VPSDE.* settings for CLD"),
         ({"grid": "scheduler"}, "solver and grid must be left out with settings"),
         ({"start": 0.5}, "start must be None with settings"),
+        ({"settings": {}}, r"settings must have the fields log_snr, .*; got \[\]"),
         ({"settings": 3}, "settings must be a SamplerSettings, or a file of them; got int"),
     ],
 )
@@ -281,3 +283,13 @@ def test_settings_for_other_steps_or_levels_are_rejected():
     noisy = dataclasses.replace(SETTINGS, log_snr=(-4.5, -0.9, 0.4, 2.3))
     with pytest.raises(ValueError, match=r"levels that the network knows, from -2\.\d+ to"):
         pipeline("SD", settings=noisy).scheduler.set_timesteps(4)
+    late = dataclasses.replace(SETTINGS, log_snr=(-0.5, -0.1, 0.4, 2.3))
+    with pytest.raises(ValueError, match=r"must start at -2 or less, because latents"):
+        pipeline("SD", settings=late).scheduler.set_timesteps(4)
+
+
+def test_processes_and_schedulers_that_cannot_sample_are_rejected():
+    with pytest.raises(ValueError, match=r"down to σ = 0\.03\d+; VESDE.* has none below σ = 1\."):
+        pipeline("SD", VESDE(1.0, 50.0))
+    with pytest.raises(ValueError, match="DDIMInverseScheduler adds noise"):
+        Scheduler(diffusers.DDIMInverseScheduler())

@@ -129,13 +129,13 @@ def test_few_evaluations_take_order_3(name, nfe, order, stochasticity):
 def test_levels_of_the_score_bound_the_window(name):
     network = Recording(lambda x, sigma: x / (1 + sigma.unsqueeze(1) ** 2))
     sde = PROCESSES[name]()
-    path = NoisePath(torch.ones_like, lambda t: t, interval=(0.2, 8.0))
+    path = NoisePath(torch.ones_like, lambda t: t, interval=(0.1, 8.0))
     denoiser = cldsde.PredictionDenoiser(network, path, "data")
     cldsde.sample(sde, DenoiserScore(denoiser, sde), (3, 2), nfe=6)
     levels = torch.stack(network.times)
     rounded = 1e-4  # levels from times in float32
     assert levels.max() == pytest.approx(8.0, rel=rounded, abs=0)
-    assert levels.min() == pytest.approx(0.2, rel=rounded, abs=0)
+    assert levels.min() == pytest.approx(0.1, rel=rounded, abs=0)
 
 
 def test_a_grid_may_end_at_the_data():
@@ -164,10 +164,25 @@ def test_a_denoiser_that_completes_states_is_a_function():
 def test_a_process_whose_noise_does_not_hide_the_data_is_pointed_out():
     slow = LinearSDE.from_matrices([[0, 1], [-4, -1.2]], [[0.5, 0], [0, 1.5]])
     assert slow.log_snr(1.0) > -2
-    with pytest.warns(
-        UserWarning, match=r"half the log SNR is 0\.2 there, .* larger noise schedule"
-    ):
+    wanted = (
+        r"noise level is 0\.8\d+ there, and should be 7\.39 or more\. Use a larger noise schedule"
+    )
+    with pytest.warns(UserWarning, match=wanted):
         cldsde.sample(slow, DATA.score(slow), (3, 2), nfe=6)
+
+
+def test_a_process_that_leaves_noise_is_pointed_out():
+    noisy = cldsde.VESDE(1.0, 50.0)
+    with pytest.warns(UserWarning, match=r"ends at the noise level 1, because process or score"):
+        cldsde.sample(noisy, DATA.score(noisy), (3, 2), nfe=6)
+
+
+@pytest.mark.parametrize("name", ["VP", "CLD", "PSLD", "rectified flow", "VE"])
+@pytest.mark.parametrize("nfe", [5, 10, 20])
+def test_usual_processes_are_no_cause_of_a_warning(name, nfe):
+    """With few evaluations large images start at less noise by themselves; warnings are errors."""
+    sde = PROCESSES[name]()
+    cldsde.sample(sde, images(0.5, 32 * 32, sde), (1, 1, 32, 32), nfe=nfe)
 
 
 def test_dropout_in_training_mode_is_pointed_out():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -50,6 +51,10 @@ def of_diffusers(
         shape = denoiser.shape
         if shape is None or len(shape) != 3:
             msg = f"{source} has no channels and size of its images (sample_size)"
+            raise SettingError("", msg)
+        network: Any = denoiser.network
+        if "encoder_hidden_states" in inspect.signature(network.model.forward).parameters:
+            msg = f"{source} is a network with a condition; give the folder of its whole pipeline"
             raise SettingError("", msg)
     classes = denoiser.classes
     labelled = _Labelled(denoiser) if classes is not None else denoiser
