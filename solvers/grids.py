@@ -135,7 +135,7 @@ def log_snr_times(sde: LinearSDE, T: float, eps: float, n: int) -> Tensor:
     >>> log_snr_times(VPSDE(), 1.0, 0.01, 4)
     tensor([1.0000, 0.7706, 0.4494, 0.1003, 0.0100], dtype=torch.float64)
     """
-    levels = _between(_finite_log_snr_ends(sde, T, eps), T, eps, n)
+    levels = _between(_fractions(T, eps, n), _finite_log_snr_ends(sde, T, eps))
     return _with_ends(times_of_log_snr(sde, levels, T, eps), T, eps)
 
 
@@ -161,7 +161,7 @@ def karras_times(sde: LinearSDE, T: float, eps: float, n: int, rho: float = 7.0)
     torch.Size([19])
     """
     check_positive(rho, "rho")
-    powers = _between((-_finite_log_snr_ends(sde, T, eps) / rho).exp(), T, eps, n)
+    powers = _between(_fractions(T, eps, n), (-_finite_log_snr_ends(sde, T, eps) / rho).exp())
     return _with_ends(times_of_log_snr(sde, -rho * powers.log(), T, eps), T, eps)
 
 
@@ -199,7 +199,8 @@ def logistic_times(
     torch.Size([11])
     """
     check_positive(rate, "rate")
-    levels = _between(torch.sigmoid(-rate * (_log_snr_ends(sde, T, eps) - center)), T, eps, n)
+    fractions = _fractions(T, eps, n)
+    levels = _between(fractions, torch.sigmoid(-rate * (_log_snr_ends(sde, T, eps) - center)))
     return _with_ends(times_of_log_snr(sde, center - levels.logit() / rate, T, eps), T, eps)
 
 
@@ -207,8 +208,8 @@ def logistic_times(
 def vp_times(sde: LinearSDE, T: float, eps: float, n: int) -> Tensor:
     """Grid on which a process has the κ of the default `cldsde.VPSDE` on `root_times`.
 
-    Near the end of some processes the noise grows fast, as in `cldsde.RectifiedFlow`. This grid has
-    more steps there than `root_times`. See `log_snr_times` for arguments, result and errors.
+    Near the end of `cldsde.RectifiedFlow` and others the noise grows fast. This grid has more steps
+    there than `root_times`. See `log_snr_times` for arguments, result and errors.
 
     Examples
     --------
@@ -216,7 +217,7 @@ def vp_times(sde: LinearSDE, T: float, eps: float, n: int) -> Tensor:
     >>> vp_times(RectifiedFlow(), 0.99, 0.04, 4)
     tensor([0.9900, 0.8383, 0.5373, 0.2536, 0.0400], dtype=torch.float64)
     """
-    roots = _between(vp_time(_finite_log_snr_ends(sde, T, eps)).sqrt(), T, eps, n)
+    roots = _between(_fractions(T, eps, n), vp_time(_finite_log_snr_ends(sde, T, eps)).sqrt())
     return _with_ends(times_of_log_snr(sde, log_snr_of_vp_time(roots.square()), T, eps), T, eps)
 
 
@@ -237,9 +238,9 @@ def _finite_log_snr_ends(sde: LinearSDE, T: float, eps: float) -> Tensor:
     return ends
 
 
-def _between(ends: Tensor, T: float, eps: float, n: int) -> Tensor:
-    """Evenly spaced values from one end to the other, n + 1 of them."""
-    return ends[0] + _fractions(T, eps, n) * (ends[1] - ends[0])
+def _between(fractions: Tensor, ends: Tensor) -> Tensor:
+    """Values at fractions of the way from one end to the other."""
+    return ends[0] + fractions * (ends[1] - ends[0])
 
 
 def _fractions(T: float, eps: float, n: int) -> Tensor:

@@ -100,7 +100,7 @@ def prepare(options: Namespace) -> Callable[[], None]:
     device = resolve_device(options.device)
     state = PartialState(cpu=device == "cpu", timeout=timedelta(hours=12))
     if options.model is not None:
-        require(options.model.exists(), "model", f"there is no {options.model}")
+        require(options.model.exists(), "model", f"{options.model} is no folder")
     if options.run is None and options.model is not None and is_pipeline(options.model):
         place = state.device if device == "cuda" else device
         return _work(options, _pipeline_request(options, seeds, place), state)

@@ -79,7 +79,7 @@ BAD = [
     ("SD", [*TEXT, "--solver", "sscs"], "--solver", "evaluate the score only at the start"),
     ("DiT", ["--prompt", "red"], "prompt", "must be left out for a DiTPipeline"),
     ("SD/unet", [], "--model", "a network with a condition; give the folder of its whole pipeline"),
-    ("nope", TEXT, "--model", "there is no"),
+    ("nope", TEXT, "--model", "is no folder"),
     ("DiT", [], "--class", "must be a number for a DiTPipeline; got None"),
 ]
 
