@@ -19,6 +19,8 @@ from cldsde import (
 )
 from cldsde.pretrained.conventions import Convention
 from cldsde.pretrained.stepping import PathSteps
+from cldsde.score.reverse import KnownScore
+from cldsde.score.times import KnownTimes
 from probes import generator
 from tolerances import rounding
 
@@ -126,6 +128,26 @@ def test_latents_are_those_of_solve_on_the_guided_prediction(name):
     times = steps.times[first:]
     found = solvers.solve(process, SECOND, state[:2], times, noise=noise, denoise=True)
     assert far(found.data, record.latents[-1][:2]) <= CLOSE
+
+
+@torch.no_grad()
+def test_latents_that_a_mask_changes_are_those_of_the_solver_on_changed_states():
+    """Inpainting with 4 channels sets x after each step; z = ψ x/α + … changes by ψ Δx/α."""
+    pipe, record, first, z, draws = recorded("SD-inpaint-4")
+    sde, times = pipe.scheduler.steps.sde, pipe.scheduler.steps.times[first:]
+    score = DenoiserScore(denoiser_of("SD-inpaint-4", pipe, record), sde)
+    process, noise = ReverseProcess(sde, score), solvers.RecordedNoise(draws[1:])
+    tables, memory = SECOND.prepare(process, times), ()
+    known = KnownScore(process, KnownTimes(times), z)
+    psi = sde.marginal(times).mean[:, :, 0]
+    alpha = Convention.of(built("SD-inpaint-4").scheduler).scales(sde.log_snr(times))[0]
+    for i in range(len(times) - 1):
+        z, memory = SECOND.step(z, memory, tables, i, known, noise)
+        change = record.inputs[i + 1] - record.latents[i]
+        assert float(change.abs().max()) > CLOSE
+        shift = (psi[i + 1] / alpha[i + 1]).float().reshape(1, -1, 1, 1, 1)
+        z = z + shift * change.unsqueeze(1)
+    assert far(score.data_prediction(z, times[-1]), record.latents[-1]) <= CLOSE
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name != "SD-inpaint-9"])
