@@ -33,7 +33,7 @@ _FIRST_LOG_SNR, _LAST_LOG_SNR = -3.3, 3.3
 # A direction of the data with variance v is lost if sampling starts at σ² ≪ v. The strongest
 # direction of D numbers is their mean, with v = D·Var(mean), so that σ² follows D. It also follows
 # the number of evaluations: more of them resolve a longer way, and the error of the start,
-# (v/(v + σ²))², falls like that of a solver of order 2. This is σ²/(D·evaluations).
+# (v/(v + σ²))², falls as fast as a solver's of order 2. The constant is σ²/(D·evaluations).
 _FIRST_VARIANCE = 1 / 40
 # A start below this part of the level, for at most so many evaluations, is worth a warning.
 _ENOUGH, _MANY = 0.9, 20

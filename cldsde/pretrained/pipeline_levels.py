@@ -124,12 +124,13 @@ def levels_of_settings(
 ) -> tuple[Tensor, Tensor]:
     """κ of settings and of the data, and times of the scheduler.
 
-    Latents of flow-matching pipelines are noise alone, so the first is that level there.
+    A network that knows pure noise, as flow matching does, begins there.
 
     Raises
     ------
     ValueError
-        If n is another number, or the network does not know a level.
+        If n is another number, the settings start where data are visible, or the network does not
+        know a level.
     """
     noisiest, last = convention.ends
     levels = [noisiest] * (noisiest == -math.inf) + list(settings.log_snr)

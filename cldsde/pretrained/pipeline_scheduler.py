@@ -44,7 +44,7 @@ Grid = Literal["root_times", "scheduler"]
 _CLIPS = ("thresholding", "clip_sample")
 # Schedulers that have an option to clip and do not read it.
 _NEVER_CLIP = ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler")
-# Schedulers whose noise prediction stays that of the network if they clip the data prediction.
+# Schedulers that keep the network's noise prediction when they clip the data prediction.
 _KEEPS_NOISE = ("DDIMScheduler", "DDIMParallelScheduler")
 _IGNORED = ("prev_timestep", "use_clipped_model_output")
 _OWN = ("scheduler", "process", "solver", "start", "end", "grid", "settings")
@@ -88,8 +88,8 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         and ``mu``, and the level at which it ends.
     settings
         Settings of a fitted sampler, or a file of them, in place of ``solver``, ``start``, ``end``
-        and ``grid``. The number of steps is that of their evaluations, and one more for
-        flow-matching networks.
+        and ``grid``. They need as many steps as they have levels. Networks that know pure noise,
+        such as those of flow matching, need one more.
 
     Raises
     ------

@@ -366,7 +366,7 @@ def test_large_images_keep_their_brightness(name, side, nfe):
     assert error < PROMISE + standard_error(1.0, 2 * 20_000, 2.0)
 
 
-# Other values than that of the start, .5, are less accurate; the docstring of `sample` says so.
+# The start has a brightness of .52. Data with another one lose accuracy, as `sample` documents.
 @pytest.mark.parametrize("name", ["CLD", "VP", "rectified flow"])
 @pytest.mark.parametrize("side", [64, 256])
 @pytest.mark.parametrize(("brightness", "promise"), [(0.25, 0.09), (0.7, 0.13)])

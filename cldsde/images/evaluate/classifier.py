@@ -198,8 +198,8 @@ def kept_classifier(
 def random_features(channels: int, device: torch.device | str = "cpu") -> ClassifierFeatures:
     """Features of a classifier without training, for images without classes.
 
-    For 14 sets of digits (noise, blur, shift, samples at five budgets) the distances had a rank
-    correlation of 0.89 with those of a trained classifier; those of the pixels had 0.86.
+    Over 14 sets of digits (noise, blur, shift, samples at five budgets), Fréchet distances in these
+    features and in a trained classifier's had a rank correlation of 0.89. Pixels had 0.86.
     """
     generator = torch.Generator("cpu").manual_seed(0)
     model = ImageClassifier(channels, 2)

@@ -64,7 +64,7 @@ class Evaluation:
     """A set of metrics, and the images and features that they need.
 
     ``features`` are ``"classifier"``, features of a classifier trained on the data's classes;
-    ``"random"``, those of a classifier with random weights, also used for data without classes; or
+    ``"random"``, a classifier with random weights, also used for data without classes; or
     ``module:attribute`` of the user's own network. The classifier is kept in ``folder``. Seeds of
     the images count from ``first_seed``.
     """

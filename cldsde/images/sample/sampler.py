@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import KW_ONLY, dataclass
@@ -316,8 +316,7 @@ class ImageSampler:
 
     def sample(self, seeds: Sequence[int], **options: Any) -> Samples:
         """Sample one image for each seed, in the order of the seeds; see `stream`."""
-        listed = hasattr(seeds, "__len__")
-        require(listed, "seeds", f"must be a sequence of integers; got {seeds!r}")
+        require(isinstance(seeds, Sized), "seeds", f"must be a sequence of integers; got {seeds!r}")
         require(len(seeds) > 0, "seeds", "must be one or more; got none")
         drawn: dict[int, tuple[Tensor, Tensor]] = {}
         for some, found in self.stream(seeds, **options):
