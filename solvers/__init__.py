@@ -11,6 +11,7 @@ from .edm_heun import EDMHeun
 from .euler_maruyama import EulerMaruyama
 from .exponential_euler import ExponentialEuler
 from .exponential_multistep import ExponentialMultistep
+from .fitting import fit_sampler
 from .gotta_go_fast import GottaGoFast
 from .grids import (
     karras_times,
@@ -68,6 +69,7 @@ __all__ = [
     "as_torchdiffeq",
     "as_torchsde",
     "find_solver",
+    "fit_sampler",
     "karras_times",
     "log_snr_times",
     "logistic_times",

@@ -208,7 +208,7 @@ class ExponentialMultistep(GridSolver):
         # The weights of a single prediction need no quadrature.
         along = self.order > 1 or self._corrects(1)
         if self.prediction == "data":
-            steps = _data_steps(sde, times, self._levels(times[:-1]), along=along)
+            steps = _data_steps(sde, times, self.levels(times[:-1]), along=along)
         else:
             steps, inverse = _noise_steps(sde, times, along=along)
             psi = sde.transition_matrix(torch.zeros_like(times[:-1]), times[:-1])[..., :1]
@@ -301,7 +301,8 @@ class ExponentialMultistep(GridSolver):
             )
         return torch.zeros_like(undetermined)
 
-    def _levels(self, times: Tensor) -> Tensor:
+    def levels(self, times: Tensor) -> Tensor:
+        """λ of the steps that start at times ``(n,)``, float64."""
         if not callable(self.stochasticity):
             return torch.full_like(times, self.stochasticity)
         levels = torch.as_tensor(self.stochasticity(times), dtype=torch.float64, device="cpu")

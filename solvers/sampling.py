@@ -183,7 +183,7 @@ def sample(
     (torch.Size([1000, 2]), True)
     """
     process = ReverseProcess(sde, score)
-    count, *data_shape = _checked_shape(shape)
+    count, *data_shape = checked_shape(shape)
     nfe, seed = as_integer(nfe, 1, "nfe"), as_integer(seed, 0, "seed")
     if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype must be a floating-point type of torch; got {dtype!r}")
@@ -374,7 +374,7 @@ def window(
     return start, end
 
 
-def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
+def checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
     if not isinstance(shape, Sequence) or len(shape) < 2:
         msg = f"shape must be (B, *D), positive integers and at least one data axis; got {shape!r}"
         raise ValueError(msg)

@@ -1,0 +1,239 @@
+"""Fit noise levels, noise and order of a sampler with few evaluations to a network."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cldsde.linear.checks import as_integer
+from cldsde.progress import progress_bar
+from cldsde.score import ReverseProcess
+
+from .exponential_multistep import ExponentialMultistep
+from .sampling import checked_shape, recommended_plan, sample
+from .settings import SamplerSettings
+
+Distance = Callable[[Tensor], float]
+
+_TRIES = 250  # by default; a prototype had found its settings after as many
+_FORMS = [(order, corrector) for order in (1, 2, 3) for corrector in (False, True)]
+# Steps of the search in κ at the start, log Δκ and λ, and the largest λ.
+_SPREADS = (0.4, 0.25, 0.3)
+_MOST_NOISE = 3.0
+_LONGEST = math.log(6.0)  # step in κ
+
+
+def fit_sampler(
+    process: ReverseProcess,
+    shape: Sequence[int],
+    nfe: int,
+    *,
+    distance: Distance,
+    budget: int | None = None,
+    seed: int = 0,
+    progress: bool = False,
+    network: str = "",
+) -> SamplerSettings:
+    """Fit the sampler of few evaluations to a network: noise levels, noise per step, and order.
+
+    The search is CMA-ES (Hansen 2016), which needs the library ``cma``. It starts from the settings
+    of `sample`. It uses the network as a black box, and the same random numbers for all settings.
+    The best settings and those of `sample` are then compared with new random numbers, and the
+    better ones are returned. Ctrl-C ends the search; the best settings so far are kept.
+
+    Parameters
+    ----------
+    process
+        The reverse process with the network's score.
+    shape
+        ``(B, *D)``: samples of a try, and the shape of one sample. Some hundreds of images suffice.
+    nfe
+        Network evaluations per sample, as in `sample`; at least 2.
+    distance
+        Function of samples ``(B, *D)``, smaller if they are better. A Fréchet distance to data, in
+        features of a network that knows such data, works best.
+    budget
+        Largest number of network evaluations, all samples counted: a try needs B·nfe. None: 250
+        tries.
+    seed
+        Seed of the search and of the samples, which have the seeds ``seed`` and ``seed + 1``.
+        Measure the result with others.
+    progress
+        Show a progress bar on stderr.
+    network
+        Name that the settings keep.
+
+    Raises
+    ------
+    ImportError
+        If ``cma`` is missing.
+    TypeError, ValueError
+        If an argument is not allowed, or no `ExponentialMultistep` applies to the process.
+
+    Warns
+    -----
+    UserWarning
+        If Ctrl-C ended the search.
+
+    References
+    ----------
+    Hansen 2016, *The CMA Evolution Strategy: A Tutorial*, arXiv 1604.00772.
+    """
+    search = Search(process, shape, nfe, distance, budget=budget, seed=seed, network=network)
+    try:
+        search.run(progress=progress)
+    except KeyboardInterrupt:
+        msg = f"Ctrl-C ended the search after {search.tries} tries; the best settings are kept"
+        warnings.warn(msg, UserWarning, stacklevel=2)
+    return search.best
+
+
+def default_settings(
+    process: ReverseProcess, shape: Sequence[int], nfe: int, network: str = ""
+) -> SamplerSettings:
+    """The settings with which `sample` starts from noise ``(*D,)``, as far as they can be stated.
+
+    Raises
+    ------
+    ValueError
+        If `sample` uses another solver than `ExponentialMultistep`.
+    """
+    recipe, plan = recommended_plan(process, nfe=nfe, shape=shape)
+    solver = plan.solver
+    if not isinstance(solver, ExponentialMultistep) or recipe.denoise is not True:
+        raise ValueError(
+            f"process must be one that ExponentialMultistep applies to; {process.sde!r} is sampled "
+            f"by {type(solver).__name__}"
+        )
+    return SamplerSettings(
+        log_snr=tuple(process.sde.log_snr(plan.times).tolist()),
+        stochasticity=tuple(solver.levels(plan.times[:-1]).tolist()),
+        process=repr(process.sde),
+        order=solver.order,
+        corrector=solver.corrector,
+        network=network,
+    )
+
+
+@dataclass
+class Search:
+    """Search for the settings of `fit_sampler`; `best` are the best ones at any time."""
+
+    process: ReverseProcess
+    shape: Sequence[int]
+    nfe: int
+    distance: Distance
+    budget: int | None = None
+    seed: int = 0
+    network: str = ""
+    best: SamplerSettings = field(init=False)
+    tries: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.process, ReverseProcess):
+            raise TypeError(f"process must be a ReverseProcess; got {type(self.process).__name__}")
+        if not callable(self.distance):
+            raise TypeError(f"distance must be a function of samples; got {self.distance!r}")
+        self.shape = checked_shape(self.shape)
+        nfe, self.seed = as_integer(self.nfe, 2, "nfe"), as_integer(self.seed, 0, "seed")
+        self._cma = _import_cma()
+        self.best = default_settings(self.process, self.shape[1:], nfe, self.network)
+        self._first, self._least = self.best, math.inf
+        each = nfe * self.shape[0]
+        self._most = _TRIES if self.budget is None else as_integer(self.budget, 1, "budget") // each
+        # The start in its forms, some generations, and the comparison at the end.
+        needed = len(_FORMS) + 3 * self._generation + 2
+        if self._most < needed:
+            msg = f"budget must be at least {needed * each}, for {needed} tries of {each} network "
+            raise ValueError(f"{msg}evaluations; got {self.budget}")
+
+    def run(self, *, progress: bool = False) -> None:
+        """Search until the budget is spent, and compare the best settings with the first ones."""
+        with progress_bar(None, shown=progress, total=self._most, desc="fitting") as bar:
+            for order, corrector in _FORMS:
+                self._try(replace(self._first, order=order, corrector=corrector), bar)
+            strategy = self._strategy(self.best)
+            while self.tries + self._generation + 2 <= self._most:
+                points = strategy.ask()
+                strategy.tell(points, [self._try(self._settings(x), bar) for x in points])
+            fresh = {s: self._distance(s, self.seed + 1) for s in (self._first, self.best)}
+            self.best = min(fresh, key=fresh.__getitem__)
+            bar.update(self._most - self.tries)
+
+    @property
+    def _generation(self) -> int:
+        """Number of tries of a generation, 4 + 3 log of the number of unknowns."""
+        return 4 + int(3 * math.log(2 * len(self._first.log_snr) - 1))
+
+    def _try(self, settings: SamplerSettings | None, bar: Any) -> float:
+        if settings is None:
+            return math.inf
+        found = self._distance(settings, self.seed)
+        self.tries += 1
+        if found < self._least:
+            self.best, self._least = settings, found
+        bar.update()
+        bar.set_postfix(best=f"{self._least:.4g}", refresh=False)
+        return found
+
+    def _distance(self, settings: SamplerSettings, seed: int) -> float:
+        """Distance of samples; infinite if a sample is not finite."""
+        sde, score = self.process.sde, self.process.score
+        try:
+            samples = sample(sde, score, self.shape, seed=seed, settings=settings)
+        except FloatingPointError:
+            return math.inf
+        return float(self.distance(samples))
+
+    def _strategy(self, start: SamplerSettings) -> Any:
+        low, _ = self._range()
+        kappa = torch.tensor(start.log_snr, dtype=torch.float64)
+        first, steps = kappa[:1], kappa.diff().log()
+        x = torch.cat([first, steps, torch.tensor(start.stochasticity, dtype=torch.float64)])
+        n = len(steps)
+        spreads = [_SPREADS[0]] + [_SPREADS[1]] * n + [_SPREADS[2]] * n
+        lower = [low] + [-math.inf] * n + [0.0] * n
+        upper = [math.inf] + [_LONGEST] * n + [_MOST_NOISE] * n
+        random = np.random.default_rng(self.seed)
+        options = {
+            "CMA_stds": spreads,
+            "bounds": [lower, upper],
+            "popsize": self._generation,
+            "seed": math.nan,  # leave numpy's global generator alone
+            "randn": lambda *size: random.standard_normal(size),
+            "verbose": -9,
+        }
+        return self._cma.CMAEvolutionStrategy(x.tolist(), 1.0, options)
+
+    def _settings(self, x: Any) -> SamplerSettings | None:
+        """Settings of a point of the search; None if they leave the score's noise levels."""
+        n = (len(x) - 1) // 2
+        kappa = x[0] + np.concatenate([[0.0], np.exp(x[1 : n + 1]).cumsum()])
+        if kappa[-1] > self._range()[1]:
+            return None
+        return replace(
+            self.best, log_snr=tuple(kappa.tolist()), stochasticity=tuple(x[n + 1 :].tolist())
+        )
+
+    def _range(self) -> tuple[float, float]:
+        """Range of κ in which process and score can be evaluated."""
+        levels = self.process.score.noise_levels or (0.0, math.inf)
+        at_start = float(self.process.sde.log_snr(self.process.sde.regular_until))
+        smallest = -math.log(levels[0]) if levels[0] > 0 else math.inf
+        largest = -math.log(levels[1]) if levels[1] < math.inf else -math.inf
+        return max(at_start, largest), smallest
+
+
+def _import_cma() -> Any:
+    try:
+        import cma
+    except ImportError as error:
+        raise ImportError("fit_sampler needs the library cma: pip install 'cldsde[tune]'") from error
+    return cma
