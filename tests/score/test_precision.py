@@ -100,6 +100,7 @@ def test_the_error_is_a_few_roundings_of_the_states_type(process, name, kappa):
     score = SCORES[name](sde)
     x = MODES.sample(3, generator=generator(), dtype=torch.float64)
     z = sde.perturb(x, t[0], generator=generator(1))[0]
+    amplified = score_rounding(sde, t[0]) * rounding(1, dtype=torch.float32) / rounding(1)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         rounded = z.to(dtype)
         if not bool(rounded.isfinite().all()):
@@ -108,7 +109,6 @@ def test_the_error_is_a_few_roundings_of_the_states_type(process, name, kappa):
         exact = rounded.to(torch.float64)
         expected = called(score, exact, KnownTimes(t).arguments(exact)[0])
         assert found.dtype == dtype
-        amplified = score_rounding(sde, t[0]) * rounding(1, dtype=torch.float32) / rounding(1)
         error = (found.to(torch.float64) - expected).abs().max() / expected.abs().max()
         assert error <= rounding(UNIT, dtype=dtype) + amplified, dtype
 

@@ -29,7 +29,7 @@ def error(solver, name, n, grid="root", T=1.0, end=0.05):
     return moments_error(solver, name, GRIDS[grid](T, end, n))
 
 
-def order(solver, name, coarse=80, factor=2, **options):
+def order(solver, name, coarse=40, factor=2, **options):
     """Slope of the error between ``coarse`` and ``factor * coarse`` steps."""
     first, last = (error(solver, name, n, **options) for n in (coarse, factor * coarse))
     return math.log(first / last) / math.log(factor)
@@ -92,13 +92,19 @@ TABLE = {
     "torchsde, midpoint": (TorchSDE(method="midpoint"), []),
 }
 SOLVERS = {method: solver for method, (solver, _) in TABLE.items()}
+# At 40 steps the second term of these errors, d h / (2 log 2), is above a quarter.
+LATE_ROWS = {
+    *(("exponential Euler", "HOLD"), ("reverse diffusion", "CLD, linear"), ("SSCS", "HOLD")),
+    *(("2", "PSLD"), ("2 at falling noise", "VP"), ("2 at falling noise", "CLD")),
+    *(("1 corrected at 1", "CLD"), ("EDM, churn 20.0", "VE"), ("BOAOB", "CLD")),
+}
 
 
 @pytest.mark.parametrize(
     ("method", "name"), [(method, name) for method in TABLE for name in TABLE[method][1]]
 )
 def test_the_order_is_the_declared_one(method, name):
-    slope = order(SOLVERS[method], name)
+    slope = order(SOLVERS[method], name, coarse=80 if (method, name) in LATE_ROWS else 40)
     assert abs(slope - declared(SOLVERS[method])) < SLOPE
 
 
