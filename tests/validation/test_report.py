@@ -219,7 +219,8 @@ def test_solvers_that_are_not_confirmed_are_a_complaint(names, line, complaint, 
 
 def test_the_seed_decides_on_samples():
     first, again, other = (
-        [check.measured for check in validated("em", seed=seed).checks] for seed in (5, 5, 6)
+        [check.measured for check in validated("em", cases=["VP"], seed=seed).checks]
+        for seed in (5, 5, 6)
     )
     assert first == again
     assert first[0] == other[0]  # the weak order is exact
