@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,6 +60,27 @@ class _Steps(NamedTuple):
     slope: Tensor  # their integrand at the nodes, times the quadrature weight, (n, q, k, m)
 
 
+@dataclass(frozen=True)
+class LevelNoise:
+    """Stochasticity λ as a function of the noise level, for any process.
+
+    Parameters
+    ----------
+    log_snr
+        Increasing κ = ½ log SNR.
+    stochasticity
+        λ ≥ 0 at each of them; linear in κ between them and constant outside.
+    """
+
+    log_snr: tuple[float, ...]
+    stochasticity: tuple[float, ...]
+
+    def at(self, log_snr: Tensor) -> Tensor:
+        """λ at values of κ ``(n,)``, float64."""
+        found = np.interp(log_snr.numpy(), self.log_snr, self.stochasticity)
+        return torch.from_numpy(found)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ExponentialMultistep(GridSolver):
     r"""Exponential multistep solver; DDIM, DPM-Solver++, UniPC and gDDIM are special cases.
@@ -91,8 +113,8 @@ class ExponentialMultistep(GridSolver):
     order
         Number of predictions that a step uses: 1, 2 or 3. The first steps have fewer.
     stochasticity
-        λ ≥ 0, or a function of float64 times ``(n,)`` that returns ``(n,)``. Each step uses the
-        value at its start.
+        λ ≥ 0; a `LevelNoise`; or a function of float64 times ``(n,)`` that returns ``(n,)``. Each
+        step uses the value at its start.
     corrector
         Whether to repeat each step except the last with the prediction at its end. The next step
         needs this prediction anyway, so NFE stay the same. For ``prediction="data"`` only.
@@ -144,7 +166,7 @@ class ExponentialMultistep(GridSolver):
     """
 
     order: int = 2
-    stochasticity: float | Callable[[Tensor], Tensor] = 0.0
+    stochasticity: float | LevelNoise | Callable[[Tensor], Tensor] = 0.0
     corrector: bool = False
     prediction: Prediction = "data"
     variable: Variable = "time"
@@ -171,7 +193,7 @@ class ExponentialMultistep(GridSolver):
         one_of(self.prediction, Prediction, "prediction")
         one_of(self.variable, Variable, "variable")
         one_of(self.weights, Weights, "weights")
-        if not callable(self.stochasticity):
+        if not (callable(self.stochasticity) or isinstance(self.stochasticity, LevelNoise)):
             check_at_least(self.stochasticity, 0.0, "stochasticity")
         if self.prediction == "noise" and self.stochasticity != 0:
             raise ValueError(
@@ -208,7 +230,7 @@ class ExponentialMultistep(GridSolver):
         # The weights of a single prediction need no quadrature.
         along = self.order > 1 or self._corrects(1)
         if self.prediction == "data":
-            steps = _data_steps(sde, times, self.levels(times[:-1]), along=along)
+            steps = _data_steps(sde, times, self.levels(sde, times[:-1]), along=along)
         else:
             steps, inverse = _noise_steps(sde, times, along=along)
             psi = sde.transition_matrix(torch.zeros_like(times[:-1]), times[:-1])[..., :1]
@@ -301,8 +323,10 @@ class ExponentialMultistep(GridSolver):
             )
         return torch.zeros_like(undetermined)
 
-    def levels(self, times: Tensor) -> Tensor:
-        """λ of the steps that start at times ``(n,)``, float64."""
+    def levels(self, sde: LinearSDE, times: Tensor) -> Tensor:
+        """λ of the steps that start at times ``(n,)`` of a process, float64."""
+        if isinstance(self.stochasticity, LevelNoise):
+            return self.stochasticity.at(sde.log_snr(times))
         if not callable(self.stochasticity):
             return torch.full_like(times, self.stochasticity)
         levels = torch.as_tensor(self.stochasticity(times), dtype=torch.float64, device="cpu")

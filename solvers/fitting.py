@@ -114,7 +114,7 @@ def default_settings(
         )
     return SamplerSettings(
         log_snr=tuple(process.sde.log_snr(plan.times).tolist()),
-        stochasticity=tuple(solver.levels(plan.times[:-1]).tolist()),
+        stochasticity=tuple(solver.levels(process.sde, plan.times[:-1]).tolist()),
         process=repr(process.sde),
         order=solver.order,
         corrector=solver.corrector,
@@ -235,5 +235,7 @@ def _import_cma() -> Any:
     try:
         import cma
     except ImportError as error:
-        raise ImportError("fit_sampler needs the library cma: pip install 'cldsde[tune]'") from error
+        raise ImportError(
+            "fit_sampler needs the library cma: pip install 'cldsde[tune]'"
+        ) from error
     return cma

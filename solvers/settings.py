@@ -17,7 +17,7 @@ from cldsde.linear.checks import as_number
 from cldsde.linear.log_snr import times_of_log_snr
 from cldsde.linear.sde import LinearSDE, check_process
 
-from .exponential_multistep import ExponentialMultistep
+from .exponential_multistep import ExponentialMultistep, LevelNoise
 
 _REACHED = 1e-6  # distance in κ from a level that counts as reached
 
@@ -98,11 +98,12 @@ class SamplerSettings:
         """Number of evaluations, without guidance."""
         return len(self.log_snr)
 
-    def solver(self, sde: LinearSDE) -> ExponentialMultistep:
-        """The solver for a process, on `times` or from one of them on; errors as `times`."""
+    @property
+    def solver(self) -> ExponentialMultistep:
+        """The solver, on `times` or from one of them on."""
         return ExponentialMultistep(
             order=self.order,
-            stochasticity=_PerStep(tuple(self.times(sde).tolist()[:-1]), self.stochasticity),
+            stochasticity=LevelNoise(self.log_snr[:-1], self.stochasticity),
             corrector=self.corrector,
             variable="vp_time",
         )
@@ -150,15 +151,3 @@ class SamplerSettings:
         if not isinstance(found, dict) or set(found) != names:
             raise ValueError(f"{file} must hold the settings {', '.join(sorted(names))} in JSON")
         return cls(**found)
-
-
-@dataclass(frozen=True)
-class _PerStep:
-    """λ of the step with the nearest start."""
-
-    starts: tuple[float, ...]
-    levels: tuple[float, ...]
-
-    def __call__(self, times: Tensor) -> Tensor:
-        table = torch.tensor([self.starts, self.levels], dtype=torch.float64, device="cpu")
-        return table[1, (times.unsqueeze(1) - table[0]).abs().argmin(1)]

@@ -157,7 +157,8 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         if self.settings is not None:
             if solver is not None or grid != "root_times":
                 raise ValueError("solver and grid must be left out with settings, which have both")
-            self.solver = self.settings.solver(self.sde)
+            self.settings.times(self.sde)  # raises if they are for another process
+            self.solver = self.settings.solver
         elif grid == "root_times":
             self._window = window(self.sde, self._convention, start, end)
         for name, given in (("start", start), ("end", end)):

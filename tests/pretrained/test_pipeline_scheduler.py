@@ -271,7 +271,7 @@ def test_steps_with_settings_are_those_of_sample():
     x = torch.randn(2, 3, 8, 8, generator=generator())
     process = ReverseProcess(sde, DenoiserScore(pretrained.from_diffusers(pipe), sde))
     expected = solvers.solve(
-        process, settings.solver(sde), x.unsqueeze(1), settings.times(sde), denoise=True
+        process, settings.solver, x.unsqueeze(1), settings.times(sde), denoise=True
     ).data
     for t in scheduler.timesteps:
         x = scheduler.step(pipe.unet(x, t).sample, t, x).prev_sample
