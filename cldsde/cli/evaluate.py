@@ -83,7 +83,7 @@ def prepare(options: Namespace) -> Callable[[], None]:
         **{name: getattr(options, name) for name in names},
     )
     if model is None:
-        images = load_samples(target)
+        images = load_samples(target, evaluation.data.train)
         evaluation.check(shape=images.shape[1:], images=len(images))
     else:
         evaluation.check(shape=model.space.shape)
@@ -101,6 +101,7 @@ def prepare(options: Namespace) -> Callable[[], None]:
             check_writable(beside)
 
     def work() -> None:
+        evaluation.data.train.keep_decoded(progress=True)
         if model is None:
             found = evaluation.of_samples(images, _named(target).name, out)
         else:

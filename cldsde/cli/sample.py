@@ -112,11 +112,10 @@ def prepare(options: Namespace) -> Callable[[], None]:
     solvers, budgets = ([x] if x is not None else None for x in (options.solver, options.nfe))
     [sampling] = recipes_of(options, model, solvers, budgets)
     how = {name: getattr(options, name) for name in ("method", "noise_std", "particles")}
-    channels = model.space.shape[0]
     sampler = ImageSampler.of(
         *(model, sampling),
         label=model.space.label(options.label),
-        observed=ObservedImage.read(options.known, options.observe, channels, **how),
+        observed=ObservedImage.read(options.known, options.observe, model.space, **how),
         guidance=1.0 if options.guidance is None else options.guidance,
         **{name: getattr(options, name) for name in ("batch", "precision")},
     )

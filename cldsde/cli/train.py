@@ -14,6 +14,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 from cldsde.cli.options import DEVICE, SEED, flag, option, resolve_device, several
 from cldsde.errors import SettingError
@@ -27,7 +28,7 @@ OPTIONS = (
     flag("--resume", "fail if there is no run to resume"),
     option("--init-from RUN", str, _INIT),
     DEVICE,
-    flag("--dry-run", "check everything, measure two steps, write nothing and stop"),
+    flag("--dry-run", "check everything, measure loading and steps, write nothing and stop"),
     flag("--print-config", "print the resolved configuration and stop"),
 )
 
@@ -38,7 +39,15 @@ def prepare(options: Namespace) -> Callable[[], None]:
 
     from cldsde.images.config import load_config
     from cldsde.images.runs import CONFIG, RunFolder
-    from cldsde.images.train import check_run, outlook, rehearse, summary, train
+    from cldsde.images.train import (
+        check_run,
+        forecast,
+        outlook,
+        rehearsal,
+        rehearse,
+        summary,
+        train,
+    )
 
     given = {"seed": options.seed, "training.init_from": options.init_from}
     more = [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
@@ -56,16 +65,16 @@ def prepare(options: Namespace) -> Callable[[], None]:
     if started != state.num_processes:
         raise SettingError("device", f"the {started} processes do not form a group")
     data = config.data.load()
-    statistics = check_run(config, data, device=device, processes=state.num_processes, run=out)
-    facts, images = "\n".join(summary(config, data, device)), config.training.images
+    facts = "\n".join(summary(config, data, device))
+    data, decoding = rehearsal(data) if options.dry_run else (data, 0.0)
+    shown, processes = state.is_main_process, state.num_processes
+    how: dict[str, Any] = {"device": device, "processes": processes, "run": out}
+    statistics = check_run(config, data, **how, progress=shown)
     if options.dry_run:
 
         def measure() -> None:
-            speed, memory = rehearse(config, data, device=device, statistics=statistics)
-            measured = (
-                f"measured: {speed:,.0f} images per second, {memory / 2**20:,.0f} MiB at most"
-            )
-            print(f"{facts}\n{measured}; {images / speed / 60:,.1f} minutes in all")
+            found = rehearse(config, data, device=device, statistics=statistics)
+            print("\n".join([facts, *forecast(config, *found, decoding)]))
 
         return measure
     with state.main_process_first():

@@ -10,9 +10,21 @@ from torch import Tensor
 
 from cldsde.errors import require
 
+Scale = int | tuple[float, float]
+"""Number of grey levels, or the range of continuous numbers."""
 
-def check_values(images: object, levels: int) -> Tensor:
-    """Return uint8 images if their values are below ``levels``, or raise."""
+
+def check_values(images: object, levels: Scale) -> Tensor:
+    """Return images if they are uint8 below ``levels``, or numbers in their range; or raise."""
+    if not isinstance(levels, int):
+        if not isinstance(images, Tensor) or not images.is_floating_point():
+            raise TypeError(f"images must be a floating-point tensor; got {kind_of(images)}")
+        least, most = map(float, images.aminmax()) if images.numel() else levels
+        # A comparison with NaN is false.
+        if not (levels[0] <= least and most <= levels[1]):
+            msg = f"images must have values in their range, {levels[0]:g} to {levels[1]:g}; got "
+            raise ValueError(f"{msg}{least:g} to {most:g}")
+        return images
     if not isinstance(images, Tensor) or images.dtype != torch.uint8:
         raise TypeError(f"images must be a uint8 tensor; got {kind_of(images)}")
     # A byte cannot exceed 256 levels, and reading from an accelerator would wait for it.
@@ -27,9 +39,10 @@ def kind_of(value: object) -> object:
 
 
 def check_images(images: object, name: str, *, least: int = 1) -> Tensor:
-    """Return at least ``least`` uint8 images ``(N, C, H, W)`` on the CPU, or raise."""
-    if not isinstance(images, Tensor) or images.dtype != torch.uint8 or images.device.type != "cpu":
-        raise TypeError(f"{name} must be a uint8 tensor on the CPU; got {kind_of(images)}")
+    """Return at least ``least`` images ``(N, C, H, W)``, uint8 or floats, on the CPU, or raise."""
+    allowed = (torch.uint8, torch.float16, torch.float32, torch.float64)
+    if not (isinstance(images, Tensor) and images.is_cpu and images.dtype in allowed):
+        raise TypeError(f"{name} must be a uint8 or float tensor on the CPU; got {kind_of(images)}")
     if images.ndim != 4 or 0 in images.shape[1:]:
         raise ValueError(f"{name} must have shape (N, C, H, W); got {tuple(images.shape)}")
     if len(images) < least:

@@ -34,6 +34,10 @@ __all__ = [
 ]
 
 
+_PLACE = ("path", "workers", "download", "cache", "cache_gib")
+"""Options of the data that do not change the images."""
+
+
 @section
 class RunConfig(Configuration):
     """Everything that a trained model depends on.
@@ -59,7 +63,7 @@ class RunConfig(Configuration):
 
     FREE: ClassVar[tuple[str, ...]] = (
         "sampling",
-        *(f"data.options.{key}" for key in ("path", "workers", "download")),
+        *(f"data.options.{key}" for key in _PLACE),
         *(f"training.{key}" for key in ("images", "micro_batch", "precision", "compile")),
         *(f"training.{key}" for key in ("log_every", "save_every", "sample_every", "held_out")),
         *(f"training.{key}" for key in ("sample_grid", "snapshots", "snapshots_by", "measure")),
@@ -115,7 +119,7 @@ class RunConfig(Configuration):
         values = self._digested()
         names = ("process", "network", "score", "latent", "data")
         parts = {name: values[name] for name in names} | {"t_min": self.training.t_min}
-        for key in ("path", "workers", "download"):
+        for key in _PLACE:
             parts["data"]["options"].pop(key, None)
         return _sha256(parts)
 
@@ -126,6 +130,8 @@ class RunConfig(Configuration):
         for name, value in added.items():
             if values["score"][name] == value:
                 del values["score"][name]
+        if self.data.crop == 1:
+            del values["data"]["crop"]
         if self.training.reduction == "mean":
             del values["training"]["reduction"]
         return values

@@ -77,7 +77,7 @@ class Run(TrainedModel):
         config = config if isinstance(config, RunConfig) else load_config(Path(config).expanduser())
         data = config.data.load() if data is None else data
         out = Path(out).expanduser()
-        statistics = check_run(config, data, device=device, run=out)
+        statistics = check_run(config, data, device=device, run=out, progress=progress)
         folder = RunFolder(out, config.to_dict(), free=config.FREE)
         train(config, data, folder, device=device, statistics=statistics, progress=progress)
         return cls.load(folder.path, "cpu" if device == "auto" else device, trust=True)

@@ -15,6 +15,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from cldsde.images.checks import Scale
 from cldsde.images.data.pictures import open_picture
 from cldsde.images.data.samples import as_bytes
 
@@ -22,18 +23,20 @@ from cldsde.images.data.samples import as_bytes
 def save_grid(
     file: Path,
     images: Tensor,
-    levels: int = 256,
+    levels: Scale = 256,
     *,
     columns: int | None = None,
     notes: PngInfo | None = None,
 ) -> None:
-    """Write images ``(N, C, H, W)`` uint8 in a grid; pixels of small images become squares.
+    """Write images ``(N, C, H, W)`` in a grid; pixels of small images become squares.
 
-    Without ``columns`` the grid is nearly square. ``notes`` go into the header of a PNG.
+    Channels other than 1 or 3 are side by side. Without ``columns`` the grid is nearly
+    square. ``notes`` go into the header of a PNG.
     """
+    images = _shown(as_bytes(images.cpu(), levels))
     n, _, height, width = images.shape
     columns = math.isqrt(n - 1) + 1 if columns is None else columns
-    sheet = _montage(as_bytes(images.cpu(), levels).numpy(), columns, gap=2, fill=0)
+    sheet = _montage(images.numpy(), columns, gap=2, fill=0)
     sheet = np.pad(sheet, ((0, 0), (2, 2), (2, 2)))
     scale = max(1, 64 // max(height, width))
     sheet = sheet.repeat(scale, 1).repeat(scale, 2)
@@ -61,8 +64,14 @@ def is_whole_picture(file: Path) -> bool:
     return True
 
 
+def _shown(images: Tensor) -> Tensor:
+    """Images ``(N, C, H, W)`` of 1 or 3 channels; others become grey, side by side."""
+    return images if images.shape[1] in {1, 3} else torch.cat(images.split(1, 1), -1)  # type: ignore[no-untyped-call]
+
+
 def picture(image: Tensor) -> Image.Image:
-    """Bytes ``(C, H, W)`` with C = 1 or 3 as an image of Pillow's."""
+    """Bytes ``(C, H, W)`` as an image of Pillow's; channels other than 1 or 3 are side by side."""
+    image = _shown(image[None])[0]
     return Image.fromarray((image[0] if len(image) == 1 else image.movedim(0, -1)).numpy())
 
 

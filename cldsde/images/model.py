@@ -13,7 +13,8 @@ import torch
 from diffusers import UNet2DModel
 from torch import Tensor, nn
 
-from cldsde.errors import SettingError, setting
+from cldsde.errors import SettingError, require, setting
+from cldsde.images.checks import Scale
 from cldsde.images.config import RunConfig, SamplingConfig
 from cldsde.images.data import Images, channel_statistics
 from cldsde.images.latent import VAE
@@ -50,7 +51,7 @@ class ImageSpace:
     Attributes
     ----------
     shape, levels
-        ``(C, H, W)``, and number of grey levels.
+        ``(C, H, W)``, and number of grey levels, or range of continuous numbers.
     dequantised
         Whether the model was trained on levels spread over their bins.
     classes, class_names
@@ -60,7 +61,7 @@ class ImageSpace:
     """
 
     shape: tuple[int, int, int]
-    levels: int = 256
+    levels: Scale = 256
     dequantised: bool = False
     classes: int | None = None
     always_classes: bool = False
@@ -68,10 +69,15 @@ class ImageSpace:
 
     @classmethod
     def of(cls, images: Images, config: RunConfig) -> ImageSpace:
-        """The space of a configuration's data; raise a SettingError if classes are missing."""
+        """The space of a configuration's data; raise a SettingError if they do not fit."""
         conditional = config.network.conditional
         if conditional and (images.labels is None or images.classes is None):
             raise SettingError("network.conditional", "the images have no classes")
+        continuous = not isinstance(images.levels, int)
+        msg = "must be false: continuous numbers have no grey levels"
+        require(not (config.data.dequantise and continuous), "data.dequantise", msg)
+        msg = "must be absent: the autoencoder of a latent model predicts grey levels"
+        require(config.latent is None or not continuous, "latent", msg)
         return cls(
             *(images.shape, images.levels, config.data.dequantise),
             images.classes if conditional else None,
@@ -105,10 +111,11 @@ class Statistics(NamedTuple):
     data_variance: Tensor
 
 
-def data_statistics(config: RunConfig, images: Images) -> Statistics:
+def data_statistics(config: RunConfig, images: Images, *, progress: bool = False) -> Statistics:
     """Mean and variance for a configuration's reference; raise if some variance is 0."""
-    per, dequantise = config.score.reference, config.data.dequantise
-    found = Statistics(*channel_statistics(images, per=per, dequantise=dequantise))
+    options: Any = {"dequantise": config.data.dequantise, "progress": progress}
+    per = config.score.reference
+    found = Statistics(*channel_statistics(images, per=per, **options))
     if per == "scalar" and not found.data_variance > 0:
         raise SettingError("data", "all pixels of all training images have the same value")
     if not bool((found.data_variance > 0).all()):
@@ -156,6 +163,7 @@ def make_vae(config: RunConfig, space: ImageSpace, device: str = "cpu") -> VAE |
     options = {name: getattr(latent, name) for name in names}
     with torch.random.fork_rng(devices=[]), torch.device(device), setting("latent"):
         torch.manual_seed(stream_seed(config.seed, "autoencoder"))
+        assert isinstance(space.levels, int)
         return VAE(space.shape, space.levels, **options)
 
 

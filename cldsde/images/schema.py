@@ -50,6 +50,18 @@ Blocks = Annotated[int, Strict(), Field(ge=1, le=256)]
 Levels = Annotated[int, Strict(), Field(ge=2, le=256)]
 """A number of grey levels."""
 
+
+def _rising(ends: Sequence[float]) -> tuple[float, float]:
+    if not ends[0] < ends[1]:
+        raise ValueError("should rise from the first number to the second")
+    return float(ends[0]), float(ends[1])
+
+
+Range = Annotated[
+    Sequence[Number], Field(min_length=2, max_length=2), pydantic.AfterValidator(_rising)
+]
+"""Range ``(low, high)`` of continuous numbers."""
+
 _STRICT = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
 
 

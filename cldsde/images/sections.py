@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import field
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, Strict
@@ -60,6 +62,9 @@ class DataConfig:
         Arguments of the function of that name in `cldsde.images.data`.
     flip
         Mirror each image, left to right, with probability one half.
+    crop
+        Smallest share of height and width of a random part of each image, which is resized to the
+        size of the image; 1 takes whole images.
     dequantise
         Spread each grey level uniformly over its bin, as likelihoods need.
     """
@@ -67,12 +72,18 @@ class DataConfig:
     name: str = "digits"
     options: Mapping[str, Any] = field(default_factory=dict)
     flip: Flag = False
+    crop: Annotated[float, Strict(), Field(gt=0, le=1)] = 1.0
     dequantise: Flag = False
 
     def __post_init__(self) -> None:
         """Check name and options."""
         check_name(self.name, DATA_SETS, "name")
-        object.__setattr__(self, "options", checked_options(DATA_SETS[self.name], self.options))
+        options = checked_options(DATA_SETS[self.name], self.options)
+        # A run is evaluated and resumed in other folders, too.
+        for key in ("path", "cache"):
+            if options.get(key) not in {None, "auto"}:
+                options[key] = os.path.abspath(Path(options[key]).expanduser())
+        object.__setattr__(self, "options", options)
 
     def load(self) -> DataSet:
         """Read the images; raise a SettingError if they are missing or an option does not fit."""

@@ -1,10 +1,11 @@
-"""Image data sets as bytes with labels, and their way to numbers in [−1, 1] and back.
+"""Image data sets with labels, and their way to numbers in [−1, 1] and back.
 
-A data set is two `Images`, one to train on and one held out. `Images` return the bytes of images by
-their row numbers, from memory or decoded on access, so that a data set may exceed memory.
+A data set is two `Images`, one to train on and one held out. `Images` return bytes or continuous
+numbers by row, from memory or files, so that a data set may exceed memory.
 """
 
 from cldsde.images.data.arrays import array_images
+from cldsde.images.data.decoded import PictureImages
 from cldsde.images.data.folder import FolderImages
 from cldsde.images.data.images import ArrayImages, Images, Subset
 from cldsde.images.data.pixels import augment, channel_statistics, pixels_of, to_levels, to_unit
@@ -24,6 +25,7 @@ __all__ = [
     "DataSet",
     "FolderImages",
     "Images",
+    "PictureImages",
     "Subset",
     "array_file",
     "array_images",

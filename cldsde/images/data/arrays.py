@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cldsde.images.checks import listed, what_instead
 from cldsde.images.data.images import ArrayImages
-from cldsde.images.schema import Levels, checked
+from cldsde.images.schema import Levels, Range, checked
 
 Layout = Literal["auto", "NHW", "NHWC", "NCHW"]
 Array = np.ndarray[Any, Any]
@@ -29,8 +29,12 @@ def array_images(
     labels: str | None = None,
     layout: Layout = "auto",
     levels: Levels = 256,
+    value_range: Range | None = None,
+    channels: Sequence[int] = (1, 3),
 ) -> ArrayImages:
     """All images of a ``.npy`` or ``.npz`` file of NumPy, in their order; see `array_file`.
+
+    ``channels`` are the numbers of channels by which the layout "auto" finds their axis.
 
     Raises
     ------
@@ -39,17 +43,22 @@ def array_images(
     """
     file = Path(path).expanduser()
     pixels, targets = _read(file, images, labels)
-    if pixels.dtype != np.uint8:
-        raise TypeError(f"{file} must hold images of uint8; got {pixels.dtype}")
     if 0 in pixels.shape:
         raise ValueError(f"{file} must hold at least one image; got shape {pixels.shape}")
-    tensor = to_nchw(torch.from_numpy(pixels), _layout_of(pixels.shape, layout, file))
+    if pixels.dtype.kind == "f" and value_range is None:
+        ends = f"they lie in {pixels.min():g} to {pixels.max():g}"
+        raise ValueError(f"value_range must be given for the {pixels.dtype} of {file}; {ends}")
+    if pixels.dtype != np.uint8 if value_range is None else pixels.dtype.kind != "f":
+        msg = f"{file} must hold images of uint8, or floating-point numbers with value_range; got "
+        raise TypeError(f"{msg}{pixels.dtype}")
+    order = _layout_of(pixels.shape, layout, file, channels)
+    tensor = to_nchw(torch.from_numpy(pixels), order)
     if targets is not None and (targets.dtype.kind not in "iu" or targets.shape != (len(pixels),)):
         got = f"{targets.dtype} of shape {targets.shape}"
         msg = f"labels must be integers of shape ({len(pixels)},), one per image; got {got}"
         raise ValueError(msg)
     numbers = None if targets is None else torch.from_numpy(targets.astype(np.int64))
-    return ArrayImages(tensor, levels=levels, labels=numbers)
+    return ArrayImages(tensor, levels=value_range or levels, labels=numbers)
 
 
 def to_nchw(images: Tensor, layout: Layout) -> Tensor:
@@ -59,7 +68,7 @@ def to_nchw(images: Tensor, layout: Layout) -> Tensor:
     return images.permute(0, 3, 1, 2) if layout == "NHWC" else images
 
 
-def _layout_of(shape: Sequence[int], layout: Layout, file: Path) -> Layout:
+def _layout_of(shape: Sequence[int], layout: Layout, file: Path, known: Sequence[int]) -> Layout:
     """The order of the axes, found by the shape if it is not given."""
     if layout != "auto":
         if len(shape) != len(layout):
@@ -68,11 +77,11 @@ def _layout_of(shape: Sequence[int], layout: Layout, file: Path) -> Layout:
         return layout
     readings: list[Layout] = []
     # (H, W, 3) and (3, H, W) are one image each.
-    if len(shape) == 3 and shape[0] not in (1, 3) and shape[2] not in (1, 3):
+    if len(shape) == 3 and shape[0] not in known and shape[2] not in known:
         readings = ["NHW"]
     elif len(shape) == 4:
         axes: list[tuple[Layout, int]] = [("NHWC", shape[3]), ("NCHW", shape[1])]
-        readings = [reading for reading, channels in axes if channels in (1, 3)]
+        readings = [reading for reading, channels in axes if channels in known]
     if len(readings) != 1:
         msg = f"layout must be given, as NHW, NHWC or NCHW, for the shape of {file}; got "
         raise ValueError(f"{msg}{tuple(shape)}, which could be several or none of them")
@@ -90,6 +99,8 @@ def _read(path: Path, images: str | None, labels: str | None) -> tuple[Array, Ar
     if images is not None:
         raise ValueError(f"images names an array of a .npz, which {path} is not; got {images!r}")
     beside = None if labels is None else Path(labels).expanduser()
+    if beside is not None and not beside.is_file():
+        beside = path.with_name(beside.name)  # as seen from another folder than the training's
     if beside is not None and not beside.is_file():
         msg = f"labels must be a .npy if path is one; got {beside}, which {what_instead(beside)}"
         raise FileNotFoundError(msg)
@@ -118,7 +129,8 @@ def _members(file: Path, images: str | None, labels: str | None) -> tuple[Array,
         if name is not None and name not in arrays:
             msg = f"{option} must be an array of {file}: {listed(names, 'or')}; got {name!r}"
             raise ValueError(msg)
-    fits = {name for name, x in arrays.items() if x.dtype == np.uint8 and x.ndim in (3, 4)}
+    fits = {name for name, x in arrays.items() if x.ndim in (3, 4)}
+    fits = {name for name in fits if arrays[name].dtype == np.uint8} or fits
     found = [images] if images is not None else sorted(fits - {labels})
     if len(found) != 1:
         msg = f"images must name the array of images, for {len(found)} arrays of {file} could be "

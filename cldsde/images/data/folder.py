@@ -1,54 +1,44 @@
-"""Images of a folder, decoded when they are needed."""
+"""Pictures in a folder, a zip archive, or a data set that the library datasets saved."""
 
 from __future__ import annotations
 
 import os
 import unicodedata
+import zipfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
-from functools import partial
-from pathlib import Path
-from typing import Literal
-
-import torch
-from PIL import Image
-from torch import Tensor
+from collections.abc import Iterable
+from functools import lru_cache, partial
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 from cldsde.images.checks import listed, what_instead
-from cldsde.images.data.images import Images
-from cldsde.images.data.pictures import SUFFIXES, open_picture, pixels_of_picture, read_picture
-from cldsde.images.schema import Count, Flag, checked
+from cldsde.images.data.decoded import PictureImages
+from cldsde.images.data.pictures import SUFFIXES, Packed
+from cldsde.images.schema import Flag, checked, checked_options
+from cldsde.messages import brief
+
+_LARGEST = 2**30  # bytes of a picture in an archive
+Names = tuple[str, ...]
+Files = list[tuple[Names, Path | Packed]]
+"""Pictures and their names, folders first."""
 
 
-class FolderImages(Images):
-    """The image files of a folder and its subfolders, decoded when they are needed.
+class FolderImages(PictureImages):
+    """The pictures of a folder and its subfolders, a zip archive, or a saved data set.
 
-    Every file is opened once when the object is made, which reads its header.
+    Every file is opened once when the object is made, which reads its header, unless its pictures
+    were decoded before.
 
     Parameters
     ----------
     path
-        The folder.
-    size
-        Height and width. An image is cropped to its central square, which is resized by Pillow's
-        bicubic filter with antialiasing; a square of that size is not changed.
-    channels
-        3 for RGB, 1 for grey.
+        The folder, the ``.zip`` file, or the folder to which the library datasets saved a data set
+        with one column of pictures. An outer folder of all files in an archive does not count.
     classes
-        Whether the subfolders are classes: 0, 1, … in the order of their names.
-    workers
-        Threads that decode.
-    skip_damaged
-        Decode every file at once, and leave out those that cannot be decoded.
-
-    Attributes
-    ----------
-    files : tuple of Path
-        The file of each row.
-    skipped : tuple of str
-        Files left out, and the reason: undecodable files, and files with other suffixes.
+        Whether the subfolders are classes: 0, 1, … in the order of their names. In a saved data set
+        the classes are its column of the type ``ClassLabel``.
+    options
+        Size and other options of `PictureImages`.
 
     Raises
     ------
@@ -64,65 +54,37 @@ class FolderImages(Images):
 
     EXIF orientation is applied. Transparent images are laid over white. Grey becomes three equal
     channels, and RGB becomes grey by Pillow's (Rec. 601) weights. 16-bit grey is scaled by 1/257
-    and rounded. CMYK is converted without its colour profile. Images of 32-bit or floating-point
-    pixels are errors, because their scale is not known. Of several frames the first is used.
+    and rounded, unless ``bits`` is 16. CMYK is converted without its colour profile. Images of
+    32-bit or floating-point pixels are errors, because their scale is not known. Of several frames
+    the first is used.
     """
 
     @checked
-    def __init__(
-        self,
-        path: str | Path,
-        *,
-        size: Count,
-        channels: Literal[1, 3] = 3,
-        classes: Flag = False,
-        workers: Count = 4,
-        skip_damaged: Flag = False,
-    ) -> None:
-        self._workers = workers
-        root = as_folder(path)
-        found, others = _found(root)
-        if not found:
+    def __init__(self, path: str | Path, *, classes: Flag = False, **options: Any) -> None:
+        given = ("files", "facts", "labels", "classes")
+        options = checked_options(PictureImages, options, given, key="")
+        place = Path(path).expanduser()
+        packed = place.suffix.lower() == ".zip" and place.is_file()
+        root = place if packed else as_folder(place)
+        numbers: list[int] | None
+        names, numbers, others = None, None, Counter[str]()
+        if (root / "dataset_info.json").is_file() or (root / "dataset_dict.json").is_file():
+            files, numbers, names = _in_table(root, classes=classes)
+            stamps: list[Any] = [(x.name, _stamp(x)) for x in sorted(root.glob("*.arrow"))]
+        else:
+            found, tops, others = _in_archive(root) if packed else _in_folder(root)
+            found.sort(key=lambda one: _name_order(one[0]))
+            if classes and found:
+                names, numbers = _classes(root, found, tops)
+            files, stamps = [x for _, x in found], [(part, _stamp(x)) for part, x in found]
+        if not files:
             msg = f"{root} holds no image; files that end in {listed(sorted(SUFFIXES))} count"
             raise ValueError(msg)
-        names, numbers = _classes(root, found) if classes else (None, [0] * len(found))
-        damaged = self._damaged(found, whole=skip_damaged)
-        self.files = tuple(file for file in found if file not in damaged)
-        if damaged and not (skip_damaged and self.files):
-            raise ValueError(_described(damaged))
-        kept = [number for file, number in zip(found, numbers, strict=True) if file not in damaged]
-        labels = None if names is None else torch.tensor(kept)
-        super().__init__(len(kept), (channels, size, size), labels=labels, classes=names)
+        # Files of the same names, sizes and times may be in two places.
+        facts = [str(root.resolve()), stamps]
+        super().__init__(files, facts, labels=numbers, classes=names, **options)
         counts = (f"{count} files that end in {suffix}" for suffix, count in sorted(others.items()))
-        self.skipped = (*damaged.values(), *counts)
-
-    def _read(self, rows: Tensor) -> Tensor:
-        channels, size, _ = self.shape
-        files = [self.files[row] for row in rows.tolist()]
-        try:
-            with ThreadPoolExecutor(min(self._workers, len(rows))) as pool:
-                return torch.stack(list(pool.map(partial(_decode, size, channels), files)))
-        except ValueError:
-            # A damaged file is seldom alone: name all at once.
-            if damaged := self._damaged(self.files, whole=True):
-                raise ValueError(_described(damaged)) from None
-            raise
-
-    def _damaged(self, files: Sequence[Path], *, whole: bool) -> dict[Path, str]:
-        """Files that cannot be decoded, and why; their headers are read, or all of them."""
-
-        def reason(file: Path) -> str | None:
-            try:
-                with nullcontext(read_picture(file)) if whole else open_picture(file):
-                    pass
-            except ValueError as error:
-                return str(error)
-            return None
-
-        # A pool per call takes a fraction of a millisecond, and can be pickled and forked.
-        with ThreadPoolExecutor(min(self._workers, len(files))) as pool:
-            found = zip(files, pool.map(reason, files), strict=True)
-            return {file: text for file, text in found if text is not None}
+        self.skipped = (*self.skipped, *counts)
 
 
 def as_folder(path: str | Path) -> Path:
@@ -134,24 +96,24 @@ def as_folder(path: str | Path) -> Path:
     return folder
 
 
-def _described(damaged: Mapping[Path, str]) -> str:
-    """Damaged files in one line, ten at most."""
-    first, *others = damaged.values()
-    if not others:
-        return f"{first}; skip_damaged = true leaves it out"
-    names = ", ".join(str(file) for file in list(damaged)[1:10])
-    more = f"{len(others)} others: {names}{', …' if len(damaged) > 10 else ''}"
-    return f"{first}; nor can {more}. skip_damaged = true leaves them out"
+def _stamp(file: Any) -> Any:
+    """Everything that changes with a file: its size and time, or those in an archive."""
+    if isinstance(file, Packed):
+        return file.stamp
+    try:
+        return file.stat().st_size, file.stat().st_mtime_ns
+    except OSError:  # the error is reported when it is opened
+        return None
 
 
-def _name_order(path: Path) -> tuple[list[str], tuple[str, ...]]:
+def _name_order(parts: Names) -> tuple[list[str], Names]:
     """Sorting key that does not depend on how a file system composes accents."""
-    return [unicodedata.normalize("NFC", part) for part in path.parts], path.parts
+    return [unicodedata.normalize("NFC", part) for part in parts], parts
 
 
-def _found(root: Path) -> tuple[list[Path], Counter[str]]:
-    """Image files of a folder and its subfolders in order, and numbers of other files by suffix."""
-    files: list[Path] = []
+def _in_folder(root: Path) -> tuple[Files, list[str], Counter[str]]:
+    """Files of a folder and its subfolders, its own subfolders, and numbers of other files."""
+    files: Files = []
     others: Counter[str] = Counter()
     for name, folders, names in os.walk(root, onerror=_raise, followlinks=True):
         place = Path(name)
@@ -161,37 +123,121 @@ def _found(root: Path) -> tuple[list[Path], Counter[str]]:
         folders[:] = [folder for folder in folders if folder[0] != "."]
         for file in (place / name for name in names if name[0] != "."):
             if file.suffix.lower() in SUFFIXES:
-                files.append(file)
+                files.append((file.relative_to(root).parts, file))
             else:
                 others[file.suffix or "no suffix"] += 1
-    return sorted(files, key=_name_order), others
+    tops = [x.name for x in root.iterdir() if x.is_dir() and x.name[0] != "."]
+    return files, tops, others
 
 
 def _raise(error: OSError) -> None:
     raise error
 
 
-def _classes(root: Path, files: Sequence[Path]) -> tuple[list[str], list[int]]:
+def _in_archive(archive: Path) -> tuple[Files, list[str], Counter[str]]:
+    """The same of a zip archive, without an outer folder of all its files."""
+    stamp, others = _stamp(archive), Counter[str]()
+    try:
+        entries = {
+            PurePosixPath(x.filename).parts: x
+            for x in _opened(archive, stamp, os.getpid()).infolist()
+        }
+    except (zipfile.BadZipFile, OSError, ValueError) as error:
+        raise ValueError(f"{archive} cannot be read as a zip archive: {error}") from error
+    hidden = ("__MACOSX", ".")
+    found = {
+        names: x
+        for names, x in entries.items()
+        if not (x.is_dir() or any(part.startswith(hidden) for part in names))
+    }
+    outer = 0
+    while found and len({x[: outer + 1] for x in found}) == 1 and min(map(len, found)) > outer + 2:
+        outer += 1
+    files: Files = []
+    for names, x in found.items():
+        if PurePosixPath(names[-1]).suffix.lower() in SUFFIXES:
+            read = partial(_member, archive, stamp, x.filename)
+            entry = Packed(f"{archive}, {x.filename}", read, (x.file_size, x.CRC))
+            files.append((names[outer:], entry))
+        else:
+            others[PurePosixPath(names[-1]).suffix or "no suffix"] += 1
+    return files, [*{names[0] for names, _ in files if len(names) > 1}], others
+
+
+@lru_cache(maxsize=8)
+def _opened(archive: Path, stamp: Any, process: int) -> zipfile.ZipFile:
+    """An archive, open once per process: processes that share a file share its position."""
+    del stamp, process
+    return zipfile.ZipFile(archive)
+
+
+def _member(archive: Path, stamp: Any, name: str) -> bytes:
+    source = _opened(archive, stamp, os.getpid())
+    if source.getinfo(name).file_size > _LARGEST:
+        raise ValueError(f"it has more than {_LARGEST // 2**20} MiB")
+    return source.read(name)
+
+
+def _classes(root: Path, files: Files, tops: Iterable[str]) -> tuple[list[str], list[int]]:
     """Names of the classes, and the class of each file."""
-    visible = (x for x in root.iterdir() if x.is_dir() and x.name[0] != ".")
-    folders = sorted(visible, key=_name_order)
-    numbers = {folder.name: i for i, folder in enumerate(folders)}
-    owners = [file.relative_to(root).parts[0] for file in files]
-    for file, owner in zip(files, owners, strict=True):
-        if owner not in numbers:
+    classes = sorted(tops, key=lambda name: _name_order((name,)))
+    for names, file in files:
+        if len(names) == 1:
             msg = f"{file} belongs to no class; with classes=True images lie in subfolders"
             raise ValueError(msg)
-    for name in sorted(numbers.keys() - set(owners)):
+    owners = [names[0] for names, _ in files]
+    for name in sorted({*classes} - {*owners}):
         raise ValueError(f"{root / name} is a class without an image; add images or remove it")
-    return list(numbers), [numbers[owner] for owner in owners]
+    numbers = {name: i for i, name in enumerate(classes)}
+    return classes, [numbers[owner] for owner in owners]
 
 
-def _decode(size: int, channels: int, file: Path) -> Tensor:
-    image = read_picture(file, "RGB" if channels == 3 else "L")
-    side = min(image.size)
-    left, top = ((length - side) // 2 for length in image.size)
-    # Cropped first: resize(box=…) would let the filter reach over the edges of the box.
-    square = image.crop((left, top, left + side, top + side))
-    if side != size:
-        square = square.resize((size, size), Image.Resampling.BICUBIC)
-    return pixels_of_picture(square)
+def _in_table(
+    root: Path, *, classes: bool
+) -> tuple[list[Path | Packed], list[int] | None, list[str] | None]:
+    """Pictures of a saved data set, their classes and the names of these."""
+    table = _table(root, os.getpid())
+    kinds = {name: type(kind).__name__ for name, kind in table.features.items()}
+    wanted = [("Image", "of pictures"), *([("ClassLabel", "of classes")] if classes else [])]
+    found = []
+    for kind, text in wanted:
+        columns = [name for name, own in kinds.items() if own == kind]
+        if len(columns) != 1:
+            msg = f"{root} must have one column {text} ({kind}); it has {len(columns)} among "
+            raise ValueError(f"{msg}{listed([*kinds])}. Save it with others by select_columns")
+        found += columns
+    reads = [partial(_cell, root, found[0], row) for row in range(len(table))]
+    files: list[Path | Packed] = [Packed(f"{root}, row {i}", x) for i, x in enumerate(reads)]
+    if not classes:
+        return files, None, None
+    return files, [int(x) for x in table[found[1]]], table.features[found[1]].names
+
+
+@lru_cache(maxsize=8)
+def _table(root: Path, process: int) -> Any:
+    """A saved data set, whose pictures are not decoded; once per process."""
+    del process
+    try:
+        import datasets
+    except ImportError as error:
+        msg = f"{root} needs the library datasets, which saved it: pip install datasets"
+        raise ImportError(msg) from error
+    try:
+        table = datasets.load_from_disk(str(root))
+    except Exception as error:  # of many classes, for damaged folders
+        raise ValueError(f"{root} cannot be loaded by datasets: {brief(error)}") from error
+    if isinstance(table, datasets.DatasetDict):
+        msg = f"path must name the folder of a split in {root}: {listed([*table], 'or')}"
+        raise ValueError(msg)  # noqa: TRY004 -- the value of a path
+    for name, kind in table.features.items():
+        if isinstance(kind, datasets.Image):
+            table = table.cast_column(name, datasets.Image(decode=False))
+    return table
+
+
+def _cell(root: Path, column: str, row: int) -> bytes:
+    found = _table(root, os.getpid())[row][column]
+    if found is None:
+        raise ValueError("there is no picture")
+    content: bytes | None = found["bytes"]
+    return Path(found["path"]).read_bytes() if content is None else content

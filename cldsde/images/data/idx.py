@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cldsde.images.checks import listed
+from cldsde.images.data.decoded import cache_folder
 from cldsde.images.data.images import CHUNK, ArrayImages
 
 _DEBIAN = Path("/usr/share/datasets/fashion-mnist")
@@ -26,8 +27,7 @@ _FASHION_CLASSES = (
 
 def fashion_folder() -> Path:
     """The first existing folder among the usual places of Fashion-MNIST."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    folders = [_DEBIAN, cache / "cldsde" / "fashion-mnist"]
+    folders = [_DEBIAN, cache_folder() / "fashion-mnist"]
     if os.environ.get("CLDSDE_DATA"):
         folders.insert(0, Path(os.environ["CLDSDE_DATA"]).expanduser() / "fashion-mnist")
     for folder in folders:

@@ -1,4 +1,4 @@
-"""Bytes to numbers in [−1, 1] and back, and the statistics of these numbers.
+"""Images to numbers in [−1, 1] and back, and the statistics of these numbers.
 
 Grey levels are numbers 0 … levels − 1. `to_unit` and `to_levels` put both ends of the scale on ±1;
 `augment` can instead spread every level over its bin, as likelihoods of discrete data need.
@@ -6,19 +6,27 @@ Grey levels are numbers 0 … levels − 1. `to_unit` and `to_levels` put both e
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from cldsde.images.checks import check_values
-from cldsde.images.data.images import CHUNK, Images
+from cldsde.images.checks import Scale, check_values
+from cldsde.images.data.images import Images
 from cldsde.images.schema import checked
 from cldsde.score import quantisation
 
 
-def to_unit(images: Tensor, levels: int = 256) -> Tensor:
-    """Map uint8 levels of any shape to float32 in [−1, 1]: 2x/(levels − 1) − 1."""
+def to_unit(images: Tensor, levels: Scale = 256) -> Tensor:
+    """Map uint8 levels of any shape to float32 in [−1, 1]: 2x/(levels − 1) − 1.
+
+    If ``levels`` is a range, images are numbers in it, whose ends are mapped to −1 and 1.
+    """
+    if not isinstance(levels, int):
+        low, high = levels
+        return 2 * ((check_values(images, levels).to(torch.float32) - low) / (high - low)) - 1
     # In this order both ends are exact.
     return 2 * check_values(images, levels).to(torch.float32) / (levels - 1) - 1
 
@@ -28,10 +36,11 @@ def pixels_of(images: Images) -> Tensor:
     return to_unit(images.load(torch.arange(len(images))), images.levels)
 
 
-def to_levels(images: Tensor, levels: int = 256, *, dequantised: bool = False) -> Tensor:
+def to_levels(images: Tensor, levels: Scale = 256, *, dequantised: bool = False) -> Tensor:
     """Round numbers of any shape to uint8 levels: the inverse of `to_unit`, or of dequantisation.
 
-    Numbers outside [−1, 1] are clamped. ``dequantised`` numbers are levels spread over their bins,
+    If ``levels`` is a range, numbers become float32 in it, and are not rounded. Numbers outside
+    [−1, 1] are clamped. ``dequantised`` numbers are levels spread over their bins,
     (2x + 2U)/levels − 1, instead of 2x/(levels − 1) − 1.
     """
     if not isinstance(images, Tensor) or not images.is_floating_point():
@@ -43,6 +52,9 @@ def to_levels(images: Tensor, levels: int = 256, *, dequantised: bool = False) -
     # Half precision cannot tell 256 levels from the values between them.
     fine = images.detach().to(torch.promote_types(images.dtype, torch.float32))
     unit = (fine.clamp(-1, 1) + 1) / 2
+    if not isinstance(levels, int):
+        low, high = levels
+        return (low + (high - low) * unit).to(torch.float32).clamp(low, high)
     if dequantised:
         return (unit * levels).floor().clamp_max(levels - 1).to(torch.uint8)
     return (unit * (levels - 1)).round().to(torch.uint8)
@@ -50,33 +62,52 @@ def to_levels(images: Tensor, levels: int = 256, *, dequantised: bool = False) -
 
 def augment(
     images: Tensor,
-    levels: int,
+    levels: Scale,
     *,
     flip: bool,
     dequantise: bool,
+    crop: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Map bytes ``(n, C, H, W)`` to float32 in [−1, 1] for training.
+    """Map images ``(n, C, H, W)`` to float32 in [−1, 1] for training.
 
-    ``flip`` mirrors each image with probability 1/2. ``dequantise`` spreads each level uniformly
-    over its bin (`cldsde.score.dequantise`), instead of `to_unit`.
+    ``flip`` mirrors each image with probability 1/2. ``crop`` below 1 resizes a random part of each
+    image to its size; the share of its height and width is uniform between ``crop`` and 1.
+    ``dequantise`` spreads each level uniformly over its bin (`cldsde.score.dequantise`), instead of
+    `to_unit`.
 
     Notes
     -----
     The order of the random numbers: if ``flip``, n uniform numbers, mirrored below 1/2; then, if
-    ``dequantise``, n·C·H·W uniform numbers in the order of the mirrored images. They depend on
-    nothing but the shape and these two flags.
+    ``crop`` is below 1, 3n uniform numbers for sizes, rows and columns; then, if ``dequantise``,
+    n·C·H·W uniform numbers in the order of the images. They depend on nothing else.
     """
     check_values(images, levels)
     if images.ndim != 4:
         raise ValueError(f"images must have shape (n, C, H, W); got {tuple(images.shape)}")
+    source = images.device if generator is None else generator.device
     if flip:
-        source = images.device if generator is None else generator.device
         uniform = torch.rand(len(images), generator=generator, device=source).to(images.device)
         images = torch.where((uniform < 0.5).reshape(-1, 1, 1, 1), images.flip(-1), images)
-    if dequantise:
+    if crop < 1:
+        places = torch.rand(3, len(images), generator=generator, device=source).T.tolist()
+        parts = [_part(x, levels, crop, *place) for x, place in zip(images, places, strict=True)]
+        images = torch.stack(parts)
+    if dequantise and isinstance(levels, int):
         return quantisation.dequantise(images, count=levels, generator=generator)
     return to_unit(images, levels)
+
+
+def _part(image: Tensor, levels: Scale, crop: float, *place: float) -> Tensor:
+    """A part of an image ``(C, H, W)``, resized to its size by a bicubic filter."""
+    size, (share, *corner) = image.shape[1:], place
+    sides = [max(1, round(n * (crop + (1 - crop) * share))) for n in size]
+    top, left = (int(x * (n - side + 1)) for x, n, side in zip(corner, size, sides, strict=True))
+    part = image[None, :, top : top + sides[0], left : left + sides[1]].to(torch.float32)
+    resized = F.interpolate(part, size, mode="bicubic", antialias=True)[0]
+    if isinstance(levels, int):
+        return resized.round().clamp(0, levels - 1).to(torch.uint8)
+    return resized.clamp(*levels)
 
 
 @checked
@@ -85,29 +116,29 @@ def channel_statistics(
     *,
     per: Literal["scalar", "channel", "pixel"] = "channel",
     dequantise: bool = False,
+    progress: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Mean and variance of the numbers in [−1, 1], of `to_unit` or of dequantised images.
 
     Results are float64 of shape ``()``, ``(C, 1, 1)`` or ``(C, H, W)``. Sums of levels and of their
-    squares are integers, so that both are exact up to one rounding, however many images there are.
+    squares are integers, so that for bytes both are exact up to one rounding, however many there
+    are.
     """
     c, h, w = images.shape
-    shapes = {"scalar": (), "channel": (c, 1, 1), "pixel": (c, h, w)}
-    axes = {"scalar": (0, 1, 2, 3), "channel": (0, 2, 3), "pixel": (0,)}
-    total = torch.zeros(shapes[per], dtype=torch.int64)
-    squares = torch.zeros_like(total)
-    for rows in torch.arange(len(images)).split(max(1, CHUNK // (c * h * w))):  # type: ignore[no-untyped-call]
-        levels = images.load(rows).to(torch.int32)
-        total += levels.sum(axes[per], dtype=torch.int64).reshape(total.shape)
-        squares += levels.square().sum(axes[per], dtype=torch.int64).reshape(total.shape)
-
-    # x ↦ 2x/d − 1 with d = levels − 1, or (2x + 1)/d − 1 ± 1/d with d = levels. Python's integers
-    # do not overflow, and their quotient is the float64 nearest to the true one.
-    n = len(images) * c * h * w // total.numel()
-    spread = int(dequantise)
-    d = images.levels - 1 + spread
-    sums = list(zip(total.flatten().tolist(), squares.flatten().tolist(), strict=True))
-    mean = [(2 * s + n * (spread - d)) / (n * d) for s, _ in sums]
-    variance = [(12 * (n * q - s * s) + spread * n * n) / (3 * (n * d) ** 2) for s, q in sums]
-    found = (torch.tensor(x, dtype=torch.float64).reshape(total.shape) for x in (mean, variance))
-    return next(found), next(found)
+    shape = {"scalar": (), "channel": (c, 1, 1), "pixel": (c, h, w)}[per]
+    first, second = (x.reshape(math.prod(shape), -1) for x in images.sums(progress=progress))
+    if isinstance(images.levels, int):
+        # x ↦ 2x/d − 1 with d = levels − 1, or (2x + 1)/d − 1 ± 1/d with d = levels. Python's
+        # integers do not overflow, and their quotient is the float64 nearest to the true one.
+        n, spread = len(images) * first.shape[1], int(dequantise)
+        d = images.levels - 1 + spread
+        sums = list(zip(first.sum(1).tolist(), second.sum(1).tolist(), strict=True))
+        means = [(2 * s + n * (spread - d)) / (n * d) for s, _ in sums]
+        spreads = [(12 * (n * q - s * s) + spread * n * n) / (3 * (n * d) ** 2) for s, q in sums]
+        mean, variance = torch.tensor([means, spreads], dtype=torch.float64)
+    else:
+        low, high = images.levels
+        mean = 2 * (first.mean(1) - low) / (high - low) - 1
+        variance = second.mean(1) / len(images) + first.var(1, correction=0)
+        variance = 4 * variance / (high - low) ** 2
+    return mean.reshape(shape), variance.reshape(shape)

@@ -16,7 +16,7 @@ from cldsde.images.data.arrays import Layout, array_images, to_nchw
 from cldsde.images.data.folder import FolderImages, as_folder
 from cldsde.images.data.idx import fashion_folder, fashion_part
 from cldsde.images.data.images import ArrayImages, Images, Subset
-from cldsde.images.schema import Count, Flag, Levels, Natural, Number, checked
+from cldsde.images.schema import Count, Flag, Levels, Natural, Number, Positive, Range, checked
 
 TorchvisionName = Literal[
     "CIFAR10", "CIFAR100", "FashionMNIST", "KMNIST", "MNIST", "QMNIST", "STL10", "SVHN", "USPS"
@@ -161,23 +161,29 @@ def image_folder(
     path: str | Path,
     size: Count,
     channels: Literal[1, 3] = 3,
+    bits: Literal[8, 16] = 8,
     classes: Flag = False,
     held_out: HeldOut = 0.1,
     seed: Natural = 0,
     workers: Count = 4,
     skip_damaged: Flag = False,
+    cache: str | None = "auto",
+    cache_gib: Positive = 50,
 ) -> DataSet:
-    """Image files of a folder, decoded when they are needed, split at random.
+    """Pictures in a folder, a zip archive or a saved data set, split at random.
 
     Parameters
     ----------
-    path, size, channels, classes, workers, skip_damaged
+    path, classes
         See `FolderImages`.
+    size, channels, bits, workers, skip_damaged, cache, cache_gib
+        See `PictureImages`.
     held_out, seed
         See `digits`.
     """
-    options: dict[str, Any] = {"size": size, "channels": channels, "classes": classes}
-    images = FolderImages(path, workers=workers, skip_damaged=skip_damaged, **options)
+    options: dict[str, Any] = {"size": size, "channels": channels, "bits": bits}
+    options |= {"workers": workers, "skip_damaged": skip_damaged, "cache": cache}
+    images = FolderImages(path, classes=classes, cache_gib=cache_gib, **options)
     return _split(images, held_out, seed)
 
 
@@ -189,6 +195,7 @@ def array_file(
     labels: str | None = None,
     layout: Layout = "auto",
     levels: Levels = 256,
+    value_range: Range | None = None,
     held_out: HeldOut = 0.1,
     seed: Natural = 0,
 ) -> DataSet:
@@ -199,10 +206,10 @@ def array_file(
     Parameters
     ----------
     path
-        The file. The images are uint8.
+        The file. The images are uint8, or floating-point numbers in ``value_range``.
     images
-        Name of their array in a ``.npz``; None takes the only array of uint8 with three or four
-        axes.
+        Name of their array in a ``.npz``; None takes the only array with three or four axes, or the
+        only one of them that is uint8.
     labels
         Name of the array of classes in the ``.npz``, or, for a ``.npy``, path of another
         ``.npy``: ``(N,)`` integers from 0.
@@ -211,10 +218,13 @@ def array_file(
         four for NHWC or NCHW, whichever has 1 or 3 in the place of C; ambiguous shapes are errors.
     levels
         Number of grey levels.
+    value_range
+        Least and largest value of floating-point images, ``[low, high]``, which become −1 and 1.
     held_out, seed
         See `digits`.
     """
-    found = array_images(path, images=images, labels=labels, layout=layout, levels=levels)
+    options: dict[str, Any] = {"images": images, "labels": labels, "layout": layout}
+    found = array_images(path, levels=levels, value_range=value_range, **options)
     return _split(found, held_out, seed)
 
 

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from cldsde.files import file_lock
 from cldsde.images.data import DataSet
-from cldsde.images.data.samples import as_bytes, byte_batches
+from cldsde.images.data.samples import measured, measured_batches
 from cldsde.images.evaluate.distances import images_sha256
 from cldsde.images.schema import Count, Natural, Positive, checked
 from cldsde.images.tensor_files import load_tensors, save_tensors, tensors_digest
@@ -83,7 +83,7 @@ class ClassifierFeatures:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """Features ``(B, size)`` of uint8 images ``(B, C, H, W)``."""
+        """Features ``(B, size)`` of images ``(B, C, H, W)``, see `FeatureNetwork`."""
         return self.classifier.features(_scaled(images.to(self.device)))
 
 
@@ -123,7 +123,7 @@ def train_classifier(
         for _ in range(epochs):
             order = torch.randperm(len(images), generator=generator)
             for rows in order[: steps * batch].reshape(-1, batch):
-                logits = model(_scaled(as_bytes(images.load(rows), images.levels).to(device)))
+                logits = model(_scaled(measured(images.load(rows), images.levels).to(device)))
                 target = labels[rows].to(device)
                 loss = functional.cross_entropy(logits, target, label_smoothing=0.05)
                 optimiser.zero_grad()
@@ -134,7 +134,7 @@ def train_classifier(
     # Sums have another order in the channels-last layout; saved weights have channels first.
     model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     model.eval().requires_grad_(False)
-    parts = byte_batches(held_out, 512)
+    parts = measured_batches(held_out, 512)
     found = torch.cat([model(_scaled(part.to(device))).argmax(1).cpu() for part in parts])
     return model, float((found == held_out.labels).double().mean())
 
@@ -171,7 +171,7 @@ def kept_classifier(
     train, labels = data.train, data.train.labels
     assert labels is not None
     origin = {
-        "images_sha256": images_sha256(byte_batches(train), (len(train), *train.shape)),
+        "images_sha256": images_sha256(measured_batches(train), (len(train), *train.shape)),
         "labels_sha256": tensors_digest({"labels": labels}),
     }
     if not file.exists():
@@ -210,4 +210,4 @@ def random_features(channels: int, device: torch.device | str = "cpu") -> Classi
 
 
 def _scaled(images: Tensor) -> Tensor:
-    return images.to(torch.float32) / 127.5 - 1
+    return images if images.is_floating_point() else images.to(torch.float32) / 127.5 - 1

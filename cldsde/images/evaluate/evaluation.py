@@ -19,7 +19,7 @@ from torch import Tensor
 from cldsde.errors import SettingError, setting
 from cldsde.images.config import SamplingConfig
 from cldsde.images.data import DataSet, Images
-from cldsde.images.data.samples import as_bytes, byte_batches
+from cldsde.images.data.samples import measured, measured_batches
 from cldsde.images.evaluate import inception, likelihoods
 from cldsde.images.evaluate.classifier import kept_classifier, random_features
 from cldsde.images.evaluate.distances import (
@@ -99,6 +99,9 @@ class Evaluation:
             raise SettingError("part", f"the data set has no part {self.part}")
         if "bpd" in self.metrics and self.data.held_out is None:
             raise SettingError("metrics", "bpd needs held-out images; the data set has none")
+        grey, needing = isinstance(train.levels, int), [*self._inception_metrics, "bpd"]
+        for metric in () if grey else {*needing} & {*self.metrics}:
+            raise SettingError("metrics", f"{metric} needs grey levels; use fd for other numbers")
         if not 0 <= self.first_seed <= 2**32 - self.samples * self.repeats:
             msg = f"must leave room for all seeds below 2³²; got {self.first_seed}"
             raise SettingError("seed", msg)
@@ -119,7 +122,7 @@ class Evaluation:
             with setting("weights"):
                 _ = self._inception
         if "fd" in self.metrics and self._kind not in {"classifier", "random"}:
-            two = as_bytes(self._images.load(torch.arange(2)), self._images.levels)
+            two = measured(self._images.load(torch.arange(2)), self._images.levels)
             check_features(load_features(self.features), two)
 
     def prepare(self, *, progress: bool = False) -> None:
@@ -271,7 +274,7 @@ class Evaluation:
                     self.first_images[name] = drawn.images
                 seconds.append(time.monotonic() - began)
                 evaluations.append(drawn.evaluations.double())
-                yield as_bytes(drawn.images, drawn.levels)
+                yield measured(drawn.images, drawn.levels)
                 began = time.monotonic()
 
         found = self.measure(batches(), metrics, len(seeds))
@@ -331,13 +334,13 @@ class Evaluation:
     def _batches(self) -> Iterator[Tensor]:
         """The part to compare with as bytes, batch by batch."""
         with progress_bar(None, shown=self.progress, total=self._shape[0], desc="features") as bar:
-            for some in byte_batches(self._images):
+            for some in measured_batches(self._images):
                 yield some
                 bar.update(len(some))
 
     @cached_property
     def _sha256(self) -> str:
-        return images_sha256(byte_batches(self._images), self._shape)
+        return images_sha256(measured_batches(self._images), self._shape)
 
     @cached_property
     def _statistics(self) -> FeatureStatistics:

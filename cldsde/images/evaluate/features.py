@@ -18,8 +18,9 @@ from cldsde.images.checks import kind_of
 from cldsde.messages import imported, in_words
 
 FeatureNetwork = Callable[[Tensor], Tensor]
-"""uint8 images ``(B, C, H, W)`` on the CPU to features ``(B, F)``, on any device. An attribute
-``name``, a string, tells it from others of its kind, for example by a hash of its weights."""
+"""uint8 images ``(B, C, H, W)`` on the CPU to features ``(B, F)``, on any device. Continuous data
+are float32 from −1 to 1, the ends of their range. An attribute ``name``, a string, tells it from
+others of its kind, for example by a hash of its weights."""
 
 
 def load_features(name: str) -> FeatureNetwork:

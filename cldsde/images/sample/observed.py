@@ -17,7 +17,7 @@ from torch import Tensor
 from cldsde.errors import SettingError, require, setting
 from cldsde.images.config import SamplingConfig
 from cldsde.images.data import to_unit
-from cldsde.images.data.pictures import pixels_of_picture, read_picture
+from cldsde.images.data.pictures import fitted, pixels_of_picture, read_picture
 from cldsde.images.model import ImageSpace
 from cldsde.images.schema import check_name
 from cldsde.images.streams import stream
@@ -81,12 +81,13 @@ class ObservedImage:
 
     @classmethod
     def read(
-        cls, known: Path | None, observe: str | None, channels: int, **options: Any
+        cls, known: Path | None, observe: str | None, space: ImageSpace, **options: Any
     ) -> Self | None:
         """Read the pictures that a command names; None if it names none.
 
         ``known`` is the file of the picture. ``observe`` is the operator, or a picture of the mask,
-        white for observed pixels. ``channels`` is the number of channels of the model's images.
+        white for observed pixels. Both are cropped and resized to the images of the model,
+        ``space``, as the pictures of a training are, or to the blocks of "downsample".
         """
         options = {key: x for key, x in options.items() if x is not None}
         if known is None and observe is None:
@@ -96,11 +97,20 @@ class ObservedImage:
         if known is None or observe is None:
             key, missing = ("observe", "known") if known is None else ("known", "observe")
             raise SettingError(key, f"needs {missing}, too: the picture, and how it was observed")
+        channels, height, width = space.shape
+        msg = (
+            f"needs a model of pictures; this one makes {channels} channels, levels {space.levels}"
+        )
+        require(channels in {1, 3} and isinstance(space.levels, int), "known", msg)
         observe, mask = "grey" if observe == "gray" else observe, None
-        if observe.partition(":")[0] not in {"grey", "downsample", "blur"}:
-            mask = _read(Path(observe).expanduser(), 1, "observe")[0] >= 128
+        name, _, number = observe.partition(":")
+        if name not in {"grey", "downsample", "blur"}:
+            shape = (1, height, width)
+            mask = _read(Path(observe).expanduser(), shape, "observe")[0] >= 128
+        block = int(number) if name == "downsample" and _OPERATORS.fullmatch(observe) else 1
+        sides = (height, width) if block == 0 else (height // block, width // block)
         return cls(
-            known=_read(known, channels, "known"),
+            known=_read(known, (channels, *sides), "known"),
             operator=observe if mask is None else "mask",
             mask=mask,
             **options,
@@ -258,6 +268,7 @@ def _observation(
     return Observation(blurred.forward, y + black, noise_std, blurred.shape)
 
 
-def _read(file: Path, channels: int, key: str) -> Tensor:
+def _read(file: Path, shape: Sequence[int], key: str) -> Tensor:
     with setting(key):
-        return pixels_of_picture(read_picture(file, "L" if channels == 1 else "RGB")).contiguous()
+        image = read_picture(file, "L" if shape[0] == 1 else "RGB")
+        return pixels_of_picture(fitted(image, *map(max, shape[1:], (1, 1)))).contiguous()

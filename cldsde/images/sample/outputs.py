@@ -92,6 +92,9 @@ def check_output(out: Path, request: SampleRequest, *, overwrite: bool = False) 
         problem += f"got {named}. Use one inside, such as {named / 'samples'}"
     elif out.suffix not in {"", ".png", ".npz"}:
         problem = f"must be FILE.npz, FILE.png or a folder; got {out}"
+    elif not out.suffix and request.model.space.shape[0] not in {1, 3}:
+        problem = f"must be FILE.npz or FILE.png for images of {request.model.space.shape[0]} "
+        problem += f"channels, of which there are no pictures; got {out}"
     elif out.exists() and out.is_dir() == bool(out.suffix):
         problem = f"{out} is there already, as another kind of file"
     elif out.is_file() and not overwrite:

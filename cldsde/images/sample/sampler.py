@@ -16,6 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from cldsde.errors import SettingError, require, setting
+from cldsde.images.checks import Scale
 from cldsde.images.config import SamplingConfig
 from cldsde.images.data import to_levels
 from cldsde.images.latent import VAE
@@ -130,16 +131,16 @@ class Samples(NamedTuple):
     Attributes
     ----------
     images
-        ``(N, C, H, W)`` uint8 on the CPU.
+        ``(N, C, H, W)`` uint8, or float32 for continuous data, on the CPU.
     evaluations
         Score evaluations of each image, ``(N,)`` int64.
     levels
-        Number of grey levels of the images.
+        Number of grey levels of the images, or range of their numbers.
     """
 
     images: Tensor
     evaluations: Tensor
-    levels: int = 256
+    levels: Scale = 256
 
 
 @dataclass(frozen=True, eq=False)

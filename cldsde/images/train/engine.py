@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import DistributedType, DynamoBackend, GradientAccumulationPlugin
 
-from cldsde.errors import SettingError, require
+from cldsde.errors import SettingError
 from cldsde.images.config import RunConfig
 from cldsde.images.data import DataSet
 from cldsde.images.model import (
@@ -36,8 +36,13 @@ def check_run(
     device: str = "auto",
     processes: int = 1,
     run: Path | None = None,
+    *,
+    progress: bool = False,
 ) -> Statistics:
-    """Check a training, and its first weights if ``run`` is new; return statistics of the data."""
+    """Check a training, and its first weights if ``run`` is new; return statistics of the data.
+
+    Pictures are decoded, with a bar on stderr if ``progress``, after everything else was checked.
+    """
     space = ImageSpace.of(data.train, config)
     check_model(config, space)
     try:
@@ -48,10 +53,8 @@ def check_run(
         msg = f"no grid of times can be computed for this process and sampling ({error})"
         raise SettingError("process.options", msg) from error
     shares(config, processes)
-    channels, *sides = space.shape
-    require(channels in {1, 3}, "data", f"images must have 1 or 3 channels; got {channels}")
     settings, no_gpu = config.training, device in {"cpu", "mps"} or not torch.cuda.is_available()
-    if settings.measure == "fd" and (data.train.labels is None or min(sides) < 8):
+    if settings.measure == "fd" and (data.train.labels is None or min(space.shape[1:]) < 8):
         msg = "'fd' needs images with classes, of 8×8 pixels or more"
         raise SettingError("training.measure", msg)
     if settings.snapshots_by == "held_out_loss" and data.held_out is None:
@@ -60,7 +63,8 @@ def check_run(
         raise SettingError("device", f"{device} cannot be shared by {processes} processes")
     if settings.precision == "fp16" and no_gpu:
         raise SettingError("training.precision", "'fp16' needs a GPU; use 'fp32' or 'bf16'")
-    statistics = data_statistics(config, data.train)
+    data.train.keep_decoded(progress=progress)
+    statistics = data_statistics(config, data.train, progress=progress)
     new = run is not None and not any((run / name).exists() for name in (MODEL, STATE))
     if new and settings.init_from is not None:
         copy_weights(make_model(config, space, statistics), Path(settings.init_from).expanduser())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,7 +59,7 @@ class Feed:
     def _present(self, step: int, first: int, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         """Augmented images and their classes, some of them hidden."""
         images, classes, config = self._images, self._space.classes, self._config
-        kind = {"flip": config.data.flip, "dequantise": config.data.dequantise}
+        kind: Any = {name: getattr(config.data, name) for name in ("flip", "crop", "dequantise")}
         shown, labels = [], []
         for block, some in enumerate(rows.split(self.block)):  # type: ignore[no-untyped-call]
             draw = stream(config.seed, "presentation", step, first // self.block + block)

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from cldsde.files import writing
 from cldsde.images.config import RunConfig
 from cldsde.images.data import DataSet
-from cldsde.images.data.samples import as_bytes
+from cldsde.images.data.samples import measured
 from cldsde.images.evaluate.evaluation import Evaluation
 from cldsde.images.figures import save_grid
 from cldsde.images.model import (
@@ -77,8 +77,8 @@ def train(
 
 def rehearse(
     config: RunConfig, data: DataSet, *, device: str = "auto", statistics: Statistics | None = None
-) -> tuple[float, int]:
-    """Make two training steps and write nothing; return images per second and memory in bytes."""
+) -> tuple[list[float], int]:
+    """Make some training steps and write nothing; see `measure_steps`."""
     with _learner(config, data, device, statistics) as learner:
         return measure_steps(learner)
 
@@ -291,7 +291,7 @@ class _Trainer:
         if self.engine.is_main_process and settings.measure == "fd":
             seeds = range(_FIRST_SEED, _FIRST_SEED + samples)
             drawn = self.sampler.sample(seeds, before_batch=partial(self._obey, stop)).images
-            found = self.evaluation.measure(as_bytes(drawn, self.space.levels), ["fd"])["fd"]
+            found = self.evaluation.measure(measured(drawn, self.space.levels), ["fd"])["fd"]
             metrics[f"fd of {samples}"] = found["frechet_distance"]
             self._record({"fd": found["frechet_distance"]})
         if self.engine.is_main_process and settings.snapshots:

@@ -8,13 +8,15 @@ import time
 import torch
 
 from cldsde.images.config import RunConfig
-from cldsde.images.data import DataSet
+from cldsde.images.data import ArrayImages, DataSet
 from cldsde.images.data.sets import TORCHVISION_SHAPES
 from cldsde.images.model import ImageSpace, check_model
+from cldsde.images.sample.sampler import ahead
 from cldsde.images.train.learner import Learner
 
 # MiB of weight, average, gradient and Adam's two moments of a parameter, in single precision.
 _MEMORY = 5 * 4 / 2**20
+_REHEARSAL = 2.0  # seconds of steps, or of decoding, that are measured at least
 
 
 def outlook(config: RunConfig) -> list[str]:
@@ -45,7 +47,10 @@ def summary(config: RunConfig, data: DataSet, device: str) -> list[str]:
     train, settings = data.train, config.training
     held = 0 if data.held_out is None else len(data.held_out)
     classes = "no classes" if train.classes is None else f"{train.classes} classes"
-    of_data = f"{len(train):,} images of {'×'.join(map(str, train.shape))}, {train.levels} levels"
+    scale = f"{train.levels} levels"
+    if not isinstance(train.levels, int):
+        scale = f"numbers from {train.levels[0]:g} to {train.levels[1]:g}"
+    of_data = f"{len(train):,} images of {'×'.join(map(str, train.shape))}, {scale}"
     count = check_model(config, ImageSpace.of(train, config))
     if device in {"auto", "cuda"} and torch.cuda.is_available():
         device = f"{device} ({torch.cuda.get_device_name()})"
@@ -58,20 +63,68 @@ def summary(config: RunConfig, data: DataSet, device: str) -> list[str]:
     ]
 
 
-def measure_steps(learner: Learner) -> tuple[float, int]:
-    """Make two training steps; return images per second of the second, and peak memory in bytes."""
-    device, batches = learner.engine.device, [learner.feed.load(step) for step in range(2)]
-    on_gpu = device.type == "cuda"
-    for step, batch in enumerate(batches):
-        if on_gpu:
-            torch.cuda.synchronize(device)
-        began = time.perf_counter()
-        learner.step(step, batch)
-    if on_gpu:
-        torch.cuda.synchronize(device)
-    speed = learner.config.training.batch / (time.perf_counter() - began)
+def rehearsal(data: DataSet) -> tuple[DataSet, float]:
+    """Some images in place of pictures that a training decodes once; seconds for all of them."""
+    train, parts, done = data.train, [], 0
+    if not train.decodes_once:
+        return data, 0.0
+    began = time.perf_counter()
+    for rows in torch.arange(len(train)).split(8):  # type: ignore[no-untyped-call]
+        parts.append(train.load(rows))
+        done += len(rows)
+        if time.perf_counter() - began > _REHEARSAL:
+            break
+    seconds = (time.perf_counter() - began) / done * sum(len(part) for part in data.all)
+    labels = None if train.labels is None else train.labels[:done]
+    classes = train.class_names or train.classes
+    kept = ArrayImages(torch.cat(parts), levels=train.levels, labels=labels, classes=classes)
+    return DataSet(kept, data.held_out), seconds
+
+
+def measure_steps(learner: Learner) -> tuple[list[float], int]:
+    """Make some steps of each stage; return images per second of each, and peak memory in bytes.
+
+    Batches are loaded while steps are made, as in a training. The first step, which allocates
+    memory, does not count.
+    """
+    device, batch = learner.engine.device, learner.settings.batch
+    on_gpu, first, steps = (
+        device.type == "cuda",
+        learner.config.pretraining_steps,
+        learner.settings.steps,
+    )
+    speeds = []
+    for stage in (range(first), range(first, steps)):
+        seconds: list[float] = []
+        last = time.perf_counter()
+        for step, parts in zip(stage, ahead(learner.feed.load, stage), strict=True):
+            learner.step(step, parts)
+            if on_gpu:
+                torch.cuda.synchronize(device)
+            seconds.append(time.perf_counter() - last)
+            last += seconds[-1]
+            if len(seconds) > 3 and sum(seconds[1:]) > _REHEARSAL:
+                break
+        if seconds:
+            counted = seconds[1:] or seconds
+            speeds.append(batch * len(counted) / sum(counted))
     memory = torch.cuda.max_memory_allocated(device) if on_gpu else _peak()
-    return speed, memory
+    return speeds, memory
+
+
+def forecast(config: RunConfig, speeds: list[float], memory: int, decoding: float) -> list[str]:
+    """Lines about the time of a training, by what `rehearsal` and `measure_steps` return."""
+    batch, first = config.training.batch, config.pretraining_steps
+    counts = [n * batch for n in (first, config.training.steps - first) if n]
+    seconds = sum(n / speed for n, speed in zip(counts, speeds, strict=True))
+    shown = " and ".join(f"{speed:,.0f}" for speed in speeds)
+    stages = " in the two stages" if len(speeds) > 1 else ""
+    once = f"decoding, once: {decoding / 60:,.1f} minutes"
+    return [
+        *([once] if decoding else []),
+        f"measured, with loading: {shown} images per second{stages}, {memory / 2**20:,.0f} MiB",
+        f"{(decoding + seconds) / 60:,.1f} minutes in all, without checkpoints and samples",
+    ]
 
 
 def _peak() -> int:

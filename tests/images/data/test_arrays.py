@@ -51,7 +51,12 @@ COUNT = torch.arange(3)
 @pytest.mark.parametrize(
     ("pixels", "options", "error", "message"),
     [
-        (PIXELS.float(), {}, TypeError, "images must be a uint8 tensor on the CPU; got torch.fl"),
+        (PIXELS.float(), {}, TypeError, "images must be a uint8 tensor; got torch.fl"),
+        (PIXELS.int(), {}, TypeError, "images must be a uint8 or float tensor on the CPU; got tor"),
+        (PIXELS.float() - 1, {"levels": (0, 1)}, ValueError, "in their range, 0 to 1; got -1 to"),
+        (PIXELS / 0, {"levels": (0, 1)}, ValueError, "in their range, 0 to 1; got nan"),
+        (PIXELS, {"levels": (0, 1)}, TypeError, "images must be a floating-point tensor; got"),
+        (PIXELS.float(), {"levels": (1, 1)}, ValueError, "levels: must .* rise from the first"),
         (PIXELS[:, 0], {}, ValueError, r"images must have shape \(N, C, H, W\)"),
         (PIXELS[:0], {}, ValueError, "images must hold at least 1 images; got 0"),
         (PIXELS + 17, {"levels": 17}, ValueError, "values in 0 … 16; got 17"),
@@ -169,7 +174,10 @@ def test_archives_that_do_not_fit_are_rejected(tmp_path, arrays, options, messag
 @pytest.mark.parametrize(
     ("name", "options", "error", "message"),
     [
-        ("floats.npy", {}, TypeError, r"floats\.npy must hold images of uint8; got float64"),
+        ("floats.npy", {}, ValueError, r"value_range must be given for .* lie in 0 to 0"),
+        ("a.npy", {"value_range": [0, 1]}, TypeError, r"a\.npy must hold .* got uint8"),
+        ("floats.npy", {"value_range": [0]}, ValueError, "value_range: must .* at least 2 items"),
+        ("floats.npy", {"value_range": [1, 2]}, ValueError, "range, 1 to 2; got 0 to 0"),
         ("a.npy", {"labels": "floats.npy"}, ValueError, "labels must be integers"),
         ("a.npy", {"labels": "kinds"}, FileNotFoundError, r"labels must be a \.npy"),
         ("a.npy", {"images": "kinds"}, ValueError, r"images names an array of a \.npz"),

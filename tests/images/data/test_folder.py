@@ -271,8 +271,8 @@ def test_threads_and_pickling_change_nothing(tmp_path):
 ROUTES = {
     "data": lambda file: FolderImages(file.parent, size=8),
     "samples": lambda file: load_samples(file.parent),
-    "known": lambda file: _read(file, 3, "known"),
-    "mask": lambda file: _read(file, 1, "mask"),
+    "known": lambda file: _read(file, (3, 8, 8), "known"),
+    "mask": lambda file: _read(file, (1, 8, 8), "mask"),
     "one": read_picture,
 }
 

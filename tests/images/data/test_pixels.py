@@ -100,7 +100,7 @@ def test_statistics_are_those_of_the_whole_array(per, levels, dequantise, monkey
     pixels = random_bytes(50, 3, 4, 5, levels=levels)
     images = ArrayImages(torch.from_numpy(pixels), levels=levels)
     # 8 chunks, the last one not full.
-    monkeypatch.setattr("cldsde.images.data.pixels.CHUNK", 7 * 60)
+    monkeypatch.setattr("cldsde.images.data.images.CHUNK", 7 * 60)
     found = channel_statistics(images, per=per, dequantise=dequantise)
     x = pixels.astype(np.longdouble)
     unit = (2 * x + 1) / levels - 1 if dequantise else 2 * x / (levels - 1) - 1

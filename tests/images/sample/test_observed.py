@@ -141,14 +141,17 @@ def test_pictures_are_read_from_files(tmp_path):
     known, mask = tmp_path / "known.png", tmp_path / "mask.png"
     save(known, PICTURE.movedim(0, -1).numpy())
     save(mask, 255 * HALF.byte().numpy())
-    found = ObservedImage.read(known, str(mask), 3, noise_std=STD)
+    found = ObservedImage.read(known, str(mask), SPACE, noise_std=STD)
     assert found.operator == "mask"
     assert found.recipe() == observed("mask").recipe()
-    assert ObservedImage.read(known, "grey", 3, noise_std=STD).recipe() == observed("grey").recipe()
-    assert ObservedImage.read(known, "gray", 3, noise_std=STD).operator == "grey"
-    assert ObservedImage.read(None, None, 3) is None
+    assert (
+        ObservedImage.read(known, "grey", SPACE, noise_std=STD).recipe()
+        == observed("grey").recipe()
+    )
+    assert ObservedImage.read(known, "gray", SPACE, noise_std=STD).operator == "grey"
+    assert ObservedImage.read(None, None, SPACE) is None
     with pytest.raises(SettingError, match="noise_std: needs known and observe"):
-        ObservedImage.read(None, None, 3, method=None, noise_std=STD)
+        ObservedImage.read(None, None, SPACE, method=None, noise_std=STD)
 
 
 def test_the_grey_basis_is_orthonormal_and_begins_with_grey():
@@ -206,4 +209,4 @@ def test_files_that_are_no_pictures_are_rejected(tmp_path, monkeypatch):
         ("right.png", None, "known: needs observe"),
     ):
         with pytest.raises(SettingError, match=message):
-            ObservedImage.read(known, observe, 3)
+            ObservedImage.read(known, observe, SPACE)

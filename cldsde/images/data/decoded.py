@@ -1,0 +1,293 @@
+"""Pictures of files that are decoded once, at the size of a training, into a file of a cache."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, suppress
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import PIL
+import torch
+from numpy.typing import NDArray
+from PIL import features
+from torch import Tensor
+from tqdm import tqdm
+
+from cldsde.files import file_lock, write_whole
+from cldsde.images.checks import Scale
+from cldsde.images.data.images import Images
+from cldsde.images.data.pictures import Packed, fitted, open_picture, read_picture
+from cldsde.images.schema import Count, Flag, Positive
+from cldsde.progress import progress_bar
+
+_RULE = 1  # of `_decode`; another number for each change of its results
+_CHUNK = 64  # pictures that are lost at most if decoding is interrupted
+_GIB = 2**30
+Array = NDArray[Any]
+
+
+def cache_folder() -> Path:
+    """Folder of files that cldsde keeps for a user."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "cldsde"
+    return Path(os.environ.get("CLDSDE_CACHE") or base).expanduser()
+
+
+class PictureImages(Images):
+    """Pictures of files, decoded when they are needed, or once into a file of the cache.
+
+    Parameters
+    ----------
+    files, facts
+        The pictures, and everything that tells their contents from others, in JSON types.
+    labels, classes
+        Class of each picture, and names of the classes, if there are any.
+    size
+        Height and width. A picture is cropped to its central square, which is resized by Pillow's
+        bicubic filter with antialiasing; a square of that size is not changed.
+    channels
+        3 for RGB, 1 for grey.
+    bits
+        8, or 16 for grey pictures, whose numbers are then continuous, from 0 to 65,535.
+    workers
+        Threads that decode.
+    skip_damaged
+        Decode every picture at once, and leave out those that cannot be decoded.
+    cache
+        Folder of decoded pictures; ``"auto"``: the folder ``decoded`` in ``$CLDSDE_CACHE``, which
+        is ``~/.cache/cldsde`` by default; None decodes pictures whenever they are needed.
+    cache_gib
+        Largest size of that folder in GiB. Files that were not used for the longest time are
+        deleted first.
+
+    Attributes
+    ----------
+    files : tuple
+        The picture of each row.
+    skipped : tuple of str
+        Pictures left out, and the reason.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[Path | Packed],
+        facts: Any,
+        *,
+        size: Count,
+        channels: Literal[1, 3] = 3,
+        bits: Literal[8, 16] = 8,
+        labels: Sequence[int] | None = None,
+        classes: Sequence[str] | int | None = None,
+        workers: Count = 4,
+        skip_damaged: Flag = False,
+        cache: str | None = "auto",
+        cache_gib: Positive = 50,
+    ) -> None:
+        if bits == 16 and channels != 1:
+            raise ValueError("bits must be 8 for colours, of which Pillow reads 8 bits; got 16")
+        self._all, self._workers, self._limit = tuple(files), workers, cache_gib * _GIB
+        self._shape = (len(files), channels, size, size)
+        self._dtype = np.dtype(np.uint8 if bits == 8 else np.uint16)
+        self._bytes = math.prod(self._shape) * self._dtype.itemsize
+        self._place: Path | None = None
+        if cache is not None:
+            decoder = [PIL.__version__, *map(features.version, ("libjpeg_turbo", "zlib", "webp"))]
+            name = json.dumps([_RULE, decoder, self._shape, bits, facts])
+            folder = cache_folder() / "decoded" if cache == "auto" else Path(cache).expanduser()
+            self._place = folder / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.rows"
+        damaged, self._checked = self._known_damaged(), True
+        if damaged is None:
+            damaged, self._checked = self._damaged(whole=skip_damaged), skip_damaged
+        kept = [row for row in range(len(files)) if row not in damaged]
+        if damaged and not (skip_damaged and kept):
+            raise ValueError(self._described(damaged))
+        self._left_out = damaged
+        self._rows = torch.tensor(kept)
+        self.files = tuple(self._all[row] for row in kept)
+        numbers = None if labels is None else torch.tensor(labels)[self._rows]
+        levels: Scale = 256 if bits == 8 else (0.0, 65535.0)
+        shape = self._shape[1:]
+        super().__init__(len(kept), shape, levels=levels, labels=numbers, classes=classes)
+        self.skipped = tuple(damaged.values())
+        if self._place is not None and self._is_whole:
+            with suppress(OSError):  # of a folder of another user
+                os.utime(self._place)
+
+    @property
+    def decodes_once(self) -> bool:
+        """Whether `keep_decoded` is going to decode the pictures."""
+        return self._place is not None and not self._is_whole
+
+    def keep_decoded(self, *, progress: bool = False) -> None:
+        """Decode all pictures into a file of the cache, from which they are read from now on.
+
+        Digests of shape, names, sizes and times of the files and of the version of the decoder name
+        the file, so that trainings share it. Of several processes one decodes, and an interrupted
+        call resumes. A note on stderr says why pictures cannot be kept, if they cannot.
+        """
+        place = self._place
+        if place is None or self._is_whole:
+            return
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with file_lock(place, wait=True):
+                if not self._is_whole:
+                    self._fill(place, progress=progress)
+        except OSError as error:
+            place.with_suffix(".part").unlink(missing_ok=True)
+            reason = error.strerror or str(error)
+            tqdm.write(
+                f"note: decoded pictures cannot be kept in {place.parent} ({reason}), and are "
+                "decoded again in each pass; data.options.cache names another folder",
+                file=sys.stderr,
+            )
+
+    def sums(self, rows: Tensor | None = None, *, progress: bool = False) -> Tensor:
+        """See `Images`; of decoded pictures they are kept in the cache."""
+        rows = torch.arange(len(self)) if rows is None else rows
+        if self._place is None or not self._is_whole:
+            return super().sums(rows, progress=progress)
+        name = hashlib.sha256(self._rows[rows].numpy().tobytes()).hexdigest()[:16]
+        file = self._place.with_suffix(f".{name}.npy")
+        with suppress(OSError, ValueError, EOFError):
+            return torch.from_numpy(np.load(file))
+        found = super().sums(rows, progress=progress)
+        with suppress(OSError):
+            write_whole(file, lambda path: np.save(path, found.numpy()))
+        return found
+
+    @property
+    def _is_whole(self) -> bool:
+        """Whether the file of decoded pictures is there, to its last byte."""
+        with suppress(OSError):
+            return self._place is not None and self._place.stat().st_size == self._bytes
+        return False
+
+    def _fill(self, place: Path, *, progress: bool) -> None:
+        """Write the file of decoded pictures, from where an earlier call was interrupted."""
+        part, count = place.with_suffix(".part"), self._shape[0]
+        _make_room(place, self._bytes, self._limit)
+        if self._checked:
+            self._keep_damaged(place)
+        with part.open("ab") as target:
+            done = min(count, target.tell() // (self._bytes // count))
+            target.truncate(done * (self._bytes // count))
+            options = {"total": count, "initial": done, "desc": "decoding", "unit": "picture"}
+            with progress_bar(None, shown=progress, **options) as bar:
+                for first in range(done, count, _CHUNK):
+                    rows = range(first, min(first + _CHUNK, count))
+                    target.write(self._pixels(rows).tobytes())
+                    target.flush()
+                    os.fsync(target.fileno())
+                    bar.update(len(rows))
+        self._keep_damaged(place)
+        part.replace(place)
+
+    def _keep_damaged(self, place: Path) -> None:
+        """Keep what a check of all pictures found, so that the next start need not look."""
+        text = json.dumps(self._left_out)
+        write_whole(place.with_suffix(".json"), lambda file: file.write_text(text))
+
+    def _read(self, rows: Tensor) -> Tensor:
+        found = self._rows[rows]
+        if self._is_whole:
+            pixels = _mapped(self._place, self._dtype, self._shape)[found.numpy()]
+        else:
+            pixels = self._pixels(found.tolist())
+        return torch.from_numpy(pixels if self._dtype == np.uint8 else pixels.astype(np.float32))
+
+    def _pixels(self, rows: Sequence[int]) -> Array:
+        """Decoded pictures; those that are left out are black."""
+
+        def decoded(row: int) -> Array:
+            if row in self._left_out:
+                return np.zeros(self._shape[1:], self._dtype)
+            return _decode(self._all[row], self._shape[1:], self._dtype)
+
+        try:
+            with ThreadPoolExecutor(min(self._workers, len(rows))) as pool:
+                return np.stack(list(pool.map(decoded, rows)))
+        except ValueError:
+            # A damaged file is seldom alone: name all at once.
+            if damaged := self._damaged(whole=True):
+                raise ValueError(self._described(damaged)) from None
+            raise
+
+    def _damaged(self, *, whole: bool) -> dict[int, str]:
+        """Pictures that cannot be decoded, and why; their headers are read, or all of them."""
+
+        def reason(file: Path | Packed) -> str | None:
+            try:
+                with nullcontext(read_picture(file)) if whole else open_picture(file):
+                    pass
+            except ValueError as error:
+                return str(error)
+            return None
+
+        # A pool per call takes a fraction of a millisecond, and can be pickled and forked.
+        with ThreadPoolExecutor(min(self._workers, len(self._all))) as pool:
+            texts = pool.map(reason, self._all)
+            options = {"total": len(self._all), "desc": "checking", "unit": "picture", "delay": 3}
+            bar = progress_bar(texts, shown=True, **options)
+            return {row: text for row, text in enumerate(bar) if text is not None}
+
+    def _described(self, damaged: Mapping[int, str]) -> str:
+        """Damaged files in one line, ten at most."""
+        first, *others = damaged.values()
+        if not others:
+            return f"{first}; skip_damaged = true leaves it out"
+        names = ", ".join(str(self._all[row]) for row in [*damaged][1:10])
+        more = f"{len(others)} others: {names}{', …' if len(damaged) > 10 else ''}"
+        return f"{first}; nor can {more}. skip_damaged = true leaves them out"
+
+    def _known_damaged(self) -> dict[int, str] | None:
+        """Damaged pictures that an earlier start found; None if none looked at all of them."""
+        with suppress(OSError, ValueError, AttributeError):
+            if self._place is not None:
+                known = json.loads(self._place.with_suffix(".json").read_text(encoding="utf-8"))
+                return {int(row): str(text) for row, text in known.items()}
+        return None
+
+
+def _decode(file: Path | Packed, shape: Sequence[int], dtype: np.dtype[Any]) -> Array:
+    """A picture ``(C, H, W)``."""
+    mode = "F" if dtype == np.uint16 else "RGB" if shape[0] == 3 else "L"
+    pixels = np.asarray(fitted(read_picture(file, mode), shape[1], shape[2]))
+    if mode == "F":  # the filter reaches over both ends
+        pixels = pixels.round().clip(0, 65535).astype(np.uint16)
+    return np.moveaxis(pixels.reshape(*shape[1:], -1), -1, 0)
+
+
+@lru_cache
+def _mapped(place: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
+    return np.memmap(place, dtype, mode="r", shape=shape)
+
+
+def _make_room(place: Path, needed: int, limit: float) -> None:
+    """Delete the files unused for the longest time; raise an OSError if there is no room then."""
+    if needed > limit:
+        allowed = f"data.options.cache_gib allows {limit / _GIB:g}"
+        raise OSError(f"they need {needed / _GIB:.3g} GiB, and {allowed}")
+    sizes: dict[str, list[tuple[float, int, Path]]] = {}
+    for file in place.parent.glob(f"{'[0-9a-f]' * 32}.*"):
+        stat = file.stat()
+        sizes.setdefault(file.name[:32], []).append((stat.st_mtime, stat.st_size, file))
+    own = sum(size for _, size, _ in sizes.pop(place.stem, []))
+    total = needed + sum(size for files in sizes.values() for _, size, _ in files)
+    for files in sorted(sizes.values(), key=max):
+        if total > limit:
+            for _, size, file in files:
+                file.unlink(missing_ok=True)
+                total -= size
+    free = own + shutil.disk_usage(place.parent).free
+    if needed > 0.9 * free:
+        raise OSError(f"they need {needed / _GIB:.3g} GiB, and {free / _GIB:.3g} are free")
