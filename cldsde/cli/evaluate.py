@@ -143,8 +143,7 @@ def _data(options: Namespace, source: Path) -> DataSet:
     except SettingError as error:
         if not error.reason.startswith("path "):
             raise
-        msg = f"{error.reason}; relative paths start at the current folder"
-        raise SettingError("data", msg) from error
+        raise SettingError("data", error.reason) from error
 
 
 def _places(options: Namespace) -> tuple[Path, Path]:

@@ -38,7 +38,7 @@ def prepare(options: Namespace) -> Callable[[], None]:
     from accelerate import PartialState
 
     from cldsde.images.config import load_config
-    from cldsde.images.runs import CONFIG, RunFolder
+    from cldsde.images.runs import CONFIG, RunFolder, check_folder
     from cldsde.images.train import (
         check_run,
         forecast,
@@ -68,6 +68,8 @@ def prepare(options: Namespace) -> Callable[[], None]:
     facts = "\n".join(summary(config, data, device))
     data, decoding = rehearsal(data) if options.dry_run else (data, 0.0)
     shown, processes = state.is_main_process, state.num_processes
+    if shown and not options.dry_run:  # before pictures are decoded
+        check_folder(out, config.to_dict(), free=config.FREE)
     how: dict[str, Any] = {"device": device, "processes": processes, "run": out}
     statistics = check_run(config, data, **how, progress=shown)
     if options.dry_run:

@@ -18,7 +18,7 @@ from cldsde.images.data import DataSet
 from cldsde.images.data.samples import as_bytes
 from cldsde.images.figures import picture
 from cldsde.images.model import TrainedModel, load_model
-from cldsde.images.runs import RunFolder
+from cldsde.images.runs import RunFolder, check_folder
 from cldsde.images.sample.observed import ObservedImage
 from cldsde.images.sample.sampler import ImageSampler, Samples, changed_recipe
 from cldsde.images.train import check_run, train
@@ -77,6 +77,7 @@ class Run(TrainedModel):
         config = config if isinstance(config, RunConfig) else load_config(Path(config).expanduser())
         data = config.data.load() if data is None else data
         out = Path(out).expanduser()
+        check_folder(out, config.to_dict(), free=config.FREE)
         statistics = check_run(config, data, device=device, run=out, progress=progress)
         folder = RunFolder(out, config.to_dict(), free=config.FREE)
         train(config, data, folder, device=device, statistics=statistics, progress=progress)

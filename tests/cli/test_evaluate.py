@@ -4,6 +4,7 @@ import errno
 import json
 import shutil
 import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -149,4 +150,5 @@ def test_data_that_are_elsewhere_are_asked_for_by_the_option(tmp_path, capsys):
     (tmp_path / "c.json").write_text(json.dumps({**config, "training": {"images": 1}}))
     np.save(tmp_path / "x.npy", np.zeros((2, 8, 8), np.uint8))
     text = rejected(capsys, "evaluate", tmp_path / "x.npy", "--reference", tmp_path / "c.json")
-    assert "--data: path must be a folder; got photos, which does not exist; relative" in text
+    place = Path("photos").absolute()
+    assert f"--data: path must be a folder; got {place}, which does not exist" in text

@@ -143,7 +143,8 @@ class PictureImages(Images):
                 if not self._is_whole:
                     self._fill(place, progress=progress)
         except OSError as error:
-            place.with_suffix(".part").unlink(missing_ok=True)
+            with suppress(OSError):  # a full disk is needed for other files
+                place.with_suffix(".part").unlink()
             reason = error.strerror or str(error)
             tqdm.write(
                 f"note: decoded pictures cannot be kept in {place.parent} ({reason}), and are "

@@ -144,23 +144,19 @@ def _in_archive(archive: Path) -> tuple[Files, list[str], Counter[str]]:
         }
     except (zipfile.BadZipFile, OSError, ValueError) as error:
         raise ValueError(f"{archive} cannot be read as a zip archive: {error}") from error
-    hidden = ("__MACOSX", ".")
-    found = {
-        names: x
-        for names, x in entries.items()
-        if not (x.is_dir() or any(part.startswith(hidden) for part in names))
-    }
-    outer = 0
-    while found and len({x[: outer + 1] for x in found}) == 1 and min(map(len, found)) > outer + 2:
-        outer += 1
     files: Files = []
-    for names, x in found.items():
-        if PurePosixPath(names[-1]).suffix.lower() in SUFFIXES:
+    for names, x in entries.items():
+        if x.is_dir() or any(part.startswith(("__MACOSX", ".")) for part in names):
+            continue
+        suffix = PurePosixPath(names[-1]).suffix
+        if suffix.lower() in SUFFIXES:
             read = partial(_member, archive, stamp, x.filename)
             entry = Packed(f"{archive}, {x.filename}", read, (x.file_size, x.CRC))
-            files.append((names[outer:], entry))
+            files.append((names, entry))
         else:
-            others[PurePosixPath(names[-1]).suffix or "no suffix"] += 1
+            others[suffix or "no suffix"] += 1
+    while files and len({x[0] for x, _ in files}) == 1 and min(len(x) for x, _ in files) > 2:
+        files = [(names[1:], entry) for names, entry in files]
     return files, [*{names[0] for names, _ in files if len(names) > 1}], others
 
 

@@ -202,7 +202,9 @@ def random_features(channels: int, device: torch.device | str = "cpu") -> Classi
     features and in a trained classifier's had a rank correlation of 0.89. Pixels had 0.86.
     """
     generator = torch.Generator("cpu").manual_seed(0)
-    model = ImageClassifier(channels, 2)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = ImageClassifier(channels, 2)
     for parameter in model.body.parameters():
         if parameter.ndim > 1:
             nn.init.kaiming_normal_(parameter, generator=generator)

@@ -1,0 +1,145 @@
+"""Data sets of the command line: continuous numbers, relative paths, photographs."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from cldsde.cli import main
+from cldsde.images.evaluate.results import read_results
+from command import rejected
+from image_data import random_bytes, save
+from tiny_runs import DIGITS
+
+DEVICE = ["--device", "cpu"]
+OPTIONS = 'path = "data/fields.npy", layout = "NCHW", value_range = [-3, 5]'
+
+
+@pytest.fixture(scope="module")
+def fields(tmp_path_factory):
+    """Five channels of numbers with means 0, 1, …, 4, and a run that was trained on them."""
+    folder = tmp_path_factory.mktemp("fields")
+    draws = np.random.default_rng(0).normal(size=(60, 5, 8, 8)).clip(-3, 1)
+    (folder / "data").mkdir()
+    np.save(folder / "data" / "fields.npy", (draws + np.arange(5)[:, None, None]).astype("f4"))
+    data = f'[data]\nname = "array"\noptions = {{ {OPTIONS} }}\ncrop = 0.7\nflip = true\n'
+    (folder / "fields.toml").write_text(data + DIGITS.replace("[training]", "[training]\nclip = 1"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main(["train", "fields.toml", "--out", "run", *DEVICE]) == 0
+    return folder
+
+
+def test_numbers_of_five_channels_are_trained_on_sampled_and_evaluated(
+    fields, tmp_path, monkeypatch, capsys
+):
+    """In another folder than that of the training, whose path was relative."""
+    monkeypatch.chdir(tmp_path)
+    run, out = fields / "run", tmp_path / "x.npz"
+    assert (run / "samples").is_dir()
+    sample = ["sample", str(run), "--seeds", "0-7", *DEVICE]
+    assert main([*sample, "--out", str(out)]) == 0
+    with np.load(out) as found:
+        images, levels = found["images"], found["levels"]
+    assert (images.dtype, images.shape) == (np.dtype(np.float32), (8, 8, 8, 5))
+    assert levels.tolist() == [-3, 5]
+    assert images.min() >= -3
+    assert images.max() <= 5
+    assert len(np.unique(images)) > 1000  # they are not rounded
+    assert main([*sample, "--out", str(tmp_path / "x.png")]) == 0
+    message = rejected(capsys, *sample, "--out", tmp_path / "pictures")
+    assert "must be FILE.npz or FILE.png for images of 5 channels" in message
+    assert main(["evaluate", str(run), "--samples", "8", *DEVICE]) == 0
+    assert main(["evaluate", str(out), "--reference", str(run), *DEVICE]) == 0
+    for file in (run / "evaluation.jsonl", tmp_path / "x.npz-evaluation.jsonl"):
+        [one] = read_results(file).values()
+        assert one.against == "random train"
+        assert np.isfinite(one.numbers["fd"])
+    np.save(tmp_path / "y.npy", images)
+    assert main(["evaluate", str(tmp_path / "y.npy"), "--reference", str(run), *DEVICE]) == 0
+    [same] = read_results(tmp_path / "y.npy-evaluation.jsonl").values()
+    assert same.numbers == one.numbers
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("evaluate RUN --metrics bpd", "--metrics: bpd needs grey levels"),
+        ("evaluate RUN --metrics fid --weights x", "--metrics: fid needs grey levels"),
+        ("sample RUN --known x.png --observe blur:1", "--known: needs a model of pictures; this"),
+        ("train CONFIG --set data.dequantise=true", "data.dequantise: must be false: continuous"),
+        ("train CONFIG --set latent.pretraining=16", "latent: must be absent: the autoencoder"),
+        ("train CONFIG --set data.options.value_range=[3,-3]", "value_range: must "),
+        ("train CONFIG --set data.options.value_range=[-3,4]", "range, -3 to 4; got"),
+        ("train CONFIG --set data.crop=0", "data.crop: must be greater than 0; got 0"),
+    ],
+)
+def test_settings_without_a_meaning_for_numbers_are_rejected(
+    fields, tmp_path, monkeypatch, capsys, arguments, message
+):
+    monkeypatch.chdir(fields)
+    words = arguments.replace("RUN", "run").replace("CONFIG", "fields.toml").split()
+    assert message in rejected(capsys, *words, "--out", tmp_path / "new.npz")
+
+
+@pytest.fixture
+def photos(tmp_path, monkeypatch):
+    monkeypatch.setenv("CLDSDE_CACHE", str(tmp_path / "cache"))
+    for i in range(12):
+        save(tmp_path / "photos" / f"{i}.png", random_bytes(20, 30, 3, seed=i))
+    data = '[data]\nname = "folder"\noptions = { path = "photos", size = 8 }\n'
+    (tmp_path / "photos.toml").write_text(data + DIGITS)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("latent", [False, True])
+def test_a_dry_run_forecasts_decoding_and_each_stage(photos, capsys, latent):
+    arguments = ["train", "photos.toml", "--dry-run", *DEVICE]
+    if latent:
+        settings = ("latent.pretraining=16", "latent.channels=[8,8]", "latent.groups=4")
+        arguments += [word for one in settings for word in ("--set", one)]
+    before = sorted(photos.iterdir())
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "data: 11 images of 3×8×8" in out
+    assert "decoding, once: 0.0 minutes" in out
+    assert ("images per second in the two stages" in out) == latent
+    assert "minutes in all" in out
+    assert sorted(photos.iterdir()) == before
+    assert main(["train", "photos.toml", "--out", "run", *DEVICE]) == 0
+    capsys.readouterr()
+    assert main(arguments) == 0
+    assert "decoding" not in capsys.readouterr().out
+
+
+def test_a_known_picture_is_cropped_and_resized_as_training_pictures_are(photos):
+    assert main(["train", "photos.toml", "--out", "run", *DEVICE]) == 0
+    from cldsde.images.data import FolderImages
+    from cldsde.images.model import load_model
+    from cldsde.images.sample import ObservedImage
+
+    space = load_model("run").space
+    [first] = FolderImages(photos / "photos", size=8).load(torch.tensor([0]))
+    known = photos / "photos" / "0.png"
+    assert torch.equal(ObservedImage.read(known, "grey", space).known, first)
+    mask = np.zeros((20, 30), np.uint8)
+    mask[:, :15] = 255
+    save(photos / "mask.png", mask)
+    found = ObservedImage.read(known, "mask.png", space)
+    assert found.mask.tolist() == [[True] * 4 + [False] * 4] * 8
+    assert ObservedImage.read(known, "downsample:2", space).known.shape == (3, 4, 4)
+    command = ["sample", "run", "--known", str(known), "--mask", "mask.png", "--seeds", "0"]
+    assert main([*command, *DEVICE]) == 0
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_pictures_are_decoded(photos, capsys):
+    message = rejected(capsys, "train", "photos.toml", "--out", "photos", *DEVICE)
+    assert "--out: photos holds files that are no run" in message
+    assert not (photos / "cache").exists()
+
+
+def test_a_configuration_keeps_the_place_of_its_data(fields):
+    config = json.loads((fields / "run" / "config.json").read_text())
+    assert config["data"]["options"]["path"] == str(fields / "data" / "fields.npy")
