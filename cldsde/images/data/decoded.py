@@ -47,17 +47,14 @@ class PictureImages(Images):
 
     Parameters
     ----------
-    files, facts
-        The pictures, and everything that tells their contents from others, in JSON types.
-    labels, classes
-        Class of each picture, and names of the classes, if there are any.
+    files, facts, labels, classes
+        The pictures, and everything that tells their contents from others, in JSON types; their
+        classes, and the names of these, if there are any.
     size
         Height and width. A picture is cropped to its central square, which is resized by Pillow's
         bicubic filter with antialiasing; a square of that size is not changed.
-    channels
-        3 for RGB, 1 for grey.
-    bits
-        8, or 16 for grey pictures, whose numbers are then continuous, from 0 to 65,535.
+    channels, bits
+        3 for RGB, or 1 for grey, which may have 16 bits: continuous numbers from 0 to 65,535.
     workers
         Threads that decode.
     skip_damaged
@@ -66,15 +63,12 @@ class PictureImages(Images):
         Folder of decoded pictures; ``"auto"``: the folder ``decoded`` in ``$CLDSDE_CACHE``, which
         is ``~/.cache/cldsde`` by default; None decodes pictures whenever they are needed.
     cache_gib
-        Largest size of that folder in GiB. Files that were not used for the longest time are
-        deleted first.
+        Largest size of that folder in GiB. The files unused for the longest time make room.
 
     Attributes
     ----------
-    files : tuple
-        The picture of each row.
-    skipped : tuple of str
-        Pictures left out, and the reason.
+    files, skipped : tuple
+        The picture of each row; texts about pictures that were left out.
     """
 
     def __init__(
@@ -130,9 +124,9 @@ class PictureImages(Images):
     def keep_decoded(self, *, progress: bool = False) -> None:
         """Decode all pictures into a file of the cache, from which they are read from now on.
 
-        Digests of shape, names, sizes and times of the files and of the version of the decoder name
-        the file, so that trainings share it. Of several processes one decodes, and an interrupted
-        call resumes. A note on stderr says why pictures cannot be kept, if they cannot.
+        Its name is a digest of shape, names, sizes and times of the files and the version of the
+        decoder, so that trainings share it. Of several processes one decodes, and an interrupted
+        call resumes. If pictures cannot be kept, a note on stderr says why.
         """
         place = self._place
         if place is None or self._is_whole:

@@ -43,8 +43,8 @@ class FolderImages(PictureImages):
     Raises
     ------
     ValueError, OSError
-        If an option is not allowed, the folder holds no image, a class has none, an image belongs
-        to no class, links form a cycle, or a file or folder cannot be read.
+        If an option is not allowed, there is no image, a class has none, an image belongs to no
+        class, links form a cycle, or something cannot be read.
 
     Notes
     -----

@@ -75,28 +75,16 @@ def package_versions(*packages: str) -> dict[str, str]:
 class FeatureStatistics:
     """Mean and covariance of the features of a set of images.
 
-    Attributes
-    ----------
-    mean
-        ``(F,)`` float64.
-    covariance
-        ``(F, F)`` float64, divided by count − 1.
-    count
-        Number of images.
-    features
-        Name of the feature network, see `feature_name`.
-    data_sha256
-        Hash of the images, see `images_sha256`.
-    rows
-        Features of each image, ``(N, ≥ F)`` float32, if they are kept.
+    ``features`` is the name of the network, see `feature_name`; ``data_sha256`` is a hash of the
+    images, see `images_sha256`; the covariance is divided by count − 1.
     """
 
-    mean: Tensor
-    covariance: Tensor
+    mean: Tensor  # (F,) float64
+    covariance: Tensor  # (F, F) float64
     count: int
     features: str
     data_sha256: str
-    rows: Tensor | None = None
+    rows: Tensor | None = None  # features of each image, (N, ≥ F) float32, if they are kept
 
     @classmethod
     def of(
@@ -192,15 +180,11 @@ def frechet(
     Parameters
     ----------
     images
-        uint8 ``(N, C, H, W)``, at least two.
+        ``(N, C, H, W)``, as `FeatureNetwork` takes them, at least two.
     reference
-        uint8 ``(M, C, H, W)``, or their `FeatureStatistics` in the same features.
+        ``(M, C, H, W)``, or their `FeatureStatistics` in the same features.
     features
         Feature network, see `load_features`.
-    batch
-        Images per batch.
-    progress
-        Show progress bars on stderr.
 
     Returns
     -------
@@ -212,8 +196,7 @@ def frechet(
     Raises
     ------
     TypeError, ValueError
-        If an argument is out of range, shapes do not fit, or the reference's statistics are of
-        other features.
+        If an argument is out of range, shapes do not fit, or statistics are of other features.
     """
     check_images(images, "images", least=2)
     options: dict[str, Any] = {"batch": batch, "progress": progress}
@@ -228,11 +211,8 @@ def frechet(
 
 def frechet_report(first: FeatureStatistics, second: FeatureStatistics) -> dict[str, Any]:
     """Fréchet distance of images to a reference, by their statistics; see `frechet`."""
-    return {
-        "frechet_distance": frechet_of(first, second),
-        **frechet_conditions(first, second),
-        "versions": package_versions("cldsde", "torch"),
-    }
+    own = {"frechet_distance": frechet_of(first, second), **frechet_conditions(first, second)}
+    return own | {"versions": package_versions("cldsde", "torch")}
 
 
 def frechet_conditions(first: FeatureStatistics, second: FeatureStatistics) -> dict[str, Any]:

@@ -319,7 +319,7 @@ class Evaluation:
 
     @property
     def _inception_metrics(self) -> set[str]:
-        return _INCEPTION & set(self.metrics)
+        return _INCEPTION & {*self.metrics}
 
     @property
     def _images(self) -> Images:

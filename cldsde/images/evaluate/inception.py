@@ -132,46 +132,37 @@ def inception_metrics(
     images, reference
         uint8 ``(N, C, H, W)`` and ``(M, C, H, W)`` with 1 or 3 channels.
     weights
-        The file `INCEPTION_FILE`. Other weights of that network are accepted, and the result says
-        so: ``weights.published`` is false.
+        The file `INCEPTION_FILE`, or other weights of that network; then ``weights.published`` of
+        the result is false.
     metrics
         Some of ``"fid"``, ``"kid"``, ``"isc"`` (Inception score of ``images``), ``"prc"``
         (precision and recall, with 3 neighbours).
-    batch
-        Images per batch.
-    device
-        Device of the network.
     seed
         Seed of the subsets of KID and the order of the images for the Inception score, below 2³².
     kid_subsets, kid_subset_size
         Number and size of the subsets of KID.
     cache
-        Folder that keeps features of the reference, by the hashes of images and weights; None
-        keeps nothing. Its files are read without running code that they may hold.
-    progress
-        Show a progress bar on stderr.
+        Folder that keeps features of the reference, by the hashes of images and weights.
 
     Returns
     -------
     dict
-        ``metrics``: for each number its ``value``, its ``spread``, and ``spread_is``, a description
-        of the spread (both None for FID, precision, recall and F-score); ``resize``, ``weights``,
-        ``channels``, ``settings``; and as in `frechet` features, numbers and hashes of the images.
+        ``metrics``: for each number its ``value``, its ``spread`` and ``spread_is``, a description
+        of it (or None); ``resize``, ``weights``, ``channels``, ``settings``; and as in `frechet`.
 
     Raises
     ------
-    FileNotFoundError
-        If there is no file ``weights``; says where to get it.
-    ImportError
-        If torch-fidelity is not installed.
+    FileNotFoundError, ImportError
+        If there is no file ``weights``, whose source is named, or no torch-fidelity.
     TypeError, ValueError
         If an argument is out of range, shapes do not fit, there are too few images for a metric,
         or a file is damaged or not of that network.
     """
     check_same_shape(check_images(images, "images"), check_images(reference, "reference"))
     check_counts(metrics, len(images), len(reference), kid_subset_size=kid_subset_size)
-    if images.shape[1] not in {1, 3}:
-        raise ValueError(f"images must have 1 or 3 channels; got {images.shape[1]}")
+    if images.dtype != torch.uint8 or images.shape[1] not in {1, 3}:
+        got = f"{images.shape[1]} channels of {images.dtype}"
+        raise ValueError(f"images must have 1 or 3 channels of uint8; got {got}")
     network = InceptionFeatures(Path(weights), device)
 
     def batches(some: Tensor) -> Iterator[Tensor]:

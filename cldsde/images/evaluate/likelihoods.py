@@ -21,20 +21,14 @@ from cldsde.score.flow_density import Divergence
 Kind = Literal["auto", "exact", "bound"]
 Scale = Literal["bins", "ends"]
 
+_OF_BYTES = "; an upper bound on the bits of the discrete images"
 _QUANTITY = {
-    "exact": (
-        "negative log-density of dequantised images, taken as states at t_min, by the "
-        "probability-flow ODE, exact up to its tolerance; an upper bound on the bits of the "
-        "discrete images"
-    ),
-    "bound": (
-        "negative lower bound on the log-density of dequantised images, of a model that stops at "
-        "t_min; an upper bound on the bits of the discrete images"
-    ),
-    "latent": (
-        "negative evidence lower bound of a latent model whose prior stops at t_min; an upper "
-        "bound on the bits of the discrete images"
-    ),
+    "exact": "negative log-density of dequantised images, taken as states at t_min, by the "
+    f"probability-flow ODE, exact up to its tolerance{_OF_BYTES}",
+    "bound": "negative lower bound on the log-density of dequantised images, of a model that stops "
+    f"at t_min{_OF_BYTES}",
+    "latent": "negative evidence lower bound of a latent model whose prior stops at t_min"
+    f"{_OF_BYTES}",
 }
 
 
@@ -69,37 +63,29 @@ def likelihood(
     Parameters
     ----------
     model
-        A `ReverseProcess`, or a `Score` that knows its process, such as `MixedScore`; on
-        ``device``, in evaluation mode.
+        A `ReverseProcess`, or a `Score` that knows its process, in evaluation mode.
     images
         uint8 ``(N, C, H, W)`` with values below ``levels``.
     kind
-        ``"exact"``: the model's density at ``t_min``, taken at the images, for processes without
-        auxiliary components. ``"bound"``: a lower bound for a model that stops at ``t_min``, for
-        all processes. See `log_likelihood`, which calls them ``"replace"`` and ``"perturb"``.
-        ``"auto"``: exact if there are no auxiliary components.
-    levels
-        Number of grey levels L, 2 … 256.
+        ``"exact"``: the model's density at ``t_min``, for processes without auxiliary components.
+        ``"bound"``: a lower bound for a model that stops at ``t_min``. See `log_likelihood`, which
+        calls them ``"replace"`` and ``"perturb"``. ``"auto"``: exact if there is an exact one.
     scale
         Scale of the images that the model was trained on. ``"bins"``: (level + U) / L scaled to
         [−1, 1], dequantised images. ``"ends"``: levels on 2·level/(L − 1) − 1 with bins about
         them. A model trained on the levels themselves has no useful density at small ``t_min``.
-    batch
-        Images per batch.
     seed
         Seed of the dequantisation and all other noise.
     t_min, samples, divergence, rtol, atol, max_nfev
         See `log_likelihood`.
-    device, progress
-        Device of the computation, and whether to show a progress bar on stderr.
 
     Returns
     -------
     dict
-        ``bits_per_dim``, the mean over images; ``standard_error`` of that mean, which covers the
-        choice of the images and all noise (None for one image); ``images``, their number;
-        ``quantity``, a description; ``is_bound``: bound or value of the density's bits; ``nfev``
-        per image, on average; ``images_sha256``, ``process``, ``settings`` and ``versions``.
+        ``bits_per_dim``, the mean over images; ``standard_error`` of that mean, over images and all
+        noise (None for one image); ``images``, their number; ``quantity``, a description;
+        ``is_bound``; ``nfev`` per image; ``images_sha256``, ``process``, ``settings`` and
+        ``versions``.
 
     Raises
     ------

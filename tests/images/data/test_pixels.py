@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 
 from cldsde.images.data import ArrayImages, augment, channel_statistics, to_levels, to_unit
+from cldsde.images.data.samples import as_bytes
 from image_data import random_bytes
 from probes import generator
 from tolerances import EPS32, rounding
@@ -118,3 +119,59 @@ def test_a_constant_channel_has_variance_zero_exactly():
     mean, variance = channel_statistics(ArrayImages(pixels))
     assert float(variance) == 0
     assert float(mean) == float(Fraction(2 * 77, 255) - 1)
+
+
+def test_numbers_of_a_range_become_minus_one_to_one_and_are_not_rounded():
+    ends = (-3.0, 5.0)
+    x = torch.tensor([-3.0, 1.0, 1.1, 5.0])
+    unit = to_unit(x, ends)
+    # Four operations of numbers up to 8, divided by 4.
+    close = {"rtol": 0, "atol": rounding(4, 2, torch.float32)}
+    torch.testing.assert_close(unit, torch.tensor([-1.0, 0.0, 0.025, 1.0]), **close)
+    torch.testing.assert_close(to_levels(unit, ends), x, rtol=0, atol=4 * close["atol"])
+    assert to_levels(torch.tensor([-9.0, 9.0]), ends).tolist() == [-3, 5]
+    assert as_bytes(x, ends).tolist() == [0, 128, 131, 255]  # 127.5 and 130.7 are rounded
+    for wrong in (torch.tensor([5.1]), torch.tensor([float("nan")])):
+        with pytest.raises(ValueError, match="images must have values in their range, -3 to 5"):
+            to_unit(wrong, ends)
+
+
+@pytest.mark.parametrize("per", AXES)
+def test_statistics_of_numbers_do_not_cancel(per, monkeypatch):
+    """The mean is 10⁴ times the standard deviation."""
+    x = 1e4 + np.random.default_rng(0).normal(size=(50, 5, 4, 5)).astype(np.float32)
+    images = ArrayImages(torch.from_numpy(x), levels=(0, 2e4))
+    monkeypatch.setattr("cldsde.images.data.images.CHUNK", 7 * 100)
+    found = channel_statistics(images, per=per)
+    unit = x.astype(np.longdouble) / 1e4 - 1
+    for got, exact in zip(found, (unit.mean(AXES[per]), unit.var(AXES[per])), strict=True):
+        want = exact.reshape(got.shape).astype(float)
+        # Deviations from the mean are known to 10⁴ eps of their size.
+        np.testing.assert_allclose(got.numpy(), want, rtol=rounding(4, 1e4), atol=rounding(4))
+
+
+def test_random_parts_are_resized_to_the_size_of_the_image():
+    n, ends = 16, (0.0, 15.0)
+    ramp = torch.arange(n).float()
+    x = torch.stack([ramp.expand(n, n), ramp.expand(n, n).T]).expand(300, 2, n, n)
+    options = {"flip": False, "dequantise": False}
+    found = 7.5 * (augment(x, ends, crop=0.5, generator=generator(), **options) + 1)
+    slopes = torch.stack([found[:, 0].diff(dim=-1)[:, 8], found[:, 1].diff(dim=-2)[:, :, 8]])[
+        ..., 8
+    ]
+    sides = n * slopes
+    # Bicubic weights of single precision sum to 1 up to rounding, on numbers up to 15.
+    close = rounding(64, 15, torch.float32)
+    assert float((sides - sides.round()).abs().max()) < n * close
+    assert torch.equal(sides[0].round(), sides[1].round())  # parts keep the shape
+    sides = sides[0].round()
+    assert sorted(sides.unique().tolist()) == [*range(8, 17)]
+    corners = [(found[:, i, 8, 8] + found[:, i, 7, 7]) / 2 - (sides - 1) / 2 for i in range(2)]
+    for corner in corners:
+        assert float((corner - corner.round()).abs().max()) < close
+        assert bool(((corner.round() >= 0) & (corner.round() <= n - sides)).all())
+    assert not torch.equal(*corners)
+    levels = augment(x.to(torch.uint8), 16, crop=0.5, generator=generator(), **options)
+    assert float((7.5 * (levels + 1) - found).abs().max()) < 0.5 + close  # rounded to levels
+    again = augment(x, ends, crop=0.5, generator=generator(), **options)
+    assert torch.equal(7.5 * (again + 1), found)

@@ -5,7 +5,12 @@ import torch
 
 from cldsde.images.data import ArrayImages, DataSet, Subset
 from cldsde.images.evaluate import ClassifierFeatures, train_classifier
-from cldsde.images.evaluate.classifier import ImageClassifier, load_classifier, save_classifier
+from cldsde.images.evaluate.classifier import (
+    ImageClassifier,
+    load_classifier,
+    random_features,
+    save_classifier,
+)
 from cldsde.images.evaluate.features import feature_name
 from cldsde.images.tensor_files import save_tensors
 from probes import generator
@@ -120,3 +125,12 @@ def test_weights_of_another_architecture_and_other_files_are_rejected(tmp_path):
     save_tensors(file, "something else", {"x": torch.zeros(1)}, {})
     with pytest.raises(ValueError, match="must hold ImageClassifier; it holds something else"):
         load_classifier(file)
+
+
+def test_features_of_random_weights_are_the_same_whenever_they_are_made():
+    torch.manual_seed(1)
+    first = random_features(5)
+    torch.manual_seed(2)
+    state = torch.get_rng_state()
+    assert random_features(5).name == first.name
+    assert torch.equal(torch.get_rng_state(), state)
