@@ -117,7 +117,8 @@ class Run(TrainedModel):
         Returns
         -------
         Samples
-            ``images`` ``(N, C, H, W)`` uint8, the score evaluations of each, and ``levels``.
+            ``images`` ``(N, C, H, W)`` uint8, or float32 for continuous data, the score evaluations
+            of each, and ``levels``.
 
         Raises
         ------

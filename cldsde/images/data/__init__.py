@@ -5,7 +5,6 @@ numbers by row, from memory or files, so that a data set may exceed memory.
 """
 
 from cldsde.images.data.arrays import array_images
-from cldsde.images.data.decoded import PictureImages
 from cldsde.images.data.folder import FolderImages
 from cldsde.images.data.images import ArrayImages, Images, Subset
 from cldsde.images.data.pixels import augment, channel_statistics, pixels_of, to_levels, to_unit
@@ -25,7 +24,6 @@ __all__ = [
     "DataSet",
     "FolderImages",
     "Images",
-    "PictureImages",
     "Subset",
     "array_file",
     "array_images",

@@ -1,44 +1,83 @@
-"""Pictures in a folder, a zip archive, or a data set that the library datasets saved."""
+"""Pictures of files that are decoded once, at the size of a training, into a file of a cache."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
 import os
-import unicodedata
-import zipfile
-from collections import Counter
-from collections.abc import Iterable
-from functools import lru_cache, partial
-from pathlib import Path, PurePosixPath
-from typing import Any
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, suppress
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
 
-from cldsde.images.checks import listed, what_instead
-from cldsde.images.data.decoded import PictureImages
-from cldsde.images.data.pictures import SUFFIXES, Packed
-from cldsde.images.schema import Flag, checked, checked_options
-from cldsde.messages import brief
+import numpy as np
+import PIL
+import torch
+from numpy.typing import NDArray
+from PIL import features
+from torch import Tensor
+from tqdm import tqdm
 
-_LARGEST = 2**30  # bytes of a picture in an archive
-Names = tuple[str, ...]
-Files = list[tuple[Names, Path | Packed]]
-"""Pictures and their names, folders first."""
+from cldsde.files import file_lock, write_whole
+from cldsde.images.checks import Scale
+from cldsde.images.data.images import Images
+from cldsde.images.data.pictures import Packed, fitted, open_picture, read_picture
+from cldsde.images.data.sources import find_pictures
+from cldsde.images.schema import Count, Flag, Positive, checked
+from cldsde.progress import progress_bar
+
+_RULE = 1  # of `_decode`; another number for each change of its results
+_CHUNK = 64  # pictures that are lost at most if decoding is interrupted
+_GIB = 2**30
+Array = NDArray[Any]
 
 
-class FolderImages(PictureImages):
+def cache_folder() -> Path:
+    """Folder of files that cldsde keeps for a user."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "cldsde"
+    return Path(os.environ.get("CLDSDE_CACHE") or base).expanduser()
+
+
+class FolderImages(Images):
     """The pictures of a folder and its subfolders, a zip archive, or a saved data set.
 
-    Every file is opened once when the object is made, which reads its header, unless its pictures
-    were decoded before.
+    They are decoded when they are needed, or once into a file of the cache. Every file is opened
+    once when the object is made, which reads its header, unless it was decoded before.
 
     Parameters
     ----------
     path
         The folder, the ``.zip`` file, or the folder to which the library datasets saved a data set
         with one column of pictures. An outer folder of all files in an archive does not count.
+    size
+        Height and width. A picture is cropped to its central square, which is resized by Pillow's
+        bicubic filter with antialiasing; a square of that size is not changed.
+    channels, bits
+        3 for RGB, or 1 for grey, which may have 16 bits: continuous numbers from 0 to 65,535.
     classes
         Whether the subfolders are classes: 0, 1, … in the order of their names. In a saved data set
         the classes are its column of the type ``ClassLabel``.
-    options
-        Size and other options of `PictureImages`.
+    workers
+        Threads that decode.
+    skip_damaged
+        Decode every picture at once, and leave out those that cannot be decoded.
+    cache
+        Folder of decoded pictures; ``"auto"``: the folder ``decoded`` in ``$CLDSDE_CACHE``, which
+        is ``~/.cache/cldsde`` by default; None decodes pictures whenever they are needed.
+    cache_gib
+        Largest size of that folder in GiB. The files unused for the longest time make room.
+
+    Attributes
+    ----------
+    files : tuple
+        The picture of each row.
+    skipped : tuple of str
+        Files left out, and the reason: undecodable files, and files with other suffixes.
 
     Raises
     ------
@@ -60,180 +99,220 @@ class FolderImages(PictureImages):
     """
 
     @checked
-    def __init__(self, path: str | Path, *, classes: Flag = False, **options: Any) -> None:
-        given = ("files", "facts", "labels", "classes")
-        options = checked_options(PictureImages, options, given, key="")
-        place = Path(path).expanduser()
-        packed = place.suffix.lower() == ".zip" and place.is_file()
-        root = place if packed else as_folder(place)
-        numbers: list[int] | None
-        names, numbers, others = None, None, Counter[str]()
-        if (root / "dataset_info.json").is_file() or (root / "dataset_dict.json").is_file():
-            files, numbers, names = _in_table(root, classes=classes)
-            stamps: list[Any] = [(x.name, _stamp(x)) for x in sorted(root.glob("*.arrow"))]
-        else:
-            found, tops, others = _in_archive(root) if packed else _in_folder(root)
-            found.sort(key=lambda one: _name_order(one[0]))
-            if classes and found:
-                names, numbers = _classes(root, found, tops)
-            files, stamps = [x for _, x in found], [(part, _stamp(x)) for part, x in found]
-        if not files:
-            msg = f"{root} holds no image; files that end in {listed(sorted(SUFFIXES))} count"
-            raise ValueError(msg)
-        # Files of the same names, sizes and times may be in two places.
-        facts = [str(root.resolve()), stamps]
-        super().__init__(files, facts, labels=numbers, classes=names, **options)
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        size: Count,
+        channels: Literal[1, 3] = 3,
+        bits: Literal[8, 16] = 8,
+        classes: Flag = False,
+        workers: Count = 4,
+        skip_damaged: Flag = False,
+        cache: str | None = "auto",
+        cache_gib: Positive = 50,
+    ) -> None:
+        if bits == 16 and channels != 1:
+            raise ValueError("bits must be 8 for colours, of which Pillow reads 8 bits; got 16")
+        all_files, labels, names, facts, others = find_pictures(path, classes=classes)
+        self._all, self._workers, self._limit = tuple(all_files), workers, cache_gib * _GIB
+        self._shape = (len(self._all), channels, size, size)
+        self._dtype = np.dtype(np.uint8 if bits == 8 else np.uint16)
+        self._bytes = math.prod(self._shape) * self._dtype.itemsize
+        self._place: Path | None = None
+        if cache is not None:
+            decoder = [PIL.__version__, *map(features.version, ("libjpeg_turbo", "zlib", "webp"))]
+            key = json.dumps([_RULE, decoder, self._shape, bits, facts])
+            folder = cache_folder() / "decoded" if cache == "auto" else Path(cache).expanduser()
+            self._place = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.rows"
+        damaged, self._checked = self._known_damaged(), True
+        if damaged is None:
+            damaged, self._checked = self._damaged(whole=skip_damaged), skip_damaged
+        kept = [row for row in range(len(self._all)) if row not in damaged]
+        if damaged and not (skip_damaged and kept):
+            raise ValueError(self._described(damaged))
+        self._left_out = damaged
+        self._rows = torch.tensor(kept)
+        self.files = tuple(self._all[row] for row in kept)
+        numbers = None if labels is None else torch.tensor(labels)[self._rows]
+        levels: Scale = 256 if bits == 8 else (0.0, 65535.0)
+        shape = self._shape[1:]
+        super().__init__(len(kept), shape, levels=levels, labels=numbers, classes=names)
         counts = (f"{count} files that end in {suffix}" for suffix, count in sorted(others.items()))
-        self.skipped = (*self.skipped, *counts)
+        self.skipped = (*damaged.values(), *counts)
+        if self._place is not None and self._is_whole:
+            with suppress(OSError):  # of a folder of another user
+                os.utime(self._place)
 
+    @property
+    def decodes_once(self) -> bool:
+        """Whether `keep_decoded` is going to decode the pictures."""
+        if self._place is None or self._is_whole or self._bytes > self._limit:
+            return False
+        return os.access(next(x for x in self._place.parents if x.exists()), os.W_OK)
 
-def as_folder(path: str | Path) -> Path:
-    """The path of a folder that exists."""
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
-        msg = f"path must be a folder; got {folder}, which {what_instead(folder)}"
-        raise (NotADirectoryError if folder.exists() else FileNotFoundError)(msg)
-    return folder
+    def keep_decoded(self, *, progress: bool = False) -> None:
+        """Decode all pictures into a file of the cache, from which they are read from now on.
 
+        Its name is a digest of shape, names, sizes and times of the files and the version of the
+        decoder, so that trainings share it. Of several processes one decodes, and an interrupted
+        call resumes. If pictures cannot be kept, a note on stderr says why.
+        """
+        place = self._place
+        if place is None or self._is_whole:
+            return
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with file_lock(place, wait=True):
+                if not self._is_whole:
+                    self._fill(place, progress=progress)
+        except OSError as error:
+            with suppress(OSError):  # a full disk is needed for other files
+                place.with_suffix(".part").unlink()
+            reason = error.strerror or str(error)
+            tqdm.write(
+                f"note: decoded pictures cannot be kept in {place.parent} ({reason}), and are "
+                "decoded again in each pass; data.options.cache names another folder",
+                file=sys.stderr,
+            )
 
-def _stamp(file: Any) -> Any:
-    """Everything that changes with a file: its size and time, or those in an archive."""
-    if isinstance(file, Packed):
-        return file.stamp
-    try:
-        return file.stat().st_size, file.stat().st_mtime_ns
-    except OSError:  # the error is reported when it is opened
+    def sums(self, rows: Tensor | None = None, *, progress: bool = False) -> Tensor:
+        """See `Images`; of decoded pictures they are kept in the cache."""
+        rows = torch.arange(len(self)) if rows is None else rows
+        if self._place is None or not self._is_whole:
+            return super().sums(rows, progress=progress)
+        name = hashlib.sha256(self._rows[rows].numpy().tobytes()).hexdigest()[:16]
+        file = self._place.with_suffix(f".{name}.npy")
+        with suppress(OSError, ValueError, EOFError):
+            return torch.from_numpy(np.load(file))
+        found = super().sums(rows, progress=progress)
+        with suppress(OSError):
+            write_whole(file, lambda path: np.save(path, found.numpy()))
+        return found
+
+    @property
+    def _is_whole(self) -> bool:
+        """Whether the file of decoded pictures is there, to its last byte."""
+        with suppress(OSError):
+            return self._place is not None and self._place.stat().st_size == self._bytes
+        return False
+
+    def _fill(self, place: Path, *, progress: bool) -> None:
+        """Write the file of decoded pictures, from where an earlier call was interrupted."""
+        part, count = place.with_suffix(".part"), self._shape[0]
+        _make_room(place, self._bytes, self._limit)
+        if self._checked:
+            self._keep_damaged(place)
+        with part.open("ab") as target:
+            done = min(count, target.tell() // (self._bytes // count))
+            target.truncate(done * (self._bytes // count))
+            options = {"total": count, "initial": done, "desc": "decoding", "unit": "picture"}
+            with progress_bar(None, shown=progress, **options) as bar:
+                for first in range(done, count, _CHUNK):
+                    rows = range(first, min(first + _CHUNK, count))
+                    target.write(self._pixels(rows).tobytes())
+                    target.flush()
+                    os.fsync(target.fileno())
+                    bar.update(len(rows))
+        self._keep_damaged(place)
+        part.replace(place)
+
+    def _keep_damaged(self, place: Path) -> None:
+        """Keep what a check of all pictures found, so that the next start need not look."""
+        text = json.dumps(self._left_out)
+        write_whole(place.with_suffix(".json"), lambda file: file.write_text(text))
+
+    def _read(self, rows: Tensor) -> Tensor:
+        found = self._rows[rows]
+        if self._is_whole:
+            pixels = _mapped(self._place, self._dtype, self._shape)[found.numpy()]
+        else:
+            pixels = self._pixels(found.tolist())
+        return torch.from_numpy(pixels if self._dtype == np.uint8 else pixels.astype(np.float32))
+
+    def _pixels(self, rows: Sequence[int]) -> Array:
+        """Decoded pictures; those that are left out are black."""
+
+        def decoded(row: int) -> Array:
+            if row in self._left_out:
+                return np.zeros(self._shape[1:], self._dtype)
+            return _decode(self._all[row], self._shape[1:], self._dtype)
+
+        try:
+            with ThreadPoolExecutor(min(self._workers, len(rows))) as pool:
+                return np.stack(list(pool.map(decoded, rows)))
+        except ValueError:
+            # A damaged file is seldom alone: name all at once.
+            if damaged := self._damaged(whole=True):
+                raise ValueError(self._described(damaged)) from None
+            raise
+
+    def _damaged(self, *, whole: bool) -> dict[int, str]:
+        """Pictures that cannot be decoded, and why; their headers are read, or all of them."""
+
+        def reason(file: Path | Packed) -> str | None:
+            try:
+                with nullcontext(read_picture(file)) if whole else open_picture(file):
+                    pass
+            except ValueError as error:
+                return str(error)
+            return None
+
+        # A pool per call takes a fraction of a millisecond, and can be pickled and forked.
+        with ThreadPoolExecutor(min(self._workers, len(self._all))) as pool:
+            texts = pool.map(reason, self._all)
+            options = {"total": len(self._all), "desc": "checking", "unit": "picture", "delay": 3}
+            bar = progress_bar(texts, shown=True, **options)
+            return {row: text for row, text in enumerate(bar) if text is not None}
+
+    def _described(self, damaged: Mapping[int, str]) -> str:
+        """Damaged files in one line, ten at most."""
+        first, *others = damaged.values()
+        if not others:
+            return f"{first}; skip_damaged = true leaves it out"
+        names = ", ".join(str(self._all[row]) for row in [*damaged][1:10])
+        more = f"{len(others)} others: {names}{', …' if len(damaged) > 10 else ''}"
+        return f"{first}; nor can {more}. skip_damaged = true leaves them out"
+
+    def _known_damaged(self) -> dict[int, str] | None:
+        """Damaged pictures that an earlier start found; None if none looked at all of them."""
+        with suppress(OSError, ValueError, AttributeError):
+            if self._place is not None:
+                known = json.loads(self._place.with_suffix(".json").read_text(encoding="utf-8"))
+                return {int(row): str(text) for row, text in known.items()}
         return None
 
 
-def _name_order(parts: Names) -> tuple[list[str], Names]:
-    """Sorting key that does not depend on how a file system composes accents."""
-    return [unicodedata.normalize("NFC", part) for part in parts], parts
+def _decode(file: Path | Packed, shape: Sequence[int], dtype: np.dtype[Any]) -> Array:
+    """A picture ``(C, H, W)``."""
+    mode = "F" if dtype == np.uint16 else "RGB" if shape[0] == 3 else "L"
+    pixels = np.asarray(fitted(read_picture(file, mode), shape[1], shape[2]))
+    if mode == "F":  # the filter reaches over both ends
+        pixels = pixels.round().clip(0, 65535).astype(np.uint16)
+    return np.moveaxis(pixels.reshape(*shape[1:], -1), -1, 0)
 
 
-def _in_folder(root: Path) -> tuple[Files, list[str], Counter[str]]:
-    """Files of a folder and its subfolders, its own subfolders, and numbers of other files."""
-    files: Files = []
-    others: Counter[str] = Counter()
-    for name, folders, names in os.walk(root, onerror=_raise, followlinks=True):
-        place = Path(name)
-        above = [root / part for part in place.relative_to(root).parents] if place != root else []
-        if place.resolve() in (folder.resolve() for folder in above):
-            raise ValueError(f"{place} is a link to a folder that it lies in; remove it")
-        folders[:] = [folder for folder in folders if folder[0] != "."]
-        for file in (place / name for name in names if name[0] != "."):
-            if file.suffix.lower() in SUFFIXES:
-                files.append((file.relative_to(root).parts, file))
-            else:
-                others[file.suffix or "no suffix"] += 1
-    tops = [x.name for x in root.iterdir() if x.is_dir() and x.name[0] != "."]
-    return files, tops, others
+@lru_cache
+def _mapped(place: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
+    return np.memmap(place, dtype, mode="r", shape=shape)
 
 
-def _raise(error: OSError) -> None:
-    raise error
-
-
-def _in_archive(archive: Path) -> tuple[Files, list[str], Counter[str]]:
-    """The same of a zip archive, without an outer folder of all its files."""
-    stamp, others = _stamp(archive), Counter[str]()
-    try:
-        entries = {
-            PurePosixPath(x.filename).parts: x
-            for x in _opened(archive, stamp, os.getpid()).infolist()
-        }
-    except (zipfile.BadZipFile, OSError, ValueError) as error:
-        raise ValueError(f"{archive} cannot be read as a zip archive: {error}") from error
-    files: Files = []
-    for names, x in entries.items():
-        if x.is_dir() or any(part.startswith(("__MACOSX", ".")) for part in names):
-            continue
-        suffix = PurePosixPath(names[-1]).suffix
-        if suffix.lower() in SUFFIXES:
-            read = partial(_member, archive, stamp, x.filename)
-            entry = Packed(f"{archive}, {x.filename}", read, (x.file_size, x.CRC))
-            files.append((names, entry))
-        else:
-            others[suffix or "no suffix"] += 1
-    while files and len({x[0] for x, _ in files}) == 1 and min(len(x) for x, _ in files) > 2:
-        files = [(names[1:], entry) for names, entry in files]
-    return files, [*{names[0] for names, _ in files if len(names) > 1}], others
-
-
-@lru_cache(maxsize=8)
-def _opened(archive: Path, stamp: Any, process: int) -> zipfile.ZipFile:
-    """An archive, open once per process: processes that share a file share its position."""
-    del stamp, process
-    return zipfile.ZipFile(archive)
-
-
-def _member(archive: Path, stamp: Any, name: str) -> bytes:
-    source = _opened(archive, stamp, os.getpid())
-    if source.getinfo(name).file_size > _LARGEST:
-        raise ValueError(f"it has more than {_LARGEST // 2**20} MiB")
-    return source.read(name)
-
-
-def _classes(root: Path, files: Files, tops: Iterable[str]) -> tuple[list[str], list[int]]:
-    """Names of the classes, and the class of each file."""
-    classes = sorted(tops, key=lambda name: _name_order((name,)))
-    for names, file in files:
-        if len(names) == 1:
-            msg = f"{file} belongs to no class; with classes=True images lie in subfolders"
-            raise ValueError(msg)
-    owners = [names[0] for names, _ in files]
-    for name in sorted({*classes} - {*owners}):
-        raise ValueError(f"{root / name} is a class without an image; add images or remove it")
-    numbers = {name: i for i, name in enumerate(classes)}
-    return classes, [numbers[owner] for owner in owners]
-
-
-def _in_table(
-    root: Path, *, classes: bool
-) -> tuple[list[Path | Packed], list[int] | None, list[str] | None]:
-    """Pictures of a saved data set, their classes and the names of these."""
-    table = _table(root, os.getpid())
-    kinds = {name: type(kind).__name__ for name, kind in table.features.items()}
-    wanted = [("Image", "of pictures"), *([("ClassLabel", "of classes")] if classes else [])]
-    found = []
-    for kind, text in wanted:
-        columns = [name for name, own in kinds.items() if own == kind]
-        if len(columns) != 1:
-            msg = f"{root} must have one column {text} ({kind}); it has {len(columns)} among "
-            raise ValueError(f"{msg}{listed([*kinds])}. Save it with others by select_columns")
-        found += columns
-    reads = [partial(_cell, root, found[0], row) for row in range(len(table))]
-    files: list[Path | Packed] = [Packed(f"{root}, row {i}", x) for i, x in enumerate(reads)]
-    if not classes:
-        return files, None, None
-    return files, [int(x) for x in table[found[1]]], table.features[found[1]].names
-
-
-@lru_cache(maxsize=8)
-def _table(root: Path, process: int) -> Any:
-    """A saved data set, whose pictures are not decoded; once per process."""
-    del process
-    try:
-        import datasets
-    except ImportError as error:
-        msg = f"{root} needs the library datasets, which saved it: pip install datasets"
-        raise ImportError(msg) from error
-    try:
-        table = datasets.load_from_disk(str(root))
-    except Exception as error:  # of many classes, for damaged folders
-        raise ValueError(f"{root} cannot be loaded by datasets: {brief(error)}") from error
-    if isinstance(table, datasets.DatasetDict):
-        msg = f"path must name the folder of a split in {root}: {listed([*table], 'or')}"
-        raise ValueError(msg)  # noqa: TRY004 -- the value of a path
-    for name, kind in table.features.items():
-        if isinstance(kind, datasets.Image):
-            table = table.cast_column(name, datasets.Image(decode=False))
-    return table
-
-
-def _cell(root: Path, column: str, row: int) -> bytes:
-    found = _table(root, os.getpid())[row][column]
-    if found is None:
-        raise ValueError("there is no picture")
-    content: bytes | None = found["bytes"]
-    return Path(found["path"]).read_bytes() if content is None else content
+def _make_room(place: Path, needed: int, limit: float) -> None:
+    """Delete the files unused for the longest time; raise an OSError if there is no room then."""
+    if needed > limit:
+        allowed = f"data.options.cache_gib allows {limit / _GIB:g}"
+        raise OSError(f"they need {needed / _GIB:.3g} GiB, and {allowed}")
+    sizes: dict[str, list[tuple[float, int, Path]]] = {}
+    for file in place.parent.glob(f"{'[0-9a-f]' * 32}.*"):
+        stat = file.stat()
+        sizes.setdefault(file.name[:32], []).append((stat.st_mtime, stat.st_size, file))
+    own = sum(size for _, size, _ in sizes.pop(place.stem, []))
+    total = needed + sum(size for files in sizes.values() for _, size, _ in files)
+    for files in sorted(sizes.values(), key=max):
+        if total > limit:
+            for _, size, file in files:
+                file.unlink(missing_ok=True)
+                total -= size
+    free = own + shutil.disk_usage(place.parent).free
+    if needed > 0.9 * free:
+        raise OSError(f"they need {needed / _GIB:.3g} GiB, and {free / _GIB:.3g} are free")

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cldsde.images.checks import listed
-from cldsde.images.data.decoded import cache_folder
+from cldsde.images.data.folder import cache_folder
 from cldsde.images.data.images import CHUNK, ArrayImages
 
 _DEBIAN = Path("/usr/share/datasets/fashion-mnist")

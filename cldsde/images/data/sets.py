@@ -13,9 +13,10 @@ from pydantic import AfterValidator, Field
 
 from cldsde.files import file_lock
 from cldsde.images.data.arrays import Layout, array_images, to_nchw
-from cldsde.images.data.folder import FolderImages, as_folder
+from cldsde.images.data.folder import FolderImages
 from cldsde.images.data.idx import fashion_folder, fashion_part
 from cldsde.images.data.images import ArrayImages, Images, Subset
+from cldsde.images.data.sources import as_folder
 from cldsde.images.schema import Count, Flag, Levels, Natural, Number, Positive, Range, checked
 
 TorchvisionName = Literal[
@@ -174,10 +175,8 @@ def image_folder(
 
     Parameters
     ----------
-    path, classes
+    path, size, channels, bits, classes, workers, skip_damaged, cache, cache_gib
         See `FolderImages`.
-    size, channels, bits, workers, skip_damaged, cache, cache_gib
-        See `PictureImages`.
     held_out, seed
         See `digits`.
     """

@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from cldsde.images.data import FolderImages, Subset, channel_statistics, decoded
+from cldsde.images.data import FolderImages, Subset, channel_statistics
+from cldsde.images.data import folder as decoded
 from image_data import random_bytes, save, whole
 from tolerances import rounding
 

@@ -173,7 +173,10 @@ TWO_CHANNELS = noise(10, 0, (2, 4, 4))
         ({"metrics": []}, "metrics: must"),
         ({"metrics": ["kid"]}, "metrics: kid needs at least 1000 images; got 1"),
         ({"images": TWO_CHANNELS}, "reference must have the shape of images"),
-        ({"images": TWO_CHANNELS, "reference": TWO_CHANNELS}, "images must have 1 or 3 channels; "),
+        (
+            {"images": TWO_CHANNELS, "reference": TWO_CHANNELS},
+            "images must have 1 or 3 channels of uint8; got 2",
+        ),
         ({"seed": 2**32}, "seed: must be"),
     ],
 )

@@ -1,0 +1,207 @@
+"""Pictures in a folder, a zip archive, or a data set that the library datasets saved."""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+import zipfile
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from functools import lru_cache, partial
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+from cldsde.images.checks import listed, what_instead
+from cldsde.images.data.pictures import SUFFIXES, Packed
+from cldsde.messages import brief
+
+_LARGEST = 2**30  # bytes of a picture in an archive
+Names = tuple[str, ...]
+Files = list[tuple[Names, Path | Packed]]
+"""Pictures and their names, folders first."""
+
+
+class Found(NamedTuple):
+    """Pictures of a data set in their order, with their classes and the names of these.
+
+    ``facts`` change with the contents of the pictures; ``others`` are numbers of other files.
+    """
+
+    files: Sequence[Path | Packed]
+    labels: Sequence[int] | None
+    classes: Sequence[str] | None
+    facts: Any
+    others: Counter[str]
+
+
+def find_pictures(path: str | Path, *, classes: bool) -> Found:
+    """Pictures of a folder, a zip archive or a saved data set; see `FolderImages`."""
+    place = Path(path).expanduser()
+    packed = place.suffix.lower() == ".zip" and place.is_file()
+    root = place if packed else as_folder(place)
+    if (root / "dataset_info.json").is_file() or (root / "dataset_dict.json").is_file():
+        stamps = [(x.name, _stamp(x)) for x in sorted(root.glob("*.arrow"))]
+        return Found(*_in_table(root, classes=classes), [str(root.resolve()), stamps], Counter())
+    files, tops, others = _in_archive(root) if packed else _in_folder(root)
+    if not files:
+        msg = f"{root} holds no image; files that end in {listed(sorted(SUFFIXES))} count"
+        raise ValueError(msg)
+    files.sort(key=lambda one: _name_order(one[0]))
+    names, labels = _classes(root, files, tops) if classes else (None, None)
+    # Files of the same names, sizes and times may be in two places.
+    facts = [str(root.resolve()), [(name, _stamp(file)) for name, file in files]]
+    return Found([file for _, file in files], labels, names, facts, others)
+
+
+def as_folder(path: str | Path) -> Path:
+    """The path of a folder that exists."""
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        msg = f"path must be a folder; got {folder}, which {what_instead(folder)}"
+        raise (NotADirectoryError if folder.exists() else FileNotFoundError)(msg)
+    return folder
+
+
+def _stamp(file: Any) -> Any:
+    """Everything that changes with a file: its size and time, or those in an archive."""
+    if isinstance(file, Packed):
+        return file.stamp
+    try:
+        return file.stat().st_size, file.stat().st_mtime_ns
+    except OSError:  # the error is reported when it is opened
+        return None
+
+
+def _name_order(parts: Names) -> tuple[list[str], Names]:
+    """Sorting key that does not depend on how a file system composes accents."""
+    return [unicodedata.normalize("NFC", part) for part in parts], parts
+
+
+def _in_folder(root: Path) -> tuple[Files, list[str], Counter[str]]:
+    """Files of a folder and its subfolders, its own subfolders, and numbers of other files."""
+    files: Files = []
+    others: Counter[str] = Counter()
+    for name, folders, names in os.walk(root, onerror=_raise, followlinks=True):
+        place = Path(name)
+        above = [root / part for part in place.relative_to(root).parents] if place != root else []
+        if place.resolve() in (folder.resolve() for folder in above):
+            raise ValueError(f"{place} is a link to a folder that it lies in; remove it")
+        folders[:] = [folder for folder in folders if folder[0] != "."]
+        for file in (place / name for name in names if name[0] != "."):
+            if file.suffix.lower() in SUFFIXES:
+                files.append((file.relative_to(root).parts, file))
+            else:
+                others[file.suffix or "no suffix"] += 1
+    tops = [x.name for x in root.iterdir() if x.is_dir() and x.name[0] != "."]
+    return files, tops, others
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _in_archive(archive: Path) -> tuple[Files, list[str], Counter[str]]:
+    """The same of a zip archive, without an outer folder of all its files."""
+    stamp, others = _stamp(archive), Counter[str]()
+    try:
+        entries = {
+            PurePosixPath(x.filename).parts: x
+            for x in _opened(archive, stamp, os.getpid()).infolist()
+        }
+    except (zipfile.BadZipFile, OSError, ValueError) as error:
+        raise ValueError(f"{archive} cannot be read as a zip archive: {error}") from error
+    files: Files = []
+    for names, x in entries.items():
+        if x.is_dir() or any(part.startswith(("__MACOSX", ".")) for part in names):
+            continue
+        suffix = PurePosixPath(names[-1]).suffix
+        if suffix.lower() in SUFFIXES:
+            read = partial(_member, archive, stamp, x.filename)
+            entry = Packed(f"{archive}, {x.filename}", read, (x.file_size, x.CRC))
+            files.append((names, entry))
+        else:
+            others[suffix or "no suffix"] += 1
+    while files and len({x[0] for x, _ in files}) == 1 and min(len(x) for x, _ in files) > 2:
+        files = [(names[1:], entry) for names, entry in files]
+    return files, [*{names[0] for names, _ in files if len(names) > 1}], others
+
+
+@lru_cache(maxsize=8)
+def _opened(archive: Path, stamp: Any, process: int) -> zipfile.ZipFile:
+    """An archive, open once per process: processes that share a file share its position."""
+    del stamp, process
+    return zipfile.ZipFile(archive)
+
+
+def _member(archive: Path, stamp: Any, name: str) -> bytes:
+    source = _opened(archive, stamp, os.getpid())
+    if source.getinfo(name).file_size > _LARGEST:
+        raise ValueError(f"it has more than {_LARGEST // 2**20} MiB")
+    return source.read(name)
+
+
+def _classes(root: Path, files: Files, tops: Iterable[str]) -> tuple[list[str], list[int]]:
+    """Names of the classes, and the class of each file."""
+    classes = sorted(tops, key=lambda name: _name_order((name,)))
+    for names, file in files:
+        if len(names) == 1:
+            msg = f"{file} belongs to no class; with classes=True images lie in subfolders"
+            raise ValueError(msg)
+    owners = [names[0] for names, _ in files]
+    for name in sorted({*classes} - {*owners}):
+        raise ValueError(f"{root / name} is a class without an image; add images or remove it")
+    numbers = {name: i for i, name in enumerate(classes)}
+    return classes, [numbers[owner] for owner in owners]
+
+
+def _in_table(
+    root: Path, *, classes: bool
+) -> tuple[list[Path | Packed], list[int] | None, list[str] | None]:
+    """Pictures of a saved data set, their classes and the names of these."""
+    table = _table(root, os.getpid())
+    kinds = {name: type(kind).__name__ for name, kind in table.features.items()}
+    wanted = [("Image", "of pictures"), *([("ClassLabel", "of classes")] if classes else [])]
+    found = []
+    for kind, text in wanted:
+        columns = [name for name, own in kinds.items() if own == kind]
+        if len(columns) != 1:
+            msg = f"{root} must have one column {text} ({kind}); it has {len(columns)} among "
+            raise ValueError(f"{msg}{listed([*kinds])}. Save it with others by select_columns")
+        found += columns
+    reads = [partial(_cell, root, found[0], row) for row in range(len(table))]
+    files: list[Path | Packed] = [Packed(f"{root}, row {i}", x) for i, x in enumerate(reads)]
+    if not files:
+        raise ValueError(f"{root} holds no image")
+    if not classes:
+        return files, None, None
+    return files, [int(x) for x in table[found[1]]], table.features[found[1]].names
+
+
+@lru_cache(maxsize=8)
+def _table(root: Path, process: int) -> Any:
+    """A saved data set, whose pictures are not decoded; once per process."""
+    del process
+    try:
+        import datasets
+    except ImportError as error:
+        msg = f"{root} needs the library datasets, which saved it: pip install datasets"
+        raise ImportError(msg) from error
+    try:
+        table = datasets.load_from_disk(str(root))
+    except Exception as error:  # of many classes, for damaged folders
+        raise ValueError(f"{root} cannot be loaded by datasets: {brief(error)}") from error
+    if isinstance(table, datasets.DatasetDict):
+        msg = f"path must name the folder of a split in {root}: {listed([*table], 'or')}"
+        raise ValueError(msg)  # noqa: TRY004 -- the value of a path
+    for name, kind in table.features.items():
+        if isinstance(kind, datasets.Image):
+            table = table.cast_column(name, datasets.Image(decode=False))
+    return table
+
+
+def _cell(root: Path, column: str, row: int) -> bytes:
+    found = _table(root, os.getpid())[row][column]
+    if found is None:
+        raise ValueError("there is no picture")
+    content: bytes | None = found["bytes"]
+    return Path(found["path"]).read_bytes() if content is None else content
