@@ -39,7 +39,8 @@ def find_pictures(path: str | Path, *, classes: bool) -> Found:
     place = Path(path).expanduser()
     packed = place.suffix.lower() == ".zip" and place.is_file()
     root = place if packed else as_folder(place)
-    if (root / "dataset_info.json").is_file() or (root / "dataset_dict.json").is_file():
+    names = {x.name for x in root.iterdir()} if root.is_dir() else set()
+    if names >= {"dataset_info.json", "state.json"} or "dataset_dict.json" in names:
         stamps = [(x.name, _stamp(x)) for x in sorted(root.glob("*.arrow"))]
         return Found(*_in_table(root, classes=classes), [str(root.resolve()), stamps], Counter())
     files, tops, others = _in_archive(root) if packed else _in_folder(root)
@@ -47,10 +48,10 @@ def find_pictures(path: str | Path, *, classes: bool) -> Found:
         msg = f"{root} holds no image; files that end in {listed(sorted(SUFFIXES))} count"
         raise ValueError(msg)
     files.sort(key=lambda one: _name_order(one[0]))
-    names, labels = _classes(root, files, tops) if classes else (None, None)
+    kinds, labels = _classes(root, files, tops) if classes else (None, None)
     # Files of the same names, sizes and times may be in two places.
     facts = [str(root.resolve()), [(name, _stamp(file)) for name, file in files]]
-    return Found([file for _, file in files], labels, names, facts, others)
+    return Found([file for _, file in files], labels, kinds, facts, others)
 
 
 def as_folder(path: str | Path) -> Path:
@@ -166,7 +167,7 @@ def _in_table(
         columns = [name for name, own in kinds.items() if own == kind]
         if len(columns) != 1:
             msg = f"{root} must have one column {text} ({kind}); it has {len(columns)} among "
-            raise ValueError(f"{msg}{listed([*kinds])}. Save it with others by select_columns")
+            raise ValueError(f"{msg}{listed([*kinds])}. Select columns and save it again")
         found += columns
     reads = [partial(_cell, root, found[0], row) for row in range(len(table))]
     files: list[Path | Packed] = [Packed(f"{root}, row {i}", x) for i, x in enumerate(reads)]

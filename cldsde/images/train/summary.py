@@ -88,13 +88,8 @@ def measure_steps(learner: Learner) -> tuple[list[float], int]:
     memory, does not count.
     """
     device, batch = learner.engine.device, learner.settings.batch
-    on_gpu, first, steps = (
-        device.type == "cuda",
-        learner.config.pretraining_steps,
-        learner.settings.steps,
-    )
-    speeds = []
-    for stage in (range(first), range(first, steps)):
+    on_gpu, first, speeds = device.type == "cuda", learner.config.pretraining_steps, []
+    for stage in (range(first), range(first, learner.settings.steps)):
         seconds: list[float] = []
         last = time.perf_counter()
         for step, parts in zip(stage, ahead(learner.feed.load, stage), strict=True):
@@ -117,7 +112,7 @@ def forecast(config: RunConfig, speeds: list[float], memory: int, decoding: floa
     batch, first = config.training.batch, config.pretraining_steps
     counts = [n * batch for n in (first, config.training.steps - first) if n]
     seconds = sum(n / speed for n, speed in zip(counts, speeds, strict=True))
-    shown = " and ".join(f"{speed:,.0f}" for speed in speeds)
+    shown = " and ".join(f"{x:,.0f}" if x >= 10 else f"{x:.2g}" for x in speeds)
     stages = " in the two stages" if len(speeds) > 1 else ""
     once = f"decoding, once: {decoding / 60:,.1f} minutes"
     return [
