@@ -18,6 +18,7 @@ from cldsde.linear.random import check_generator, standard_normal
 from cldsde.linear.reprs import constructor_repr
 from cldsde.linear.sde import LinearSDE, check_process
 from cldsde.score.observation import Observation, check_observation
+from cldsde.score.operators import Copies
 from cldsde.score.protocol import Score
 from cldsde.score.times import PlannedTime, coefficients_at, score_times
 
@@ -34,6 +35,7 @@ class _Marginal(NamedTuple):
     """
 
     psi: Tensor  # (*, k), maps the data to the mean of the state
+    mean: Tensor  # (*, n, k, D)
     whitening: Tensor  # (*, n, D, k, k), inverse of the triangular root
     log_scale: Tensor  # (*, n), log weight + log normalisation
     data_log_scale: Tensor  # (*, n), the same for the data component of the state alone
@@ -122,13 +124,13 @@ class GaussianMixture:
             raise ValueError(f"covariances must be symmetric; got {self.covariances.tolist()}")
         self.weights = self.weights / self.weights.sum()
         self._variances, self._axes = torch.linalg.eigh(self.covariances)
-        self._moved: dict[tuple[torch.dtype, torch.device], Any] = {}
         if bool((self._variances.amin(1) < -1e-12 * scale).any()):
             raise ValueError(
                 "covariances must be positive semi-definite; got the eigenvalue "
                 f"{float(self._variances.min()):g}"
             )
         self._variances = self._variances.clamp_min(0)
+        self._rotation = Copies(self._axes)
 
     def __repr__(self) -> str:
         """Facts in one line."""
@@ -209,8 +211,8 @@ class GaussianMixture:
         with torch.autocast(z.device.type, enabled=False):
             signal = torch.einsum("...njkl,...l->...nkj", marginal.whitening, marginal.psi)
             gain = self._variances.to(whitened) * (signal * whitened).sum(-2)
-            data_means, axes = self._like(whitened)
-            means = data_means + torch.einsum("bnj,ndj->bnd", gain, axes)
+            shift = torch.einsum("bnj,ndj->bnd", gain, self._rotation.like(gain))
+            means = self.means.to(gain) + shift
             mean = torch.einsum("bn,bnd->bd", log_terms.softmax(-1), means)
         return mean.to(z.dtype).reshape(len(z), *z.shape[2:])
 
@@ -350,7 +352,8 @@ class GaussianMixture:
         # Weighted log-normalisations: the first row of the root for x alone, all rows for z.
         constant = 0.5 * self.dimension * math.log(2 * math.pi)
         scales = self.weights.log().unsqueeze(-1) - (diagonal.log().sum(-2) + constant).cumsum(-1)
-        return _Marginal(psi, triangular_inverse(factor), scales[..., -1], scales[..., 0])
+        mean = psi[..., None, :, None] * self.means.unsqueeze(1)
+        return _Marginal(psi, mean, triangular_inverse(factor), scales[..., -1], scales[..., 0])
 
     def _whitened(self, sde: LinearSDE, z: Tensor, t: TimeLike) -> tuple[_Marginal, Tensor, Tensor]:
         """The distribution of a state, and its `_terms`."""
@@ -361,9 +364,8 @@ class GaussianMixture:
 
     def _terms(self, z: Tensor, marginal: _Marginal) -> tuple[Tensor, Tensor]:
         """Whitened residuals ``(B, n, k, D)`` and log joint densities ``(B, n)``."""
-        data_means, axes = self._like(z)
-        means = marginal.psi[..., None, :, None] * data_means.unsqueeze(1)
-        residual = torch.einsum("bnkd,ndj->bnkj", z.unsqueeze(1) - means, axes)
+        residual = z.unsqueeze(1) - marginal.mean
+        residual = torch.einsum("bnkd,ndj->bnkj", residual, self._rotation.like(z))
         whitened = torch.einsum("...njkl,...nlj->...nkj", marginal.whitening, residual)
         return whitened, marginal.log_scale - 0.5 * whitened.square().sum((-2, -1))
 
@@ -371,9 +373,9 @@ class GaussianMixture:
         marginal = self._marginal(sde, t)
         whitening = torch.einsum("...njkl,nij->...nkjli", marginal.whitening, self._axes)
         pull = -whitening[..., rows, :].flatten(-2).flatten(-4, -2).mT
-        mean = torch.einsum("...l,ni->...nli", marginal.psi, self.means).flatten(-2)
+        mean = marginal.mean.flatten(-2).unsqueeze(-1)
         whole = whitening.flatten(-2).flatten(-3, -2)
-        return _DenseMarginal(mean.unsqueeze(-1), whole, marginal.log_scale.unsqueeze(-1), pull)
+        return _DenseMarginal(mean, whole, marginal.log_scale.unsqueeze(-1), pull)
 
     def _score(self, flat: Tensor, rows: list[int], marginal: _Marginal) -> Tensor:
         whitened, log_terms = self._terms(flat, marginal)
@@ -381,19 +383,8 @@ class GaussianMixture:
         # A list of rows would be an index tensor, copied to the device.
         whitening = torch.stack([marginal.whitening[..., row] for row in rows], dim=-1)
         pulled = torch.einsum("...njkl,...nkj->...nlj", whitening, whitened)
-        return -torch.einsum("bn,bnlj,ndj->bld", responsible, pulled, self._like(flat)[1])
-
-    def _like(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Means and axes in the dtype and on the device of states; copied once, unless learnt."""
-        version, key = self._version(), (z.dtype, z.device)
-        if version is None:
-            return self.means.to(z), self._axes.to(z)
-        if self._moved.get(key, (None,))[0] != version:
-            # torch.compile accepts the mode as a positional argument only.
-            with torch.inference_mode(False), torch.no_grad():
-                self._moved[key] = version, (self.means.to(z), self._axes.to(z))
-        found: tuple[Tensor, Tensor] = self._moved[key][1]
-        return found
+        axes = self._rotation.like(flat)
+        return -torch.einsum("bn,bnlj,ndj->bld", responsible, pulled, axes)
 
     def _version(self) -> object:
         """Version of weights and means, which may be learnt; None if they need gradients."""
@@ -461,18 +452,14 @@ class MixtureScore(Score):
         """Score at one time or ``(B,)`` times."""
         data, rows = self.data, self.rows
         # Compare densities in single precision at least, also for states in half precision.
-        flat = data._flat_state(self.sde, z)
-        shared = score_times(t, z, planned).ndim == 0
-        dense = shared and self.sde.components * data.dimension <= _DENSE
+        flat, version = data._flat_state(self.sde, z), data._version()
         make: Callable[[Tensor], Any] = partial(data._marginal, self.sde)
-        if dense:
+        shared = score_times(t, z, planned).ndim == 0
+        if dense := shared and self.sde.components * data.dimension <= _DENSE:
             make = partial(data._dense_marginal, self.sde, rows)
-        version = data._version()
         with torch.autocast(z.device.type, enabled=False):
-            marginal = coefficients_at(
-                self, t, z, make, flat.dtype, planned=planned, version=version
-            )
-            score = _dense_score(flat, marginal) if dense else data._score(flat, rows, marginal)
+            table = coefficients_at(self, t, z, make, flat.dtype, planned=planned, version=version)
+            score = _dense_score(flat, table) if dense else data._score(flat, rows, table)
         return score.to(z.dtype).reshape(len(z), len(rows), *z.shape[2:])
 
     def data_prediction(self, z: Tensor, t: TimeLike, **options: Any) -> Tensor:
