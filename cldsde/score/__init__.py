@@ -1,5 +1,6 @@
 """Scores, exact and learnt, their training, and the reverse process that they define."""
 
+from cldsde.linear.paths import NoisePath
 from cldsde.score.conversion import Conversion
 from cldsde.score.denoiser_score import DenoiserScore
 from cldsde.score.denoisers import Denoiser, PredictionDenoiser
@@ -10,7 +11,6 @@ from cldsde.score.matching import PerturbedData, optimal_loss, score_matching_lo
 from cldsde.score.mixed import MixedScore
 from cldsde.score.mixture import GaussianMixture
 from cldsde.score.observation import Observation
-from cldsde.score.paths import NoisePath
 from cldsde.score.posterior_score import PosteriorScore
 from cldsde.score.protocol import Score, ScoreFunction, ScoreWrapper
 from cldsde.score.quantisation import bits_per_dim, dequantise

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from cldsde.linear.checks import check_callable, one_of, shaped
+from cldsde.linear.paths import NoisePath
 from cldsde.score.conversion import TRAINED, Prediction, WhitenedKernel
 from cldsde.score.estimator import Estimator, compiled_module
-from cldsde.score.paths import NoisePath
 from cldsde.score.times import PlannedTime, coefficients_at
 
 Clock = Literal["time", "index", "sigma", "log_sigma/4", "log_snr"]

@@ -11,9 +11,9 @@ import torch
 
 from cldsde import DenoiserScore, GuidedScore, MixedScore, Observation, RectifiedFlow
 from cldsde.linear.log_snr import times_of_log_snr
+from cldsde.linear.paths import NoisePath
 from cldsde.pretrained.published_score import Parameterisation, PublishedScore
 from cldsde.score import ConditionalScore, PosteriorScore, PredictionDenoiser, ScoreDenoiser
-from cldsde.score.paths import NoisePath
 from cldsde.score.times import KnownTimes
 from probes import generator
 from score.cases import COMMON, MODES, called, mixture, score_rounding

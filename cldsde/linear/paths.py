@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from cldsde.linear.checks import check_alphas_cumprod, check_callable, shaped, two_increasing
-from cldsde.linear.interpolants import AlphasCumprod, cosine, falling, rising, sine
+from cldsde.linear.interpolants import LINEAR, TRIGONOMETRIC, SignalNoise
 from cldsde.linear.log_snr import times_of_log_snr
 from cldsde.linear.reprs import constructor_repr
 from cldsde.linear.sde import LinearSDE, check_process
-
-Function = Callable[[Tensor], Tensor]
+from cldsde.linear.signal_noise import OfTime
 
 _POINTS = 257  # times at which a path is checked
 # With this many bisections a time of 1e-9 is found to the last digit.
@@ -63,11 +62,11 @@ class NoisePath:
     tensor([0.5000], dtype=torch.float64)
     """
 
-    signal: Function
-    noise: Function
+    signal: OfTime
+    noise: OfTime
     _: KW_ONLY
     interval: tuple[float, float] = (0.0, 1.0)
-    inverse: Function | None = None
+    inverse: OfTime | None = None
     rates: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
 
     def __post_init__(self) -> None:
@@ -99,12 +98,12 @@ class NoisePath:
     @classmethod
     def linear(cls) -> NoisePath:
         """Linear path of rectified flow and flow matching: α = 1 − t, σ = t on [0, 1]."""
-        return cls(falling, rising, inverse=_linear_time)
+        return cls._along(LINEAR)
 
     @classmethod
     def cosine(cls) -> NoisePath:
         """Cosine path: α = cos(πt/2), σ = sin(πt/2) on [0, 1]."""
-        return cls(cosine, sine, inverse=_cosine_time)
+        return cls._along(TRIGONOMETRIC)
 
     @classmethod
     def from_alphas_cumprod(cls, table: Tensor) -> NoisePath:
@@ -129,8 +128,11 @@ class NoisePath:
         values = table.detach().cpu().to(torch.float64)
         check_alphas_cumprod(values)
         last = float((values > 0).sum()) - 1
-        found = AlphasCumprod(values[values > 0], start=-1.0, end=last)
-        return cls(found.signal, found.noise, interval=(0.0, last), inverse=found.inverse)
+        return cls._along(SignalNoise.through(values[values > 0], -1.0, last), (0.0, last))
+
+    @classmethod
+    def _along(cls, known: SignalNoise, interval: tuple[float, float] = (0.0, 1.0)) -> NoisePath:
+        return cls(known.signal, known.noise, interval=interval, inverse=known.inverse)
 
     @classmethod
     def of(cls, sde: LinearSDE, start: float = 1e-5) -> NoisePath:
@@ -163,7 +165,7 @@ class NoisePath:
             partial(_process_noise, sde),
             interval=(start, sde.T),
             inverse=partial(times_of_log_snr, sde, eps=start),
-            rates=partial(_process_rates, sde),
+            rates=partial(sde.dynamics.rates, initial_variance=sde.initial_covariance[0, 0]),
         )
 
     @property
@@ -191,7 +193,7 @@ class NoisePath:
         return _derivative(self.signal, t, "signal"), _derivative(self.noise, t, "noise")
 
 
-def _derivative(function: Function, t: Tensor, name: str) -> Tensor:
+def _derivative(function: OfTime, t: Tensor, name: str) -> Tensor:
     """Derivative of a function of times by automatic differentiation."""
     with torch.enable_grad():
         at = t.detach().clone().requires_grad_()
@@ -208,14 +210,6 @@ def _derivative(function: Function, t: Tensor, name: str) -> Tensor:
 # These are functions of the module, so that a path can be pickled.
 
 
-def _linear_time(kappa: Tensor) -> Tensor:
-    return torch.sigmoid(-kappa)
-
-
-def _cosine_time(kappa: Tensor) -> Tensor:
-    return (-kappa).exp().atan() * (2 / math.pi)
-
-
 def _process_signal(sde: LinearSDE, t: Tensor) -> Tensor:
     return sde.marginal(t).mean[..., 0, 0]
 
@@ -224,11 +218,7 @@ def _process_noise(sde: LinearSDE, t: Tensor) -> Tensor:
     return sde.marginal(t).root[..., 0, 0]
 
 
-def _process_rates(sde: LinearSDE, t: Tensor) -> tuple[Tensor, Tensor]:
-    return sde.dynamics.rates(t, sde.initial_covariance[0, 0])
-
-
-def _values(function: Function, times: Tensor, name: str) -> Tensor:
+def _values(function: OfTime, times: Tensor, name: str) -> Tensor:
     """Values of a function at times; raise unless they are finite and not negative."""
     check_callable(function, name, "a function of times")
     values: object = function(times)
