@@ -19,8 +19,8 @@ from cldsde.images.latent.bound import Batch, Times
 from cldsde.images.model import ImageSpace, Statistics, make_model
 from cldsde.images.streams import stream, stream_seed
 from cldsde.images.train.feed import Feed, Part
+from cldsde.images.train.meter import Meter
 from cldsde.images.train.objectives import make_objective
-from cldsde.images.train.state import Meter
 
 
 class _Core(NamedTuple):

@@ -1,4 +1,4 @@
-"""State of a training from step to step and in a file, signals to stop, and the best weights."""
+"""State of a training in a file, signals to stop it, and the best weights."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import math
 import signal
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -20,45 +20,8 @@ from cldsde.errors import require
 from cldsde.images.model import STATE_KIND, model_notes
 from cldsde.images.runs import SNAPSHOTS, STATE, RunFolder
 from cldsde.images.tensor_files import load_tensors, save_tensors
+from cldsde.images.train.learner import Learner
 from cldsde.messages import one_line
-
-if TYPE_CHECKING:
-    from cldsde.images.train.learner import Learner
-
-
-class Meter:
-    """Means of losses and of gradients' norms, read seldom: reading waits for the device.
-
-    ``loss`` is the sum of all losses, ``gradient_norm`` the norm of all parts together, and
-    ``PART_loss`` and ``PART_gradient_norm`` belong to one part.
-    """
-
-    def __init__(self, engine: Accelerator, parts: Sequence[str]) -> None:
-        self._engine = engine
-        names = [f"{part}_{what}" for what in ("loss", "gradient_norm") for part in parts]
-        self._names = ["loss", "gradient_norm", *names]
-        dtype = torch.float64 if engine.device.type == "cpu" else None
-        self.sums = torch.zeros(len(self._names) + 1, dtype=dtype).to(engine.device)
-
-    def add(self, losses: Mapping[str, Tensor], norms: Mapping[str, Tensor]) -> None:
-        """Add a step of this process: losses and norms of each part, by its name."""
-        each = torch.stack(list(losses.values()))
-        sizes = torch.stack([norm.detach() for norm in norms.values()]).to(each)
-        whole = torch.stack([each.sum(), sizes.norm()])
-        self.sums += torch.cat([whole, each, sizes, torch.ones_like(each[:1])])
-
-    def shared(self) -> Tensor:
-        """Sums of losses, norms and steps, averaged over all processes, which all must call it."""
-        return cast(Tensor, self._engine.reduce(self.sums, "mean"))
-
-    def means(self) -> dict[str, float]:
-        """Means over steps and processes since `clear`; 0 without a step."""
-        *sums, steps = self.shared().tolist()
-        return {name: x / max(steps, 1) for name, x in zip(self._names, sums, strict=True)}
-
-    def clear(self) -> None:
-        """Reset all sums."""
-        self.sums.zero_()
 
 
 class StopRequest:
