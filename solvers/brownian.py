@@ -6,7 +6,6 @@ import functools
 import math
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,43 +14,15 @@ from torch import Tensor
 
 from cldsde.linear.blocks import apply_blocks
 from cldsde.linear.checks import as_times, check_state
-from cldsde.linear.increments import carried_increments, increment_roots, split_rotations
+from cldsde.linear.increments import IncrementTree, Interval
 from cldsde.linear.random import check_generator, keyed_normals
 from cldsde.linear.sde import LinearSDE, check_process
 
 from .combine import combine
 from .noise import NoiseSource, PathNoise
 
-_HALVINGS = 20  # bisections of a cell between given times, before it is split at a time exactly
-
-
-@dataclass(eq=False)
-class _Node:
-    """An interval of the path, with the rotation that splits its normals between its halves."""
-
-    key: int
-    start: float
-    end: float
-    given: list[float]  # given times inside of it; none for a cell and its parts
-    parent: _Node | None = None
-    halvings: int = 0  # splits between the cell and this part of it
-    children: tuple[_Node, ...] = ()
-    root: Tensor = field(init=False)  # J = root ξ
-    rotation: Tensor = field(init=False)  # (ξ_earlier, ξ_later) = rotation (ξ, η)
-
-    def halve(self, split: float) -> tuple[_Node, ...]:
-        halvings = self.halvings + (not self.given)
-        earlier = [t for t in self.given if t < split]
-        later = [t for t in self.given if t > split]
-        self.children = (
-            _Node(2 * self.key, self.start, split, earlier, self, halvings),
-            _Node(2 * self.key + 1, split, self.end, later, self, halvings),
-        )
-        return self.children
-
-
-_Reading = list[tuple[_Node, Tensor]]
-"""A linear functional of the normals of some nodes, each with its block."""
+_Reading = list[tuple[Interval, Tensor]]
+"""A linear functional of the normals of some intervals, each with its block."""
 
 
 class BrownianPath(NoiseSource):
@@ -142,13 +113,11 @@ class BrownianPath(NoiseSource):
             raise ValueError(f"shape must be (B, *D); got {tuple(shape)}")
         self._sde, self._integrals = sde, integrals
         self._shape, self._dtype, self._device = tuple(shape), dtype, torch.device(device)
-        self._columns = sde.diffusion(given[0]).shape[-1]
-        self._size = self._columns + (sde.components if integrals else 0)
         check_generator(generator, several=False)
         on = "cpu" if generator is None else generator.device
         self._seed = int(torch.randint(2**62, (), generator=generator, device=on))
-        self._times: list[float] = given.tolist()
-        self._top = self._build()
+        self._tree = IncrementTree(sde, given, integrals=integrals)
+        self._size, self._columns = self._tree.size, self._tree.columns
         # Keep the latest pair of halves at each depth, with the key of their parent, because a walk
         # along a grid returns to no others. A new pair reuses the memory of the previous pair:
         # allocating memory for images takes as long as the sums.
@@ -189,6 +158,10 @@ class BrownianPath(NoiseSource):
         """Rows of (ΔW, I) over [s, t]."""
         eye = torch.eye(self._size, dtype=torch.float64, device="cpu")
         return self._value(self._read([(s, t)], [eye[rows]])[0])
+
+    def _read(self, intervals: list[tuple[float, float]], blocks: list[Tensor]) -> list[_Reading]:
+        with self._lock:
+            return self._tree.read(intervals, blocks)
 
     def evolve(self, z: Tensor, s: float, t: float) -> Tensor:
         """Exact solution of the forward process at t > s along the path.
@@ -255,24 +228,6 @@ class BrownianPath(NoiseSource):
             msg = f"{what} needs a BrownianPath with integrals=True; got integrals=False"
             raise ValueError(msg)
 
-    def _read(self, intervals: list[tuple[float, float]], blocks: list[Tensor]) -> list[_Reading]:
-        """Express functionals block · (ΔW, I) of intervals through the normals of nodes."""
-        low, high = self._times[0], self._times[-1]
-        for s, t in intervals:
-            if not low <= s < t <= high:
-                raise ValueError(
-                    f"an interval of the path must have {low:g} ≤ s < t ≤ {high:g}; got [{s}, {t}]"
-                )
-        with self._lock:
-            self._refine(sorted({at for interval in intervals for at in interval}))
-        return [
-            [
-                (node, block @ self._carried(node, t) @ node.root)
-                for node in self._cover(self._top, s, t)
-            ]
-            for (s, t), block in zip(intervals, blocks, strict=True)
-        ]
-
     def _value(self, reading: _Reading) -> Tensor:
         """Evaluate a reading, ``(B, rows, *D)``."""
         # Start at the latest node, because solvers walk down in time and the path keeps the latest
@@ -282,69 +237,7 @@ class BrownianPath(NoiseSource):
             value = functools.reduce(Tensor.add_, parts)
         return value.view(len(value), *self._shape).transpose(0, 1)
 
-    def _carried(self, node: _Node, t: float) -> Tensor:
-        """Matrix that carries (ΔW, I) of a node to a later time."""
-        # One node per call, because batched products round differently.
-        ends = _doubles([node.end]), _doubles([t])
-        return carried_increments(self._sde, *ends, integrals=self._integrals)[0]
-
-    def _cover(self, node: _Node, s: float, t: float) -> list[_Node]:
-        """Smallest set of nodes whose union is [s, t]."""
-        if node.end <= s or node.start >= t:
-            return []
-        if s <= node.start and node.end <= t:
-            return [node]
-        return [part for child in node.children for part in self._cover(child, s, t)]
-
-    def _build(self) -> _Node:
-        """Build the tree over the given times, and its roots and rotations from the cells up."""
-        levels = [[_Node(1, self._times[0], self._times[-1], self._times[1:-1])]]
-        while inner := [node for node in levels[-1] if node.given]:
-            halves = [node.halve(node.given[(len(node.given) - 1) // 2]) for node in inner]
-            levels.append([half for pair in halves for half in pair])
-        self._set_roots([node for level in levels for node in level if not node.children])
-        for level in reversed(levels[:-1]):
-            inner = [node for node in level if node.children]
-            for node, root in zip(inner, self._rotate(inner), strict=True):
-                node.root = root
-        return levels[0][0]
-
-    def _refine(self, stops: list[float]) -> None:
-        """Split cells until every stop is the end of a cell."""
-        frontier = [(self._top, stops)]
-        while frontier:
-            node, near = frontier.pop()
-            inside = [at for at in near if node.start < at < node.end]
-            if not inside:
-                continue
-            if not node.children:
-                middle = (node.start + node.end) / 2
-                deep = node.halvings >= _HALVINGS or not node.start < middle < node.end
-                # One node per call, because batched products round differently.
-                self._set_roots(node.halve(inside[0] if deep else middle))
-                self._rotate([node])
-            frontier += [(child, inside) for child in node.children]
-
-    def _set_roots(self, nodes: Sequence[_Node]) -> None:
-        s, t = _doubles([node.start for node in nodes]), _doubles([node.end for node in nodes])
-        roots = increment_roots(self._sde, s, t, integrals=self._integrals)
-        for node, root in zip(nodes, roots, strict=True):
-            node.root = root
-
-    def _rotate(self, nodes: list[_Node]) -> Sequence[Tensor]:
-        """Compute the rotations that split nodes, and return the nodes' roots."""
-        split = _doubles([node.children[0].end for node in nodes])
-        end = _doubles([node.end for node in nodes])
-        carried = carried_increments(self._sde, split, end, integrals=self._integrals)
-        earlier, later = (
-            torch.stack([node.children[half].root for node in nodes]) for half in range(2)
-        )
-        rotations, roots = split_rotations(carried @ earlier, later)
-        for node, rotation in zip(nodes, rotations, strict=True):
-            node.rotation = rotation
-        return roots.unbind()
-
-    def _normals(self, node: _Node) -> Tensor:
+    def _normals(self, node: Interval) -> Tensor:
         """Normals of a node, ``(r, N)`` for N numbers of a batch.
 
         They stay valid until the normals of another node of the same depth are computed.
@@ -366,7 +259,7 @@ class BrownianPath(NoiseSource):
         self._pairs[depth] = (node.key >> 1, both)
         return both[size:] if parent is not None and node.key % 2 else both[:size]
 
-    def _draw(self, node: _Node, split: float) -> Tensor:
+    def _draw(self, node: Interval, split: float) -> Tensor:
         """Fresh normals of a node, ``(r, N)``, valid until the next draw."""
         # Seed the draw by node and split time, so that the order of queries does not matter.
         bits = int(np.float64(split).view(np.uint64))
@@ -407,10 +300,6 @@ def _products_are_exact(dtype: torch.dtype) -> bool:
         return torch.get_float32_matmul_precision() == "highest"
     except RuntimeError:  # the precision was set per backend, and has no single value
         return False
-
-
-def _doubles(values: list[float]) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64, device="cpu")
 
 
 class _StepNoise(NoiseSource):
