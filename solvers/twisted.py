@@ -37,8 +37,6 @@ from .exponential_multistep import ExponentialMultistep
 from .noise import checked_seeds, start_root
 from .planning import plan
 
-_Generators = list[torch.Generator] | None
-
 _Twist = Literal["moments", "pigdm"]
 
 
@@ -214,16 +212,15 @@ def sample_posterior(
             f"noise left at their end would blur the posterior; got {float(grid[-1]):.3g}"
         )
     guided = PosteriorScore(
-        process.score,
-        observation,
-        method,
-        gradient=gradient,
-        data_variance=data_variance,
-        sde=sde,
+        process.score, observation, method, gradient=gradient, data_variance=data_variance, sde=sde
     )
-    solver = ExponentialMultistep(order=2, stochasticity=1.0)
-    tables = plan(process, solver, grid).tables
-    tilts = _tilts(solver, tables)
+    tables = plan(process, ExponentialMultistep(order=2, stochasticity=1.0), grid).tables
+    # L⁻¹Bⱼ of each step map shifts D_y − D to q.
+    roots = triangular_inverse(torch.tensor(tables.noise, dtype=torch.float64, device="cpu"))
+    tilts = [
+        as_blocks(root @ torch.tensor(blocks, dtype=torch.float64, device="cpu"))
+        for root, blocks in zip(roots, tables.weights, strict=True)
+    ]
     like = torch.empty(runs * particles, sde.components, *data_shape, dtype=dtype, device=device)
     at_once = len(like) if chunk is None else chunk
     whole = (len(like), *data_shape)
@@ -268,15 +265,6 @@ def sample_posterior(
         ess=torch.stack(weights.ess, 1),
         nfev=int(guided.evaluations(grid).sum()),
     )
-
-
-def _tilts(solver: ExponentialMultistep, tables: Any) -> list[list[Block]]:
-    """L⁻¹Bⱼ of each step, which map shifts D_y − D to q."""
-    roots = torch.tensor(solver.noise_roots(tables), dtype=torch.float64, device="cpu")
-    return [
-        as_blocks(whitening @ torch.tensor(blocks, dtype=torch.float64, device="cpu"))
-        for whitening, blocks in zip(triangular_inverse(roots), tables.weights, strict=True)
-    ]
 
 
 def _step(
@@ -333,7 +321,7 @@ class _Weights:
 
 def _generators(
     seeds: Sequence[int] | Tensor | None, generator: torch.Generator | None
-) -> tuple[_Generators, int]:
+) -> tuple[list[torch.Generator] | None, int]:
     """Generators, one per run, and the number of runs."""
     check_generator(generator, several=False)
     if seeds is None:
@@ -351,7 +339,7 @@ def _data_shape(shape: Sequence[int] | None) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def _uniforms(generators: _Generators, runs: int) -> Tensor:
+def _uniforms(generators: list[torch.Generator] | None, runs: int) -> Tensor:
     """One uniform number per run, ``(runs, 1)`` float64 on the CPU."""
     if generators is None:
         return torch.rand(runs, 1, dtype=torch.float64, device="cpu")
