@@ -15,7 +15,7 @@ from cldsde.linear.sde import LinearSDE, check_process
 from cldsde.score.conversion import whiten
 from cldsde.score.denoisers import as_denoiser, outside_levels
 from cldsde.score.protocol import Score
-from cldsde.score.times import PlannedTime, coefficients_at, mapped
+from cldsde.score.times import PlannedTime, coefficients_at
 
 # Noise level in place of infinity, for denoisers that know it: data of a standard deviation of 1
 # are invisible in single precision.
@@ -153,7 +153,7 @@ class DenoiserScore(Score):
         u = apply_blocks(rows.estimate, wide)[:, 0]
         # Copy the levels, because the denoiser may change them in place.
         sigma = rows.level.expand(len(z)).clone()
-        at = mapped(planned, t, self, self._sigma, sigma)
+        at = planned and planned.mapped(t, self, self._sigma, sigma)
         data = self.denoiser(u, sigma, planned=at, **conditions)
         if not isinstance(data, Tensor) or data.shape != u.shape:
             raise ValueError(

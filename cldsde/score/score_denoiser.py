@@ -24,7 +24,7 @@ from cldsde.linear.sde import LinearSDE, check_process
 from cldsde.score.conversion import whiten
 from cldsde.score.denoisers import Denoiser, checked_levels
 from cldsde.score.protocol import as_score
-from cldsde.score.times import PlannedTime, coefficients_at, mapped
+from cldsde.score.times import PlannedTime, coefficients_at
 
 
 class _Lift(NamedTuple):
@@ -121,7 +121,7 @@ class ScoreDenoiser(Denoiser):
         if self.fills:
             z = z + apply_blocks(lift.rest, self._noise(z))
         t = lift.time.expand(len(u)).clone()
-        at = mapped(planned, sigma, self, self._times, t)
+        at = planned and planned.mapped(sigma, self, self._times, t)
         if self.score.predicts_data:
             return self.score.data_prediction(z, t, planned=at, **conditions).to(u.dtype)
         score = self.score(z, t, planned=at, **conditions)

@@ -69,10 +69,7 @@ class KnownTimes:
         return [PlannedTime(self, number, row.expand(len(z))) for number, row in rows]
 
     def mapped(self, owner: object, function: Callable[[Tensor], Tensor]) -> KnownTimes:
-        """Known values of a function of the times, such as noise levels.
-
-        The function is called once per ``owner``.
-        """
+        """Known values of a function of the times, which is called once per ``owner``."""
         if owner not in self._mapped:
             with torch.inference_mode(False), torch.no_grad():
                 self._mapped[owner] = KnownTimes(function(self.times))
@@ -125,6 +122,19 @@ class PlannedTime(NamedTuple):
         """The place of t for another tensor with its values; None if t is not planned."""
         return self._replace(argument=argument) if self.argument is t else None
 
+    @_outside_graphs
+    def mapped(
+        self, t: TimeLike, owner: object, function: Callable[[Tensor], Tensor], argument: Tensor
+    ) -> PlannedTime | None:
+        """The place of a function of t, such as its noise level; None if t is not planned.
+
+        The function is called once per ``owner`` for all known times. ``argument`` are its values
+        ``(B,)`` on the state's device.
+        """
+        if self.argument is not t:
+            return None
+        return PlannedTime(self.times.mapped(owner, function), self.number, argument)
+
 
 def _valid(planned: PlannedTime | None, t: TimeLike) -> PlannedTime | None:
     """The planned time if it belongs to this tensor."""
@@ -170,30 +180,6 @@ def score_times(
         msg = f"{name} must be {what} or have shape ({len(z)},); got {tuple(times.shape)}"
         raise ValueError(msg)
     return times
-
-
-@_outside_graphs
-def mapped(
-    planned: PlannedTime | None,
-    t: TimeLike,
-    owner: object,
-    function: Callable[[Tensor], Tensor],
-    argument: Tensor,
-) -> PlannedTime | None:
-    """Planned value of a function of the time, such as its noise level; None if t is not planned.
-
-    Parameters
-    ----------
-    planned, t
-        Time of a call.
-    owner, function
-        See `KnownTimes.mapped`.
-    argument
-        Values ``(B,)`` of the function on the state's device.
-    """
-    if (at := _valid(planned, t)) is None:
-        return None
-    return PlannedTime(at.times.mapped(owner, function), at.number, argument)
 
 
 @_outside_graphs
