@@ -100,17 +100,9 @@ class Plan:
         source.check(state)
         later = requested[(requested != times[0]) & (requested != times[-1])]
         stops = torch.cat([later, times[-1:]])
+        known, checked = used._score_times, CheckedNoise(source, keep=log_prob)
         run = Run(
-            process,
-            used.tables,
-            used._score_times,
-            state,
-            times,
-            stops,
-            CheckedNoise(source, keep=log_prob),
-            callback,
-            progress,
-            density,
+            process, used.tables, known, state, times, stops, checked, callback, progress, density
         )
         with torch.set_grad_enabled(torch.is_grad_enabled() and differentiable):
             done = solver.integrate(run)
