@@ -14,11 +14,7 @@ Operator = Callable[[Tensor], Tensor]
 
 
 def conjugate_gradients(
-    apply: Callable[[Tensor], tuple[Tensor, Tensor]],
-    safe: Operator,
-    b: Tensor,
-    *,
-    iterations: int,
+    apply: Callable[[Tensor], tuple[Tensor, Tensor]], safe: Operator, b: Tensor, *, iterations: int
 ) -> Tensor:
     """Solve R x = b for each sample of a batch.
 

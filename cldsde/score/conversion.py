@@ -98,11 +98,7 @@ class WhitenedKernel:
 
     @classmethod
     def of_path(
-        cls,
-        alpha: Tensor,
-        sigma: Tensor,
-        times: Tensor,
-        rates: Callable[[], tuple[Tensor, Tensor]],
+        cls, alpha: Tensor, sigma: Tensor, times: Tensor, rates: Callable[[], tuple[Tensor, Tensor]]
     ) -> WhitenedKernel:
         """The distribution of x_t = α x_0 + σ n given x_0, with α and σ > 0 of shape ``*``."""
         psi, root = alpha[..., None, None], sigma[..., None, None]

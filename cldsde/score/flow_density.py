@@ -254,12 +254,7 @@ class _Flow:
             basis[entries - first, entries] = 1.0
             directions = basis.reshape(len(entries), 1, *force.shape[1:]).expand(-1, *force.shape)
             (slopes,) = torch.autograd.grad(
-                force,
-                leaf,
-                directions,
-                retain_graph=True,
-                is_grads_batched=True,
-                allow_unused=True,
+                force, leaf, directions, retain_graph=True, is_grads_batched=True, allow_unused=True
             )
             if slopes is None:  # the score ignores the state
                 return trace

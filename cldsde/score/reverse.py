@@ -34,12 +34,10 @@ def checked_score(value: Tensor, z: Tensor, driven: int) -> Tensor:
     """Return a score's result in the state's dtype; raise unless it is ``(B, driven, *D)``."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
         raise TypeError(f"score must return a real floating-point tensor; got {described(value)}")
-    batch, _, *data = z.shape
-    if value.shape != (shape := (batch, driven, *data)):
-        raise ValueError(
-            f"score must return shape {shape}, one row per driven component; "
-            f"got {tuple(value.shape)}"
-        )
+    shape, got = (len(z), driven, *z.shape[2:]), tuple(value.shape)
+    if got != shape:
+        msg = f"score must return shape {shape}, one row per driven component; got {got}"
+        raise ValueError(msg)
     if value.device != z.device:
         msg = f"score must return a tensor on the state's device, {z.device}; got {value.device}"
         raise ValueError(msg)
