@@ -33,6 +33,8 @@ from cldsde.images.schema import (
 )
 from cldsde.linear import LinearSDE, Schedule
 from cldsde.pretrained.published_score import Code, Parameterisation
+from cldsde.score.conversion import Measured
+from cldsde.score.network_score import Inputs
 from cldsde.solvers.named import canonical_name
 
 Time = Annotated[Number, Field(ge=1e-8, le=0.5)]
@@ -185,8 +187,8 @@ class ScoreConfig:
     """
 
     reference: Literal["scalar", "channel", "pixel"] = "scalar"
-    inputs: Literal["state", "estimate"] = "state"
-    prediction: Literal["noise", "velocity", "flow"] = "noise"
+    inputs: Inputs = "state"
+    prediction: Measured = "noise"
     mixing: Number | None = None
     code: Literal["cldsde"] | Code = "cldsde"
     mixed: Flag = False

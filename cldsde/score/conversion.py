@@ -21,7 +21,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -41,7 +41,8 @@ the velocity of the probability flow, which flow matching learns."""
 TRAINED: tuple[Prediction, ...] = ("score", "noise", "data", "velocity", "flow")
 """Predictions of networks."""
 
-MEASURED: tuple[Prediction, ...] = ("noise", "velocity", "flow")
+Measured = Literal["noise", "velocity", "flow"]
+MEASURED: tuple[Measured, ...] = get_args(Measured)
 """Predictions whose squared error is a loss. The loss of the flow is flow matching."""
 
 Conditioning = Literal["data", "all"]
