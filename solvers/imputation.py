@@ -1,8 +1,4 @@
-"""Inpainting and imputation by the replacement method.
-
-Song et al. (2021, §5 and appendix I.2) replace the known part of the state after each step of a
-solver. The new values are a sample of their exact distribution at that time given the data. If the
-process has a velocity, the velocity of the known part is replaced, too.
+"""Inpainting and imputation by the replacement method (Song et al. 2021, §5, appendix I.2).
 
 The samples do not follow the conditional distribution of the unknown part, however fine the grid
 is. Each step sees the known part through fresh noise, and later steps do not correct for it. For
@@ -14,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -54,8 +51,9 @@ class Imputation(GridSolver):
 
     .. math:: z_t ← (1 − m)\,z_t + m\,(ψ_t x + L_t ξ), \qquad ψ_t = Ψ(t, 0) e_0,
 
-    with the mask m and the known data x, at the start and after each step of the solver. Data can
-    have any shape: images, time series, tables.
+    with the mask m and the known data x, at the start and after each step of the solver. The new
+    values, and velocities if there are any, are a sample of their exact distribution given x. Data
+    can have any shape: images, time series, tables.
 
     If the grid ends at t = 0, the known entries of the result are exact. Otherwise they carry the
     noise of the last time, or a small error with ``denoise=True``. `impose` sets them exactly.
@@ -141,10 +139,7 @@ class Imputation(GridSolver):
         _check_known(self.known, self.mask)
         # Copy the data, because the caller may change them.
         object.__setattr__(self, "known", self.known.clone())
-        bases = None
-        if self.basis is not None:
-            _check_basis(self.basis, self.known.shape)
-            bases = self.basis.tolist(), self.basis.mT.tolist()
+        bases = None if self.basis is None else _checked_bases(self.basis, self.known.shape)
         as_integer(self.resample, 1, "resample")
         as_integer(self.jump, 1, "jump")
         object.__setattr__(self, "_stepper", stepper)
@@ -228,10 +223,8 @@ class Imputation(GridSolver):
             z = self._replace(z, tables, 0, noise)
         first = i // self.jump * self.jump
         end = min(first + self.jump, len(tables.back_mean))
-        steps = [(0, i)]
-        if i + 1 == end:
-            steps += [(n, j) for n in range(1, self.resample) for j in range(first, end)]
-        for repetition, j in steps:
+        repetitions = range(1, self.resample if i + 1 == end else 1)
+        for repetition, j in ((0, i), *product(repetitions, range(first, end))):
             if repetition > 0 and j == first:
                 xi = noise.normal(z, z.shape[1])
                 z = combine((tables.back_mean[i], z), (tables.back_root[i], xi))
@@ -312,7 +305,8 @@ def _check_known(known: object, mask: object) -> None:
         raise ValueError(msg)
 
 
-def _check_basis(basis: object, known: torch.Size) -> None:
+def _checked_bases(basis: object, known: torch.Size) -> tuple[Block, Block]:
+    """Blocks to the coordinates of an orthonormal basis, and back."""
     if not isinstance(basis, Tensor) or not basis.is_floating_point():
         raise TypeError(f"basis must be a floating-point tensor or None; got {basis!r}")
     if basis.ndim != 2 or basis.shape[0] != basis.shape[1] or basis.shape[0] not in known[:2]:
@@ -327,3 +321,4 @@ def _check_basis(basis: object, known: torch.Size) -> None:
     if not error <= 4 * torch.finfo(torch.float32).eps:
         msg = f"basis must be orthonormal; got products of its vectors with an error of {error:.2g}"
         raise ValueError(msg)
+    return basis.tolist(), basis.mT.tolist()
