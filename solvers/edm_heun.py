@@ -57,8 +57,7 @@ class EDMHeun(StagedSolver):
     --------
     >>> from cldsde import VESDE, GaussianMixture, sample, solvers
     >>> sde, data = VESDE(), GaussianMixture([1.0], [[0.3]], [[[0.25]]])
-    >>> solver = solvers.EDMHeun(churn=10.0)
-    >>> sample(sde, data.score(sde), (8, 1), nfe=50, solver=solver).shape
+    >>> sample(sde, data.score(sde), (8, 1), nfe=50, solver=solvers.EDMHeun(churn=10.0)).shape
     torch.Size([8, 1])
     """
 

@@ -33,8 +33,7 @@ class ExponentialEuler(AffineSolver):
     --------
     >>> from cldsde import CLD, GaussianMixture, sample, solvers
     >>> sde, data = CLD(), GaussianMixture([1.0], [[0.3]], [[[0.25]]])
-    >>> solver = solvers.ExponentialEuler()
-    >>> sample(sde, data.score(sde), (8, 1), nfe=50, solver=solver).shape
+    >>> sample(sde, data.score(sde), (8, 1), nfe=50, solver=solvers.ExponentialEuler()).shape
     torch.Size([8, 1])
     """
 

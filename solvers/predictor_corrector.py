@@ -123,8 +123,7 @@ class PredictorCorrector(GridSolver):
     --------
     >>> from cldsde import VESDE, GaussianMixture, sample, solvers
     >>> sde, data = VESDE(), GaussianMixture([1.0], [[0.3]], [[[0.25]]])
-    >>> solver = solvers.PredictorCorrector()
-    >>> sample(sde, data.score(sde), (8, 1), nfe=50, solver=solver).shape
+    >>> sample(sde, data.score(sde), (8, 1), nfe=50, solver=solvers.PredictorCorrector()).shape
     torch.Size([8, 1])
     """
 

@@ -30,8 +30,7 @@ class ReverseDiffusion(AffineSolver):
     --------
     >>> from cldsde import VESDE, GaussianMixture, sample, solvers
     >>> sde, data = VESDE(), GaussianMixture([1.0], [[0.3]], [[[0.25]]])
-    >>> solver = solvers.ReverseDiffusion()
-    >>> sample(sde, data.score(sde), (8, 1), nfe=50, solver=solver).shape
+    >>> sample(sde, data.score(sde), (8, 1), nfe=50, solver=solvers.ReverseDiffusion()).shape
     torch.Size([8, 1])
     """
 
@@ -70,8 +69,7 @@ class Ancestral(AffineSolver):
     --------
     >>> from cldsde import VPSDE, GaussianMixture, sample, solvers
     >>> sde, data = VPSDE(), GaussianMixture([1.0], [[0.3]], [[[0.25]]])
-    >>> solver = solvers.Ancestral()
-    >>> sample(sde, data.score(sde), (8, 1), nfe=50, solver=solver).shape
+    >>> sample(sde, data.score(sde), (8, 1), nfe=50, solver=solvers.Ancestral()).shape
     torch.Size([8, 1])
     """
 

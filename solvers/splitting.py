@@ -62,8 +62,7 @@ class Splitting(StagedSolver):
     --------
     >>> from cldsde import CLD, GaussianMixture, sample, solvers
     >>> sde, data = CLD(), GaussianMixture([1.0], [[0.3]], [[[0.25]]])
-    >>> solver = solvers.Splitting(scheme="OBAB")
-    >>> sample(sde, data.score(sde), (8, 1), nfe=50, solver=solver).shape
+    >>> sample(sde, data.score(sde), (8, 1), nfe=50, solver=solvers.Splitting(scheme="OBAB")).shape
     torch.Size([8, 1])
     """
 

@@ -31,8 +31,7 @@ class StochasticHeun(StagedSolver):
     --------
     >>> from cldsde import CLD, GaussianMixture, sample, solvers
     >>> sde, data = CLD(), GaussianMixture([1.0], [[0.3]], [[[0.25]]])
-    >>> solver = solvers.StochasticHeun()
-    >>> sample(sde, data.score(sde), (8, 1), nfe=50, solver=solver).shape
+    >>> sample(sde, data.score(sde), (8, 1), nfe=50, solver=solvers.StochasticHeun()).shape
     torch.Size([8, 1])
     """
 

@@ -68,8 +68,7 @@ class TorchDiffEq(Solver):
     --------
     >>> from cldsde import CLD, GaussianMixture, sample, solvers
     >>> sde, data = CLD(), GaussianMixture([1.0], [[0.3]], [[[0.25]]])
-    >>> solver = solvers.TorchDiffEq(method="rk4")
-    >>> sample(sde, data.score(sde), (8, 1), nfe=50, solver=solver).shape
+    >>> sample(sde, data.score(sde), (8, 1), nfe=50, solver=solvers.TorchDiffEq(method="rk4")).shape
     torch.Size([8, 1])
     """
 

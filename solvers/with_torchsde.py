@@ -70,8 +70,7 @@ class TorchSDE(GridSolver):
     --------
     >>> from cldsde import CLD, GaussianMixture, sample, solvers
     >>> sde, data = CLD(), GaussianMixture([1.0], [[0.3]], [[[0.25]]])
-    >>> solver = solvers.TorchSDE(method="srk")
-    >>> sample(sde, data.score(sde), (8, 1), nfe=50, solver=solver).shape
+    >>> sample(sde, data.score(sde), (8, 1), nfe=50, solver=solvers.TorchSDE(method="srk")).shape
     torch.Size([8, 1])
     """
 
