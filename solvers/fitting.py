@@ -22,7 +22,6 @@ from .settings import SamplerSettings
 
 Distance = Callable[[Tensor], float]
 
-_TRIES = 250  # by default; a prototype had found its settings after as many
 _FORMS = [(order, corrector) for order in (1, 2, 3) for corrector in (False, True)]
 # Steps of the search in κ at the start, log Δκ and λ, and the largest λ.
 _SPREADS = (0.4, 0.25, 0.3)
@@ -45,8 +44,8 @@ def fit_sampler(
 
     The search is CMA-ES (Hansen 2016), which needs the library ``cma``. It starts from the settings
     of `sample`. It uses the network as a black box, and the same random numbers for all settings.
-    The best settings and those of `sample` are then compared with new random numbers, and the
-    better ones are returned. Ctrl-C ends the search; the best settings so far are kept.
+    The best settings, the centre of the search and the settings of `sample` are then compared with
+    new random numbers, and the best ones are returned. Ctrl-C ends the search; the best settings so far are kept.
 
     Parameters
     ----------
@@ -86,7 +85,13 @@ def fit_sampler(
     ----------
     Hansen 2016, *The CMA Evolution Strategy: A Tutorial*, arXiv 1604.00772.
     """
-    search = Search(process, shape, nfe, distance, budget=budget, seed=seed, network=network)
+    search = Search(process, shape, nfe, distance, seed, network)
+    if budget is not None:
+        each = search.nfe * search.shape[0]
+        search.most = as_integer(budget, 1, "budget") // each
+        if search.most < search.least:
+            msg = f"budget must be at least {search.least * each}, for {search.least} tries of "
+            raise ValueError(f"{msg}{each} network evaluations; got {budget}")
     try:
         search.run(progress=progress)
     except KeyboardInterrupt:
@@ -124,15 +129,18 @@ def default_settings(
 
 @dataclass
 class Search:
-    """Search for the settings of `fit_sampler`; `best` are the best ones at any time."""
+    """Search for the settings of `fit_sampler`; ``best`` are the best ones at any time.
+
+    ``most`` is the number of tries, at least ``least``.
+    """
 
     process: ReverseProcess
     shape: Sequence[int]
     nfe: int
     distance: Distance
-    budget: int | None = None
     seed: int = 0
     network: str = ""
+    most: int = 250  # a prototype had found its settings after as many
     best: SamplerSettings = field(init=False)
     tries: int = field(default=0, init=False)
 
@@ -142,30 +150,31 @@ class Search:
         if not callable(self.distance):
             raise TypeError(f"distance must be a function of samples; got {self.distance!r}")
         self.shape = checked_shape(self.shape)
-        nfe, self.seed = as_integer(self.nfe, 2, "nfe"), as_integer(self.seed, 0, "seed")
+        self.nfe, self.seed = as_integer(self.nfe, 2, "nfe"), as_integer(self.seed, 0, "seed")
         self._cma = _import_cma()
-        self.best = default_settings(self.process, self.shape[1:], nfe, self.network)
-        self._first, self._least = self.best, math.inf
-        each = nfe * self.shape[0]
-        self._most = _TRIES if self.budget is None else as_integer(self.budget, 1, "budget") // each
-        # The start in its forms, some generations, and the comparison at the end.
-        needed = len(_FORMS) + 3 * self._generation + 2
-        if self._most < needed:
-            msg = f"budget must be at least {needed * each}, for {needed} tries of {each} network "
-            raise ValueError(f"{msg}evaluations; got {self.budget}")
+        self.best = default_settings(self.process, self.shape[1:], self.nfe, self.network)
+        self._first, self._smallest = self.best, math.inf
+
+    @property
+    def least(self) -> int:
+        """Tries of the start in its forms, of three generations, and of the comparison."""
+        return len(_FORMS) + 3 * self._generation + 3
 
     def run(self, *, progress: bool = False) -> None:
         """Search until the budget is spent, and compare the best settings with the first ones."""
-        with progress_bar(None, shown=progress, total=self._most, desc="fitting") as bar:
+        with progress_bar(None, shown=progress, total=self.most, desc="fitting") as bar:
             for order, corrector in _FORMS:
                 self._try(replace(self._first, order=order, corrector=corrector), bar)
             strategy = self._strategy(self.best)
-            while self.tries + self._generation + 2 <= self._most:
+            while self.tries + self._generation + 3 <= self.most:
                 points = strategy.ask()
                 strategy.tell(points, [self._try(self._settings(x), bar) for x in points])
-            fresh = {s: self._distance(s, self.seed + 1) for s in (self._first, self.best)}
+            # The best of many tries is partly luck, which the centre of the search has less of.
+            centre = self._settings(strategy.result.xfavorite) or self.best
+            chosen = dict.fromkeys((self._first, self.best, centre))
+            fresh = {settings: self._distance(settings, self.seed + 1) for settings in chosen}
             self.best = min(fresh, key=fresh.__getitem__)
-            bar.update(self._most - self.tries)
+            bar.update(self.most - self.tries)
 
     @property
     def _generation(self) -> int:
@@ -173,14 +182,14 @@ class Search:
         return 4 + int(3 * math.log(2 * len(self._first.log_snr) - 1))
 
     def _try(self, settings: SamplerSettings | None, bar: Any) -> float:
+        self.tries += 1
         if settings is None:
             return math.inf
         found = self._distance(settings, self.seed)
-        self.tries += 1
-        if found < self._least:
-            self.best, self._least = settings, found
+        if found < self._smallest:
+            self.best, self._smallest = settings, found
         bar.update()
-        bar.set_postfix(best=f"{self._least:.4g}", refresh=False)
+        bar.set_postfix(best=f"{self._smallest:.4g}", refresh=False)
         return found
 
     def _distance(self, settings: SamplerSettings, seed: int) -> float:

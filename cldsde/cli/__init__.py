@@ -16,7 +16,7 @@ from typing import NoReturn
 
 import torch
 
-from cldsde.cli import compare, demo, evaluate, import_published, sample, train, validate
+from cldsde.cli import compare, demo, evaluate, import_published, sample, train, tune, validate
 from cldsde.errors import SettingError
 from cldsde.messages import brief, one_line
 
@@ -28,10 +28,12 @@ _COMMANDS = {
     "sample": sample,
     "evaluate": evaluate,
     "compare": compare,
+    "tune": tune,
     "validate": validate,
     "import": import_published,
 }
 _INTERRUPTED = {
+    "tune": "interrupted; the best settings so far are kept",
     "validate": "interrupted; results so far are in the file of --json and the page of --out",
     "import": "interrupted; nothing was written",
 }
@@ -113,5 +115,6 @@ def _in_options(error: Exception, names: Mapping[str, str]) -> str:
     if isinstance(error, SettingError):
         return f"{names.get(error.key, error.key)}: {error.reason}"
     if isinstance(error, ModuleNotFoundError):
-        return f"{error.name} is missing; install the extra: pip install 'cldsde[images]'"
+        extra = "tune" if error.name == "cma" else "images"
+        return f"{error.name} is missing; install the extra: pip install 'cldsde[{extra}]'"
     return str(error)

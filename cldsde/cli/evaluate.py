@@ -13,22 +13,14 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from cldsde.cli.models import MODEL, RECIPE, SOLVERS, model_of, recipes_of
+from cldsde.cli.models import DATA, FEATURES, MODEL, RECIPE, SOLVERS, data_of, model_of, recipes_of
 from cldsde.cli.options import DEVICE, INTEGERS, LIST, option, resolve_device
 from cldsde.errors import SettingError
 from cldsde.messages import counted
 
-if TYPE_CHECKING:
-    from cldsde.images.data import DataSet
-
 _TARGET = "a run, or a file of its weights; FILE.npz, or a folder of pictures"
 _METRICS = "some of fd, fid, kid, isc, prc, bpd, with commas"
-_FEATURES = (
-    "features for fd: classifier, trained on the data's classes; random, for data without classes; "
-    "or module:attribute"
-)
 _OUT = "file of results; RUN/evaluation.jsonl or SAMPLES-evaluation.jsonl by default"
 OPTIONS = (
     option("RUN|SAMPLES", Path, _TARGET, nargs="?", dest="target"),
@@ -42,10 +34,10 @@ OPTIONS = (
     option("--seed N", int, "first seed", default=0),
     option("--reference RUN|CONFIG", Path, "data set to compare samples in files with"),
     option("--part NAME", str, "part of the data: train or held_out", default="train"),
-    option("--features NAME", str, _FEATURES, default="classifier"),
+    FEATURES,
     option("--weights FILE", Path, "Inception weights, for fid, kid, isc and prc"),
     option("--likelihood-images N", int, "held-out images for bpd", default=64),
-    option("--data PATH", Path, "path of the data set, if not as configured"),
+    DATA,
     option("--batch N", int, "images per batch", default=64),
     option("--out FILE", Path, _OUT),
     DEVICE,
@@ -73,7 +65,7 @@ def prepare(options: Namespace) -> Callable[[], None]:
     beside = out.with_name(f"{out.stem}-reference")
     names = ("metrics", "part", "samples", "repeats", "batch", "features", "weights")
     evaluation = Evaluation(
-        data=_data(options, source),
+        data=data_of(options.data, source),
         first_seed=options.seed,
         likelihood_images=options.likelihood_images,
         # A classifier is kept in the run whose data it was trained on, or beside the results.
@@ -124,26 +116,6 @@ def prepare(options: Namespace) -> Callable[[], None]:
         print(f"All is in {out.resolve()}")
 
     return work
-
-
-def _data(options: Namespace, source: Path) -> DataSet:
-    """The data set of a run or configuration."""
-    from cldsde.images.config import load_config
-    from cldsde.images.runs import CONFIG
-
-    data = load_config(source / CONFIG if source.is_dir() else source).data
-    try:
-        if options.data is not None:
-            given = {**data.options, "path": str(options.data)}
-            data = dataclasses.replace(data, options=given)
-    except SettingError:
-        raise SettingError("data", f"the data set {data.name} has no path") from None
-    try:
-        return data.load()
-    except SettingError as error:
-        if not error.reason.startswith("path "):
-            raise
-        raise SettingError("data", error.reason) from error
 
 
 def _places(options: Namespace) -> tuple[Path, Path]:

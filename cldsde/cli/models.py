@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from itertools import product
@@ -14,6 +15,7 @@ from cldsde.solvers import named_solvers
 
 if TYPE_CHECKING:
     from cldsde.images.config import ProcessConfig, SamplingConfig
+    from cldsde.images.data import DataSet
     from cldsde.images.model import ImageModel
 
 _MODEL = "diffusers folder, or a file in it, to sample in place of a run"
@@ -24,6 +26,12 @@ MODEL = (
     several("--process-set OPTION=VALUE", "option of the process, such as beta=8.0"),
     flag("--trust", "import the network that the run names by module:Class"),
 )
+_FEATURES = (
+    "features of the Fréchet distance: classifier, trained on the data's classes; random, for data "
+    "without classes; or module:attribute"
+)
+FEATURES = option("--features NAME", str, _FEATURES, default="classifier")
+DATA = option("--data PATH", Path, "path of the data set, if not as configured")
 SOLVERS = f"module:Class, or one of {', '.join(named_solvers())}"
 _GRIDS = "grid of times: uniform, quadratic, root, log_snr, logistic or karras"
 # Without a default: the settings of the run.
@@ -50,6 +58,25 @@ def model_of(options: Namespace, run: Path | None, device: Any) -> ImageModel:
     if run is None:
         return of_diffusers(options.model, process, device)
     return of_run(run, process if options.process else None, device, trust=options.trust)
+
+
+def data_of(path: Path | None, source: Path) -> DataSet:
+    """The data set of a run or configuration, at another path if there is one."""
+    from cldsde.images.config import load_config
+    from cldsde.images.runs import CONFIG
+
+    data = load_config(source / CONFIG if source.is_dir() else source).data
+    try:
+        if path is not None:
+            data = dataclasses.replace(data, options={**data.options, "path": str(path)})
+    except SettingError:
+        raise SettingError("data", f"the data set {data.name} has no path") from None
+    try:
+        return data.load()
+    except SettingError as error:
+        if not error.reason.startswith("path "):
+            raise
+        raise SettingError("data", error.reason) from error
 
 
 def process_config(options: Namespace) -> ProcessConfig:

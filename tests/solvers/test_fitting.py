@@ -84,7 +84,7 @@ def test_an_interrupted_search_keeps_its_best():
             raise KeyboardInterrupt
         return tries[-1]
 
-    with pytest.warns(UserWarning, match="Ctrl-C ended the search after 29 tries"):
+    with pytest.warns(UserWarning, match="Ctrl-C ended the search after 30 tries"):
         found = fitted(by=interrupted)
     again = distance(sample(VPSDE(), process().score, SHAPE, settings=found))
     assert again == min(tries[:29])

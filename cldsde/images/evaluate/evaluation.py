@@ -21,7 +21,7 @@ from cldsde.images.config import SamplingConfig
 from cldsde.images.data import DataSet, Images
 from cldsde.images.data.samples import measured, measured_batches
 from cldsde.images.evaluate import inception, likelihoods
-from cldsde.images.evaluate.classifier import kept_classifier, random_features
+from cldsde.images.evaluate.classifier import CLASSIFIER, kept_classifier, random_features
 from cldsde.images.evaluate.distances import (
     FeatureStatistics,
     FeatureSums,
@@ -53,7 +53,6 @@ in Inception's; bits per dim."""
 
 _INCEPTION = {"fid", "kid", "isc", "prc"}
 _CACHE = "inception"  # folder of what is kept of a data set in the features of Inception
-_CLASSIFIER = "classifier.safetensors"
 Reports = dict[str, dict[str, Any]]
 """Numbers by metric, with everything that they depend on."""
 _FAILURES = (FloatingPointError, UnsolvedFlowError, likelihoods.UndefinedLikelihoodError)
@@ -135,7 +134,7 @@ class Evaluation:
         """Whether a file that is missing in the folder is going to be kept there."""
         kept = [_CACHE] if self._inception_metrics else []
         if "fd" in self.metrics and self._kind == "classifier":
-            kept.append(_CLASSIFIER)
+            kept.append(CLASSIFIER)
         return not all((self.folder / name).exists() for name in kept)
 
     def of_run(
@@ -360,7 +359,7 @@ class Evaluation:
             return random_features(self.data.train.shape[0], self.device)
         if self._kind != "classifier":
             return load_features(self._kind)
-        file = self.folder / _CLASSIFIER
+        file = self.folder / CLASSIFIER
         return kept_classifier(file, self.data, device=self.device, progress=self.progress)
 
     @cached_property

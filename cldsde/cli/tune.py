@@ -1,0 +1,88 @@
+"""Fit samplers of few evaluations to a model: noise levels, noise and order.
+
+The search tries settings with the same random numbers, and compares their images with the data of
+the run by a Fréchet distance. A report with new seeds follows. Ctrl-C ends a search and keeps its
+best settings. The commands sample and evaluate take them by ``--settings``.
+"""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+
+from cldsde.cli.models import DATA, FEATURES, MODEL, data_of, model_of
+from cldsde.cli.options import DEVICE, INTEGERS, ONE_SEED, flag, option, resolve_device
+from cldsde.errors import require
+
+_REFERENCE = (
+    "run or configuration whose data to compare with; by default the run itself, or images "
+)
+_OUT = (
+    "FILE.json for one number of evaluations, or a folder; RUN, or the current folder, by default"
+)
+OPTIONS = (
+    option("RUN", Path, "run of cldsde train", nargs="?"),
+    *MODEL,
+    option("--nfe N", INTEGERS, "evaluations per image, or several with commas", default=[5]),
+    option("--reference RUN|CONFIG", Path, f"{_REFERENCE}of the model with 50 evaluations"),
+    DATA,
+    FEATURES,
+    option("--images N", int, "images per try", default=500),
+    option("--tries N", int, "settings to try", default=250),
+    option("--seed N", ONE_SEED, "seed of the search and its images; 0 by default"),
+    option("--out PATH", Path, _OUT),
+    flag("--overwrite", "replace existing files"),
+    DEVICE,
+)
+
+
+def prepare(options: Namespace) -> Callable[[], None]:
+    """Check the options, load model and data; return the remaining work."""
+    from cldsde.files import check_writable
+    from cldsde.images.tuning import Tuning
+
+    device, run = resolve_device(options.device), options.run
+    model = model_of(options, run, device)
+    source = options.reference or run
+    out = options.out or run or Path()
+    single = out.suffix == ".json"
+    msg = "must be a folder for several numbers of evaluations; got a file"
+    require(not single or len(options.nfe) == 1, "out", msg)
+    files = {nfe: out if single else out / f"sampler-{nfe}.json" for nfe in options.nfe}
+    for file in files.values():
+        msg = f"{file} is there already; name another place, or set overwrite"
+        require(options.overwrite or not file.exists(), "out", msg)
+    folder = out.parent if single else out
+    check_writable(folder)
+    tuning = Tuning(
+        model,
+        None if source is None else data_of(options.data, source),
+        source if source is not None and source.is_dir() else folder,
+        features=options.features,
+        images=options.images,
+        seed=(options.seed or range(1))[0],
+        device=device,
+    )
+    for nfe in files:
+        tuning.check(nfe, options.tries)
+
+    def work() -> None:
+        for nfe, file in files.items():
+            search = tuning.search(nfe, options.tries)
+            try:
+                search.run(progress=True)
+            finally:
+                # Ctrl-C keeps the best settings.
+                if search.tries:
+                    search.best.save(file)
+                    print(f"Settings are in {file.resolve()}", file=sys.stderr)
+            found = tuning.report(search.best, nfe)
+            print(f"{nfe} evaluations, Fréchet distances of 5 sets of {options.images} new images:")
+            for features, measured in found.items():
+                print(f"  in {features}: {measured}")
+            if not next(iter(found.values())).significant:
+                print("  The gain is less than three standard errors: the default is as good.")
+
+    return work

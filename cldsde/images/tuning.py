@@ -1,0 +1,164 @@
+"""Fit samplers of few evaluations to an image model, and measure them with new seeds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cldsde.errors import require
+from cldsde.images.data import ArrayImages, DataSet, Images, to_levels
+from cldsde.images.data.samples import measured, measured_batches
+from cldsde.images.evaluate.classifier import CLASSIFIER, kept_classifier, random_features
+from cldsde.images.evaluate.distances import FeatureSums, frechet_of
+from cldsde.images.evaluate.features import FeatureNetwork, load_features
+from cldsde.images.model import ImageModel
+from cldsde.progress import progress_bar
+from cldsde.score import ConditionalScore, ReverseProcess, Score
+from cldsde.solvers import SamplerSettings, sample
+from cldsde.solvers.fitting import Distance, Search
+
+_SETS = 5  # of new images for the report
+_REFERENCE, _MANY = 2000, 50  # images of the network itself, and evaluations of each
+
+
+class Measured(NamedTuple):
+    """Fréchet distances of sets of images of the default and of the fitted settings."""
+
+    default: Tensor
+    fitted: Tensor
+
+    def __str__(self) -> str:
+        """Means and their standard errors; the gain is of pairs with the same seeds."""
+        columns = self.default, self.fitted, self.default - self.fitted
+        texts = (f"{x.mean():.3f} ± {x.std() / math.sqrt(len(x)):.3f}" for x in columns)
+        return "default {}, fitted {}, gain {}".format(*texts)
+
+    @property
+    def significant(self) -> bool:
+        """Whether the gain is more than three standard errors."""
+        gain = self.default - self.fitted
+        return bool(gain.mean() > 3 * gain.std() / math.sqrt(len(gain)))
+
+
+@dataclass(frozen=True, eq=False)
+class Tuning:
+    """Fits of samplers to one image model.
+
+    Attributes
+    ----------
+    model
+        The model.
+    data
+        Images to compare with; None: images of the model itself, with 50 evaluations.
+    features
+        Features of the Fréchet distance that is fitted: ``"classifier"``, of the data's classes;
+        ``"random"``, of a network with random weights; or ``module:attribute``. Without data, or
+        without classes, ``"random"`` replaces ``"classifier"``.
+    folder
+        Folder that keeps the classifier.
+    images
+        Images of a try, and of each of five sets of the report.
+    seed
+        Seed of the search.
+    """
+
+    model: ImageModel
+    data: DataSet | None
+    folder: Path
+    features: str = "classifier"
+    images: int = 500
+    seed: int = 0
+    device: str = "cpu"
+
+    def check(self, nfe: int, tries: int) -> None:
+        """Raise an error if nothing can be fitted, before any work is done."""
+        least = Search(self.process, self.shape, nfe, lambda _: 0.0).least
+        msg = f"must be at least {least} for {nfe} evaluations; got {tries}"
+        require(tries >= least, "tries", msg)
+        if self.features not in {"classifier", "random"}:
+            load_features(self.features)
+
+    def search(self, nfe: int, tries: int) -> Search:
+        """The search for settings with ``nfe`` evaluations; see `cldsde.solvers.fit_sampler`."""
+        distance, name = next(iter(self._distances.values())), self.model.digest[:16]
+        return Search(self.process, self.shape, nfe, distance, self.seed, name, most=tries)
+
+    def report(self, settings: SamplerSettings, nfe: int) -> Mapping[str, Measured]:
+        """Distances by features, the fitted one first; images have the seeds after the search's."""
+        found: dict[str, list[list[float]]] = {name: [[], []] for name in self._distances}
+        seeds = range(self.seed + 2, self.seed + 2 + _SETS)
+        for seed in progress_bar(seeds, shown=True, desc="new images", unit="set"):
+            for i, how in enumerate((None, settings)):
+                data = self._draw(seed, nfe, how)
+                for name, distance in self._distances.items():
+                    found[name][i].append(distance(data))
+        return {name: Measured(*map(torch.tensor, pair)) for name, pair in found.items()}
+
+    @cached_property
+    def process(self) -> ReverseProcess:
+        """The reverse process; image i has class i modulo their number if the network needs one."""
+        score: Score = self.model.score
+        if self.model.space.always_classes:
+            assert self.model.space.classes is not None
+            labels = torch.arange(self.images, device=score.device) % self.model.space.classes
+            score = ConditionalScore(score, condition=labels)
+        return ReverseProcess(self.model.score.sde, score)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the samples of a try."""
+        vae = self.model.vae
+        return (self.images, *(self.model.space.shape if vae is None else vae.latent_shape))
+
+    @cached_property
+    def _distances(self) -> Mapping[str, Distance]:
+        """Distances of samples to the data, by features; the first one is fitted."""
+        reference = self._own() if self.data is None else self.data.train
+        name, channels = self.features, reference.shape[0]
+        random = {f"random features {i}": random_features(channels, self.device, i) for i in (0, 1)}
+        networks: dict[str, FeatureNetwork] = random
+        if name == "classifier" and self.data is not None and reference.labels is not None:
+            own = kept_classifier(self.folder / CLASSIFIER, self.data, device=self.device)
+            networks = {"the classifier's features": own, **random}
+        elif name not in {"classifier", "random"}:
+            networks = {name: load_features(name), **random}
+        return {name: self._distance(networks[name], reference) for name in [*networks][:2]}
+
+    def _distance(self, network: FeatureNetwork, reference: Images) -> Distance:
+        bar = progress_bar(measured_batches(reference), shown=True, desc="features", unit="batch")
+        known = FeatureSums(network, (len(reference), *reference.shape)).of(bar)
+
+        def distance(data: Tensor) -> float:
+            images = self._pixels(data)
+            return frechet_of(FeatureSums(network, images.shape).of(images.split(256)), known)
+
+        return distance
+
+    def _own(self) -> ArrayImages:
+        """Images of the model itself, with seeds that nothing else uses."""
+        seeds = range(2**32, 2**32 + max(1, _REFERENCE // self.images))
+        bar = progress_bar(seeds, shown=True, desc="reference", unit="set")
+        found = torch.cat([self._levels(self._draw(seed, _MANY)) for seed in bar])
+        return ArrayImages(found, levels=self.model.space.levels)
+
+    def _draw(self, seed: int, nfe: int, settings: SamplerSettings | None = None) -> Tensor:
+        sde, score = self.process.sde, self.process.score
+        return sample(sde, score, self.shape, nfe=nfe, seed=seed, settings=settings)
+
+    def _levels(self, data: Tensor) -> Tensor:
+        """Samples as images ``(B, C, H, W)``."""
+        space, vae = self.model.space, self.model.vae
+        if vae is not None:
+            data = torch.cat([vae.images(part) for part in data.split(64)])
+        return to_levels(data.cpu(), space.levels, dequantised=space.dequantised)
+
+    def _pixels(self, data: Tensor) -> Tensor:
+        """Samples as features take them."""
+        return measured(self._levels(data), self.model.space.levels)

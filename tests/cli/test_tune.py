@@ -1,0 +1,83 @@
+"""The command ``cldsde tune``."""
+
+import json
+import shutil
+
+import pytest
+
+from cldsde.cli import main
+from cldsde.solvers import SamplerSettings, fitting
+from command import rejected
+
+pytestmark = pytest.mark.usefixtures("untrained_classifier")
+# The fewest tries, of few images: the search is tested beside the solvers.
+SHORT = ["--nfe", 3, "--tries", 34, "--images", 16, "--device", "cpu"]
+
+
+@pytest.fixture
+def run(digits_run, tmp_path):
+    """A copy, since the classifier and the settings are kept in the run."""
+    folder = tmp_path / "run"
+    shutil.copytree(digits_run, folder)
+    return folder
+
+
+def tune(*arguments):
+    return main(["tune", *map(str, arguments)])
+
+
+def test_settings_are_kept_in_the_run_and_measured_with_new_seeds(run, capsys):
+    assert tune(run, *SHORT) == 0
+    found = SamplerSettings.load(run / "sampler-3.json")
+    process = json.loads((run / "config.json").read_text())["process"]["name"]
+    assert found.nfe == 3
+    assert found.process.startswith(process)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "3 evaluations, Fréchet distances of 5 sets of 16 new images:"
+    assert lines[1].startswith("  in the classifier's features: default ")
+    assert lines[2].startswith("  in random features 0: default ")
+    # Nothing is replaced without being asked, nor before any work.
+    error = rejected(capsys, "tune", run, *SHORT)
+    assert "--out: " in error
+    assert "sampler-3.json is there already" in error
+    assert SamplerSettings.load(run / "sampler-3.json") == found
+
+
+def test_a_model_of_diffusers_is_compared_with_its_own_images(diffusers_model, tmp_path, capsys):
+    out = tmp_path / "few.json"
+    arguments = ["--model", diffusers_model, "--process", "VPSDE", "--out", out, *SHORT]
+    assert tune(*arguments) == 0
+    assert SamplerSettings.load(out).process.startswith("VPSDE")
+    assert "  in random features 1: default " in capsys.readouterr().out
+
+
+def test_an_interrupted_search_keeps_its_best_settings(run, monkeypatch, capsys):
+    tried, distance = [], fitting.Search._distance
+
+    def interrupted(self, settings, seed):
+        tried.append((distance(self, settings, seed), settings))
+        if len(tried) == 12:
+            raise KeyboardInterrupt
+        return tried[-1][0]
+
+    monkeypatch.setattr(fitting.Search, "_distance", interrupted)
+    assert tune(run, *SHORT) == 130
+    best = min(tried[:11], key=lambda one: one[0])[1]
+    assert SamplerSettings.load(run / "sampler-3.json") == best
+    assert "the best settings so far are kept" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option", "message"),
+    [
+        (["--tries", 10], "--tries", "must be at least 33 for 3 evaluations; got 10"),
+        (["--nfe", "3,5", "--out", "few.json"], "--out", "must be a folder for several"),
+        (["--nfe", 1], "cldsde tune: error", "nfe must be at least 2; got 1"),
+        (["--features", "nowhere:net"], "--features", "'nowhere:net'"),
+        (["--reference", "nowhere.toml"], "cldsde tune: error", "nowhere.toml"),
+    ],
+)
+def test_bad_arguments_are_rejected_before_any_work(digits_run, arguments, option, message, capsys):
+    error = rejected(capsys, "tune", digits_run, *SHORT, *arguments)
+    assert f"{option}: {message}" in error
+    assert not (digits_run / "classifier.safetensors").exists()
