@@ -16,7 +16,7 @@ from typing import NoReturn
 
 import torch
 
-from cldsde.cli import compare, demo, evaluate, import_published, sample, train, validate
+from cldsde.cli import compare, demo, evaluate, export, import_published, sample, train, validate
 from cldsde.errors import SettingError
 from cldsde.messages import brief, one_line
 
@@ -30,10 +30,11 @@ _COMMANDS = {
     "compare": compare,
     "validate": validate,
     "import": import_published,
+    "export": export,
 }
 _INTERRUPTED = {
     "validate": "interrupted; results so far are in the file of --json and the page of --out",
-    "import": "interrupted; nothing was written",
+    **dict.fromkeys(("import", "export"), "interrupted; nothing was written"),
 }
 
 

@@ -249,12 +249,17 @@ def copy_weights(model: DiffusionModel, source: Path) -> None:
             kept = {name: x for name, x in model.state_dict().items() if name.endswith(own)}
             model.load_state_dict({**weights, **kept})
         else:
-            options = {"local_files_only": True, "use_safetensors": True}
-            unet = UNet2DModel.from_pretrained(source, low_cpu_mem_usage=False, **options)
-            model.score.network.get_submodule("network").load_state_dict(unet.state_dict())
+            copy_network(model, source / "unet" if (source / "unet").is_dir() else source)
     except (OSError, ValueError, RuntimeError, AttributeError) as error:
         msg = f"weights of {source} cannot be used ({one_line(error)[:300]})"
         raise SettingError("training.init_from", msg) from error
+
+
+def copy_network(model: DiffusionModel, source: Path) -> None:
+    """Copy the weights of a diffusers `UNet2DModel` to the network of a model."""
+    options = {"local_files_only": True, "use_safetensors": True}
+    unet = UNet2DModel.from_pretrained(source, low_cpu_mem_usage=False, **options)
+    model.score.network.get_submodule("network").load_state_dict(unet.state_dict())
 
 
 def load_model(
@@ -308,15 +313,27 @@ def read_model(file: Path, config: RunConfig, device: torch.device | str = "cpu"
         seen = int(metadata["images_seen"])
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         raise ValueError(f"{file} cannot be used: {one_line(error)}") from error
+    return as_trained(model, config, space, metadata["sha256"], seen, device)
+
+
+def as_trained(
+    model: DiffusionModel,
+    config: RunConfig,
+    space: ImageSpace,
+    digest: str,
+    images_seen: int,
+    device: torch.device | str,
+) -> TrainedModel:
+    """A model with its weights as that of a run, ready to sample on a device."""
     model = model.to(device).eval().requires_grad_(requires_grad=False)
     return TrainedModel(
         score=model.score,
         space=space,
-        digest=metadata["sha256"],
+        digest=digest,
         sampling=config.sampling,
         vae=model.vae,
         t_min=config.training.t_min,
         model=model,
         config=config,
-        images_seen=seen,
+        images_seen=images_seen,
     )
