@@ -1,7 +1,8 @@
 """Write a run as a pipeline of diffusers, which DDPMPipeline.from_pretrained loads.
 
 The network is a plain UNet2DModel. Its scheduler has the run's process, solver and grid. Import
-cldsde.images before you load the pipeline. The command cldsde sample --model FOLDER generates the images of the run.
+cldsde.images before you load the pipeline. The command cldsde sample --model FOLDER generates the
+images of the run.
 """
 
 from __future__ import annotations

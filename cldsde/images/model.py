@@ -273,9 +273,8 @@ def load_model(
     if not file.is_file():
         name = file.relative_to(run)
         msg = f"{run} has no {name} (yet): its training has not reached that checkpoint"
-        for folder, kind in (("models", "a comparison"), ("model", "a demonstration")):
-            if (run / folder).is_dir():
-                msg = f"{run} is of {kind}; see {run / folder}"
+        if (run / "models").is_dir():
+            msg = f"{run} is of a comparison; see {run / 'models'}"
         raise ValueError(msg)
     try:
         config = RunConfig.from_dict(json.loads((run / CONFIG).read_text(encoding="utf-8")))

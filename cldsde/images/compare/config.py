@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import field
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field, Strict
 
 from cldsde.errors import SettingError, setting
-from cldsde.images.config import RunConfig, SamplingConfig
+from cldsde.images.config import Grid, RunConfig, SamplingConfig, StartTime, Time
 from cldsde.images.data import DataSet
 from cldsde.images.evaluate.evaluation import METRICS
 from cldsde.images.sample.sampler import make_plan, make_solver
@@ -26,13 +26,12 @@ from cldsde.images.schema import (
     section,
     with_overrides,
 )
-from cldsde.images.sections import Time
 from cldsde.images.train.engine import check_run
 from cldsde.solvers.named import canonical_name
 
 PRESETS = {
     name: Path(__file__).with_name("presets") / f"{name}.toml"
-    for name in ("fashion_mnist", "cld_variants", "quick")
+    for name in ("fashion_mnist", "cld_variants", "quick", "demo")
 }
 """Comparisons that come with the package."""
 
@@ -52,7 +51,7 @@ class RowConfig:
         Name of the solver.
     label
         Name of the row; the name of the solver if empty.
-    grid, t_end, denoise, options
+    grid, t_start, t_end, denoise, options
         See `SamplingConfig`. ``t_end`` is a number, 1e-3 by default.
     nfe
         Budgets of score evaluations per image, for solvers on a grid.
@@ -64,7 +63,8 @@ class RowConfig:
     model: str
     solver: str
     label: str = ""
-    grid: Literal["uniform", "quadratic", "root", "log_snr", "logistic", "karras"] = "root"
+    grid: Grid = "root"
+    t_start: StartTime = None
     t_end: Time = 1e-3
     denoise: Flag = True
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -108,7 +108,7 @@ class RowConfig:
         ]
 
     def _recipe(self, **changes: Any) -> SamplingConfig:
-        names = ("solver", "grid", "t_end", "denoise", "options")
+        names = ("solver", "grid", "t_start", "t_end", "denoise", "options")
         recipe = SamplingConfig(**{**{name: getattr(self, name) for name in names}, **changes})
         make_solver(recipe)
         return recipe
