@@ -11,6 +11,7 @@ from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
+import torch
 from pydantic import AfterValidator, Field, Strict
 from torch import nn
 
@@ -53,6 +54,8 @@ def _rate(value: object) -> object:
     return tuple(numbers) if len(numbers) == 2 else value
 
 
+# Optimisers of parameters of any shape, by single steps, with weight decay.
+_OPTIMISERS = ("AdamW", "Adam", "RAdam", "NAdam", "Adamax", "Adafactor", "Adagrad", "SGD")
 PROCESSES = ("CLD", "PSLD", "HOLD", "VPSDE", "SubVPSDE", "VESDE", "RectifiedFlow", "CosineVP")
 
 
@@ -257,19 +260,22 @@ class TrainingConfig:
         Images per optimiser step, over all processes.
     micro_batch
         Largest number of images per pass through the network; None: the whole share of a process.
-    learning_rate
-        Peak learning rate of Adam.
+    optimiser, optimiser_options
+        A class of `torch.optim`, such as ``"AdamW"`` or ``"RAdam"``, and its further arguments.
+    learning_rate, weight_decay
+        Peak learning rate, and weight decay (decoupled for AdamW).
     warmup
         Images over which the learning rate rises linearly.
     decay
-        Schedule after the warm-up: ``"cosine"`` to zero at the end, or ``"constant"``.
-    weight_decay
-        Decoupled weight decay (AdamW).
+        Schedule after the warm-up: ``"constant"``; ``"cosine"`` to zero at the end; or
+        ``"inverse_square_root"``, √(warmup/images) with at least one batch as warm-up.
     clip
         Largest norm of the gradient, of score and autoencoder each; None does not limit it.
     ema_decay
         Decay per step of the exponential moving average of the weights, which is sampled; at first
         (n + 1)/(n + 10) after n steps, if that is smaller.
+    ema_decays
+        Decays of further averages, each in a file of the run, such as ``ema-0.999.safetensors``.
     reduction
         ``"mean"`` or ``"sum"`` of the squared error over the numbers of an image: the scale of the
         gradients that ``clip`` limits.
@@ -308,6 +314,8 @@ class TrainingConfig:
     measure, measure_samples
         ``"fd"``: with each saved state, the Fréchet distance of ``measure_samples`` samples to the
         training images, in features of a classifier of their classes. None measures nothing.
+    trackers
+        Trackers of the library accelerate to log to, such as ``"tensorboard"`` or ``"wandb"``.
     keep_state
         Keep the training state of a finished run, so that it can be trained further.
     init_from
@@ -318,12 +326,15 @@ class TrainingConfig:
     images: Count
     batch: Count = 128
     micro_batch: Count | None = None
+    optimiser: str = "AdamW"
+    optimiser_options: Mapping[str, Any] = field(default_factory=dict)
     learning_rate: Positive = 2e-4
     warmup: Natural = 0
-    decay: Literal["cosine", "constant"] = "constant"
+    decay: Literal["cosine", "constant", "inverse_square_root"] = "constant"
     weight_decay: Annotated[Number, Field(ge=0)] = 0.0
     clip: Positive | None = 1.0
     ema_decay: Share = 0.9999
+    ema_decays: tuple[Share, ...] = ()
     reduction: Literal["mean", "sum"] = "mean"
     conditioning: Literal["data", "all"] = "data"
     weighting: Literal["reweighted", "likelihood", "log_snr"] = "reweighted"
@@ -345,6 +356,7 @@ class TrainingConfig:
     snapshots_by: Literal["last", "held_out_loss", "fd"] = "last"
     measure: Literal["fd"] | None = None
     measure_samples: Annotated[Count, Field(ge=2)] = 1000
+    trackers: tuple[str, ...] = ()
     keep_state: Flag = True
     init_from: str | None = None
 
@@ -358,6 +370,16 @@ class TrainingConfig:
             raise SettingError("conditioning", msg)
         if self.snapshots_by == "fd" and self.measure != "fd":
             raise SettingError("snapshots_by", "'fd' needs training.measure = 'fd'")
+        check_name(self.optimiser, _OPTIMISERS, "optimiser")
+        with setting("optimiser_options"):
+            self.make_optimiser([torch.zeros(1)])
+
+    def make_optimiser(self, parameters: Any, **options: Any) -> torch.optim.Optimizer:
+        """The optimiser of parameters; raise a ValueError or TypeError if an option is wrong."""
+        kind = getattr(torch.optim, self.optimiser)
+        options |= {"lr": self.learning_rate, "weight_decay": self.weight_decay}
+        made: torch.optim.Optimizer = kind(parameters, **options, **self.optimiser_options)
+        return made
 
     @property
     def steps(self) -> int:
@@ -402,7 +424,12 @@ class SamplingConfig:
 
 _ADDED: dict[str, dict[str, Any]] = {
     "score": {"code": "cldsde", "mixed": False, "numerical_eps": 0, "levels": None},
-    "training": {"reduction": "mean"},
+    "training": {
+        "reduction": "mean",
+        "optimiser": "AdamW",
+        "optimiser_options": {},
+        "ema_decays": [],
+    },
 }  # settings that version 0.2 did not have, and the values that it had in effect
 
 
@@ -435,7 +462,7 @@ class RunConfig(Configuration):
         *(f"training.{key}" for key in ("images", "micro_batch", "precision", "compile")),
         *(f"training.{key}" for key in ("log_every", "save_every", "sample_every", "held_out")),
         *(f"training.{key}" for key in ("sample_grid", "snapshots", "snapshots_by", "measure")),
-        *(f"training.{key}" for key in ("measure_samples", "keep_state", "init_from")),
+        *(f"training.{key}" for key in ("measure_samples", "trackers", "keep_state", "init_from")),
     )
     """Settings that do not change the model: a run may be resumed with others."""
 
