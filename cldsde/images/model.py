@@ -45,25 +45,13 @@ class DiffusionModel(nn.Module):
 
 @dataclass(frozen=True)
 class ImageSpace:
-    """The images of a model.
+    """The images of a model."""
 
-    Attributes
-    ----------
-    shape, levels
-        ``(C, H, W)``, and number of grey levels.
-    dequantised
-        Whether the model was trained on levels spread over their bins.
-    classes, class_names
-        Number of classes that the network sees, and their names if known; None if it sees none.
-    always_classes
-        Whether it always sees one: then it cannot sample an image of no class.
-    """
-
-    shape: tuple[int, int, int]
-    levels: int = 256
-    dequantised: bool = False
-    classes: int | None = None
-    always_classes: bool = False
+    shape: tuple[int, int, int]  # (C, H, W)
+    levels: int = 256  # number of grey levels
+    dequantised: bool = False  # whether training spread the levels over their bins
+    classes: int | None = None  # number of classes that the network sees, if any
+    always_classes: bool = False  # whether it cannot sample an image of no class
     class_names: tuple[str, ...] | None = None
 
     @classmethod
@@ -119,17 +107,14 @@ def data_statistics(config: RunConfig, images: Images) -> Statistics:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageModel:
-    """A score of images that can be sampled.
-
-    ``sampling`` are its default settings. ``t_min`` is the smallest time that the network was
-    trained on, None if the score itself raises an error outside the noise levels of its training.
-    """
+    """A score of images that can be sampled."""
 
     score: MixedScore | PublishedScore | DenoiserScore = dataclasses.field(repr=False)
     space: ImageSpace
     digest: str
-    sampling: SamplingConfig
+    sampling: SamplingConfig  # its default settings
     vae: VAE | None = dataclasses.field(default=None, repr=False)
+    # Smallest time of the training; None if the score raises an error outside its noise levels.
     t_min: float | None = None
 
     @property

@@ -160,10 +160,10 @@ def _completed(found: dict[str, Any]) -> dict[str, Any]:
 
 def leaves(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Values by their full names, ``section.key``."""
-    leaves: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, dict):
-            leaves |= leaves(value, f"{prefix}{key}.")
+            found |= leaves(value, f"{prefix}{key}.")
         else:
-            leaves[f"{prefix}{key}"] = value
-    return leaves
+            found[f"{prefix}{key}"] = value
+    return found
