@@ -266,7 +266,7 @@ class ConfigKeys(SphinxDirective):
             meaning = section.__pydantic_fields__[field.name].description
             if meaning is None:  # the text below is about this key, too
                 continue
-            if not (kind == "Run" and field.name == "sampling"):  # sections have tables of their own
+            if not (kind == "Run" and field.name == "sampling"):  # they have own tables
                 lines.append(f"   * - {', '.join(f'``{one.name}``' for one in fields)}")
                 lines.append(f"     - {', '.join(map(_default, fields))}")
                 lines.append(f"     - {' '.join(meaning.split())}")

@@ -55,6 +55,11 @@ class ImageSpace:
     class_names: tuple[str, ...] | None = None
 
     @classmethod
+    def from_json(cls, values: Sequence[Any]) -> ImageSpace:
+        """The space with these values of its fields, in JSON types."""
+        return cls(*(tuple(x) if isinstance(x, list) else x for x in values))
+
+    @classmethod
     def of(cls, images: Images, config: RunConfig) -> ImageSpace:
         """The space of a configuration's data; raise a SettingError if classes are missing."""
         conditional = config.network.conditional
@@ -290,8 +295,7 @@ def read_model(file: Path, config: RunConfig, device: torch.device | str = "cpu"
         if metadata.get("training", own) != own:
             raise ValueError("it belongs to another run, with another seed or other training")
         shape, others = (json.loads(metadata[name]) for name in ("shape", "space"))
-        others = [tuple(x) if isinstance(x, list) else x for x in others]
-        space = ImageSpace(tuple(shape), *others)
+        space = ImageSpace.from_json([shape, *others])
         model = make_model(config, space)
         model.load_state_dict(tensors)
         seen = int(metadata["images_seen"])

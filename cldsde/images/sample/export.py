@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import ConfigMixin, DDPMPipeline, SchedulerMixin
@@ -24,7 +25,7 @@ from cldsde.images.model import (
     make_model,
 )
 from cldsde.images.networks import CLOCK_SCALE
-from cldsde.images.sample.sampler import changed_recipe, make_plan
+from cldsde.images.sample.sampler import changed_recipe, make_plan, make_solver
 from cldsde.images.schema import plain
 from cldsde.images.tensor_files import tensors_digest
 from cldsde.linear.blocks import apply_blocks
@@ -34,6 +35,7 @@ from cldsde.pretrained.stepping import check_steppable
 from cldsde.score import MixedScore
 from cldsde.score.reverse import KnownScore
 from cldsde.score.times import KnownTimes
+from cldsde.solvers.base import Memory
 from cldsde.solvers.noise import start_root
 
 
@@ -47,12 +49,11 @@ class RunScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     order = 1
     init_noise_sigma = 1.0
 
-    @register_to_config
+    @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
-        self, run: dict[str, Any], space: dict[str, Any], mean: Any, variance: Any, images_seen: int
+        self, run: dict[str, Any], space: list[Any], mean: Any, variance: Any, images_seen: int
     ) -> None:
-        tuples = {key: tuple(x) if isinstance(x, list) else x for key, x in space.items()}
-        self.run, self.space = RunConfig.from_dict(run), ImageSpace(**tuples)
+        self.run, self.space = RunConfig.from_dict(run), ImageSpace.from_json(space)
         self.statistics = Statistics(torch.tensor(mean), torch.tensor(variance))
         sde, inputs = self.run.process.make(), self.run.score.inputs
         self._network = _Relay(self.space.shape[0] * (len(sde.driven) if inputs == "state" else 1))
@@ -83,7 +84,8 @@ class RunScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         i, last = self._index, len(self._times) - 1
         if i == 0:
             self._noise = streams_of(sample) if generator is None else GeneratorNoise(generator)
-            self._state, self._memory = self._started(sample.float()), ()
+            self._state = self._started(sample.float())
+            self._memory: Memory = ()
         self._network.output = model_output
         if i == len(self._plan.times) - 1:
             found = self._score.data_prediction(self._state, self._times[i])
@@ -105,17 +107,19 @@ class RunScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     def _started(self, sample: Tensor) -> Tensor:
         """State at the first time at which the network has these inputs."""
         sde, shape = self._plan.process.sde, self.space.shape
+        parts = (-1, shape[0])
         like = sample[:, None, : shape[0]]
         root = start_root(sde, float(self._times[0])).to(like)
         state = apply_blocks(root, self._noise.normal(like, sde.components))
         # The inputs are affine in the state: take its values at 0 and at unit vectors.
         units = torch.eye(1 + sde.components, sde.components, device=like.device)
         given = self._inputs(units[..., None, None, None].expand(-1, -1, *shape), 0)[0]
-        *columns, constant = given.unflatten(1, (-1, shape[0])).movedim(1, -1)
+        *columns, constant = given.unflatten(1, parts).movedim(1, -1)  # type: ignore[no-untyped-call]
         slope = torch.stack([column - constant for column in columns], -1)
         gain = root @ torch.linalg.pinv(slope @ root)
-        change = (sample - self._inputs(state, 0)[0]).unflatten(1, (-1, shape[0])).movedim(1, -1)
-        return state + (gain @ change.unsqueeze(-1)).squeeze(-1).movedim(-1, 1)
+        change = (sample - self._inputs(state, 0)[0]).unflatten(1, parts).movedim(1, -1)  # type: ignore[no-untyped-call]
+        shift: Tensor = gain @ change.unsqueeze(-1)
+        return state + shift.squeeze(-1).movedim(-1, 1)
 
 
 class _Relay(nn.Module):
@@ -147,9 +151,12 @@ def check_export(run: TrainedModel, folder: Path) -> RunScheduler:
         require(value == needed, key, f"must be {needed!r} for {purpose}; got {value!r}")
     free = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
     require(free, "folder", f"must not be there yet, or be empty; got {folder}")
-    statistics = (x.tolist() for x in (run.score.data_mean, run.score.data_variance))
-    scheduler = RunScheduler(config.to_dict(), plain(space), *statistics, run.images_seen)
+    score = cast(MixedScore, run.score)
+    statistics = (x.tolist() for x in (score.data_mean, score.data_variance))
+    values = plain(dataclasses.astuple(space))
+    scheduler = RunScheduler(config.to_dict(), values, *statistics, run.images_seen)
     with setting("solver"):
+        check_steppable(make_solver(run.sampling))
         scheduler.set_timesteps(run.sampling.nfe)
     return scheduler
 
@@ -159,7 +166,8 @@ def export(run: TrainedModel, folder: Path) -> None:
 
     The folder is whole or does not exist. Raises the errors of `check_export`.
     """
-    pipeline = DDPMPipeline(run.score.network.network, check_export(run, folder))
+    network = cast(MixedScore, run.score).network.get_submodule("network")
+    pipeline, folder = DDPMPipeline(network, check_export(run, folder)), folder.absolute()
     with (
         new_folder(folder.parent),
         tempfile.TemporaryDirectory(dir=folder.parent, prefix=PARTIAL) as temporary,

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar
@@ -195,12 +195,6 @@ class ImageSampler:
         """Shape of one sample of the process."""
         return self.space.shape if self.vae is None else self.vae.latent_shape
 
-    def _cast(self) -> AbstractContextManager[object]:
-        # Around the whole solve: its own arithmetic is elementwise, which autocast leaves alone.
-        if self.precision == "fp32":
-            return nullcontext()
-        return torch.autocast(self.score.device.type, dtype=_HALVES[self.precision])
-
     @property
     def t_end(self) -> float:
         """Time at which sampling ends."""
@@ -255,8 +249,10 @@ class ImageSampler:
             plan = plan.with_score(
                 score if observed is None else observed.score(score, plan.process.sde)
             )
-        denoise = self.sampling.denoise
-        with torch.no_grad(), self._cast():
+        denoise, half = self.sampling.denoise, _HALVES.get(self.precision)
+        # Around the whole solve: its own arithmetic is elementwise, which autocast leaves alone.
+        cast = torch.autocast(self.score.device.type, dtype=half) if half else nullcontext()
+        with torch.no_grad(), cast:
             if observed is not None and observed.particles:
                 data, evaluations = observed.sample(plan, seeds, denoise=denoise, chunk=self.batch)
             else:

@@ -11,11 +11,11 @@ import math
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -174,7 +174,10 @@ class _Trainer:
     def _logging(self) -> Iterator[None]:
         """Start the trackers, and end them."""
         report = threading.excepthook
-        threading.excepthook = partial(_report_thread, report)
+        # TensorBoard raises the errors of its thread in the main thread, too.
+        threading.excepthook = lambda error: (
+            type(error.thread).__name__ == "_AsyncWriterThread" or report(error)
+        )
         config = {key: str(x) for key, x in leaves(self.config.to_dict()).items()}
         # Events of an earlier process from here on are hidden.
         options = {"tensorboard": {"purge_step": self.seen + 1}}
@@ -347,9 +350,3 @@ class _Trainer:
                     if hasattr(tracker, "log_images"):
                         tracker.log_images(pixels, self.seen, **kind)
         self.engine.wait_for_everyone()
-
-
-def _report_thread(report: Callable[[Any], object], error: threading.ExceptHookArgs) -> None:
-    """Report an error of a thread, unless TensorBoard raises it in the main thread, too."""
-    if type(error.thread).__name__ != "_AsyncWriterThread":
-        report(error)
