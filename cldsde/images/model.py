@@ -57,7 +57,8 @@ class ImageSpace:
     @classmethod
     def from_json(cls, values: Sequence[Any]) -> ImageSpace:
         """The space with these values of its fields, in JSON types."""
-        return cls(*(tuple(x) if isinstance(x, list) else x for x in values))
+        fields: list[Any] = [tuple(x) if isinstance(x, list) else x for x in values]
+        return cls(*fields)
 
     @classmethod
     def of(cls, images: Images, config: RunConfig) -> ImageSpace:

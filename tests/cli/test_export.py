@@ -65,6 +65,8 @@ def test_a_run_that_no_pipeline_can_sample_is_rejected(digits_run, labelled_run,
     (here / "file").touch()
     cases = [
         ((digits_run, here, "--solver", "em"), "FOLDER: must not be there yet, or be empty"),
+        ((digits_run, here / "file" / "x"), "file is no folder"),
+        ((digits_run, new, "--solver", "none"), "--solver: solver must be module:ClassName or"),
         ((digits_run, new), "--solver: solver must evaluate the score only at the start"),
         ((labelled_run, new), "network.conditional: must be False for a pipeline"),
         ((here, new), "is no run of cldsde train"),

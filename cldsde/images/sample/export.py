@@ -151,13 +151,16 @@ def check_export(run: TrainedModel, folder: Path) -> RunScheduler:
         require(value == needed, key, f"must be {needed!r} for {purpose}; got {value!r}")
     free = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
     require(free, "folder", f"must not be there yet, or be empty; got {folder}")
+    place = next(parent for parent in folder.absolute().parents if parent.exists())
+    require(place.is_dir(), "folder", f"{place} is no folder")
     score = cast(MixedScore, run.score)
     statistics = (x.tolist() for x in (score.data_mean, score.data_variance))
     values = plain(dataclasses.astuple(space))
-    scheduler = RunScheduler(config.to_dict(), values, *statistics, run.images_seen)
+    scheduler: RunScheduler = RunScheduler(config.to_dict(), values, *statistics, run.images_seen)
+    solver = make_solver(run.sampling)
     with setting("solver"):
-        check_steppable(make_solver(run.sampling))
-        scheduler.set_timesteps(run.sampling.nfe)
+        check_steppable(solver)
+    scheduler.set_timesteps(run.sampling.nfe)
     return scheduler
 
 
@@ -178,12 +181,13 @@ def export(run: TrainedModel, folder: Path) -> None:
 
 def is_exported(folder: Path) -> bool:
     """Whether a folder is a pipeline that `export` wrote."""
-    index = folder / "model_index.json"
+    index = (folder.parent if folder.is_file() else folder) / "model_index.json"
     return index.is_file() and f'"{RunScheduler.__name__}"' in index.read_text(encoding="utf-8")
 
 
 def load_exported(folder: Path, device: torch.device | str = "cpu") -> TrainedModel:
-    """The model that `export` wrote to a folder."""
+    """The model that `export` wrote to a folder; or to that of a file."""
+    folder = folder.parent if folder.is_file() else folder
     with setting("model"):
         scheduler = RunScheduler.from_pretrained(folder, subfolder="scheduler")
         model = make_model(scheduler.run, scheduler.space, scheduler.statistics)

@@ -83,7 +83,7 @@ def make_engine(config: RunConfig, device: str) -> Accelerator:
         cpu=device == "cpu",
         mixed_precision="no" if settings.precision == "fp32" else settings.precision,
         dynamo_backend=DynamoBackend.INDUCTOR if settings.compile else DynamoBackend.NO,
-        log_with=list(settings.trackers),
+        log_with=list(settings.trackers) or None,
         project_dir=".",  # the run, as soon as the trackers start
         kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
         # Given, so that it is not taken from the environment: micro-batches are counted here.
