@@ -21,8 +21,8 @@ from cldsde.messages import counted
 from cldsde.solvers.named import find_solver
 
 _RUN = (
-    "run of cldsde train, or a file in it: snapshots/N.safetensors, or training.safetensors for "
-    "the weights without average"
+    "run of cldsde train, or a file in it: snapshots/N.safetensors, ema-DECAY.safetensors, or "
+    "training.safetensors for the weights without average"
 )
 _OUT = "FILE.npz, a picture of a grid (FILE.png), or a folder for one picture per image"
 _CLASS = "class to sample, by name or number, or 'all' to cycle through the classes by seed"

@@ -128,7 +128,7 @@ class _Trainer:
                 self._save()
             return self._stored(self.engine.device)[0]
         if self.done == 0 and settings.init_from is not None:
-            for model in (self.learner.model, self.learner.average):
+            for model in (self.learner.model, *self.learner.averages):
                 copy_weights(model, Path(settings.init_from).expanduser())
         if is_main:
             with self._writing(METRICS):
