@@ -16,8 +16,8 @@ import torch
 
 from cldsde import ReverseProcess, solvers
 from cldsde.images import Run
+from cldsde.images.compare import PRESETS, load_comparison
 from cldsde.images.data import digits, pixels_of
-from cldsde.images.demo import DemoConfig
 from cldsde.images.evaluate import frechet_distance
 from cldsde.progress import progress_bar
 from digit_classifier import train_classifier
@@ -97,9 +97,9 @@ def main() -> None:
     if arguments.results.exists():
         results = json.loads(arguments.results.read_text())
     for model_seed in arguments.models:
-        config = DemoConfig.make(model_seed)
+        config = load_comparison(PRESETS["demo"], [f"seed={model_seed}"])
         folder = arguments.runs / str(model_seed) / "model"
-        model = Run.train(config.model, data, folder, device="cpu").score
+        model = Run.train(config.runs["CLD"], data, folder, device="cpu").score
         process, sde = ReverseProcess(model.sde, model), model.sde
         for name, (solver, grid_name, eps, T) in progress_bar(list(RECIPES.items()), shown=True):
             row = results.setdefault(name, {})

@@ -255,19 +255,22 @@ class ConfigKeys(SphinxDirective):
         section = getattr(importlib.import_module(module), name)
         kind = name.removesuffix("Config")
         text = NumpyDocString(inspect.getdoc(section))
-        fields = {field.name: field for field in dataclasses.fields(section)}
         lines = [f".. py:class:: {name}", f"   :module: {module}", "   :no-typesetting:", ""]
         lines += [*text["Summary"], ""]
         lines += [*text["Extended Summary"], ""]
         lines += [".. list-table::", "   :header-rows: 1", "   :widths: 20 18 62", ""]
         lines += ["   * - key", "     - default", "     - meaning"]
-        for row in text["Attributes"]:
-            keys = row.name.split(", ")
-            if kind == "Run" and "data" in keys:  # each section has a table of its own
+        fields = []
+        for field in dataclasses.fields(section):
+            fields.append(field)
+            meaning = section.__pydantic_fields__[field.name].description
+            if meaning is None:  # the text below is about this key, too
                 continue
-            lines.append(f"   * - {', '.join(f'``{key}``' for key in keys)}")
-            lines.append(f"     - {', '.join(_default(fields[key]) for key in keys)}")
-            lines += ["     - " + row.desc[0], *(f"       {line}" for line in row.desc[1:])]
+            if not (kind == "Run" and field.name == "sampling"):  # they have own tables
+                lines.append(f"   * - {', '.join(f'``{one.name}``' for one in fields)}")
+                lines.append(f"     - {', '.join(map(_default, fields))}")
+                lines.append(f"     - {' '.join(meaning.split())}")
+            fields = []
         title = "Top level" if kind == "Run" else kind
         heading = [title, "-" * len(title), ""]
         return self.parse_text_to_nodes("\n".join(heading + lines), allow_section_headings=True)

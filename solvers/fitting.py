@@ -45,7 +45,8 @@ def fit_sampler(
     The search is CMA-ES (Hansen 2016), which needs the library ``cma``. It starts from the settings
     of `sample`. It uses the network as a black box, and the same random numbers for all settings.
     The best settings, the centre of the search and the settings of `sample` are then compared with
-    new random numbers, and the best ones are returned. Ctrl-C ends the search; the best settings so far are kept.
+    new random numbers, and the best ones are returned. Ctrl-C ends the search; the best settings so
+    far are kept.
 
     Parameters
     ----------

@@ -16,7 +16,17 @@ from typing import NoReturn
 
 import torch
 
-from cldsde.cli import compare, demo, evaluate, import_published, sample, train, tune, validate
+from cldsde.cli import (
+    compare,
+    demo,
+    evaluate,
+    export,
+    import_published,
+    sample,
+    train,
+    tune,
+    validate,
+)
 from cldsde.errors import SettingError
 from cldsde.messages import brief, one_line
 
@@ -31,11 +41,12 @@ _COMMANDS = {
     "tune": tune,
     "validate": validate,
     "import": import_published,
+    "export": export,
 }
 _INTERRUPTED = {
     "tune": "interrupted; the best settings so far are kept",
     "validate": "interrupted; results so far are in the file of --json and the page of --out",
-    "import": "interrupted; nothing was written",
+    **dict.fromkeys(("import", "export"), "interrupted; nothing was written"),
 }
 
 

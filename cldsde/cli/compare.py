@@ -18,7 +18,7 @@ from cldsde.errors import SettingError
 
 _CONFIG = (
     "file in TOML, YAML or JSON, or a comparison of the package: fashion_mnist (the default), "
-    "cld_variants or quick"
+    "cld_variants, quick or demo"
 )
 _OUT = "folder, made if missing; comparison- and the name of the configuration by default"
 OPTIONS = (

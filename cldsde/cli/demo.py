@@ -1,9 +1,9 @@
 """Train CLD on handwritten digits and sample new ones, in minutes on a CPU.
 
-Trains a score network by hybrid score matching on the 8×8 digits that ship with scikit-learn,
-samples it with Euler–Maruyama, SSCS and the exponential multistep solver at several budgets of
-score evaluations, and writes a run folder with pictures and a table. The same command resumes an
-interrupted demonstration.
+The demonstration is a comparison, as cldsde compare makes them. It trains a score network on the
+8×8 digits that ship with scikit-learn, and samples it with Euler–Maruyama, SSCS and the exponential
+multistep solver at several budgets of score evaluations. The same command resumes an interrupted
+demonstration.
 """
 
 from __future__ import annotations
@@ -16,31 +16,34 @@ from cldsde.cli.options import DEVICE, SEED, flag, option, resolve_device
 
 OPTIONS = (
     flag("--quick", "a smaller version, in a few minutes"),
-    option("--out DIR", Path, "run folder, made if missing", default=Path("cldsde-demo")),
+    option("--out DIR", Path, "folder, made if missing", default=Path("cldsde-demo")),
     option("--seed N", SEED, "seed of weights, training and sampling", default=0),
     DEVICE,
+)
+_QUICK = (
+    *("samples=300", "base.training.images=51_200", "base.training.learning_rate=2e-3"),
+    *("base.training.warmup=3_200", "base.training.ema_decay=0.99"),
+    *("base.training.save_every=6_400", "base.training.sample_every=51_200"),
 )
 
 
 def prepare(options: Namespace) -> Callable[[], None]:
-    """Check the options, open the run folder, and return the remaining work."""
-    from cldsde.images.demo import DemoConfig, run_demo
-    from cldsde.images.runs import RunFolder
-    from cldsde.images.schema import plain
+    """Check the options, open the folder, and return the remaining work."""
+    from cldsde.images.compare import PRESETS, Comparison, load_comparison
 
-    device = resolve_device(options.device)
-    config = DemoConfig.make(options.seed, device, quick=options.quick)
-    folder = RunFolder(options.out, plain(config))
+    device, out = resolve_device(options.device), options.out
+    changes = [f"seed={options.seed}", *(_QUICK if options.quick else ())]
+    config = load_comparison(PRESETS["demo"], changes)
+    comparison = Comparison(config, out, device=device, progress=True)
 
     def work() -> None:
-        print(f"\n{run_demo(config, folder)}")
+        comparison.run()
+        print(f"\n{(out / 'table.md').read_text(encoding='utf-8')}")
         if options.quick:
             print("Enough training and images to see it work, too few to rank solvers.")
-        print(f"Everything is in {folder.path.resolve()}:")
-        print("  samples.png       real and generated digits")
-        print("  trajectories.png  data and velocity, diffused and generated")
-        print("  distances.png     FD against score evaluations (table.md, results.json)")
-        print("  samples.npz       the generated images")
-        print("  model             the trained model: cldsde sample takes that folder")
+        print(f"Everything is in {out.resolve()}:")
+        print("  samples      generated digits of each solver, one line per budget")
+        print("  report.html  these pictures, the table, and a plot of it (fd.png)")
+        print("  models/CLD   the trained model: cldsde sample takes that folder")
 
     return work

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from cldsde.images.model import ImageModel
 
 _MODEL = "diffusers folder, or a file in it, to sample in place of a run"
-_PROCESS = "process to sample with: CLD, VPSDE, …; the run's own by default, CLD with --model"
+_PROCESS = "process to sample with: CLD, VPSDE, …; the run's own by default, CLD for diffusers"
 MODEL = (
     option("--model FOLDER|FILE", Path, _MODEL),
     option("--process NAME", str, _PROCESS),
@@ -46,6 +46,7 @@ RECIPE = (
 
 def model_of(options: Namespace, run: Path | None, device: Any) -> ImageModel:
     """The model that the options name."""
+    from cldsde.images.sample.export import is_exported
     from cldsde.images.sample.source import of_diffusers, of_run
     from cldsde.images.schema import parse_overrides
 
@@ -55,6 +56,7 @@ def model_of(options: Namespace, run: Path | None, device: Any) -> ImageModel:
     if changes and options.process is None and run is not None:
         raise SettingError("process_set", "needs --process")
     process = process_config(options)
+    run = options.model if run is None and is_exported(options.model) else run
     if run is None:
         return of_diffusers(options.model, process, device)
     return of_run(run, process if options.process else None, device, trust=options.trust)

@@ -21,8 +21,8 @@ from cldsde.messages import counted
 from cldsde.solvers.named import find_solver
 
 _RUN = (
-    "run of cldsde train, or a file in it: snapshots/N.safetensors, or training.safetensors for "
-    "the weights without average"
+    "run of cldsde train, or a file in it: snapshots/N.safetensors, ema-DECAY.safetensors, or "
+    "training.safetensors for the weights without average"
 )
 _OUT = "FILE.npz, a picture of a grid (FILE.png), or a folder for one picture per image"
 _CLASS = "class to sample, by name or number, or 'all' to cycle through the classes by seed"
@@ -124,20 +124,20 @@ def prepare(options: Namespace) -> Callable[[], None]:
 
 def _pipeline_request(options: Namespace, seeds: range, device: Any) -> Any:
     """Request for images of a pipeline; raise a SettingError for options that it does not take."""
-    from cldsde.images.sample.pipelines import PipelineRequest, PipelineSampler
+    from cldsde.images.sample import SampleRequest
+    from cldsde.images.sample.pipelines import PipelineSampler
 
     for name in _NOT_FOR_PIPELINES:
         given = getattr(options, name)
         allowed = given in (None, False, [], {}) or (name, given) == ("precision", "fp32")
         require(allowed, name, "must be left out for a pipeline of diffusers")
-    process = process_config(options)
     names = ("prompt", "negative_prompt", "label", "guidance", "nfe", "batch")
     sampler = PipelineSampler.load(
-        *(options.model, process, device),
+        *(options.model, process_config(options), device),
         solver=None if options.solver is None else find_solver(options.solver),
         **{name: getattr(options, name) for name in names},
     )
-    return PipelineRequest(sampler, seeds, process)
+    return SampleRequest(sampler.model, sampler, seeds)
 
 
 def _work(options: Namespace, request: Any, state: Any) -> Callable[[], None]:

@@ -3,35 +3,363 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
-from collections.abc import Sequence
+import math
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
-from cldsde.errors import require
-from cldsde.images.schema import Configuration, Natural, read_file, section, with_overrides
-from cldsde.images.sections import (
-    DataConfig,
-    LatentConfig,
-    NetworkConfig,
-    ProcessConfig,
-    SamplingConfig,
-    ScoreConfig,
-    TrainingConfig,
+import torch
+from pydantic import AfterValidator, Field, Strict
+from torch import nn
+
+from cldsde import linear
+from cldsde.errors import SettingError, require, setting
+from cldsde.images.data import DATA_SETS, DataSet
+from cldsde.images.networks import NETWORKS
+from cldsde.images.schema import (
+    Blocks,
+    Configuration,
+    Count,
+    Flag,
+    Natural,
+    Number,
+    Positive,
+    Share,
+    Width,
+    check_keys,
+    check_name,
+    checked_options,
+    read_file,
+    section,
+    with_overrides,
 )
+from cldsde.linear import LinearSDE, Schedule
+from cldsde.pretrained.published_score import Code, Parameterisation
+from cldsde.solvers.named import canonical_name
 
-__all__ = [
-    "DataConfig",
-    "LatentConfig",
-    "NetworkConfig",
-    "ProcessConfig",
-    "RunConfig",
-    "SamplingConfig",
-    "ScoreConfig",
-    "TrainingConfig",
-    "load_config",
-]
+Time = Annotated[Number, Field(ge=1e-8, le=0.5)]
+"""A small time."""
+StartTime = Annotated[Number, Field(gt=0, le=1)] | None
+Grid = Literal["uniform", "quadratic", "root", "log_snr", "logistic", "karras"]
+
+
+def _rate(value: object) -> object:
+    numbers = value if isinstance(value, list | tuple) and len(value) == 2 else [value]
+    finite = all(type(x) in {int, float} and abs(x) < math.inf for x in numbers)  # type: ignore[arg-type]
+    if not finite and value != "cosine":
+        raise ValueError("should be a finite number, a pair of them for a rate, or 'cosine'")
+    return tuple(numbers) if len(numbers) == 2 else value
+
+
+# Optimisers of parameters of any shape, by single steps, with weight decay.
+_OPTIMISERS = ("AdamW", "Adam", "RAdam", "NAdam", "Adamax", "Adafactor", "Adagrad", "SGD")
+PROCESSES = ("CLD", "PSLD", "HOLD", "VPSDE", "SubVPSDE", "VESDE", "RectifiedFlow", "CosineVP")
+
+
+@section
+class DataConfig:
+    """The data set and its augmentation."""
+
+    name: str = "digits"
+    """``"digits"``, ``"fashion_mnist"``, ``"torchvision"``, ``"folder"`` or ``"array"``."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments of the function of that name in `cldsde.images.data`."""
+    flip: Flag = False
+    """Mirror each image, left to right, with probability one half."""
+    crop: Annotated[float, Strict(), Field(gt=0, le=1)] = 1.0
+    """Smallest share of height and width of a random part of each image, which is resized to the
+    size of the image; 1 takes whole images."""
+    dequantise: Flag = False
+    """Spread each grey level uniformly over its bin, as likelihoods need."""
+
+    def __post_init__(self) -> None:
+        """Check name and options."""
+        check_name(self.name, DATA_SETS, "name")
+        options = checked_options(DATA_SETS[self.name], self.options)
+        # A run is evaluated and resumed in other folders, too.
+        for key in ("path", "cache"):
+            if options.get(key) not in {None, "auto"}:
+                options[key] = os.path.abspath(Path(options[key]).expanduser())
+        object.__setattr__(self, "options", options)
+
+    def load(self) -> DataSet:
+        """Read the images; raise a SettingError if they are missing or an option does not fit."""
+        with setting("data.options"):
+            return DATA_SETS[self.name](**self.options)
+
+
+@section
+class ProcessConfig:
+    """The forward process."""
+
+    name: str = "CLD"
+    """A class of `cldsde.linear`: ``"CLD"``, ``"PSLD"``, ``"HOLD"``, ``"VPSDE"``, ``"SubVPSDE"``,
+    ``"VESDE"``, ``"RectifiedFlow"`` or ``"CosineVP"``."""
+    options: Mapping[str, Annotated[Any, AfterValidator(_rate)]] = field(default_factory=dict)
+    """Arguments of the class: numbers; a pair for a rate β that is linear in time; ``"cosine"`` for
+    the argument ``schedule``."""
+
+    def __post_init__(self) -> None:
+        """Check name and options."""
+        check_name(self.name, PROCESSES, "name")
+        self.make()
+
+    def make(self) -> LinearSDE:
+        """The process."""
+        kind = getattr(linear, self.name)
+        check_keys(self.options, inspect.signature(kind).parameters, "options")
+        cosine = {key: Schedule.cosine() for key, x in self.options.items() if x == "cosine"}
+        with setting("options"):
+            return kind(**{**self.options, **cosine})  # type: ignore[no-any-return]
+
+
+@section
+class NetworkConfig:
+    """The score network."""
+
+    name: str = "UNet"
+    """A class of `cldsde.images.networks`, such as ``"UNet"`` or ``"NCSNpp"``; or ``module:Class``
+    of a network of one's own, see `cldsde.images.networks.NETWORKS`."""
+    options: Mapping[str, Any] = field(default_factory=lambda: {"channels": (32, 64)})
+    """Arguments of the class; of ``"NCSNpp"`` see ``cldsde.pretrained.ncsnpp.NCSNpp``."""
+    conditional: Flag = False
+    """Whether the network sees the images' classes."""
+    label_dropout: Share = 0.1
+    """Share of the images whose class is hidden from the network, for sampling without class and
+    for guidance."""
+
+    def __post_init__(self) -> None:
+        """Check name and options; code of one's own is imported when the network is made."""
+        if ":" not in self.name:
+            check_name(self.name, NETWORKS, "name")
+            object.__setattr__(self, "options", self.checked_options(NETWORKS[self.name]))
+
+    def checked_options(self, kind: type[nn.Module]) -> dict[str, Any]:
+        """The options, checked against a network class."""
+        return checked_options(kind, self.options, ("shape", "inputs", "outputs", "classes"))
+
+
+@section
+class ScoreConfig:
+    """Parts of the score."""
+
+    reference: Literal["scalar", "channel", "pixel"] = "scalar"
+    """Gaussian whose score is added to the network's in closed form, see `cldsde.MixedScore`: with
+    one mean and variance for the whole set (``"scalar"``), per channel or per pixel. For a latent
+    model it is standard normal."""
+    inputs: Literal["state", "estimate"] = "state"
+    """Input of the network: all components (``"state"``), or the sufficient combination of them for
+    the data (``"estimate"``)."""
+    prediction: Literal["noise", "velocity", "flow"] = "noise"
+    """The prediction whose squared error is the loss: ``"noise"``, or for processes of one
+    component ``"velocity"`` or ``"flow"``. With the process ``"RectifiedFlow"``, ``"flow"`` is flow
+    matching. The network returns the same quantity for all three."""
+    mixing: Number | None = None
+    """None: the network's part is added to the reference's. A number m: each channel weighs the
+    two; the weight of the network's part, 1/(1 + e^−m), is learnt and starts at this m."""
+    code: Literal["cldsde"] | Code = "cldsde"
+    """Code whose parameterisation the score has: ``"cldsde"``, or a published code, ``"cld-sgm"``,
+    ``"score-sde-vp"`` or ``"score-sde-ve"``; see
+    ``cldsde.pretrained.published_score.Parameterisation``."""
+    mixed: Flag = False
+    numerical_eps: Annotated[Number, Field(ge=0)] = 0.0
+    levels: Count | None = None
+    """Options of the published parameterisations."""
+
+    def published(self, *, log_clock: bool) -> Parameterisation | None:
+        """The published parameterisation; ``log_clock``: the network has Fourier features."""
+        if self.code == "cldsde":
+            return None
+        how = {name: getattr(self, name) for name in ("mixed", "numerical_eps", "levels")}
+        with setting("code"):
+            return Parameterisation(code=self.code, log_clock=log_clock, **how)
+
+    def __post_init__(self) -> None:
+        """Check the settings against each other."""
+        own = (self.reference, self.inputs, self.prediction, self.mixing)
+        theirs = (self.mixed, self.numerical_eps, self.levels)
+        if self.code == "cldsde" and theirs != (False, 0.0, None):
+            msg = "must be a published code for mixed, numerical_eps or levels; got 'cldsde'"
+            raise SettingError("code", msg)
+        if self.code != "cldsde" and own != ("scalar", "state", "noise", None):
+            msg = f"must be 'cldsde' for reference, inputs, prediction or mixing; got {self.code!r}"
+            raise SettingError("code", msg)
+        self.published(log_clock=False)
+        for name, needed in (("inputs", "state"), ("prediction", "noise")):
+            if self.mixing is not None and getattr(self, name) != needed:
+                msg = f"must be None if {name} is {getattr(self, name)!r}; got {self.mixing}"
+                raise SettingError("mixing", msg)
+
+
+@section
+class LatentConfig:
+    """The autoencoder of a model whose process lives in a latent space (LSGM)."""
+
+    latent_channels: Count = 4
+    channels: tuple[Width, ...] = (32, 64)
+    blocks: Blocks = 1
+    groups: Count = 8
+    likelihood: Literal["logistic", "bernoulli"] = "logistic"
+    """See `cldsde.images.latent.VAE`. With the likelihood ``"bernoulli"`` a model can be trained on
+    images of more than two grey levels, but has no bits per dim for them."""
+    pretraining: Count
+    """Images of the first stage, in which the prior is standard normal. In the second stage, the
+    rest of ``training.images``, autoencoder and prior are trained together."""
+    annealing: Natural = 0
+    """Images over which the weight of the divergence from the prior rises from 0 to 1 at first."""
+    learning_rate: Positive = 1e-3
+    joint_learning_rate: Positive = 1e-4
+    """Peak learning rate of the autoencoder in the first and in the second stage; each has the
+    warm-up and decay of ``training``."""
+
+
+@section
+class TrainingConfig:
+    """Training of a score model. Lengths are in images seen by all processes together."""
+
+    images: Count
+    """Images to train on, repetitions counted."""
+    batch: Count = 128
+    """Images per optimiser step, over all processes."""
+    micro_batch: Count | None = None
+    """Largest number of images per pass through the network; None: the whole share of a process."""
+    optimiser: str = "AdamW"
+    optimiser_options: Mapping[str, Any] = field(default_factory=dict)
+    """A class of `torch.optim`, such as ``"AdamW"`` or ``"RAdam"``, and its further arguments."""
+    learning_rate: Positive = 2e-4
+    """Peak learning rate."""
+    warmup: Natural = 0
+    """Images over which the learning rate rises linearly."""
+    decay: Literal["cosine", "constant", "inverse_square_root"] = "constant"
+    """Schedule after the warm-up: ``"constant"``; ``"cosine"`` to zero at the end; or
+    ``"inverse_square_root"``, √(warmup/images) with at least one batch as warm-up."""
+    weight_decay: Annotated[Number, Field(ge=0)] = 0.0
+    """Weight decay, decoupled for AdamW."""
+    clip: Positive | None = 1.0
+    """Largest norm of the gradient, of score and autoencoder each; None does not limit it."""
+    ema_decay: Share = 0.9999
+    """Decay per step of the exponential moving average of the weights, which is sampled; at first
+    (n + 1)/(n + 10) after n steps, if that is smaller."""
+    ema_decays: tuple[Share, ...] = ()
+    """Decays of further averages, each in a file of the run, such as ``ema-0.999.safetensors``."""
+    reduction: Literal["mean", "sum"] = "mean"
+    """``"mean"`` or ``"sum"`` of the squared error over the numbers of an image: the scale of the
+    gradients that ``clip`` limits."""
+    conditioning: Literal["data", "all"] = "data"
+    """``"data"``: hybrid score matching; ``"all"``: denoising score matching."""
+    weighting: Literal["reweighted", "likelihood", "log_snr"] = "reweighted"
+    """``"reweighted"`` for quality; ``"likelihood"``; or ``"log_snr"``: noise levels are weighted
+    as if κ, half the log of the signal-to-noise ratio, were normal with `log_snr_mean` and
+    `log_snr_std`, the same for every process."""
+    log_snr_mean: Annotated[Number, Field(ge=-20, le=20)] = 1.2
+    log_snr_std: Annotated[Number, Field(ge=0.01, le=20)] = 1.2
+    """For ``weighting = "log_snr"``; see `cldsde.score.log_snr_density`."""
+    times: Literal["importance", "uniform", "logit_normal", "mode"] = "importance"
+    """``"importance"``: times in proportion to the loss of the untrained model, with the inverse
+    weights; ``"uniform"``; or, without inverse weights, ``"logit_normal"`` or ``"mode"`` (Esser et
+    al. 2024)."""
+    logit_mean: Annotated[Number, Field(ge=-20, le=20)] = 0.0
+    logit_std: Annotated[Number, Field(ge=0.01, le=20)] = 1.0
+    """For ``times = "logit_normal"``; see `cldsde.score.logit_normal_density`."""
+    mode_scale: Annotated[Number, Field(ge=-0.99, le=1.75)] = 1.29
+    """For ``times = "mode"``; see `cldsde.score.mode_density`."""
+    t_min: Time = 1e-3
+    """Smallest time; the loss is the mean over [t_min, 1]."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Precision of the network alone: ``"fp32"``, ``"bf16"`` or ``"fp16"``."""
+    compile: Flag = False
+    """Compile the network with ``torch.compile``."""
+    held_out: Count = 1000
+    """Largest number of held-out images whose loss is logged."""
+    log_every: Count = 10_000
+    save_every: Count = 100_000
+    sample_every: Count = 100_000
+    """Images between lines of metrics, saved states, and grids of samples."""
+    sample_grid: Count = 64
+    """Images of a grid."""
+    snapshots: Natural = 0
+    """Number of averaged weights that are kept in the folder ``snapshots``."""
+    snapshots_by: Literal["last", "held_out_loss", "fd"] = "last"
+    """Which are kept: the ``"last"``, or those with the smallest ``"held_out_loss"`` or
+    ``"fd"``."""
+    measure: Literal["fd"] | None = None
+    measure_samples: Annotated[Count, Field(ge=2)] = 1000
+    """``"fd"``: with each saved state, the Fréchet distance of ``measure_samples`` samples to the
+    training images, in features of a classifier of their classes. None measures nothing."""
+    trackers: tuple[str, ...] = ()
+    """Trackers of the library accelerate to log to, such as ``"tensorboard"`` or ``"wandb"``."""
+    keep_state: Flag = True
+    """Keep the training state of a finished run, so that it can be trained further."""
+    init_from: str | None = None
+    """Run, or folder of a diffusers `UNet2DModel`, whose weights the training starts from; None:
+    random weights."""
+
+    def __post_init__(self) -> None:
+        """Reject weightings that do not go with other settings."""
+        if self.times in ("logit_normal", "mode") and self.weighting != "reweighted":
+            msg = f"must be 'reweighted' if times is {self.times!r}, which is a weighting itself; "
+            raise SettingError("weighting", f"{msg}got {self.weighting!r}")
+        if self.weighting == "log_snr" and self.conditioning != "data":
+            msg = f"must be 'data' if weighting is 'log_snr'; got {self.conditioning!r}"
+            raise SettingError("conditioning", msg)
+        if self.snapshots_by == "fd" and self.measure != "fd":
+            raise SettingError("snapshots_by", "'fd' needs training.measure = 'fd'")
+        check_name(self.optimiser, _OPTIMISERS, "optimiser")
+        with setting("optimiser_options"):
+            self.make_optimiser([torch.zeros(1)])
+
+    def make_optimiser(self, parameters: Any, **options: Any) -> torch.optim.Optimizer:
+        """The optimiser of parameters; raise a ValueError or TypeError if an option is wrong."""
+        kind = getattr(torch.optim, self.optimiser)
+        options |= {"lr": self.learning_rate, "weight_decay": self.weight_decay}
+        made: torch.optim.Optimizer = kind(parameters, **options, **self.optimiser_options)
+        return made
+
+    @property
+    def steps(self) -> int:
+        """Number of optimiser steps."""
+        return -(-self.images // self.batch)
+
+
+@section
+class SamplingConfig:
+    """Sampling of grids during training, and defaults of ``cldsde sample``."""
+
+    solver: str = "multistep-2-sde"
+    """Name of a solver; a short one, such as ``em``, becomes the full one."""
+    nfe: Annotated[int, Strict(), Field(ge=2, le=1_000_000)] = 50
+    """Score evaluations per image, the last denoising included."""
+    grid: Grid = "root"
+    """Grid of times: ``"uniform"``, ``"quadratic"``, ``"root"``, ``"log_snr"``, ``"logistic"`` or
+    ``"karras"``."""
+    t_start: StartTime = None
+    t_end: Time | None = None
+    """Times at which sampling starts and ends (ε). None: as for `cldsde.sample`. κ, half the log of
+    the signal-to-noise ratio, is then −3.3, or less for large images, and 3.3."""
+    denoise: Flag = True
+    """Return the data prediction at ε instead of the state there."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of the solver that differ from its defaults, such as ``rtol``."""
+
+    def __post_init__(self) -> None:
+        """Replace a short name of a solver by the full one."""
+        object.__setattr__(self, "solver", canonical_name(self.solver))
+
+
+_ADDED: dict[str, dict[str, Any]] = {
+    "data": {"crop": 1.0},
+    "score": {"code": "cldsde", "mixed": False, "numerical_eps": 0, "levels": None},
+    "training": {
+        "reduction": "mean",
+        "optimiser": "AdamW",
+        "optimiser_options": {},
+        "ema_decays": [],
+    },
+}  # settings that version 0.2 did not have, and the values that it had in effect
 
 
 _PLACE = ("path", "workers", "download", "cache", "cache_gib")
@@ -40,26 +368,19 @@ _PLACE = ("path", "workers", "download", "cache", "cache_gib")
 
 @section
 class RunConfig(Configuration):
-    """Everything that a trained model depends on.
-
-    Attributes
-    ----------
-    seed
-        Seed of weights, order of the images, times and noise.
-    data, process, network, score, training, sampling
-        The sections.
-    latent
-        The autoencoder of a latent model; None for a model of pixels.
-    """
+    """Everything that a trained model depends on."""
 
     seed: Natural = 0
+    """Seed of weights, order of the images, times and noise."""
     data: DataConfig = field(default_factory=DataConfig)
     process: ProcessConfig = field(default_factory=ProcessConfig)
     network: NetworkConfig = field(default_factory=NetworkConfig)
     score: ScoreConfig = field(default_factory=ScoreConfig)
     training: TrainingConfig
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """The sections."""
     latent: LatentConfig | None = None
+    """The autoencoder of a latent model; None for a model of pixels."""
 
     FREE: ClassVar[tuple[str, ...]] = (
         "sampling",
@@ -67,7 +388,7 @@ class RunConfig(Configuration):
         *(f"training.{key}" for key in ("images", "micro_batch", "precision", "compile")),
         *(f"training.{key}" for key in ("log_every", "save_every", "sample_every", "held_out")),
         *(f"training.{key}" for key in ("sample_grid", "snapshots", "snapshots_by", "measure")),
-        *(f"training.{key}" for key in ("measure_samples", "keep_state", "init_from")),
+        *(f"training.{key}" for key in ("measure_samples", "trackers", "keep_state", "init_from")),
     )
     """Settings that do not change the model: a run may be resumed with others."""
 
@@ -126,14 +447,9 @@ class RunConfig(Configuration):
     def _digested(self) -> dict[str, Any]:
         """Plain types without settings that older runs did not have, unless they are in use."""
         values = self.to_dict()
-        added = {"code": "cldsde", "mixed": False, "numerical_eps": 0, "levels": None}
-        for name, value in added.items():
-            if values["score"][name] == value:
-                del values["score"][name]
-        if self.data.crop == 1:
-            del values["data"]["crop"]
-        if self.training.reduction == "mean":
-            del values["training"]["reduction"]
+        for name, added in _ADDED.items():
+            unused = [key for key, default in added.items() if values[name][key] == default]
+            values[name] = {key: x for key, x in values[name].items() if key not in unused}
         return values
 
 

@@ -12,13 +12,13 @@ import torch
 from numpy.typing import NDArray
 from PIL.Image import Image as PILImage
 
-from cldsde.errors import require
 from cldsde.images.config import RunConfig, load_config
 from cldsde.images.data import DataSet
 from cldsde.images.data.samples import as_bytes
 from cldsde.images.figures import picture
 from cldsde.images.model import TrainedModel, load_model
 from cldsde.images.runs import RunFolder, check_folder
+from cldsde.images.sample.export import export
 from cldsde.images.sample.observed import ObservedImage
 from cldsde.images.sample.sampler import ImageSampler, Samples, changed_recipe
 from cldsde.images.train import check_run, train
@@ -135,22 +135,16 @@ class Run(TrainedModel):
         return sampler.sample(seeds, progress=progress)
 
     def to_diffusers(self, folder: Path | str) -> None:
-        """Write the network as a diffusers `UNet2DModel`, which `from_pretrained` loads.
+        """Write the run as a pipeline of diffusers; the same as ``cldsde export``.
 
-        Its input is the state divided by its standard deviation, and its time is 50 times half the
-        log of the signal-to-noise ratio. ``training.init_from`` takes the folder.
+        ``DDPMPipeline.from_pretrained`` loads the folder, and ``training.init_from`` takes it.
 
         Raises
         ------
         SettingError
-            If the network has layers that a `UNet2DModel` does not have, or the folder exists.
+            If the model has parts that no `UNet2DModel` has, or the folder holds files.
         """
-        name, classes = self.config.network.name, self.space.classes
-        require(name == "UNet", "network.name", f"must be UNet for a UNet2DModel; got {name}")
-        require(classes is None, "network.conditional", "must be false for a UNet2DModel")
-        folder = Path(folder).expanduser()
-        require(not folder.exists(), "folder", f"must not be there yet; got {folder}")
-        self.score.network.network.save_pretrained(folder, safe_serialization=True)  # type: ignore[operator,union-attr]
+        export(self, Path(folder).expanduser())
 
 
 def as_array(samples: Samples) -> NDArray[np.uint8]:

@@ -46,26 +46,20 @@ class DiffusionModel(nn.Module):
 
 @dataclass(frozen=True)
 class ImageSpace:
-    """The images of a model.
+    """The images of a model."""
 
-    Attributes
-    ----------
-    shape, levels
-        ``(C, H, W)``, and number of grey levels, or range of continuous numbers.
-    dequantised
-        Whether the model was trained on levels spread over their bins.
-    classes, class_names
-        Number of classes that the network sees, and their names if known; None if it sees none.
-    always_classes
-        Whether it always sees one: then it cannot sample an image of no class.
-    """
-
-    shape: tuple[int, int, int]
-    levels: Scale = 256
-    dequantised: bool = False
-    classes: int | None = None
-    always_classes: bool = False
+    shape: tuple[int, int, int]  # (C, H, W)
+    levels: Scale = 256  # number of grey levels, or range of continuous numbers
+    dequantised: bool = False  # whether training spread the levels over their bins
+    classes: int | None = None  # number of classes that the network sees, if any
+    always_classes: bool = False  # whether it cannot sample an image of no class
     class_names: tuple[str, ...] | None = None
+
+    @classmethod
+    def from_json(cls, values: Sequence[Any]) -> ImageSpace:
+        """The space with these values of its fields, in JSON types."""
+        fields: list[Any] = [tuple(x) if isinstance(x, list) else x for x in values]
+        return cls(*fields)
 
     @classmethod
     def of(cls, images: Images, config: RunConfig) -> ImageSpace:
@@ -126,17 +120,14 @@ def data_statistics(config: RunConfig, images: Images, *, progress: bool = False
 
 @dataclass(frozen=True, kw_only=True)
 class ImageModel:
-    """A score of images that can be sampled.
-
-    ``sampling`` are its default settings. ``t_min`` is the smallest time that the network was
-    trained on, None if the score itself raises an error outside the noise levels of its training.
-    """
+    """A score of images that can be sampled."""
 
     score: MixedScore | PublishedScore | DenoiserScore = dataclasses.field(repr=False)
     space: ImageSpace
     digest: str
-    sampling: SamplingConfig
+    sampling: SamplingConfig  # its default settings
     vae: VAE | None = dataclasses.field(default=None, repr=False)
+    # Smallest time of the training; None if the score raises an error outside its noise levels.
     t_min: float | None = None
 
     @property
@@ -257,12 +248,17 @@ def copy_weights(model: DiffusionModel, source: Path) -> None:
             kept = {name: x for name, x in model.state_dict().items() if name.endswith(own)}
             model.load_state_dict({**weights, **kept})
         else:
-            options = {"local_files_only": True, "use_safetensors": True}
-            unet = UNet2DModel.from_pretrained(source, low_cpu_mem_usage=False, **options)
-            model.score.network.get_submodule("network").load_state_dict(unet.state_dict())
+            copy_network(model, source / "unet" if (source / "unet").is_dir() else source)
     except (OSError, ValueError, RuntimeError, AttributeError) as error:
         msg = f"weights of {source} cannot be used ({one_line(error)[:300]})"
         raise SettingError("training.init_from", msg) from error
+
+
+def copy_network(model: DiffusionModel, source: Path) -> None:
+    """Copy the weights of a diffusers `UNet2DModel` to the network of a model."""
+    options = {"local_files_only": True, "use_safetensors": True}
+    unet = UNet2DModel.from_pretrained(source, low_cpu_mem_usage=False, **options)
+    model.score.network.get_submodule("network").load_state_dict(unet.state_dict())
 
 
 def load_model(
@@ -276,9 +272,8 @@ def load_model(
     if not file.is_file():
         name = file.relative_to(run)
         msg = f"{run} has no {name} (yet): its training has not reached that checkpoint"
-        for folder, kind in (("models", "a comparison"), ("model", "a demonstration")):
-            if (run / folder).is_dir():
-                msg = f"{run} is of {kind}; see {run / folder}"
+        if (run / "models").is_dir():
+            msg = f"{run} is of a comparison; see {run / 'models'}"
         raise ValueError(msg)
     try:
         config = RunConfig.from_dict(json.loads((run / CONFIG).read_text(encoding="utf-8")))
@@ -309,22 +304,33 @@ def read_model(file: Path, config: RunConfig, device: torch.device | str = "cpu"
         if metadata.get("training", own) != own:
             raise ValueError("it belongs to another run, with another seed or other training")
         shape, others = (json.loads(metadata[name]) for name in ("shape", "space"))
-        others = [tuple(x) if isinstance(x, list) else x for x in others]
-        space = ImageSpace(tuple(shape), *others)
+        space = ImageSpace.from_json([shape, *others])
         model = make_model(config, space)
         model.load_state_dict(tensors)
         seen = int(metadata["images_seen"])
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         raise ValueError(f"{file} cannot be used: {one_line(error)}") from error
+    return as_trained(model, config, space, metadata["sha256"], seen, device)
+
+
+def as_trained(
+    model: DiffusionModel,
+    config: RunConfig,
+    space: ImageSpace,
+    digest: str,
+    images_seen: int,
+    device: torch.device | str,
+) -> TrainedModel:
+    """A model with its weights as that of a run, ready to sample on a device."""
     model = model.to(device).eval().requires_grad_(requires_grad=False)
     return TrainedModel(
         score=model.score,
         space=space,
-        digest=metadata["sha256"],
+        digest=digest,
         sampling=config.sampling,
         vae=model.vae,
         t_min=config.training.t_min,
         model=model,
         config=config,
-        images_seen=seen,
+        images_seen=images_seen,
     )

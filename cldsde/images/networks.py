@@ -30,7 +30,7 @@ def parameter_count(module: nn.Module) -> int:
 
 
 # Factor of the clock: diffusers embeds integer steps up to 1,000; the clock is about ±8.
-_CLOCK_SCALE = 50.0
+CLOCK_SCALE = 50.0
 
 
 class ClassEmbedding(nn.Embedding):
@@ -154,7 +154,7 @@ class UNet(_ScoreNetwork):
             network.enable_gradient_checkpointing()
 
     def _apply_network(self, z: Tensor, clock: Tensor, label: Tensor | None) -> Tensor:
-        out: Tensor = self.network(z, _CLOCK_SCALE * clock, label, return_dict=False)[0]
+        out: Tensor = self.network(z, CLOCK_SCALE * clock, label, return_dict=False)[0]
         return out
 
 

@@ -140,7 +140,7 @@ def _problem(path: Path, config: Mapping[str, Any], free: Collection[str]) -> st
         return f"{file} is not valid JSON ({error})"
     if not isinstance(found, dict):
         return f"{file} is no configuration of cldsde"
-    wanted, there = _leaves(config), _leaves(_completed(found))
+    wanted, there = leaves(config), leaves(_completed(found))
     others = [
         key
         for key in {**wanted, **there}
@@ -158,12 +158,12 @@ def _completed(found: dict[str, Any]) -> dict[str, Any]:
         return found
 
 
-def _leaves(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def leaves(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Values by their full names, ``section.key``."""
-    leaves: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, dict):
-            leaves |= _leaves(value, f"{prefix}{key}.")
+            found |= leaves(value, f"{prefix}{key}.")
         else:
-            leaves[f"{prefix}{key}"] = value
-    return leaves
+            found[f"{prefix}{key}"] = value
+    return found

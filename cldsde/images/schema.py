@@ -69,8 +69,11 @@ _STRICT = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=T
     kw_only_default=True, frozen_default=True, field_specifiers=(dataclasses.field,)
 )
 def section(kind: type[T]) -> type[T]:
-    """Make a frozen keyword-only dataclass that pydantic checks, with errors as data."""
-    config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    """Make a frozen keyword-only dataclass that pydantic checks, with errors as data.
+
+    A text below fields, after one or several, is the description of these keys.
+    """
+    config = ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
     made = pydantic.dataclasses.dataclass(kind, frozen=True, kw_only=True, config=config)
     validate: Callable[..., None] = made.__init__
 

@@ -1,6 +1,7 @@
 """The command ``cldsde``, and wrong arguments of all its commands."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -213,3 +214,24 @@ def test_the_module_is_the_command():
     result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert result.returncode == 2
     assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have another OpenMP")
+@pytest.mark.parametrize(
+    ("program", "given", "sleeps"),
+    [
+        (["-m", "cldsde", "--version"], {}, True),
+        (["SCRIPT", "--version"], {}, True),
+        (["SCRIPT", "--version"], {"OMP_WAIT_POLICY": "ACTIVE"}, False),
+        (["-c", "import cldsde"], {}, False),
+    ],
+)
+def test_waiting_threads_sleep_in_the_command_alone(tmp_path, program, given, sleeps):
+    (tmp_path / "cldsde").write_text("from cldsde.cli import main; main()")
+    words = [x.replace("SCRIPT", str(tmp_path / "cldsde")) for x in program]
+    kept = {k: x for k, x in os.environ.items() if not k.startswith(("OMP_", "GOMP_"))}
+    environment = {**kept, **given, "OMP_DISPLAY_ENV": "verbose"}
+    command = [sys.executable, *words]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert ("GOMP_SPINCOUNT = '0'" in result.stderr) == sleeps

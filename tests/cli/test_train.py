@@ -8,7 +8,7 @@ import pytest
 
 from cldsde.cli import main
 
-RUN = {"config.json", "metrics.jsonl", "model.safetensors", "samples", "tensorboard"}
+RUN = {"config.json", "metrics.jsonl", "model.safetensors", "samples"}
 RUN |= {"training.safetensors"}
 
 

@@ -191,6 +191,11 @@ def test_overrides_are_put_in_place_and_checked(tmp_path):
     assert config.process.options == {"beta": (1, 3)}
     for words, message in (
         (["score.inputs=estimate", "score.mixing=-3"], r"score.mixing: must be None if inputs is"),
+        (
+            ["training.optimiser=Adm"],
+            r"training\.optimiser: .*did you mean Adam\?",
+        ),
+        (["training.optimiser_options.bets=1"], r"training\.optimiser_options: .*'bets'"),
         (["training.btch=32"], r"training\.btch: unknown key; did you mean batch\?"),
         (["training.batch"], "key=value"),
         (["seed.x=1", "seed.x.y=3"], "not a section"),

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import field
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field, Strict
 
 from cldsde.errors import SettingError, setting
-from cldsde.images.config import RunConfig, SamplingConfig
+from cldsde.images.config import Grid, RunConfig, SamplingConfig, StartTime, Time
 from cldsde.images.data import DataSet
 from cldsde.images.evaluate.evaluation import METRICS
 from cldsde.images.sample.sampler import make_plan, make_solver
@@ -26,13 +26,12 @@ from cldsde.images.schema import (
     section,
     with_overrides,
 )
-from cldsde.images.sections import Time
 from cldsde.images.train.engine import check_run
 from cldsde.solvers.named import canonical_name
 
 PRESETS = {
     name: Path(__file__).with_name("presets") / f"{name}.toml"
-    for name in ("fashion_mnist", "cld_variants", "quick")
+    for name in ("fashion_mnist", "cld_variants", "quick", "demo")
 }
 """Comparisons that come with the package."""
 
@@ -42,34 +41,25 @@ _IMAGES = 2**20  # images with seeds of their own, for each seed of a comparison
 
 @section
 class RowConfig:
-    """A sampler of a model, at several budgets.
-
-    Attributes
-    ----------
-    model
-        Name of the model.
-    solver
-        Name of the solver.
-    label
-        Name of the row; the name of the solver if empty.
-    grid, t_end, denoise, options
-        See `SamplingConfig`. ``t_end`` is a number, 1e-3 by default.
-    nfe
-        Budgets of score evaluations per image, for solvers on a grid.
-    tolerances
-        Tolerances of adaptive solvers. Each sets ``rtol`` and ``atol``, or the one that ``options``
-        does not set.
-    """
+    """A sampler of a model, at several budgets."""
 
     model: str
+    """Name of the model."""
     solver: str
+    """Name of the solver."""
     label: str = ""
-    grid: Literal["uniform", "quadratic", "root", "log_snr", "logistic", "karras"] = "root"
+    """Name of the row; the name of the solver if empty."""
+    grid: Grid = "root"
+    t_start: StartTime = None
     t_end: Time = 1e-3
     denoise: Flag = True
     options: Mapping[str, Any] = field(default_factory=dict)
+    """See `SamplingConfig`. ``t_end`` is a number, 1e-3 by default."""
     nfe: tuple[Count, ...] = ()
+    """Budgets of score evaluations per image, for solvers on a grid."""
     tolerances: tuple[Positive, ...] = ()
+    """Tolerances of adaptive solvers. Each sets ``rtol`` and ``atol``, or the one that ``options``
+    does not set."""
 
     def __post_init__(self) -> None:
         """Resolve the names, and check budgets and options."""
@@ -108,7 +98,7 @@ class RowConfig:
         ]
 
     def _recipe(self, **changes: Any) -> SamplingConfig:
-        names = ("solver", "grid", "t_end", "denoise", "options")
+        names = ("solver", "grid", "t_start", "t_end", "denoise", "options")
         recipe = SamplingConfig(**{**{name: getattr(self, name) for name in names}, **changes})
         make_solver(recipe)
         return recipe
@@ -116,43 +106,29 @@ class RowConfig:
 
 @section
 class ComparisonConfig(Configuration):
-    """Models to compare, and samplers and metrics to compare them with.
-
-    Attributes
-    ----------
-    seed
-        Seed of weights and training of all models; the seed of each image follows from it.
-    samples
-        Images per cell of the table and repeat.
-    repeats
-        Sets of images with seeds of their own, whose spread is reported.
-    batch
-        Images per batch.
-    metrics
-        Some of `cldsde.images.evaluate.evaluation.METRICS`.
-    features, weights
-        See `cldsde.images.evaluate.evaluation.Evaluation`.
-    likelihood_images
-        Held-out images whose likelihood is computed.
-    base
-        Sections of a `RunConfig` that all models share.
-    models
-        Names to sections that are merged into the base, key by key.
-    rows
-        Samplers of the models.
-    """
+    """Models to compare, and samplers and metrics to compare them with."""
 
     seed: Annotated[int, Strict(), Field(ge=0, lt=2**32 // _IMAGES)] = 0
+    """Seed of weights and training of all models; the seed of each image follows from it."""
     samples: Annotated[Count, Field(ge=2)] = 1000
+    """Images per cell of the table and repeat."""
     repeats: Count = 1
+    """Sets of images with seeds of their own, whose spread is reported."""
     batch: Count = 64
+    """Images per batch."""
     metrics: tuple[str, ...] = ("fd", "bpd")
+    """Some of `cldsde.images.evaluate.evaluation.METRICS`."""
     features: str = "classifier"
     weights: str | None = None
+    """See `cldsde.images.evaluate.evaluation.Evaluation`."""
     likelihood_images: Count = 64
+    """Held-out images whose likelihood is computed."""
     base: Mapping[str, Any] = field(default_factory=dict)
+    """Sections of a `RunConfig` that all models share."""
     models: Mapping[str, Mapping[str, Any]]
+    """Names to sections that are merged into the base, key by key."""
     rows: tuple[RowConfig, ...]
+    """Samplers of the models."""
 
     def __post_init__(self) -> None:
         """Check the parts against each other, and build the configuration of each model."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import glob
 import hashlib
 import io
@@ -28,7 +27,8 @@ from cldsde.images.checks import output_place
 from cldsde.images.data.samples import as_bytes
 from cldsde.images.figures import picture, save_grid
 from cldsde.images.model import ImageModel
-from cldsde.images.sample.sampler import ImageSampler, ahead
+from cldsde.images.sample.pipelines import PipelineModel
+from cldsde.images.sample.sampler import ahead
 from cldsde.progress import progress_bar
 
 GRID_LIMIT = 4096
@@ -38,39 +38,21 @@ _KEPT = "finished samples are kept: the same call resumes"
 
 @dataclass(frozen=True, eq=False)
 class SampleRequest:
-    """A request for samples of a trained model, one image for each seed.
+    """A request for samples of a trained model or a pipeline, one image for each seed below 2³²."""
 
-    Attributes
-    ----------
-    model, sampler
-        The model, and its sampler.
-    seeds
-        Integers in [0, 2³²).
-    """
-
-    model: ImageModel
-    sampler: ImageSampler
+    model: ImageModel | PipelineModel
+    sampler: Any  # an ImageSampler, or the PipelineSampler of a pipeline
     seeds: range
 
     def recipe(self) -> dict[str, object]:
         """Everything that the images and their parts depend on, in JSON types."""
-        how = self.sampler
-        return {
-            "weights": self.model.digest,
-            "sampling": dataclasses.asdict(how.sampling),
-            "batch": how.batch,
-            "label": how.label,
-            "guidance": how.guidance,
-            "observed": None if how.observed is None else how.observed.recipe(),
-            "seeds": [self.seeds.start, self.seeds.stop],
-            # Left out in single precision, so that older samples can be resumed.
-            **({} if how.precision == "fp32" else {"precision": how.precision}),
-        }
+        seeds = [self.seeds.start, self.seeds.stop]
+        return {"weights": self.model.digest, **self.sampler.recipe(), "seeds": seeds}
 
     def notes(self) -> list[str]:
         """Notes on settings that are allowed, but probably a mistake."""
         t_min, t_end = self.model.t_min, self.sampler.t_end
-        if t_min is None or t_end >= t_min:
+        if t_min is None or t_end is None or t_end >= t_min:
             return []
         msg = f"t_end = {t_end:g} is below training.t_min = {t_min:g}: the network was not trained "
         return [f"{msg}at such times"]

@@ -35,34 +35,25 @@ def is_pipeline(source: Path) -> bool:
     return any(listed.get(part, [None])[0] is not None for part in _MORE_PARTS)
 
 
-class _Model(NamedTuple):
+class PipelineModel(NamedTuple):
+    """What a request for images needs of a pipeline: its images, and the digest of its weights."""
+
     space: ImageSpace
     digest: str
+    t_min: None = None
 
 
 @dataclass(frozen=True, eq=False)
 class PipelineSampler:
-    """Sampler of images with a pipeline, whose text encoder, guidance and decoder are its own.
+    """Sampler of images with a pipeline, whose text encoder, guidance and decoder are its own."""
 
-    Attributes
-    ----------
-    pipeline
-        The pipeline, with a `cldsde.pretrained.PipelineScheduler`.
-    arguments
-        Arguments of its calls for one image: ``prompt``, ``negative_prompt``, ``class_labels``.
-    guidance
-        Weight of text or class; None: the pipeline's own default.
-    nfe
-        Number of steps.
-    batch
-        Largest number of images in one call.
-    """
-
-    pipeline: Any
-    arguments: dict[str, Any]
-    guidance: float | None = None
-    nfe: int = _STEPS
-    batch: int = _BATCH
+    pipeline: Any  # with a `cldsde.pretrained.PipelineScheduler`
+    process: ProcessConfig  # of that
+    arguments: dict[str, Any]  # of a call for one image: prompt, negative_prompt, class_labels
+    guidance: float | None = None  # weight of text or class; None: the pipeline's own default
+    nfe: int = _STEPS  # number of steps
+    batch: int = _BATCH  # largest number of images in one call
+    t_end: None = None
 
     @classmethod
     def load(
@@ -79,14 +70,7 @@ class PipelineSampler:
         nfe: int | None,
         batch: int | None,
     ) -> PipelineSampler:
-        """Load a pipeline of a folder, and check what it is asked for.
-
-        Raises
-        ------
-        SettingError
-            If the folder cannot be loaded, a text or class is missing or not taken, or the solver
-            does not fit.
-        """
+        """Load a pipeline of a folder; raise a SettingError if it does not take what is asked."""
         from diffusers import DiffusionPipeline
 
         from cldsde.pretrained import PipelineScheduler
@@ -116,7 +100,7 @@ class PipelineSampler:
         pipeline.to(device).set_progress_bar_config(disable=True)
         require(nfe is None or nfe > 0, "nfe", f"must be at least 1; got {nfe}")
         require(batch is None or batch > 0, "batch", f"must be at least 1; got {batch}")
-        return cls(pipeline, arguments, guidance, nfe or _STEPS, batch or _BATCH)
+        return cls(pipeline, process, arguments, guidance, nfe or _STEPS, batch or _BATCH)
 
     def batches(self, seeds: Sequence[int]) -> list[tuple[int | None, list[int]]]:
         """Seeds of batches; None stands for the label, which the arguments have."""
@@ -141,8 +125,9 @@ class PipelineSampler:
         evaluations = torch.full((len(seeds),), self.nfe, device="cpu")
         return Samples((images.clamp(0, 1) * 255).round().to(torch.uint8), evaluations)
 
-    def digest(self) -> str:
-        """SHA-256 of all weights."""
+    @property
+    def model(self) -> PipelineModel:
+        """Colour images, and the SHA-256 of all weights."""
         parts = self.pipeline.components.items()
         weights: dict[str, Tensor] = {
             f"{name}.{key}": x.cpu()
@@ -150,36 +135,15 @@ class PipelineSampler:
             if isinstance(part, nn.Module)
             for key, x in part.state_dict().items()
         }
-        return tensors_digest(weights)
-
-
-@dataclass(frozen=True, eq=False)
-class PipelineRequest:
-    """A request for images of a pipeline, as `SampleRequest` is one for a model."""
-
-    sampler: PipelineSampler
-    seeds: range
-    process: ProcessConfig
-
-    def __post_init__(self) -> None:
-        """Hash the weights once."""
-        model = _Model(ImageSpace((3, 1, 1)), self.sampler.digest())
-        object.__setattr__(self, "model", model)
+        return PipelineModel(ImageSpace((3, 1, 1)), tensors_digest(weights))
 
     def recipe(self) -> dict[str, object]:
-        """Everything that the images and their parts depend on, in JSON types."""
-        how = self.sampler
+        """Everything that the images depend on besides weights and seeds, in JSON types."""
         return {
-            "weights": self.model.digest,  # type: ignore[attr-defined]
             "process": plain(self.process),
-            "solver": repr(how.pipeline.scheduler.solver),
-            "nfe": how.nfe,
-            "batch": how.batch,
-            "guidance": how.guidance,
-            **how.arguments,
-            "seeds": [self.seeds.start, self.seeds.stop],
+            "solver": repr(self.pipeline.scheduler.solver),
+            "nfe": self.nfe,
+            "batch": self.batch,
+            "guidance": self.guidance,
+            **self.arguments,
         }
-
-    def notes(self) -> list[str]:
-        """Notes on settings; there are none."""
-        return []

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar
@@ -126,21 +126,11 @@ Start = tuple[SampleNoise, Tensor]
 
 
 class Samples(NamedTuple):
-    """Images and their score evaluations.
+    """Images and their score evaluations."""
 
-    Attributes
-    ----------
-    images
-        ``(N, C, H, W)`` uint8, or float32 for continuous data, on the CPU.
-    evaluations
-        Score evaluations of each image, ``(N,)`` int64.
-    levels
-        Number of grey levels of the images, or range of their numbers.
-    """
-
-    images: Tensor
-    evaluations: Tensor
-    levels: Scale = 256
+    images: Tensor  #: ``(N, C, H, W)`` uint8, or float32, on the CPU.
+    evaluations: Tensor  #: Score evaluations of each image, ``(N,)`` int64.
+    levels: Scale = 256  #: Number of grey levels, or range of continuous numbers.
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,34 +140,18 @@ class ImageSampler:
     Solver, grid and tables are computed once, for any number of batches. An image depends on its
     own seed alone, except for rounding in the network, which may depend on the size of the batch.
     Settings that do not fit the model or each other raise a SettingError at once.
-
-    Attributes
-    ----------
-    score, space, vae
-        The model, its images, and its autoencoder if its process is of latent variables.
-    sampling
-        Solver and budget.
-    label, guidance
-        Class of all images; ``"all"``: class i modulo their number for seed i; None: no class.
-        Weight of the class, see `cldsde.GuidedScore`.
-    observed
-        An observation of the images, if any.
-    batch
-        Images per batch.
-    precision
-        Precision of the network.
     """
 
     score: Score
     space: ImageSpace
     sampling: SamplingConfig
     _: KW_ONLY
-    vae: VAE | None = None
-    label: int | Literal["all"] | None = None
-    guidance: float = 1.0
+    vae: VAE | None = None  # if the process is of latent variables
+    label: int | Literal["all"] | None = None  # class of all images, or i for seed i; None: none
+    guidance: float = 1.0  # weight of the class, see `cldsde.GuidedScore`
     observed: ObservedImage | None = None
-    batch: int = 64
-    precision: Precision = "fp32"
+    batch: int = 64  # images per batch
+    precision: Precision = "fp32"  # of the network
 
     @classmethod
     def of(
@@ -222,16 +196,22 @@ class ImageSampler:
         """Shape of one sample of the process."""
         return self.space.shape if self.vae is None else self.vae.latent_shape
 
-    def _cast(self) -> AbstractContextManager[object]:
-        # Around the whole solve: its own arithmetic is elementwise, which autocast leaves alone.
-        if self.precision == "fp32":
-            return nullcontext()
-        return torch.autocast(self.score.device.type, dtype=_HALVES[self.precision])
-
     @property
     def t_end(self) -> float:
         """Time at which sampling ends."""
         return float(self._plan.times[-1])
+
+    def recipe(self) -> dict[str, object]:
+        """Everything that the images depend on besides weights and seeds, in JSON types."""
+        return {
+            "sampling": dataclasses.asdict(self.sampling),
+            "batch": self.batch,
+            "label": self.label,
+            "guidance": self.guidance,
+            "observed": None if self.observed is None else self.observed.recipe(),
+            # Left out in single precision, so that older samples can be resumed.
+            **({} if self.precision == "fp32" else {"precision": self.precision}),
+        }
 
     def batches(self, seeds: Sequence[int]) -> list[tuple[int | None, list[int]]]:
         """Classes and seeds of batches of one class each.
@@ -270,8 +250,10 @@ class ImageSampler:
             plan = plan.with_score(
                 score if observed is None else observed.score(score, plan.process.sde)
             )
-        denoise = self.sampling.denoise
-        with torch.no_grad(), self._cast():
+        denoise, half = self.sampling.denoise, _HALVES.get(self.precision)
+        # Around the whole solve: its own arithmetic is elementwise, which autocast leaves alone.
+        cast = torch.autocast(self.score.device.type, dtype=half) if half else nullcontext()
+        with torch.no_grad(), cast:
             if observed is not None and observed.particles:
                 data, evaluations = observed.sample(plan, seeds, denoise=denoise, chunk=self.batch)
             else:

@@ -14,6 +14,7 @@ from torch import Tensor
 from cldsde.errors import SettingError, setting
 from cldsde.images.config import ProcessConfig, SamplingConfig
 from cldsde.images.model import ImageModel, ImageSpace, TrainedModel, load_model
+from cldsde.images.sample.export import is_exported, load_exported
 from cldsde.images.schema import check_name, plain
 from cldsde.images.tensor_files import tensors_digest
 from cldsde.pretrained import from_diffusers
@@ -27,8 +28,9 @@ def of_run(
     *,
     trust: bool = False,
 ) -> ImageModel:
-    """The model of a run, under its own process or another; see `load_model`."""
-    model = load_model(run, device, trust=trust)
+    """The model of a run, under its own process or another; see `load_model` and `export`."""
+    exported = is_exported(run)
+    model = load_exported(run, device) if exported else load_model(run, device, trust=trust)
     if process is None:
         return model
     sde, inner = process.make(), model.score

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, DynamoBackend, GradientAccumulationPlugin
 
 from cldsde.errors import SettingError
@@ -24,6 +25,7 @@ from cldsde.images.model import (
 )
 from cldsde.images.runs import STATE
 from cldsde.images.sample.sampler import make_plan
+from cldsde.images.schema import check_name
 
 _BLOCK = 8  # largest number of images that share generators; processes share blocks
 _SHARDED = {DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM}
@@ -63,6 +65,9 @@ def check_run(
         raise SettingError("device", f"{device} cannot be shared by {processes} processes")
     if settings.precision == "fp16" and no_gpu:
         raise SettingError("training.precision", "'fp16' needs a GPU; use 'fp32' or 'bf16'")
+    available = [str(kind) for kind in get_available_trackers()]
+    for name in settings.trackers:
+        check_name(name, available, "training.trackers")
     data.train.keep_decoded(progress=progress)
     statistics = data_statistics(config, data.train, progress=progress)
     new = run is not None and not any((run / name).exists() for name in (MODEL, STATE))
@@ -72,7 +77,7 @@ def check_run(
 
 
 def make_engine(config: RunConfig, device: str) -> Accelerator:
-    """The processes and devices of a training; raise a SettingError if they cannot be used."""
+    """Processes, devices and trackers of a training; raise a SettingError if one is missing."""
     settings = config.training
     if device.startswith("cuda:"):
         torch.cuda.set_device(device)
@@ -82,6 +87,8 @@ def make_engine(config: RunConfig, device: str) -> Accelerator:
         cpu=device == "cpu",
         mixed_precision="no" if settings.precision == "fp32" else settings.precision,
         dynamo_backend=DynamoBackend.INDUCTOR if settings.compile else DynamoBackend.NO,
+        log_with=list(settings.trackers) or None,
+        project_dir=".",  # the run, as soon as the trackers start
         kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
         # Given, so that it is not taken from the environment: micro-batches are counted here.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),

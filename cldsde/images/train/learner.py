@@ -53,7 +53,11 @@ class Learner:
         self.settings = settings = config.training
         self.space = ImageSpace.of(data.train, config)
         self.model = make_model(config, self.space, statistics).to(engine.device)
-        self.average = copy.deepcopy(self.model).eval().requires_grad_(requires_grad=False)
+        self.averages = [
+            copy.deepcopy(self.model).eval().requires_grad_(requires_grad=False)
+            for _ in (settings.ema_decay, *settings.ema_decays)
+        ]
+        self.average = self.averages[0]
         self.objective = make_objective(self.model, config)
         feed = (config, data.train, self.space, self.objective.samplers)
         self.feed = Feed(*feed, process=engine.process_index, processes=engine.num_processes)
@@ -63,12 +67,9 @@ class Learner:
         if vae is not None:
             places += [(vae, "encoder"), (vae, "decoder")]
             self.parts["autoencoder"] = vae
-        optimiser = torch.optim.AdamW(
-            [{"params": list(part.parameters())} for part in self.parts.values()],
-            lr=settings.learning_rate,
-            weight_decay=settings.weight_decay,
-            fused=engine.device.type in {"cpu", "cuda"},
-        )
+        groups = [{"params": list(part.parameters())} for part in self.parts.values()]
+        fused = settings.optimiser in {"Adam", "AdamW"} and engine.device.type in {"cpu", "cuda"}
+        optimiser = settings.make_optimiser(groups, **({"fused": True} if fused else {}))
         self.optimiser = engine.prepare_optimizer(optimiser)
         self.cores = [
             _Core(owner, name, network, engine.prepare_model(network))
@@ -78,7 +79,8 @@ class Learner:
         within = {id(p) for core in self.cores for p in core.network.parameters()}
         self.unshared = [p for p in self.model.parameters() if id(p) not in within]
         self.meter = Meter(engine, list(self.parts))
-        self.modules = {"model": self.model, "average": self.average}
+        names = ["average", *(f"average{i}" for i in range(1, len(self.averages)))]
+        self.modules = {"model": self.model, **dict(zip(names, self.averages, strict=True))}
 
     def step(self, step: int, parts: list[Part]) -> None:
         """Update the weights, and meter this process's mean losses and the gradients' norms."""
@@ -114,11 +116,12 @@ class Learner:
         self.meter.add(totals, self._clip())
         self.optimiser.step()
         done = step_of_stage(self.config, step) + 1
-        decay = min(self.settings.ema_decay, done / (done + 9))
-        average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
-        average(list(self.average.parameters()), list(self.model.parameters()), None)
-        for own, current in zip(self.average.buffers(), self.model.buffers(), strict=True):
-            own.copy_(current)
+        decays = (self.settings.ema_decay, *self.settings.ema_decays)
+        for decay, average in zip(decays, self.averages, strict=True):
+            update = get_ema_multi_avg_fn(min(decay, done / (done + 9)))  # type: ignore[no-untyped-call]
+            update(list(average.parameters()), list(self.model.parameters()), None)
+            for own, current in zip(average.buffers(), self.model.buffers(), strict=True):
+                own.copy_(current)
 
     def _clip(self) -> dict[str, Tensor]:
         """Limit the gradient of each part; return its norm before.
@@ -191,6 +194,9 @@ def learning_rates(config: RunConfig, step: int) -> list[float]:
     share = min(1.0, (done + 1) * settings.batch / max(1, settings.warmup))
     if settings.decay == "cosine":
         share *= 0.5 * (1 + math.cos(math.pi * done / steps))
+    if settings.decay == "inverse_square_root":
+        first_images = max(settings.warmup, settings.batch)
+        share *= min(1.0, math.sqrt(first_images / ((done + 1) * settings.batch)))
     peaks = [settings.learning_rate]
     if latent is not None:
         peaks.append(latent.learning_rate if step < first else latent.joint_learning_rate)

@@ -11,18 +11,17 @@ import math
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
 from PIL import Image
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from cldsde.files import writing
@@ -39,7 +38,7 @@ from cldsde.images.model import (
     read_model,
     save_model,
 )
-from cldsde.images.runs import CONFIG, METRICS, STATE, RunFolder
+from cldsde.images.runs import CONFIG, METRICS, STATE, RunFolder, leaves
 from cldsde.images.sample.sampler import ImageSampler, ahead
 from cldsde.images.train.engine import check_run, make_engine
 from cldsde.images.train.learner import Learner, learning_rates
@@ -48,8 +47,7 @@ from cldsde.images.train.summary import measure_steps
 from cldsde.progress import progress_bar
 
 _FIRST_SEED = 2**31  # of measured samples, far from the seeds of samples and evaluations
-EVENTS = "tensorboard"
-"""Folder of a run with TensorBoard's events."""
+_TRACKERS = "cldsde"  # project of the trackers, and folder of their files in a run
 
 
 def train(
@@ -63,13 +61,13 @@ def train(
 ) -> DiffusionModel:
     """Train a model; return it with averaged weights, in evaluation mode.
 
-    Writes to the run folder: lines of ``metrics.jsonl`` and TensorBoard's events, grids of samples,
-    ``model.safetensors`` with the averaged weights, and the training state. SIGINT and SIGTERM end
-    the training of a single process after its step, with its state saved; a second signal ends it
-    at once. An interrupted run resumes from its last state. On the CPU of the same machine it ends
-    with the same bits as an uninterrupted run, on a GPU up to nondeterministic kernels. A finished
-    run is loaded, or trained further if ``training.images`` has grown. Under ``torchrun`` or
-    ``accelerate launch`` the processes share each batch.
+    Writes to the run folder: lines of ``metrics.jsonl``, grids of samples, ``model.safetensors``
+    with the averaged weights, and the training state. SIGINT and SIGTERM end the training after a
+    step, with its state saved; a second signal ends a single process at once. An interrupted run
+    resumes from its last state. On the CPU of the same machine it ends with the same bits as an
+    uninterrupted run, on a GPU up to nondeterministic kernels. A finished run is loaded, or trained
+    further if ``training.images`` has grown. Under ``torchrun`` or ``accelerate launch`` the
+    processes share each batch.
     """
     with _learner(config, data, device, statistics) as learner:
         return _Trainer(learner, run).run(progress=progress)
@@ -107,7 +105,6 @@ class _Trainer:
         self.learner, self.folder = learner, run
         self.config, self.engine = learner.config, learner.engine
         self.settings, self.space = learner.config.training, learner.space
-        self.events: SummaryWriter | None = None
         self.done, seconds = self._start()
         self.saved = self.done
         self.began = time.monotonic() - seconds
@@ -131,15 +128,14 @@ class _Trainer:
                 self._save()
             return self._stored(self.engine.device)[0]
         if self.done == 0 and settings.init_from is not None:
-            for model in (self.learner.model, self.learner.average):
+            for model in (self.learner.model, *self.learner.averages):
                 copy_weights(model, Path(settings.init_from).expanduser())
         if is_main:
             with self._writing(METRICS):
                 self.folder.forget_metrics_after(self.seen)
         counts = {"initial": self.seen, "total": total, "unit": "image", "unit_scale": True}
         bar = progress_bar(None, shown=progress and is_main, desc="training", **counts)
-        events = self._logging() if is_main else nullcontext()
-        with bar, events, StopRequest(self.engine) as stop:
+        with bar, self._logging(), StopRequest(self.engine) as stop:
             if self.done and self._due(settings.sample_every):
                 self._draw(stop)
             for parts in ahead(self.learner.feed.load, range(self.done, settings.steps)):
@@ -176,22 +172,34 @@ class _Trainer:
 
     @contextmanager
     def _logging(self) -> Iterator[None]:
-        """Open TensorBoard's events, and close them; every event is flushed when it is written."""
+        """Start the trackers, and end them."""
         report = threading.excepthook
-        threading.excepthook = partial(_report_thread, report)
-        with self._writing(EVENTS):
-            # Events of an earlier process from here on are hidden.
-            self.events = SummaryWriter(self.folder / EVENTS, purge_step=self.seen + 1)
+        # TensorBoard raises the errors of its thread in the main thread, too.
+        threading.excepthook = lambda error: (
+            type(error.thread).__name__ == "_AsyncWriterThread" or report(error)
+        )
+        config = {key: str(x) for key, x in leaves(self.config.to_dict()).items()}
+        # Events of an earlier process from here on are hidden.
+        options = {"tensorboard": {"purge_step": self.seen + 1}}
+        with self._writing(_TRACKERS):
+            self.engine.project_configuration.logging_dir = str(self.folder.path)
+            self.engine.init_trackers(_TRACKERS, config, options)
         try:
             yield
         finally:
             with suppress(OSError):
-                self.events.close()
+                for tracker in self.engine.trackers:
+                    tracker.finish()
             threading.excepthook = report
 
+    def _between(self, stop: StopRequest) -> None:
+        """Obey a signal between two batches of samples, which one of several processes draws."""
+        if stop.every == 1:
+            self._obey(stop)
+
     def _obey(self, stop: StopRequest) -> None:
-        """Save and stop if a signal was received, between two steps or two batches of samples."""
-        if stop.wanted:
+        """Save and stop if a signal was received."""
+        if self.done % stop.every == 0 and stop.wanted:
             if self.done != self.saved:
                 self._save()
             stop.obey()
@@ -241,7 +249,7 @@ class _Trainer:
         means = self.learner.meter.means()
         self.learner.meter.clear()
         self._check_finite(means["loss"])
-        if self.events is None:
+        if not self.engine.is_main_process:
             return {}
         loss, norm = means.pop("loss"), means.pop("gradient_norm")
         if len(self.learner.parts) == 1:
@@ -255,18 +263,15 @@ class _Trainer:
         return {name: f"{x:.4f}" for name, x in {"loss": loss, **held}.items()}
 
     def _record(self, numbers: dict[str, float]) -> None:
-        """Write numbers to the metrics and to TensorBoard."""
+        """Write numbers to the metrics and to the trackers."""
         numbers = {**numbers, "seconds": round(self.seconds, 3)}
         with self._writing(METRICS):
             self.folder.log({"images": self.seen, **numbers})
-        assert self.events is not None
-        with self._writing(EVENTS):
-            for name, x in numbers.items():
-                self.events.add_scalar(f"training/{name}", x, self.seen)
-            self.events.flush()
+        with self._writing(_TRACKERS):
+            self.engine.log({f"training/{name}": x for name, x in numbers.items()}, self.seen)
 
-    def _save_model(self, file: Path) -> None:
-        weights = self.learner.average.state_dict()
+    def _save_model(self, file: Path, average: DiffusionModel | None = None) -> None:
+        weights = (average or self.learner.average).state_dict()
         save_model(file, weights, self.config, self.space, self.seen)
 
     def _save(self) -> None:
@@ -277,6 +282,9 @@ class _Trainer:
             try:
                 if self.done < self.settings.steps or self.settings.keep_state:
                     save_state(self.learner, self.folder, self.done, self.seconds, sums)
+                others = zip(self.settings.ema_decays, self.learner.averages[1:], strict=True)
+                for decay, average in others:
+                    self._save_model(self.folder / f"ema-{decay}.safetensors", average)
                 self._save_model(self.folder / MODEL)
             except OSError as error:
                 msg = f"not all of the state of {self.seen} images could be saved ({error}); "
@@ -290,7 +298,7 @@ class _Trainer:
         metrics = {"last": -float(self.seen)}
         if self.engine.is_main_process and settings.measure == "fd":
             seeds = range(_FIRST_SEED, _FIRST_SEED + samples)
-            drawn = self.sampler.sample(seeds, before_batch=partial(self._obey, stop)).images
+            drawn = self.sampler.sample(seeds, before_batch=partial(self._between, stop)).images
             found = self.evaluation.measure(measured(drawn, self.space.levels), ["fd"])["fd"]
             metrics[f"fd of {samples}"] = found["frechet_distance"]
             self._record({"fd": found["frechet_distance"]})
@@ -329,20 +337,16 @@ class _Trainer:
     def _draw(self, stop: StopRequest) -> None:
         """Write a grid of samples, if it is not there."""
         name = f"samples/{self.seen:010d}.png"
-        if self.events is not None and not (self.folder / name).exists():
+        if self.engine.is_main_process and not (self.folder / name).exists():
             seeds, levels = range(self.settings.sample_grid), self.space.levels
-            sheet = self.sampler.sample(seeds, before_batch=partial(self._obey, stop)).images
+            sheet = self.sampler.sample(seeds, before_batch=partial(self._between, stop)).images
             with self._writing(name):
                 (self.folder / "samples").mkdir(exist_ok=True)
                 file = self.folder.write(name, lambda file: save_grid(file, sheet, levels))
-            with self._writing(EVENTS), Image.open(file) as opened:
-                pixels = np.asarray(opened.convert("RGB"))
-                self.events.add_image("samples", pixels, self.seen, dataformats="HWC")
-                self.events.flush()
+            with self._writing(_TRACKERS), Image.open(file) as opened:
+                pixels = {"samples": np.asarray(opened.convert("RGB"))[None]}
+                for tracker in self.engine.trackers:
+                    kind = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                    if hasattr(tracker, "log_images"):
+                        tracker.log_images(pixels, self.seen, **kind)
         self.engine.wait_for_everyone()
-
-
-def _report_thread(report: Callable[[Any], object], error: threading.ExceptHookArgs) -> None:
-    """Report an error of a thread, unless TensorBoard raises it in the main thread, too."""
-    if type(error.thread).__name__ != "_AsyncWriterThread":
-        report(error)

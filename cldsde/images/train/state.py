@@ -27,15 +27,15 @@ from cldsde.messages import one_line
 class StopRequest:
     """SIGINT and SIGTERM during a training, to stop between two steps.
 
-    With several processes, which would receive them at different steps, and outside the main
-    thread, signals end the process as usual. A second signal does, too.
+    Several processes receive them at different steps, and agree every eighth step. Of a single one,
+    a second signal ends the process as usual. Outside the main thread each signal does.
     """
 
     def __init__(self, engine: Accelerator) -> None:
         main = threading.current_thread() is threading.main_thread()
-        handled = main and engine.num_processes == 1
-        self._signals = (signal.SIGINT, signal.SIGTERM) if handled else ()
-        self._received: int | None = None
+        self._signals = (signal.SIGINT, signal.SIGTERM) if main else ()
+        self._engine, self._received = engine, 0
+        self.every = 1 if engine.num_processes == 1 else 8
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -48,8 +48,11 @@ class StopRequest:
 
     @property
     def wanted(self) -> bool:
-        """Whether a signal was received."""
-        return self._received is not None
+        """Whether a signal was received, by any process; all of them must ask."""
+        if self._engine.num_processes > 1:
+            own = torch.tensor([self._received], device=self._engine.device)
+            self._received = int(self._engine.gather(own).max())
+        return self._received > 0
 
     def obey(self) -> None:
         """Raise KeyboardInterrupt for SIGINT, SystemExit for SIGTERM."""
@@ -60,8 +63,9 @@ class StopRequest:
     def _receive(self, number: int, frame: object) -> None:
         del frame
         self._received = number
-        tqdm.write("stopping after this step; again to stop at once", file=sys.stderr)
-        self.__exit__()
+        if self._engine.num_processes == 1:
+            tqdm.write("stopping after this step; again to stop at once", file=sys.stderr)
+            self.__exit__()
 
 
 def save_state(learner: Learner, run: RunFolder, step: int, seconds: float, sums: Tensor) -> None:
@@ -75,7 +79,8 @@ def save_state(learner: Learner, run: RunFolder, step: int, seconds: float, sums
         for name, x in module.state_dict().items()
     }
     for index, values in learner.optimiser.state_dict()["state"].items():
-        tensors |= {f"optimiser.{index}.{name}": x for name, x in values.items()}
+        kept = {name: x for name, x in values.items() if isinstance(x, Tensor)}
+        tensors |= {f"optimiser.{index}.{name}": x for name, x in kept.items()}
     tensors |= {"meter": sums, **learner.statistics._asdict()}
     scaler = None if learner.engine.scaler is None else learner.engine.scaler.state_dict()
     metadata = {"step": str(step), "seconds": str(seconds), "scaler": json.dumps(scaler)}

@@ -186,9 +186,7 @@ def test_a_run_is_described_in_a_line_and_kept_from_diffusers_if_it_has_classes(
     run = Run.load(labelled_run)
     assert repr(run).startswith("Run(space=ImageSpace(shape=(3, 4, 4), ")
     assert "\n" not in repr(run)
-    with pytest.raises(
-        SettingError, match=r"network\.conditional: must be false for a UNet2DModel"
-    ):
+    with pytest.raises(SettingError, match=r"network\.conditional: must be False for a pipeline"):
         run.to_diffusers("nowhere")
 
 

@@ -97,7 +97,13 @@ def test_a_training_starts_from_the_weights_of_a_run_or_of_a_diffusers_folder(fi
         for name, value in whole.score.network.state_dict().items():
             found = tuned[name]  # after one step of a vanishing learning rate
             torch.testing.assert_close(found, value, rtol=EPS32, atol=EPS32, msg=name)
-    assert isinstance(UNet2DModel.from_pretrained(tmp_path / "net"), UNet2DModel)
+    assert isinstance(UNet2DModel.from_pretrained(tmp_path / "net" / "unet"), UNet2DModel)
+    settings = config(images=8, learning_rate=1e-30, init_from=str(finished), ema_decays=[0.5])
+    trained(tmp_path / "averages", settings)
+    first = load_model(finished).score.network.state_dict()
+    average = load_model(tmp_path / "averages" / "ema-0.5.safetensors").score.network.state_dict()
+    for name, value in first.items():
+        torch.testing.assert_close(average[name], value, rtol=EPS32, atol=EPS32, msg=name)
     # A resumed run does not need the weights that it started from.
     longer = config(images=16, learning_rate=1e-30, init_from=str(tmp_path / "gone"))
     images.Run.train(longer, DATA, tmp_path / "tuned-0", progress=False)

@@ -27,6 +27,7 @@ from cldsde.images.streams import image_order, stream
 from cldsde.images.tensor_files import load_tensors
 from cldsde.images.train import feed, loop
 from cldsde.images.train.engine import check_run
+from cldsde.images.train.learner import learning_rates
 from cldsde.score import PerturbedData, TimeSampler
 from probes import generator
 from tiny_runs import NETWORK, SHORT, noise_images
@@ -46,7 +47,8 @@ CONFIG = {
     "seed": 5,
     "data": BOTH,
     "network": {"options": {**NETWORK, "dropout": 0.1}},
-    "training": {**SHORT, "learning_rate": 1e-3, "warmup": 16, "decay": "cosine"},
+    "training": {**SHORT, "learning_rate": 1e-3, "warmup": 16, "decay": "cosine"}
+    | {"trackers": ["tensorboard"], "ema_decays": [0.0]},
     "sampling": {"solver": "euler-maruyama", "nfe": 3},
 }
 SUMS = 1e-5  # relative, of losses that sum 4,000 numbers of single precision in another order
@@ -99,7 +101,7 @@ def test_an_interrupted_run_ends_with_the_same_bits_numbers_and_events(stopped, 
     assert_finishes(stopped, whole)
     assert [line["images"] for line in metrics(stopped)] == [16, 32, 48, 64, 80, 96]
     assert [file.name for file in (stopped / "samples").iterdir()] == ["0000000096.png"]
-    events = EventAccumulator(str(stopped / "tensorboard"))
+    events = EventAccumulator(str(stopped / "cldsde"))
     events.Reload()
     for name in ("loss", "seconds"):
         found = {one.step: one.value for one in events.Scalars(f"training/{name}")}
@@ -257,7 +259,7 @@ RECORDS = "tensorboard.summary.writer.record_writer.RecordWriter"
         ("cldsde.images.tensor_files.save_file", "not all of the state of 96 images could", "4"),
         ("cldsde.images.runs.RunFolder.log", "metrics.jsonl cannot be written", "4"),
         ("cldsde.images.train.loop.save_grid", "0000000096.png cannot be written", "6"),
-        *((f"{RECORDS}.{name}", "tensorboard cannot", "4") for name in ("write", "flush")),
+        *((f"{RECORDS}.{name}", "cldsde cannot", "4") for name in ("write", "flush")),
     ],
 )
 def test_a_full_disk_is_reported_and_the_last_state_stays(
@@ -408,6 +410,8 @@ def test_a_network_that_is_shown_estimates_is_trained_and_loaded(tmp_path, name)
         {"weighting": "likelihood", "precision": "bf16"},
         {"weighting": "log_snr", "clip": None, "weight_decay": 0.1},
         {"weighting": "log_snr", "times": "uniform", "log_snr_mean": 0.0, "log_snr_std": 2.0},
+        {"optimiser": "RAdam", "optimiser_options": {"betas": [0.8, 0.9]}},
+        {"optimiser": "SGD", "decay": "inverse_square_root"},
     ],
 )
 def test_every_option_of_training_trains(tmp_path, changes):
@@ -427,6 +431,21 @@ def test_every_option_of_training_trains(tmp_path, changes):
 def test_settings_that_do_not_fit_the_machine_are_rejected(changes, processes, key):
     with pytest.raises(ValueError, match=rf"{key}\b"):
         check_run(config(**changes), DATA, device="cpu", processes=processes)
+
+
+def test_further_averages_are_files_of_the_run(stopped, whole):
+    """An average without memory has the weights of the last step."""
+    assert_finishes(stopped, whole)
+    raw, average = (load_model(stopped / name) for name in (STATE, "ema-0.0.safetensors"))
+    assert_same_bits(raw.model, average.model)
+    assert average.digest != load_model(stopped).digest
+
+
+def test_the_inverse_square_root_follows_the_warm_up():
+    settings = config(decay="inverse_square_root", warmup=32, learning_rate=1.0)
+    rates = [learning_rates(settings, step)[0] for step in range(6)]
+    expected = [1 / 2, 1, *(math.sqrt(2 / n) for n in (3, 4, 5, 6))]
+    assert rates == pytest.approx(expected, rel=EPS32, abs=0)
 
 
 def test_a_rejected_training_does_not_disturb_the_next_one(tmp_path):
@@ -463,6 +482,22 @@ def start(folder, *arguments: object, processes: int = 1) -> subprocess.Popen:
 def run(folder, *arguments: object, processes: int = 1) -> None:
     code = start(folder, *arguments, processes=processes).wait(timeout=300)
     assert code == 0, (folder / "stderr.txt").read_text()[-3000:]
+
+
+@pytest.mark.slow
+def test_a_signal_to_two_processes_saves_one_state(tmp_path):
+    file = write_config(tmp_path, images=160_000, save_every=160_000, sample_every=160_000)
+    out = tmp_path / "run"
+    process = start(tmp_path, "train", file, "--out", out, processes=2)
+    while not (out / METRICS).exists():  # both have begun
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=300) != 0
+    seen = int(load_tensors(out / STATE, STATE_KIND)[1]["images_seen"])
+    assert 0 < seen < 160_000
+    # They agree every eighth step.
+    assert seen % (8 * 16) == 0
 
 
 @pytest.mark.slow
