@@ -9,9 +9,9 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cldsde.cli.options import flag, option, several
-from cldsde.errors import SettingError
-from cldsde.solvers import named_solvers
+from cldsde.cli.options import LIST, flag, option, several
+from cldsde.errors import SettingError, require, setting
+from cldsde.solvers import SamplerSettings, named_solvers
 
 if TYPE_CHECKING:
     from cldsde.images.config import ProcessConfig, SamplingConfig
@@ -41,6 +41,7 @@ RECIPE = (
     option("--t-end EPS", float, "time at which sampling ends"),
     option("--denoise BOOL", bool, "end with the prediction of the data: true or false"),
     several("--set OPTION=VALUE", "option of the solver, such as rtol=0.01"),
+    option("--settings FILES", LIST, "fitted samplers of cldsde tune, in place of the solver"),
 )
 
 
@@ -98,8 +99,18 @@ def recipes_of(
     budgets: Sequence[int] | None,
 ) -> Iterator[SamplingConfig]:
     """Each solver with each budget; the other settings are the options', or else the run's."""
-    from cldsde.images.sample.sampler import changed_recipe
+    from cldsde.images.sample.sampler import changed_recipe, fitted_recipe
     from cldsde.images.schema import parse_overrides
+
+    if options.settings:
+        for name in ("solver", "nfe", "grid", "t_start", "t_end", "denoise", "set"):
+            allowed = getattr(options, name) in (None, [])
+            require(allowed, name, "must be left out with --settings, which replaces it")
+        for file in options.settings:
+            with setting("settings"):
+                settings = SamplerSettings.load(Path(file).expanduser())
+            yield fitted_recipe(model.sampling, settings)
+        return
 
     changes = parse_overrides(options.set, "rtol=0.01")
     given = {name: getattr(options, name) for name in ("grid", "t_start", "t_end", "denoise")}

@@ -82,7 +82,7 @@ OPTIONS = (
 )
 # Options that a pipeline decides by itself.
 _NOT_FOR_PIPELINES = (
-    *("grid", "t_start", "t_end", "denoise", "set", "known", "observe"),
+    *("grid", "t_start", "t_end", "denoise", "set", "settings", "known", "observe"),
     *("precision", "compile_mode", "channels_last"),
 )
 
@@ -110,7 +110,8 @@ def prepare(options: Namespace) -> Callable[[], None]:
     model = model_of(options, options.run, state.device if device == "cuda" else device)
     speed_up(model, options.compile_mode, channels_last=options.channels_last)
     solvers, budgets = ([x] if x is not None else None for x in (options.solver, options.nfe))
-    [sampling] = recipes_of(options, model, solvers, budgets)
+    sampling, *more = recipes_of(options, model, solvers, budgets)
+    require(not more, "settings", "must be one file")
     how = {name: getattr(options, name) for name in ("method", "noise_std", "particles")}
     sampler = ImageSampler.of(
         *(model, sampling),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor

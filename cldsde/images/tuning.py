@@ -121,15 +121,19 @@ class Tuning:
     def _distances(self) -> Mapping[str, Distance]:
         """Distances of samples to the data, by features; the first one is fitted."""
         reference = self._own() if self.data is None else self.data.train
-        name, channels = self.features, reference.shape[0]
-        random = {f"random features {i}": random_features(channels, self.device, i) for i in (0, 1)}
-        networks: dict[str, FeatureNetwork] = random
-        if name == "classifier" and self.data is not None and reference.labels is not None:
-            own = kept_classifier(self.folder / CLASSIFIER, self.data, device=self.device)
-            networks = {"the classifier's features": own, **random}
+        name, labels = self.features, reference.labels
+        networks: dict[str, FeatureNetwork] = {}
+        if name == "classifier" and self.data is not None and labels is not None:
+            file = self.folder / CLASSIFIER
+            networks["the classifier's features"] = kept_classifier(
+                file, self.data, device=self.device
+            )
         elif name not in {"classifier", "random"}:
-            networks = {name: load_features(name), **random}
-        return {name: self._distance(networks[name], reference) for name in [*networks][:2]}
+            networks[name] = load_features(name)
+        for seed in range(2 - len(networks)):
+            random = random_features(reference.shape[0], self.device, seed)
+            networks[f"random features {seed}"] = random
+        return {name: self._distance(network, reference) for name, network in networks.items()}
 
     def _distance(self, network: FeatureNetwork, reference: Images) -> Distance:
         bar = progress_bar(measured_batches(reference), shown=True, desc="features", unit="batch")
@@ -137,7 +141,8 @@ class Tuning:
 
         def distance(data: Tensor) -> float:
             images = self._pixels(data)
-            return frechet_of(FeatureSums(network, images.shape).of(images.split(256)), known)
+            parts = images.split(256)  # type: ignore[no-untyped-call]
+            return frechet_of(FeatureSums(network, images.shape).of(parts), known)
 
         return distance
 
@@ -156,7 +161,8 @@ class Tuning:
         """Samples as images ``(B, C, H, W)``."""
         space, vae = self.model.space, self.model.vae
         if vae is not None:
-            data = torch.cat([vae.images(part) for part in data.split(64)])
+            parts = data.split(64)  # type: ignore[no-untyped-call]
+            data = torch.cat([vae.images(part) for part in parts])
         return to_levels(data.cpu(), space.levels, dequantised=space.dequantised)
 
     def _pixels(self, data: Tensor) -> Tensor:

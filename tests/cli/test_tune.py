@@ -3,9 +3,13 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 
+from cldsde import ReverseProcess, solvers
 from cldsde.cli import main
+from cldsde.images.data import to_levels
+from cldsde.images.model import load_model
 from cldsde.solvers import SamplerSettings, fitting
 from command import rejected
 
@@ -36,6 +40,20 @@ def test_settings_are_kept_in_the_run_and_measured_with_new_seeds(run, capsys):
     assert lines[0] == "3 evaluations, Fréchet distances of 5 sets of 16 new images:"
     assert lines[1].startswith("  in the classifier's features: default ")
     assert lines[2].startswith("  in random features 0: default ")
+    # The other commands take the settings.
+    out, few = run / "images.npz", ["--settings", run / "sampler-3.json", "--device", "cpu"]
+    assert main([str(x) for x in ("sample", run, *few, "--seeds", "0-3", "--out", out)]) == 0
+    score = load_model(run).score.eval()
+    plan = solvers.plan(ReverseProcess(score.sde, score), found.solver, found.times(score.sde))
+    noise = solvers.SampleNoise(range(4))
+    start = noise.start(score.sde, (1, 8, 8), t=float(plan.times[0]))
+    data = plan.solve(start, noise=noise, denoise=True).data
+    # Files have channels last.
+    assert (np.load(out)["images"] == to_levels(data, 17).movedim(1, -1).numpy()).all()
+    assert main([str(x) for x in ("evaluate", run, *few, "--samples", 6)]) == 0
+    assert "| fitted" in capsys.readouterr().out
+    error = rejected(capsys, "sample", run, *few, "--nfe", 5)
+    assert "--nfe: must be left out with --settings" in error
     # Nothing is replaced without being asked, nor before any work.
     error = rejected(capsys, "tune", run, *SHORT)
     assert "--out: " in error

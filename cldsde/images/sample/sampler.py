@@ -28,7 +28,15 @@ from cldsde.linear.sde import check_process
 from cldsde.progress import progress_bar
 from cldsde.score import ConditionalScore, GuidedScore, ReverseProcess, Score, ScoreFunction
 from cldsde.score.protocol import as_score
-from cldsde.solvers import Imputation, Plan, SampleNoise, find_solver, grids, plan
+from cldsde.solvers import (
+    Imputation,
+    Plan,
+    SampleNoise,
+    SamplerSettings,
+    find_solver,
+    grids,
+    plan,
+)
 from cldsde.solvers.authoring import Solver
 from cldsde.solvers.sampling import fit_grid, window
 
@@ -37,8 +45,26 @@ Item = TypeVar("Item")
 Made = TypeVar("Made")
 
 
+FITTED = "fitted"
+"""Solver of a recipe whose options are the fields of `cldsde.solvers.SamplerSettings`."""
+
+
+def fitted_recipe(recipe: SamplingConfig, settings: SamplerSettings) -> SamplingConfig:
+    """A recipe with the settings of a fitted sampler in place of solver and grid."""
+    options = dataclasses.asdict(settings)
+    start: dict[str, Any] = {"t_start": None, "t_end": None, "denoise": True}
+    return changed_recipe(recipe, options, solver=FITTED, nfe=settings.nfe, **start)
+
+
+def _settings(sampling: SamplingConfig) -> SamplerSettings:
+    with setting("options"):
+        return SamplerSettings(**checked_options(SamplerSettings, sampling.options))
+
+
 def make_solver(sampling: SamplingConfig) -> Solver:
     """The solver of a configuration; raise a SettingError for an unknown name or option."""
+    if sampling.solver == FITTED:
+        return _settings(sampling).solver
     here = _ELSEWHERE.get(sampling.solver.lower())
     require(here is None, "solver", f"{sampling.solver} is called {here} here")
     with setting("solver"):
@@ -80,6 +106,9 @@ def time_grid(
     the two ends. The start depends on the shape of the data. Raises a SettingError if no step
     fits, a ValueError if the solver does not apply.
     """
+    if sampling.solver == FITTED:
+        with setting("settings"):
+            return _settings(sampling).times(process.sde)
     grid: Any = getattr(grids, f"{sampling.grid}_times")
     with setting("t_end"):
         ends = window(process, sampling.t_start, sampling.t_end, shape=shape, nfe=sampling.nfe)
@@ -104,6 +133,8 @@ def make_plan(
     solver = make_solver(sampling)
     try:
         if observed is not None:
+            fits = sampling.solver != FITTED
+            require(fits, "settings", "were fitted without an observed picture; name a solver")
             sampling, solver = observed.recipe(sampling, process), observed.solver(solver)
         made = plan(process, solver, time_grid(process, solver, sampling, shape))
         if observed is not None:
