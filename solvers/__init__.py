@@ -10,7 +10,7 @@ from .brownian import BrownianPath
 from .edm_heun import EDMHeun
 from .euler_maruyama import EulerMaruyama
 from .exponential_euler import ExponentialEuler
-from .exponential_multistep import ExponentialMultistep
+from .exponential_multistep import ExponentialMultistep, LevelNoise
 from .fitting import fit_sampler
 from .gotta_go_fast import GottaGoFast
 from .grids import (
@@ -52,6 +52,7 @@ __all__ = [
     "GottaGoFast",
     "Imputation",
     "Langevin",
+    "LevelNoise",
     "NoiseSource",
     "Plan",
     "PredictorCorrector",

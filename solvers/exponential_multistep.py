@@ -70,10 +70,31 @@ class LevelNoise:
         Increasing κ = ½ log SNR.
     stochasticity
         λ ≥ 0 at each of them; linear in κ between them and constant outside.
+
+    Raises
+    ------
+    ValueError
+        If κ does not increase, λ is negative, or their numbers differ.
+
+    Examples
+    --------
+    >>> noise = LevelNoise((-3.0, 0.0, 2.0), (0.5, 1.5, 1.0))
+    >>> ExponentialMultistep(order=2, stochasticity=noise).facts.weak_order
+    2
     """
 
     log_snr: tuple[float, ...]
     stochasticity: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        kappa, levels = np.asarray(self.log_snr, float), np.asarray(self.stochasticity, float)
+        if kappa.ndim != 1 or not (kappa.size and np.isfinite(kappa).all()):
+            raise ValueError(f"log_snr must be one or more finite κ; got {self.log_snr}")
+        if (np.diff(kappa) <= 0).any():
+            raise ValueError(f"log_snr must increase; got {self.log_snr}")
+        if levels.shape != kappa.shape or not (np.isfinite(levels) & (levels >= 0)).all():
+            msg = f"stochasticity must be a finite λ ≥ 0 for each of {len(kappa)} κ; got "
+            raise ValueError(f"{msg}{self.stochasticity}")
 
     def at(self, log_snr: Tensor) -> Tensor:
         """λ at values of κ ``(n,)``, float64."""

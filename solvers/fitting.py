@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from cldsde.linear.checks import as_integer
@@ -204,9 +203,9 @@ class Search:
 
     def _strategy(self, start: SamplerSettings) -> Any:
         low, _ = self._range()
-        kappa = torch.tensor(start.log_snr, dtype=torch.float64)
-        first, steps = kappa[:1], kappa.diff().log()
-        x = torch.cat([first, steps, torch.tensor(start.stochasticity, dtype=torch.float64)])
+        kappa = np.array(start.log_snr)
+        steps = np.log(np.diff(kappa))
+        x = np.concatenate([kappa[:1], steps, start.stochasticity])
         n = len(steps)
         spreads = [_SPREADS[0]] + [_SPREADS[1]] * n + [_SPREADS[2]] * n
         lower = [low] + [-math.inf] * n + [0.0] * n
@@ -220,7 +219,7 @@ class Search:
             "randn": lambda *size: random.standard_normal(size),
             "verbose": -9,
         }
-        return self._cma.CMAEvolutionStrategy(x.tolist(), 1.0, options)
+        return self._cma.CMAEvolutionStrategy(x, 1.0, options)
 
     def _settings(self, x: Any) -> SamplerSettings | None:
         """Settings of a point of the search; None if they leave the score's noise levels."""

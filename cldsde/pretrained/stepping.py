@@ -24,7 +24,7 @@ from cldsde.solvers import ExponentialEuler
 from cldsde.solvers.base import GridSolver, Memory, check_solver
 from cldsde.solvers.combine import Block, add_to, as_blocks, combine
 from cldsde.solvers.noise import NoiseSource
-from cldsde.solvers.sampling import RECOMMENDED
+from cldsde.solvers.sampling import RECOMMENDED, fitted_times
 
 # A level this close in κ to an end of the process counts as that end.
 _ROUNDING = 1e-6
@@ -187,6 +187,8 @@ def recommended_steps(
     whole = bool(log_snr[0] <= _NOISE) and bool(log_snr[-1] == math.inf)
     n = len(log_snr) - 2 if whole else math.inf  # steps before the data prediction
     for recipe in RECOMMENDED:
+        if recipe.grid is fitted_times:  # its noise was fitted to its levels
+            continue
         fits = sde.components <= recipe.most_components and n <= recipe.most_steps
         if fits and recipe.solver.facts.score_at_start:
             try:

@@ -46,7 +46,7 @@ def test_an_imported_run_is_recognised_configured_and_sampled(tmp_path):
     assert main(["import", str(file), "--as", "cld-sgm", *more, "--out", str(run)]) == 0
     config = json.loads((run / "config.json").read_text())
     assert config["sampling"]["nfe"] == 7
-    assert config["data"]["options"]["path"] == "elsewhere"
+    assert config["data"]["options"]["path"] == os.path.abspath("elsewhere")
     images = []
     for options in ("em", "sscs", "multistep-2-sde", "probability-flow", "em --process VPSDE"):
         out = tmp_path / f"{len(images)}.npz"

@@ -93,3 +93,28 @@ def test_other_files_are_rejected(tmp_path, text):
     file.write_text(text)
     with pytest.raises(ValueError, match=r"settings\.json"):
         SamplerSettings.load(file)
+
+
+def test_noise_by_level_is_linear_between_its_levels_for_any_process():
+    noise = solvers.LevelNoise((-1.0, 0.0, 2.0), (0.5, 1.5, 1.0))
+    solver = solvers.ExponentialMultistep(stochasticity=noise)
+    for sde in (VPSDE(), CLD()):
+        times = solvers.times_of_log_snr(sde, tensor([-3.0, -0.5, 0.0, 1.0, 4.0]))
+        expected = tensor([0.5, 1.0, 1.5, 1.25, 1.0])
+        torch.testing.assert_close(
+            solver.levels(sde, times), expected, rtol=0, atol=rounding(2**12)
+        )
+
+
+@pytest.mark.parametrize(
+    ("levels", "values", "message"),
+    [
+        ((0.0, 0.0), (1.0, 1.0), "log_snr must increase"),
+        ((), (), "log_snr must be one or more finite κ"),
+        ((0.0, 1.0), (1.0,), "stochasticity must be a finite λ ≥ 0 for each of 2 κ"),
+        ((0.0,), (-1.0,), "stochasticity must be a finite λ ≥ 0"),
+    ],
+)
+def test_bad_noise_by_level_is_rejected(levels, values, message):
+    with pytest.raises(ValueError, match=message):
+        solvers.LevelNoise(levels, values)

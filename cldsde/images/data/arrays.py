@@ -46,8 +46,9 @@ def array_images(
     if 0 in pixels.shape:
         raise ValueError(f"{file} must hold at least one image; got shape {pixels.shape}")
     if pixels.dtype.kind == "f" and value_range is None:
-        ends = f"they lie in {pixels.min():g} to {pixels.max():g}"
-        raise ValueError(f"value_range must be given for the {pixels.dtype} of {file}; {ends}")
+        ends = f"{pixels.min():g} to {pixels.max():g}"
+        msg = f"{file} must hold images of uint8, or have a value_range; got {pixels.dtype} in "
+        raise ValueError(f"{msg}{ends}")
     if pixels.dtype != np.uint8 if value_range is None else pixels.dtype.kind != "f":
         msg = f"{file} must hold images of uint8, or floating-point numbers with value_range; got "
         raise TypeError(f"{msg}{pixels.dtype}")

@@ -64,7 +64,7 @@ def load_samples(path: Path, like: Images | None = None) -> Tensor:
         msg = f"{path}: levels must be a number from 2 to 256, or a range; got {levels}"
         raise ValueError(msg)
     try:
-        known = (1, 3) if like is None else like.shape[:1]
+        known = (1, 3) if like is None else sorted({1, 3, like.shape[0]})
         found = array_images(path, value_range=ends, channels=known)
     except TypeError as error:
         raise ValueError(str(error)) from error

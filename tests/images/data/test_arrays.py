@@ -174,7 +174,12 @@ def test_archives_that_do_not_fit_are_rejected(tmp_path, arrays, options, messag
 @pytest.mark.parametrize(
     ("name", "options", "error", "message"),
     [
-        ("floats.npy", {}, ValueError, r"value_range must be given for .* lie in 0 to 0"),
+        (
+            "floats.npy",
+            {},
+            ValueError,
+            "must hold images of uint8, or have a value_range; got float64 in 0 to 0",
+        ),
         ("a.npy", {"value_range": [0, 1]}, TypeError, r"a\.npy must hold .* got uint8"),
         ("floats.npy", {"value_range": [0]}, ValueError, "value_range: must .* at least 2 items"),
         ("floats.npy", {"value_range": [1, 2]}, ValueError, "range, 1 to 2; got 0 to 0"),
