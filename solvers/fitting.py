@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from cldsde.linear.checks import as_integer
@@ -193,13 +194,14 @@ class Search:
         return found
 
     def _distance(self, settings: SamplerSettings, seed: int) -> float:
-        """Distance of samples; infinite if a sample is not finite."""
+        """Distance of samples; infinite if it or a sample is not finite."""
         sde, score = self.process.sde, self.process.score
         try:
             samples = sample(sde, score, self.shape, seed=seed, settings=settings)
         except FloatingPointError:
             return math.inf
-        return float(self.distance(samples))
+        found = float(self.distance(samples))
+        return math.inf if math.isnan(found) else found
 
     def _strategy(self, start: SamplerSettings) -> Any:
         low, _ = self._range()
@@ -233,11 +235,12 @@ class Search:
 
     def _range(self) -> tuple[float, float]:
         """Range of κ in which process and score can be evaluated."""
-        levels = self.process.score.noise_levels or (0.0, math.inf)
-        at_start = float(self.process.sde.log_snr(self.process.sde.regular_until))
+        sde, levels = self.process.sde, self.process.score.noise_levels or (0.0, math.inf)
+        ends = torch.tensor([sde.regular_until, 1e-9], dtype=torch.float64, device="cpu")
+        first, last = sde.log_snr(ends).tolist()
         smallest = -math.log(levels[0]) if levels[0] > 0 else math.inf
         largest = -math.log(levels[1]) if levels[1] < math.inf else -math.inf
-        return max(at_start, largest), smallest
+        return max(first, largest), min(last, smallest)
 
 
 def _import_cma() -> Any:

@@ -1,5 +1,6 @@
 """Samplers that are fitted to a network."""
 
+import math
 import sys
 from dataclasses import replace
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from cldsde import (
+    VESDE,
     VPSDE,
     DenoiserScore,
     GaussianMixture,
@@ -73,6 +75,19 @@ def test_the_network_is_evaluated_within_its_levels_and_budget():
     assert max(seen) <= 30 * (1 + rounding)
     assert len(seen) <= 40 * 2
     assert -found.log_snr[-1] >= np.log(0.3) - rounding
+
+
+def test_the_search_stays_within_the_levels_of_the_process():
+    # Smaller noise is better without end, and some distances are not defined.
+    sde, tried = VESDE(0.3, 30.0), []
+
+    def rising(x):
+        tried.append(float(x.mean()))
+        return math.nan if len(tried) % 5 == 0 else tried[-1]
+
+    reverse = ReverseProcess(sde, DenoiserScore(lambda u, sigma: u * 0 + sigma.view(-1, 1), sde))
+    found = fitted(nfe=2, tries=60, reverse=reverse, by=rising)
+    assert -math.log(0.3) - 0.1 < found.log_snr[-1] <= -math.log(0.3)
 
 
 def test_an_interrupted_search_keeps_its_best():
