@@ -164,7 +164,8 @@ class ExponentialMultistep(GridSolver):
 
     Recommended settings for CLD, with polynomials in time:
 
-    - trained network: ``order=2, stochasticity=1.0`` on `root_times`, from 7 evaluations
+    - trained network: ``order=2, stochasticity=1.0`` on `root_times`, from 10 evaluations; see
+      `RECOMMENDED` for fewer
     - deterministic map with an exact score: ``order=3, corrector=True`` on `logistic_times`
 
     Polynomials in log-SNR were designed for one component and are less accurate for CLD.
