@@ -178,7 +178,7 @@ _foreign = [
 nitpick_ignore_regex = [
     ("py:.*", rf"({'|'.join(map(re.escape, _foreign))})(\..*)?"),
     ("py:.*", r"Tensor|Generator|(dict|list|tuple)\[.*"),  # as docstrings write them
-    ("py:.*", r"PILImage|Path|Recipe"),  # as annotations write them
+    ("py:.*", r"PILImage|Path|Recipe|Scale"),  # as annotations write them
     # Types inside the layers, whose reference has the public names alone
     (
         "py:class",
@@ -186,7 +186,10 @@ nitpick_ignore_regex = [
     ),
     ("py:class", r"(cldsde\.images\.\w+\..*)?(DiffusionModel|FeatureStatistics)"),
     ("py:class", r"cldsde\.\w+\.\w+\.(Dynamics|FlowCase|PathCase|KnownTimes|NCSNpp)"),
-    ("py:obj", r"UNet2DModel|from_pretrained|FolderImages|FeatureStatistics|load_features"),
+    (
+        "py:obj",
+        r"UNet2DModel|from_pretrained|FolderImages|Feature(Statistics|Network)|load_features",
+    ),
     ("py:obj", r"INCEPTION_FILE|RunConfig\.from_dict|Clock|log_snr_(mean|std)"),
     ("py:obj", r"cldsde\.images\.(data|networks(\.NETWORKS)?|latent\.VAE|evaluate\..*)"),
     ("py:.*", r"(.*\.)?_[^.]*"),  # private names in annotations
