@@ -170,6 +170,8 @@ class Search:
             while self.tries + self._generation + 3 <= self.most:
                 points = strategy.ask()
                 strategy.tell(points, [self._try(self._settings(x), bar) for x in points])
+            if self._smallest == math.inf:
+                raise ValueError("distance must be finite for some samples; it never was")
             # The best of many tries is partly luck, which the centre of the search has less of.
             centre = self._settings(strategy.result.xfavorite) or self.best
             chosen = dict.fromkeys((self._first, self.best, centre))
@@ -183,10 +185,8 @@ class Search:
         return 4 + int(3 * math.log(2 * len(self._first.log_snr) - 1))
 
     def _try(self, settings: SamplerSettings | None, bar: Any) -> float:
+        found = math.inf if settings is None else self._distance(settings, self.seed)
         self.tries += 1
-        if settings is None:
-            return math.inf
-        found = self._distance(settings, self.seed)
         if found < self._smallest:
             self.best, self._smallest = settings, found
         bar.update()
@@ -201,7 +201,7 @@ class Search:
         except FloatingPointError:
             return math.inf
         found = float(self.distance(samples))
-        return math.inf if math.isnan(found) else found
+        return found if math.isfinite(found) else math.inf
 
     def _strategy(self, start: SamplerSettings) -> Any:
         low, _ = self._range()
@@ -211,7 +211,8 @@ class Search:
         n = len(steps)
         spreads = [_SPREADS[0]] + [_SPREADS[1]] * n + [_SPREADS[2]] * n
         lower = [low] + [-math.inf] * n + [0.0] * n
-        upper = [math.inf] + [_LONGEST] * n + [_MOST_NOISE] * n
+        upper = [math.inf] + [max(_LONGEST, steps.max())] * n + [_MOST_NOISE] * n
+        x = np.clip(x, lower, upper)  # κ at the start of the default is at the bound, but rounded
         random = np.random.default_rng(self.seed)
         options = {
             "CMA_stds": spreads,
@@ -227,7 +228,7 @@ class Search:
         """Settings of a point of the search; None if they leave the score's noise levels."""
         n = (len(x) - 1) // 2
         kappa = x[0] + np.concatenate([[0.0], np.exp(x[1 : n + 1]).cumsum()])
-        if kappa[-1] > self._range()[1]:
+        if kappa[-1] > self._range()[1] or not (np.diff(kappa) > 0).all():
             return None
         return replace(
             self.best, log_snr=tuple(kappa.tolist()), stochasticity=tuple(x[n + 1 :].tolist())

@@ -15,6 +15,7 @@ from pathlib import Path
 from cldsde.cli.models import DATA, FEATURES, MODEL, data_of, model_of
 from cldsde.cli.options import DEVICE, INTEGERS, ONE_SEED, flag, option, resolve_device
 from cldsde.errors import require
+from cldsde.solvers import SamplerSettings
 
 _REFERENCE = (
     "run or configuration whose data to compare with; by default the run itself, or images "
@@ -73,11 +74,11 @@ def prepare(options: Namespace) -> Callable[[], None]:
             search = tuning.search(nfe, options.tries)
             try:
                 search.run(progress=True)
-            finally:
-                # Ctrl-C keeps the best settings.
+            except KeyboardInterrupt:
                 if search.tries:
-                    search.best.save(file)
-                    print(f"Settings are in {file.resolve()}", file=sys.stderr)
+                    _save(search.best, file)
+                raise
+            _save(search.best, file)
             found = tuning.report(search.best, nfe)
             print(f"{nfe} evaluations, Fréchet distances of 5 sets of {options.images} new images:")
             for features, measured in found.items():
@@ -86,3 +87,8 @@ def prepare(options: Namespace) -> Callable[[], None]:
                 print("  The gain is less than three standard errors: the default is as good.")
 
     return work
+
+
+def _save(settings: SamplerSettings, file: Path) -> None:
+    settings.save(file)
+    print(f"Settings are in {file.resolve()}", file=sys.stderr)

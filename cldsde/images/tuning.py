@@ -79,6 +79,7 @@ class Tuning:
 
     def check(self, nfe: int, tries: int) -> None:
         """Raise an error if nothing can be fitted, before any work is done."""
+        require(self.images >= 2, "images", f"must be at least 2; got {self.images}")
         least = Search(self.process, self.shape, nfe, lambda _: 0.0).least
         msg = f"must be at least {least} for {nfe} evaluations; got {tries}"
         require(tries >= least, "tries", msg)
@@ -99,7 +100,10 @@ class Tuning:
                 data = self._draw(seed, nfe, how)
                 for name, distance in self._distances.items():
                     found[name][i].append(distance(data))
-        return {name: Measured(*map(torch.tensor, pair)) for name, pair in found.items()}
+        return {
+            name: Measured(*(torch.tensor(x, dtype=torch.float64, device="cpu") for x in pair))
+            for name, pair in found.items()
+        }
 
     @cached_property
     def process(self) -> ReverseProcess:
