@@ -187,7 +187,7 @@ class Search:
     def _try(self, settings: SamplerSettings | None, bar: Any) -> float:
         found = math.inf if settings is None else self._distance(settings, self.seed)
         self.tries += 1
-        if found < self._smallest:
+        if settings is not None and found < self._smallest:
             self.best, self._smallest = settings, found
         bar.update()
         bar.set_postfix(best=f"{self._smallest:.4g}", refresh=False)

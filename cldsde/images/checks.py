@@ -20,8 +20,9 @@ def check_values(images: object, levels: Scale) -> Tensor:
         if not isinstance(images, Tensor) or not images.is_floating_point():
             raise TypeError(f"images must be a floating-point tensor; got {kind_of(images)}")
         least, most = map(float, images.aminmax()) if images.numel() else levels
-        # A comparison with NaN is false.
-        if not (levels[0] <= least and most <= levels[1]):
+        # Images are float32, and so are the ends of their range. A comparison with NaN is false.
+        low, high = torch.tensor(levels, dtype=torch.float32, device="cpu").tolist()
+        if not (min(low, levels[0]) <= least and most <= max(high, levels[1])):
             msg = f"images must have values in their range, {levels[0]:g} to {levels[1]:g}; got "
             raise ValueError(f"{msg}{least:g} to {most:g}")
         return images

@@ -175,3 +175,9 @@ def test_random_parts_are_resized_to_the_size_of_the_image():
     assert float((7.5 * (levels + 1) - found).abs().max()) < 0.5 + close  # rounded to levels
     again = augment(x, ends, crop=0.5, generator=generator(), **options)
     assert torch.equal(7.5 * (again + 1), found)
+
+
+def test_the_ends_of_a_range_are_those_of_float32():
+    ends = (0.0, 0.1)  # 0.1 is larger in float32
+    images = to_levels(torch.ones(2, 1, 8, 8), ends)
+    assert torch.equal(to_levels(to_unit(images, ends), ends), images)
