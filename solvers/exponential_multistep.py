@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +20,7 @@ from cldsde.score import Conversion, ReverseProcess
 
 from .base import DATA_DETERMINED, Facts, GridSolver, Memory, ScoreAt
 from .combine import Block, add_to, as_blocks, combine
+from .level_noise import LevelNoise
 from .noise import NoiseSource
 
 _NODES = 16
@@ -58,48 +58,6 @@ class _Steps(NamedTuple):
     noise: Tensor  # (n, k, k), or no columns if the steps are deterministic
     total: Tensor  # weights of a constant prediction, (n, k, m)
     slope: Tensor  # their integrand at the nodes, times the quadrature weight, (n, q, k, m)
-
-
-@dataclass(frozen=True)
-class LevelNoise:
-    """Stochasticity λ as a function of the noise level, for any process.
-
-    Parameters
-    ----------
-    log_snr
-        Increasing κ = ½ log SNR.
-    stochasticity
-        λ ≥ 0 at each of them; linear in κ between them and constant outside.
-
-    Raises
-    ------
-    ValueError
-        If κ does not increase, λ is negative, or their numbers differ.
-
-    Examples
-    --------
-    >>> noise = LevelNoise((-3.0, 0.0, 2.0), (0.5, 1.5, 1.0))
-    >>> ExponentialMultistep(order=2, stochasticity=noise).facts.weak_order
-    2
-    """
-
-    log_snr: tuple[float, ...]
-    stochasticity: tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        kappa, levels = np.asarray(self.log_snr, float), np.asarray(self.stochasticity, float)
-        if kappa.ndim != 1 or not (kappa.size and np.isfinite(kappa).all()):
-            raise ValueError(f"log_snr must be one or more finite κ; got {self.log_snr}")
-        if (np.diff(kappa) <= 0).any():
-            raise ValueError(f"log_snr must increase; got {self.log_snr}")
-        if levels.shape != kappa.shape or not (np.isfinite(levels) & (levels >= 0)).all():
-            msg = f"stochasticity must be a finite λ ≥ 0 for each of {len(kappa)} κ; got "
-            raise ValueError(f"{msg}{self.stochasticity}")
-
-    def at(self, log_snr: Tensor) -> Tensor:
-        """λ at values of κ ``(n,)``, float64."""
-        found = np.interp(log_snr.numpy(), self.log_snr, self.stochasticity)
-        return torch.from_numpy(found)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,19 +210,20 @@ class ExponentialMultistep(GridSolver):
         # The weights of a single prediction need no quadrature.
         along = self.order > 1 or self._corrects(1)
         if self.prediction == "data":
-            steps = _data_steps(sde, times, self.levels(sde, times[:-1]), along=along)
+            steps = _data_steps(sde, times, self.stochasticities(sde, times[:-1]), along=along)
         else:
             steps, inverse = _noise_steps(sde, times, along=along)
             psi = sde.transition_matrix(torch.zeros_like(times[:-1]), times[:-1])[..., :1]
             state, score = inverse - inverse @ psi @ state, -inverse @ psi @ score
+        x = [_VARIABLES[self.variable](sde, t) for t in (times, steps.nodes)]
         blocks = zip(as_blocks(state), undetermined.tolist(), strict=True)
         return _Tables(
             [None if own_prediction else block for block, own_prediction in blocks],
             as_blocks(score),
             as_blocks(steps.move),
             as_blocks(steps.noise),
-            self._weights(steps, sde, times, offset=0),
-            self._weights(steps, sde, times, offset=1) if self._corrects(1) else [],
+            self._weights(steps, x, offset=0),
+            self._weights(steps, x, offset=1) if self._corrects(1) else [],
         )
 
     def evaluation_times(self, process: ReverseProcess, times: Tensor) -> Tensor:
@@ -345,7 +304,7 @@ class ExponentialMultistep(GridSolver):
             )
         return torch.zeros_like(undetermined)
 
-    def levels(self, sde: LinearSDE, times: Tensor) -> Tensor:
+    def stochasticities(self, sde: LinearSDE, times: Tensor) -> Tensor:
         """λ of the steps that start at times ``(n,)`` of a process, float64."""
         if isinstance(self.stochasticity, LevelNoise):
             return self.stochasticity.at(sde.log_snr(times))
@@ -360,11 +319,14 @@ class ExponentialMultistep(GridSolver):
         return levels
 
     def _weights(
-        self, steps: _Steps, sde: LinearSDE, times: Tensor, *, offset: int
+        self, steps: _Steps, variable: Sequence[Tensor], *, offset: int
     ) -> list[list[Block]]:
-        """Weights of the predictions at times i + offset, i + offset − 1, … for each step i."""
-        n = len(times) - 1
-        x, nodes = (_VARIABLES[self.variable](sde, t) for t in (times, steps.nodes))
+        """Weights of the predictions at times i + offset, i + offset − 1, … for each step i.
+
+        ``variable`` are the values of the polynomials' variable at the times and at the nodes.
+        """
+        x, nodes = variable
+        n = len(x) - 1
         blocks: list[list[Block]] = []
         # Group steps by the length of their history: one group with the full one, and short ones.
         counts = [min(self.order, i + 1) + offset for i in range(n)]

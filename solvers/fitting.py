@@ -9,20 +9,22 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from cldsde.linear.checks import as_integer
+from cldsde.linear.log_snr import log_snr_range
 from cldsde.progress import progress_bar
 from cldsde.score import ReverseProcess
 
 from .exponential_multistep import ExponentialMultistep
-from .sampling import checked_shape, recommended_plan, sample
+from .recommended import recommended_plan
+from .sampling import checked_shape, sample
 from .settings import SamplerSettings
 
 Distance = Callable[[Tensor], float]
 
 _FORMS = [(order, corrector) for order in (1, 2, 3) for corrector in (False, True)]
+_CHOSEN = 3  # settings that are compared at the end
 # Steps of the search in κ at the start, log Δκ and λ, and the largest λ.
 _SPREADS = (0.4, 0.25, 0.3)
 _MOST_NOISE = 3.0
@@ -57,8 +59,8 @@ def fit_sampler(
     nfe
         Network evaluations per sample, as in `sample`; at least 2.
     distance
-        Function of samples ``(B, *D)``, smaller if they are better. A Fréchet distance to data, in
-        features of a network that knows such data, works best.
+        Function of samples ``(B, *D)``, smaller if they are better, such as a Fréchet distance to
+        data in features of a network that knows such data.
     budget
         Largest number of network evaluations, all samples counted: a try needs B·nfe. None: 250
         tries.
@@ -90,8 +92,9 @@ def fit_sampler(
     if budget is not None:
         each = search.nfe * search.shape[0]
         search.most = as_integer(budget, 1, "budget") // each
-        if search.most < search.least:
-            msg = f"budget must be at least {search.least * each}, for {search.least} tries of "
+        least = fewest_tries(len(search.best.log_snr))
+        if search.most < least:
+            msg = f"budget must be at least {least * each}, for {least} tries of "
             raise ValueError(f"{msg}{each} network evaluations; got {budget}")
     try:
         search.run(progress=progress)
@@ -101,10 +104,20 @@ def fit_sampler(
     return search.best
 
 
+def fewest_tries(levels: int) -> int:
+    """Smallest number of tries: forms of the start, three generations, and the comparison."""
+    return len(_FORMS) + 3 * _generation(levels) + _CHOSEN
+
+
+def _generation(levels: int) -> int:
+    """Number of tries of a generation, 4 + 3 log of the number of unknowns (Hansen 2016)."""
+    return 4 + int(3 * math.log(2 * levels - 1))
+
+
 def default_settings(
     process: ReverseProcess, shape: Sequence[int], nfe: int, network: str = ""
 ) -> SamplerSettings:
-    """The settings with which `sample` starts from noise ``(*D,)``, as far as they can be stated.
+    """The settings of `sample` for data ``(*D,)``.
 
     Raises
     ------
@@ -120,10 +133,11 @@ def default_settings(
         )
     return SamplerSettings(
         log_snr=tuple(process.sde.log_snr(plan.times).tolist()),
-        stochasticity=tuple(solver.levels(process.sde, plan.times[:-1]).tolist()),
+        stochasticity=tuple(solver.stochasticities(process.sde, plan.times[:-1]).tolist()),
         process=repr(process.sde),
         order=solver.order,
         corrector=solver.corrector,
+        variable=solver.variable,
         network=network,
     )
 
@@ -132,7 +146,7 @@ def default_settings(
 class Search:
     """Search for the settings of `fit_sampler`; ``best`` are the best ones at any time.
 
-    ``most`` is the number of tries, at least ``least``.
+    ``most`` is the number of tries, at least `fewest_tries`.
     """
 
     process: ReverseProcess
@@ -141,7 +155,7 @@ class Search:
     distance: Distance
     seed: int = 0
     network: str = ""
-    most: int = 250  # a prototype had found its settings after as many
+    most: int = 250  # a prototype found its settings within as many tries
     best: SamplerSettings = field(init=False)
     tries: int = field(default=0, init=False)
 
@@ -155,11 +169,7 @@ class Search:
         self._cma = _import_cma()
         self.best = default_settings(self.process, self.shape[1:], self.nfe, self.network)
         self._first, self._smallest = self.best, math.inf
-
-    @property
-    def least(self) -> int:
-        """Tries of the start in its forms, of three generations, and of the comparison."""
-        return len(_FORMS) + 3 * self._generation + 3
+        self._generation = _generation(len(self.best.log_snr))
 
     def run(self, *, progress: bool = False) -> None:
         """Search until the budget is spent, and compare the best settings with the first ones."""
@@ -167,7 +177,7 @@ class Search:
             for order, corrector in _FORMS:
                 self._try(replace(self._first, order=order, corrector=corrector), bar)
             strategy = self._strategy(self.best)
-            while self.tries + self._generation + 3 <= self.most:
+            while self.tries + self._generation + _CHOSEN <= self.most:
                 points = strategy.ask()
                 strategy.tell(points, [self._try(self._settings(x), bar) for x in points])
             if self._smallest == math.inf:
@@ -178,11 +188,6 @@ class Search:
             fresh = {settings: self._distance(settings, self.seed + 1) for settings in chosen}
             self.best = min(fresh, key=fresh.__getitem__)
             bar.update(self.most - self.tries)
-
-    @property
-    def _generation(self) -> int:
-        """Number of tries of a generation, 4 + 3 log of the number of unknowns."""
-        return 4 + int(3 * math.log(2 * len(self._first.log_snr) - 1))
 
     def _try(self, settings: SamplerSettings | None, bar: Any) -> float:
         found = math.inf if settings is None else self._distance(settings, self.seed)
@@ -225,22 +230,24 @@ class Search:
         return self._cma.CMAEvolutionStrategy(x, 1.0, options)
 
     def _settings(self, x: Any) -> SamplerSettings | None:
-        """Settings of a point of the search; None if they leave the score's noise levels."""
+        """Settings of a point of the search; None if they are not allowed or cost too much."""
         n = (len(x) - 1) // 2
         kappa = x[0] + np.concatenate([[0.0], np.exp(x[1 : n + 1]).cumsum()])
         if kappa[-1] > self._range()[1] or not (np.diff(kappa) > 0).all():
             return None
-        return replace(
+        found = replace(
             self.best, log_snr=tuple(kappa.tolist()), stochasticity=tuple(x[n + 1 :].tolist())
         )
+        # Guidance in an interval doubles the evaluations of the levels in it.
+        evaluations = self.process.score.evaluations(found.times(self.process.sde))
+        return found if int(evaluations.sum()) <= self.nfe else None
 
     def _range(self) -> tuple[float, float]:
         """Range of κ in which process and score can be evaluated."""
-        sde, levels = self.process.sde, self.process.score.noise_levels or (0.0, math.inf)
-        ends = torch.tensor([sde.regular_until, 1e-9], dtype=torch.float64, device="cpu")
-        first, last = sde.log_snr(ends).tolist()
-        smallest = -math.log(levels[0]) if levels[0] > 0 else math.inf
-        largest = -math.log(levels[1]) if levels[1] < math.inf else -math.inf
+        first, last = log_snr_range(self.process.sde)
+        low, high = self.process.score.noise_levels or (0.0, math.inf)
+        smallest = -math.log(low) if low > 0 else math.inf
+        largest = -math.log(high) if high < math.inf else -math.inf
         return max(first, largest), min(last, smallest)
 
 

@@ -217,7 +217,15 @@ def vp_times(sde: LinearSDE, T: float, eps: float, n: int) -> Tensor:
     >>> vp_times(RectifiedFlow(), 0.99, 0.04, 4)
     tensor([0.9900, 0.8383, 0.5373, 0.2536, 0.0400], dtype=torch.float64)
     """
-    roots = _between(_fractions(T, eps, n), vp_time(_finite_log_snr_ends(sde, T, eps)).sqrt())
+    return times_of_vp_roots(sde, T, eps, _fractions(T, eps, n))
+
+
+def times_of_vp_roots(sde: LinearSDE, T: float, eps: float, fractions: Tensor) -> Tensor:
+    """Grid at fractions ``(n + 1,)`` of the way between both ends in the square root of VP's time.
+
+    It is the time at which the default `cldsde.VPSDE` has the same κ.
+    """
+    roots = _between(fractions, vp_time(_finite_log_snr_ends(sde, T, eps)).sqrt())
     return _with_ends(times_of_log_snr(sde, log_snr_of_vp_time(roots.square()), T, eps), T, eps)
 
 

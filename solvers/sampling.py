@@ -1,42 +1,24 @@
-"""Sampling in one call, with the solver, grid, start and end that measurements recommend."""
+"""Sampling in one call, with the recommended solver, grid, start and end."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from collections.abc import Sequence
 
-import numpy as np
 import torch
-from scipy.interpolate import PchipInterpolator
 from torch import Tensor, nn
 
-from cldsde.linear.checks import as_grid_times, as_integer, two_increasing
-from cldsde.linear.log_snr import log_snr_of_vp_time, times_of_log_snr, vp_time
+from cldsde.linear.checks import as_integer
 from cldsde.linear.sde import LinearSDE
-from cldsde.messages import counted
 from cldsde.progress import progress_bar
 from cldsde.score import ReverseProcess, Score, ScoreFunction
 
 from .base import Solver, check_solver
-from .exponential_multistep import ExponentialMultistep, LevelNoise, Variable
-from .grids import root_times, vp_times
 from .noise import SampleNoise
-from .planning import Plan, plan
+from .recommended import hiding_variance, recommended_plan
 from .settings import SamplerSettings
-from .sscs import SSCS
-from .stochastic_heun import StochasticHeun
 
-# κ = ½ log SNR at the start and end of sampling, for data with a standard deviation of about 1. At
-# the start the noise hides the data. At the end the data prediction removes the remaining noise.
-_LOG_SNR = (-3.3, 3.3)
-# A direction of the data with variance v is lost if sampling starts at σ² ≪ v. The strongest
-# direction of D numbers is their mean, with v = D·Var(mean), so that σ² follows D. It also follows
-# the number of evaluations: more of them resolve a longer way, and the error of the start,
-# (v/(v + σ²))², falls as fast as a solver's of order 2. The constant is σ²/(D·evaluations).
-_FIRST_VARIANCE = 1 / 40
 # A start below this part of the level, for at most so many evaluations, is worth a warning.
 _ENOUGH, _MANY = 0.9, 20
 # Samples follow the prior noticeably from κ above −2, and lose structure up to κ below 2.
@@ -44,73 +26,6 @@ _VISIBLE = 2.0
 
 # Largest numbers of state entries and of samples in one batch.
 _NUMBERS, _SAMPLES = 2**20, 4096
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A solver with its way to denoise at the end, and the cases that it is for."""
-
-    solver: Solver
-    denoise: Literal[True, False, "step"]  #: See `solve`.
-    most_steps: float = math.inf  #: Largest number of steps.
-    most_components: float = math.inf  #: Largest number of components of the process.
-    grid: Callable[..., Tensor] = root_times  #: Function grid(sde, start, end, n).
-    ends: tuple[float, float] = _LOG_SNR  #: κ at the start, or less for large data, and at the end.
-
-
-# Noise levels and λ of five evaluations, fitted to a CLD network of Fashion-MNIST by CMA-ES. More
-# or fewer evaluations take levels between them.
-_FITTED = LevelNoise((-3.0, -1.35, -0.33, 0.6, 2.35), (0.54, 1.29, 1.76, 1.19, 1.0))
-_FITTED_STEPS = 4
-
-# Largest number of steps of order 3. With 6 steps it gave better images than order 2. With 8 steps
-# it was better for one component with half of the noise; for more components it was 0.1 worse.
-_FEW = 8
-
-
-def fitted_times(sde: LinearSDE, T: float, eps: float, n: int) -> Tensor:
-    """Grid whose κ are spread between both ends as those of the fitted settings.
-
-    Between the five levels the square root of VP's time is a monotone cubic of i/n.
-    """
-    knots = vp_time(torch.tensor(_FITTED.log_snr, dtype=torch.float64, device="cpu")).sqrt().numpy()
-    shares = (knots - knots[0]) / (knots[-1] - knots[0])
-    place = PchipInterpolator(np.linspace(0, 1, len(shares)), shares)(np.linspace(0, 1, n + 1))
-    ends = sde.log_snr(torch.tensor([T, eps], dtype=torch.float64, device="cpu"))
-    first, last = vp_time(ends).sqrt()
-    roots = first + (last - first) * torch.as_tensor(place, device="cpu")
-    times = times_of_log_snr(sde, log_snr_of_vp_time(roots.square()), T, eps)
-    times[0], times[-1] = T, eps
-    return times
-
-
-def _multistep(
-    order: Literal[2, 3], stochasticity: float | LevelNoise, variable: Variable = "time"
-) -> Solver:
-    return ExponentialMultistep(order=order, stochasticity=stochasticity, variable=variable)
-
-
-RECOMMENDED = (
-    Recipe(
-        _multistep(3, _FITTED, "vp_time"), True, _FITTED_STEPS, grid=fitted_times, ends=(-3.0, 2.35)
-    ),
-    Recipe(_multistep(3, 0.5, "vp_time"), True, _FEW, most_components=1, grid=vp_times),
-    Recipe(_multistep(2, 1.0, "vp_time"), True, most_components=1, grid=vp_times),
-    Recipe(_multistep(3, 1.0), True, _FEW),
-    Recipe(_multistep(2, 1.0), True),
-    Recipe(SSCS(), denoise="step"),
-    Recipe(StochasticHeun(), denoise="step"),
-)
-"""Solvers in order of preference; the first that applies to a process is used.
-
-- `ExponentialMultistep` with noise, for processes whose driven score determines the data. A step is
-  one score evaluation, or two with guidance. At most 4 steps have noise levels and noise that were
-  fitted to a CLD network of Fashion-MNIST (16 × 16), from κ = −3.0 to 2.35; 5 to 8 steps have
-  order 3, and more have order 2. With 5 to 8 steps, processes of one component take half of the
-  noise, because it enters the data directly. They differ in scale alone at equal κ, take VP's steps
-  (`vp_times`) and have its samples.
-- `SSCS`, for processes with a stationary distribution
-- `StochasticHeun`, for every process"""
 
 
 def sample(
@@ -253,166 +168,6 @@ def sample(
     return torch.cat(found)
 
 
-def recommended_plan(
-    process: ReverseProcess,
-    *,
-    nfe: int = 20,
-    solver: Solver | None = None,
-    times: Tensor | None = None,
-    shape: Sequence[int] = (1,),
-) -> tuple[Recipe, Plan]:
-    """Recipe and plan that `sample` uses for a process.
-
-    Parameters
-    ----------
-    process, nfe, solver, times, shape
-        See `sample` and `window`.
-
-    Raises
-    ------
-    ValueError
-        If no recipe applies, or ``nfe`` allows no step.
-    """
-    components = process.sde.components
-    recipes = tuple(recipe for recipe in RECOMMENDED if components <= recipe.most_components)
-    if solver is not None:
-        recipes = (Recipe(solver, denoise=True), Recipe(solver, denoise="step"))
-    if times is not None:
-        grid = as_grid_times(times, "times", process.sde.T)
-        if grid[0] < grid[-1]:
-            raise ValueError("times must decrease, from the noise to the data")
-        if grid[-1] == 0:  # no noise is left at t = 0
-            recipes = tuple(replace(recipe, denoise=False) for recipe in recipes)
-    reasons = []
-    for recipe in recipes:
-        try:
-            if times is None:
-                ends = window(process, shape=shape, nfe=nfe, levels=recipe.ends)
-                grid = fit_grid(process, recipe.solver, *ends, nfe, grid=recipe.grid, denoise=True)
-            else:
-                grid = times
-            if len(grid) - 1 > recipe.most_steps:
-                continue
-            made = plan(process, recipe.solver, grid)
-            made.check_denoise(recipe.denoise)
-        except ValueError as error:
-            reasons.append(str(error))
-            continue
-        return recipe, made
-    raise ValueError(reasons[0])
-
-
-def fit_grid(
-    process: ReverseProcess,
-    solver: Solver,
-    start: float,
-    end: float,
-    nfe: int,
-    *,
-    grid: Any = root_times,
-    denoise: bool = False,
-) -> Tensor:
-    """The longest grid on which a solver evaluates the score at most ``nfe`` times.
-
-    Parameters
-    ----------
-    process, solver, start, end
-        The reverse process, its solver, first and last time.
-    nfe
-        Largest number of score evaluations.
-    grid
-        Function grid(sde, start, end, n), such as `root_times`.
-    denoise
-        Whether to reserve one evaluation for the data prediction at the end.
-
-    Returns
-    -------
-    Tensor
-        Grid ``(n + 1,)``; for an adaptive solver the two ends.
-
-    Raises
-    ------
-    ValueError
-        If ``nfe`` is too small for one step.
-    """
-    if solver.facts.adaptive:
-        return torch.tensor([start, end], dtype=torch.float64, device="cpu")
-    evaluations = process.score.evaluations
-    last = torch.tensor(end, dtype=torch.float64, device="cpu")
-    reserved = int(evaluations(last)) if denoise else 0
-    budget = nfe - reserved
-
-    def costs(times: Tensor) -> Tensor:
-        score_times = solver.evaluation_times(process, times)
-        return evaluations(times[:0] if score_times is None else score_times)
-
-    per_step = max(1, solver.facts.nfe_per_step)
-    n = budget // per_step
-    while n >= 1:
-        times: Tensor = grid(process.sde, start, end, n)
-        needed = costs(times)
-        excess = int(needed.sum()) - budget
-        if excess <= 0:
-            return times
-        # With guidance in intervals, a shorter grid may have a guided step more or less at each end
-        # of an interval. Skip only grids that are too long in any case.
-        n -= max(1, excess // (per_step * int(needed.max())) - 4)
-    least = int(costs(grid(process.sde, start, end, 1)).sum()) + reserved
-    given = f"{counted(nfe, 'evaluation')} {'is' if nfe == 1 else 'are'}"
-    raise ValueError(
-        f"{given} too few for a step of {type(solver).__name__}"
-        f"{' and the data prediction at its end' if denoise else ''}; increase nfe to at least "
-        f"{least}"
-    )
-
-
-def window(
-    process: ReverseProcess,
-    start: float | None = None,
-    end: float | None = None,
-    shape: Sequence[int] = (1,),
-    nfe: int = 20,
-    levels: tuple[float, float] = _LOG_SNR,
-) -> tuple[float, float]:
-    """Start and end times of `sample`, see `Recipe.ends`.
-
-    The noise levels of the score's training narrow the range, if they are known.
-
-    Parameters
-    ----------
-    process
-        The reverse process.
-    start, end
-        Times that replace the start or the end.
-    shape, nfe
-        Shape of one sample, and largest number of evaluations, see `sample`.
-    levels
-        κ of small data at the start, and at the end.
-
-    Raises
-    ------
-    ValueError
-        If the range is empty.
-    """
-    of_shape = -0.5 * math.log(_FIRST_VARIANCE * math.prod(shape) * nfe)
-    low, high = min(levels[0], of_shape), levels[1]
-    known = process.score.noise_levels
-    if known is not None:
-        known = two_increasing(known, "score.noise_levels")
-        low = max(low, -math.log(known[1]) if known[1] < math.inf else -math.inf)
-        high = min(high, -math.log(known[0]) if known[0] > 0 else math.inf)
-    ends = torch.tensor([low, high], dtype=torch.float64, device="cpu")
-    first, last = times_of_log_snr(process.sde, ends, process.sde.regular_until).tolist()
-    start, end = first if start is None else start, last if end is None else end
-    if not end < start:
-        range_ = f". The score knows the noise levels {known}; choose a process with these levels"
-        raise ValueError(
-            f"the range of times to sample {process.sde!r} in is empty: it starts at {start:.4g} "
-            f"and ends at {end:.4g}{range_ if known is not None else ''}"
-        )
-    return start, end
-
-
 def checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
     """Shape ``(B, *D)`` of samples; raise a ValueError for another one."""
     if not isinstance(shape, Sequence) or len(shape) < 2:
@@ -435,7 +190,7 @@ def _warn_of_ends(sde: LinearSDE, times: Tensor, shape: Sequence[int], nfe: int)
     at = f"at the start of sampling, t = {float(times[0]):.3g}: the noise level is "
     at += f"{math.exp(-first):.3g} there, and should be"
     advice = "or more. Use a larger noise schedule, or a score trained at larger noise levels"
-    wanted = _ENOUGH * math.sqrt(_FIRST_VARIANCE * math.prod(shape) * min(nfe, _MANY))
+    wanted = _ENOUGH * math.sqrt(hiding_variance(shape, min(nfe, _MANY)))
     msg = ""
     if first > -_VISIBLE:
         msg = f"the noise does not hide the data {at} {math.exp(_VISIBLE):.3g} {advice}"

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from cldsde.files import write_whole
-from cldsde.linear.checks import as_number
-from cldsde.linear.log_snr import times_of_log_snr
+from cldsde.linear.log_snr import log_snr_range, times_of_log_snr
 from cldsde.linear.sde import LinearSDE, check_process
 
-from .exponential_multistep import ExponentialMultistep, LevelNoise
+from .exponential_multistep import ExponentialMultistep, Variable
+from .level_noise import LevelNoise, numbers
 
 _REACHED = 1e-6  # distance in κ from a level that counts as reached
 
@@ -26,8 +26,8 @@ _REACHED = 1e-6  # distance in κ from a level that counts as reached
 class SamplerSettings:
     """Noise levels, noise and order of a sampler with few evaluations.
 
-    The sampler is `ExponentialMultistep` with polynomials in VP's time; it ends with the data
-    prediction. n levels are n network evaluations, or 2n with guidance.
+    The sampler is `ExponentialMultistep`, which ends with the data prediction. n levels are n
+    network evaluations, or 2n with guidance.
 
     Parameters
     ----------
@@ -37,7 +37,7 @@ class SamplerSettings:
         λ ≥ 0 of the n − 1 steps.
     process
         ``repr`` of the process that the settings are for.
-    order, corrector
+    order, corrector, variable
         See `ExponentialMultistep`.
     network
         Name of the network that the settings were fitted to.
@@ -69,29 +69,19 @@ class SamplerSettings:
     process: str
     order: int = 2
     corrector: bool = False
+    variable: Variable = "vp_time"
     network: str = ""
 
     def __post_init__(self) -> None:
         for name in ("log_snr", "stochasticity"):
-            try:
-                values = tuple(as_number(x, name) for x in getattr(self, name))
-            except (TypeError, ValueError) as error:
-                msg = f"{name} must be a sequence of numbers; got {getattr(self, name)!r}"
-                raise TypeError(msg) from error
-            object.__setattr__(self, name, values)
+            object.__setattr__(self, name, numbers(getattr(self, name), name))
         for name, kind in (("process", str), ("corrector", bool), ("network", str)):
             if not isinstance(given := getattr(self, name), kind):
                 raise TypeError(f"{name} must be of type {kind.__name__}; got {given!r}")
-        levels, steps = self.log_snr, len(self.log_snr) - 1
-        if steps < 1 or not all(-math.inf < x < y < math.inf for x, y in pairwise(levels)):
+        levels = self.log_snr
+        if len(levels) < 2 or not all(-math.inf < x < y < math.inf for x, y in pairwise(levels)):
             raise ValueError(f"log_snr must be two or more increasing finite κ; got {levels!r}")
-        allowed = [0 <= x < math.inf for x in self.stochasticity]
-        if len(allowed) != steps or not all(allowed):
-            raise ValueError(
-                f"stochasticity must be one finite λ ≥ 0 for each of the {steps} steps; "
-                f"got {self.stochasticity!r}"
-            )
-        ExponentialMultistep(order=self.order)  # it checks the order
+        _ = self.solver  # it checks the other values
 
     @property
     def nfe(self) -> int:
@@ -105,7 +95,7 @@ class SamplerSettings:
             order=self.order,
             stochasticity=LevelNoise(self.log_snr[:-1], self.stochasticity),
             corrector=self.corrector,
-            variable="vp_time",
+            variable=self.variable,
         )
 
     def times(self, sde: LinearSDE) -> Tensor:
@@ -123,9 +113,10 @@ class SamplerSettings:
         wanted = torch.tensor(self.log_snr, dtype=torch.float64, device="cpu")
         times = times_of_log_snr(sde, wanted, sde.regular_until)
         if bool(((sde.log_snr(times) - wanted).abs() > _REACHED).any()):
+            first, last = log_snr_range(sde)
             raise ValueError(
-                f"log_snr must be levels that {sde!r} reaches, from "
-                f"{float(sde.log_snr(sde.regular_until)):.4g} on; got {self.log_snr!r}"
+                f"log_snr must be levels that {sde!r} reaches, from {first:.4g} to {last:.4g}; got "
+                f"{self.log_snr!r}"
             )
         return times
 

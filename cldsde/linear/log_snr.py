@@ -86,6 +86,13 @@ def times_of_log_snr(
     return ((low + high) / 2).exp().clamp(eps, T).reshape(log_snr.shape)
 
 
+def log_snr_range(sde: LinearSDE) -> tuple[float, float]:
+    """Smallest and largest κ at which `times_of_log_snr` finds a regular time of a process."""
+    ends = torch.tensor([sde.regular_until, 1e-9], dtype=torch.float64, device="cpu")
+    first, last = sde.log_snr(ends).tolist()
+    return first, last
+
+
 # Processes of one component differ in clock and scale alone: at equal κ they have the same û = x/α.
 # Grids and polynomials in one clock make their samples the same, too. VP's clock is smooth and
 # extends to all κ, unlike the time of rectified flow, in which large noise is a short interval.

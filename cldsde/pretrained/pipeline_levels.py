@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cldsde.linear.log_snr import times_of_log_snr
+from cldsde.linear.log_snr import log_snr_range, times_of_log_snr
 from cldsde.linear.sde import LinearSDE
 from cldsde.pretrained.conventions import LEAST_LOG_SNR, Convention
-from cldsde.pretrained.stepping import noisiest_log_snr
 from cldsde.solvers import SamplerSettings, root_times
 
 # Values of κ at which the process starts and ends. Noise hides the brightness of large images only
@@ -44,7 +43,7 @@ def window(
     """
     noisiest, last = convention.ends
     default = (
-        max(_FIRST_LOG_SNR, noisiest, noisiest_log_snr(sde)),
+        max(_FIRST_LOG_SNR, noisiest, log_snr_range(sde)[0]),
         min(_LAST_LOG_SNR, last),
     )
     ends = torch.tensor([*default, last, noisiest], dtype=torch.float64, device="cpu")

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from cldsde.linear.covariance import triangular_inverse
-from cldsde.linear.log_snr import times_of_log_snr
+from cldsde.linear.log_snr import log_snr_range, times_of_log_snr
 from cldsde.linear.sde import LinearSDE
 from cldsde.score import Conversion, ReverseProcess, Score
 from cldsde.solvers import ExponentialEuler
 from cldsde.solvers.base import GridSolver, Memory, check_solver
 from cldsde.solvers.combine import Block, add_to, as_blocks, combine
 from cldsde.solvers.noise import NoiseSource
-from cldsde.solvers.sampling import RECOMMENDED, fitted_times
+from cldsde.solvers.recommended import RECOMMENDED, fitted_times
 
 # A level this close in κ to an end of the process counts as that end.
 _ROUNDING = 1e-6
@@ -63,7 +63,7 @@ class PathSteps:
         self.sde, self.solver = sde, check_steppable(solver)
         self.ends_at_data = bool(log_snr[-1] == math.inf)
         self._signal, self._noise = signal.tolist(), noise.tolist()
-        reach = noisiest_log_snr(sde)
+        reach, _ = log_snr_range(sde)
         #: Index of the first level that the process reaches.
         self.first = int((log_snr < reach - _ROUNDING).sum())
         reached = slice(self.first, -1 if self.ends_at_data else None)
@@ -246,11 +246,6 @@ class _Announced(Score):
 
     def forward(self, z: Tensor, t: Any, **options: Any) -> NoReturn:
         raise NotImplementedError
-
-
-def noisiest_log_snr(sde: LinearSDE) -> float:
-    """κ of the largest noise level at which a process is regular."""
-    return float(sde.log_snr(sde.regular_until))
 
 
 def check_steppable(solver: object) -> GridSolver:

@@ -5,6 +5,7 @@ import torch
 
 from cldsde import CLD, VPSDE, DenoiserScore, GuidedScore, Observation, ReverseProcess, solvers
 from cldsde.score import ConditionalScore, PosteriorScore, flow_log_prob, log_likelihood
+from cldsde.solvers.recommended import fit_grid, window
 from probes import generator, named_solvers
 from solvers.test_plan import sde_for
 
@@ -113,11 +114,11 @@ def test_the_longest_grid_is_found_with_guidance_in_an_interval():
     for interval in ((0.05, 0.3), (0.5, 20.0)):
         score = guided(Counting(), sde, interval=interval)
         process = ReverseProcess(sde, score)
-        start, end = solvers.sampling.window(process)
+        start, end = window(process)
         grids = {m: solvers.root_times(start, end, m) for m in range(1, 25)}
         costs = {m: int(score.evaluations(grid).sum()) for m, grid in grids.items()}
         for budget in range(4, 25):
-            times = solvers.sampling.fit_grid(process, TWIST, start, end, budget, denoise=True)
+            times = fit_grid(process, TWIST, start, end, budget, denoise=True)
             assert len(times) - 1 == max(m for m, cost in costs.items() if cost <= budget)
 
 

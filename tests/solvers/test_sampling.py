@@ -15,7 +15,7 @@ from cldsde.score import (
     ScoreDenoiser,
     ScoreWrapper,
 )
-from cldsde.solvers.sampling import recommended_plan
+from cldsde.solvers.recommended import recommended_plan, window
 from probes import Recording, generator, hidden_times, tensor, untouchable
 from score.cases import TWO as DATA
 from tolerances import rounding, standard_error
@@ -133,7 +133,7 @@ def test_five_evaluations_take_the_fitted_levels_and_noise(name):
     recipe, plan = recommended_plan(ReverseProcess(sde, DATA.score(sde)), nfe=5)
     found = sde.log_snr(plan.times)
     torch.testing.assert_close(found, tensor(FITTED), rtol=0, atol=rounding(2**14))
-    levels = plan.solver.levels(sde, solvers.times_of_log_snr(sde, tensor(FITTED[:-1])))
+    levels = plan.solver.stochasticities(sde, solvers.times_of_log_snr(sde, tensor(FITTED[:-1])))
     torch.testing.assert_close(levels, tensor(FITTED_NOISE), rtol=0, atol=rounding(2**12))
     assert (plan.solver.order, recipe.denoise) == (3, True)
 
@@ -408,7 +408,7 @@ def test_small_images_with_few_evaluations_start_as_small_data(shape, nfe):
     For 3 × 32 × 32 and 10 evaluations it is −½ log(3072/4).
     """
     process = ReverseProcess(CLD(), DATA.score(CLD()))
-    start = solvers.sampling.window(process, shape=shape, nfe=nfe)[0]
+    start = window(process, shape=shape, nfe=nfe)[0]
     assert CLD().log_snr(start) == pytest.approx(-3.3, abs=SMALL)
 
 

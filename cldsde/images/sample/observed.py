@@ -26,7 +26,7 @@ from cldsde.linear.checks import check_positive
 from cldsde.score import Observation, PosteriorScore, ReverseProcess, Score
 from cldsde.solvers import ExponentialMultistep, Imputation, Plan, sample_posterior
 from cldsde.solvers.authoring import Solver
-from cldsde.solvers.sampling import window
+from cldsde.solvers.recommended import window
 
 ObservedMethod = Literal["moments", "pigdm", "dps", "twisted", "replacement"]
 _OPERATORS = re.compile(r"mask|grey|downsample:\d+|blur:\d*\.?\d+(e-?\d+)?")

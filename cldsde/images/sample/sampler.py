@@ -38,7 +38,7 @@ from cldsde.solvers import (
     plan,
 )
 from cldsde.solvers.authoring import Solver
-from cldsde.solvers.sampling import fit_grid, window
+from cldsde.solvers.recommended import fit_grid, window
 
 _ELSEWHERE = {"ddim": "multistep-1", "dpm-solver++": "multistep-2", "dpmpp_2m": "multistep-2"}
 Item = TypeVar("Item")
