@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,12 @@ def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tiny_runs import train_digits
 
     return train_digits(tmp_path_factory.mktemp("digits") / "run")
+
+
+@pytest.fixture
+def run(digits_run: Path, tmp_path: Path) -> Path:
+    """A copy of the run of digits, which a test may change."""
+    return shutil.copytree(digits_run, tmp_path / "run")
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,8 @@
 """Fit samplers of few evaluations to a model: noise levels, noise and order.
 
 The search tries settings with the same random numbers, and compares their images with the data of
-the run by a Fréchet distance. A report with new seeds follows. Ctrl-C ends a search and keeps its
-best settings. The commands sample and evaluate take them by ``--settings``.
+the run by a Fréchet distance. A report with new seeds follows. Ctrl-C ends the command and keeps
+the best settings so far. The option ``--settings`` of sample and evaluate takes the file.
 """
 
 from __future__ import annotations
@@ -14,20 +14,21 @@ from pathlib import Path
 
 from cldsde.cli.models import DATA, FEATURES, MODEL, data_of, model_of
 from cldsde.cli.options import DEVICE, INTEGERS, ONE_SEED, flag, option, resolve_device
-from cldsde.errors import require
+from cldsde.errors import require, setting
 from cldsde.solvers import SamplerSettings
 
 _REFERENCE = (
-    "run or configuration whose data to compare with; by default the run itself, or images "
+    "run or configuration whose data to compare with; by default the run itself, and images of the "
+    "model with 50 evaluations for --model"
 )
 _OUT = (
     "FILE.json for one number of evaluations, or a folder; RUN, or the current folder, by default"
 )
 OPTIONS = (
-    option("RUN", Path, "run of cldsde train", nargs="?"),
+    option("RUN", Path, "run of cldsde train, or a file of its weights", nargs="?"),
     *MODEL,
     option("--nfe N", INTEGERS, "evaluations per image, or several with commas", default=[5]),
-    option("--reference RUN|CONFIG", Path, f"{_REFERENCE}of the model with 50 evaluations"),
+    option("--reference RUN|CONFIG", Path, _REFERENCE),
     DATA,
     FEATURES,
     option("--images N", int, "images per try", default=500),
@@ -42,19 +43,26 @@ OPTIONS = (
 def prepare(options: Namespace) -> Callable[[], None]:
     """Check the options, load model and data; return the remaining work."""
     from cldsde.files import check_writable
+    from cldsde.images.model import MODEL as MODEL_FILE
+    from cldsde.images.model import weights_of
     from cldsde.images.tuning import Tuning
 
     device, run = resolve_device(options.device), options.run
     model = model_of(options, run, device)
-    source = options.reference or run
-    out = options.out or run or Path()
+    own, weights = weights_of(run or Path())
+    source = options.reference or (run and own)
+    require(source is not None or options.data is None, "data", "needs a run or --reference")
+    out = options.out or own
     single = out.suffix == ".json"
     msg = "must be a folder for several numbers of evaluations; got a file"
     require(not single or len(options.nfe) == 1, "out", msg)
-    files = {nfe: out if single else out / f"sampler-{nfe}.json" for nfe in options.nfe}
-    for file in files.values():
+    name = "sampler" if weights.name == MODEL_FILE else f"sampler-{weights.stem}"
+    files = {nfe: out if single else out / f"{name}-{nfe}.json" for nfe in options.nfe}
+    for file in filter(Path.exists, files.values()):
         msg = f"{file} is there already; name another place, or set overwrite"
-        require(options.overwrite or not file.exists(), "out", msg)
+        require(options.overwrite, "out", msg)
+        with setting("out"):
+            SamplerSettings.load(file)  # nothing else is replaced
     folder = out.parent if single else out
     check_writable(folder)
     tuning = Tuning(
@@ -83,8 +91,11 @@ def prepare(options: Namespace) -> Callable[[], None]:
             print(f"{nfe} evaluations, Fréchet distances of 5 sets of {options.images} new images:")
             for features, measured in found.items():
                 print(f"  in {features}: {measured}")
-            if not next(iter(found.values())).significant:
+            (gain, error), (other, _) = (measured.gain for measured in found.values())
+            if gain < 3 * error:
                 print("  The gain is less than three standard errors: the default is as good.")
+            elif other < 0:
+                print("  The second features, which the search did not use, got worse.")
 
     return work
 

@@ -310,7 +310,7 @@ class TrainingConfig:
             raise SettingError("snapshots_by", "'fd' needs training.measure = 'fd'")
         check_name(self.optimiser, _OPTIMISERS, "optimiser")
         with setting("optimiser_options"):
-            self.make_optimiser([torch.zeros(1)])
+            self._try_optimiser()
 
     def make_optimiser(self, parameters: Any, **options: Any) -> torch.optim.Optimizer:
         """The optimiser of parameters; raise a ValueError or TypeError if an option is wrong."""
@@ -318,6 +318,15 @@ class TrainingConfig:
         options |= {"lr": self.learning_rate, "weight_decay": self.weight_decay}
         made: torch.optim.Optimizer = kind(parameters, **options, **self.optimiser_options)
         return made
+
+    def _try_optimiser(self) -> None:
+        """Take a step: some options, such as ``differentiable``, fail there only."""
+        parameter = torch.zeros(1, device="cpu", requires_grad=True)
+        parameter.grad = torch.zeros_like(parameter)
+        try:
+            self.make_optimiser([parameter]).step()
+        except RuntimeError as error:
+            raise ValueError(error) from error
 
     @property
     def steps(self) -> int:

@@ -17,12 +17,12 @@ from cldsde.images.data import ArrayImages, DataSet, Images, to_levels
 from cldsde.images.data.samples import measured, measured_batches
 from cldsde.images.evaluate.classifier import CLASSIFIER, kept_classifier, random_features
 from cldsde.images.evaluate.distances import FeatureSums, frechet_of
-from cldsde.images.evaluate.features import FeatureNetwork, load_features
+from cldsde.images.evaluate.features import FeatureNetwork, check_features, load_features
 from cldsde.images.model import ImageModel
 from cldsde.progress import progress_bar
 from cldsde.score import ConditionalScore, ReverseProcess, Score
 from cldsde.solvers import SamplerSettings, sample
-from cldsde.solvers.fitting import Distance, Search
+from cldsde.solvers.fitting import Distance, Search, default_settings, fewest_tries
 
 _SETS = 5  # of new images for the report
 _REFERENCE, _MANY = 2000, 50  # images of the network itself, and evaluations of each
@@ -34,17 +34,20 @@ class Measured(NamedTuple):
     default: Tensor
     fitted: Tensor
 
+    @property
+    def gain(self) -> tuple[float, float]:
+        """Mean of default − fitted and its standard error, of pairs with the same seeds."""
+        return _mean(self.default - self.fitted)
+
     def __str__(self) -> str:
-        """Means and their standard errors; the gain is of pairs with the same seeds."""
-        columns = self.default, self.fitted, self.default - self.fitted
-        texts = (f"{x.mean():.3f} ± {x.std() / math.sqrt(len(x)):.3f}" for x in columns)
+        """Means and their standard errors."""
+        columns = _mean(self.default), _mean(self.fitted), self.gain
+        texts = (f"{mean:.3f} ± {error:.3f}" for mean, error in columns)
         return "default {}, fitted {}, gain {}".format(*texts)
 
-    @property
-    def significant(self) -> bool:
-        """Whether the gain is more than three standard errors."""
-        gain = self.default - self.fitted
-        return bool(gain.mean() > 3 * gain.std() / math.sqrt(len(gain)))
+
+def _mean(x: Tensor) -> tuple[float, float]:
+    return float(x.mean()), float(x.std()) / math.sqrt(len(x))
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,15 +61,17 @@ class Tuning:
     data
         Images to compare with; None: images of the model itself, with 50 evaluations.
     features
-        Features of the Fréchet distance that is fitted: ``"classifier"``, of the data's classes;
-        ``"random"``, of a network with random weights; or ``module:attribute``. Without data, or
-        without classes, ``"random"`` replaces ``"classifier"``.
+        Features of the Fréchet distance that the search minimises: ``"classifier"``, of the data's
+        classes; ``"random"``, of a network with random weights; or ``module:attribute``. Without
+        data, or without classes, ``"random"`` replaces ``"classifier"``.
     folder
         Folder that keeps the classifier.
     images
         Images of a try, and of each of five sets of the report.
     seed
         Seed of the search.
+    device
+        Device of the features' networks.
     """
 
     model: ImageModel
@@ -79,12 +84,15 @@ class Tuning:
 
     def check(self, nfe: int, tries: int) -> None:
         """Raise an error if nothing can be fitted, before any work is done."""
+        require(nfe >= 2, "nfe", f"must be at least 2; got {nfe}")
         require(self.images >= 2, "images", f"must be at least 2; got {self.images}")
-        least = Search(self.process, self.shape, nfe, lambda _: 0.0).least
+        levels = default_settings(self.process, self.shape[1:], nfe).log_snr
+        least = fewest_tries(len(levels))
         msg = f"must be at least {least} for {nfe} evaluations; got {tries}"
         require(tries >= least, "tries", msg)
         if self.features not in {"classifier", "random"}:
-            load_features(self.features)
+            two = torch.zeros(2, *self.shape[1:], device=self.device)
+            check_features(load_features(self.features), self._pixels(two))
 
     def search(self, nfe: int, tries: int) -> Search:
         """The search for settings with ``nfe`` evaluations; see `cldsde.solvers.fit_sampler`."""
@@ -92,7 +100,7 @@ class Tuning:
         return Search(self.process, self.shape, nfe, distance, self.seed, name, most=tries)
 
     def report(self, settings: SamplerSettings, nfe: int) -> Mapping[str, Measured]:
-        """Distances by features, the fitted one first; images have the seeds after the search's."""
+        """Distances by features, the search's first; images have the seeds after the search's."""
         found: dict[str, list[list[float]]] = {name: [[], []] for name in self._distances}
         seeds = range(self.seed + 2, self.seed + 2 + _SETS)
         for seed in progress_bar(seeds, shown=True, desc="new images", unit="set"):
@@ -123,7 +131,7 @@ class Tuning:
 
     @cached_property
     def _distances(self) -> Mapping[str, Distance]:
-        """Distances of samples to the data, by features; the first one is fitted."""
+        """Distances of samples to the data, by features; the search minimises the first one."""
         reference = self._own() if self.data is None else self.data.train
         name, labels = self.features, reference.labels
         networks: dict[str, FeatureNetwork] = {}
@@ -152,7 +160,7 @@ class Tuning:
 
     def _own(self) -> ArrayImages:
         """Images of the model itself, with seeds that nothing else uses."""
-        seeds = range(2**32, 2**32 + max(1, _REFERENCE // self.images))
+        seeds = range(2**32, 2**32 + math.ceil(_REFERENCE / self.images))
         bar = progress_bar(seeds, shown=True, desc="reference", unit="set")
         found = torch.cat([self._levels(self._draw(seed, _MANY)) for seed in bar])
         return ArrayImages(found, levels=self.model.space.levels)

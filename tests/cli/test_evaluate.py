@@ -22,14 +22,6 @@ pytestmark = pytest.mark.usefixtures("untrained_classifier")
 DEVICE = ["--device", "cpu"]
 
 
-@pytest.fixture
-def run(digits_run, tmp_path):
-    """A copy, since the classifier of an evaluation is kept in the run."""
-    folder = tmp_path / "run"
-    shutil.copytree(digits_run, folder)
-    return folder
-
-
 def evaluate(*arguments):
     return main(["evaluate", *map(str, arguments), *DEVICE])
 

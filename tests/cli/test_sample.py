@@ -1,7 +1,6 @@
 """The command ``cldsde sample``."""
 
 import json
-import shutil
 
 import numpy as np
 import pytest
@@ -66,12 +65,10 @@ def test_an_output_that_another_command_writes_is_left_alone(digits_run, tmp_pat
 
 
 @pytest.mark.parametrize("command", ["sample", "evaluate"])
-def test_code_that_a_run_names_is_not_run(digits_run, tmp_path, monkeypatch, capsys, command):
-    folder = tmp_path / "run"
-    shutil.copytree(digits_run, folder)
+def test_code_that_a_run_names_is_not_run(run, tmp_path, monkeypatch, capsys, command):
     (tmp_path / "planted.py").write_text("raise SystemExit(99)")
     monkeypatch.syspath_prepend(tmp_path)
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((run / "config.json").read_text())
     config["sampling"]["solver"] = "planted:Solver"
-    (folder / "config.json").write_text(json.dumps(config))
-    assert "planted:Solver, is code outside of cldsde" in rejected(capsys, command, folder)
+    (run / "config.json").write_text(json.dumps(config))
+    assert "planted:Solver, is code outside of cldsde" in rejected(capsys, command, run)

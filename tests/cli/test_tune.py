@@ -1,13 +1,13 @@
 """The command ``cldsde tune``."""
 
 import json
-import shutil
 
 import numpy as np
 import pytest
 
 from cldsde import ReverseProcess, solvers
 from cldsde.cli import main
+from cldsde.images import tuning
 from cldsde.images.data import to_levels
 from cldsde.images.model import load_model
 from cldsde.solvers import SamplerSettings, fitting
@@ -16,14 +16,6 @@ from command import rejected
 pytestmark = pytest.mark.usefixtures("untrained_classifier")
 # The fewest tries, of few images: the search is tested beside the solvers.
 SHORT = ["--nfe", 3, "--tries", 34, "--images", 16, "--device", "cpu"]
-
-
-@pytest.fixture
-def run(digits_run, tmp_path):
-    """A copy, since the classifier and the settings are kept in the run."""
-    folder = tmp_path / "run"
-    shutil.copytree(digits_run, folder)
-    return folder
 
 
 def tune(*arguments):
@@ -61,7 +53,10 @@ def test_settings_are_kept_in_the_run_and_measured_with_new_seeds(run, capsys):
     assert SamplerSettings.load(run / "sampler-3.json") == found
 
 
-def test_a_model_of_diffusers_is_compared_with_its_own_images(diffusers_model, tmp_path, capsys):
+def test_a_model_of_diffusers_is_compared_with_its_own_images(
+    diffusers_model, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(tuning, "_REFERENCE", 16)  # 2,000 images of 50 evaluations take long
     out = tmp_path / "few.json"
     arguments = ["--model", diffusers_model, "--process", "VPSDE", "--out", out, *SHORT]
     assert tune(*arguments) == 0
@@ -90,7 +85,7 @@ def test_an_interrupted_search_keeps_its_best_settings(run, monkeypatch, capsys)
     [
         (["--tries", 10], "--tries", "must be at least 33 for 3 evaluations; got 10"),
         (["--nfe", "3,5", "--out", "few.json"], "--out", "must be a folder for several"),
-        (["--nfe", 1], "cldsde tune: error", "nfe must be at least 2; got 1"),
+        (["--nfe", 1], "--nfe", "must be at least 2; got 1"),
         (["--features", "nowhere:net"], "--features", "'nowhere:net'"),
         (["--reference", "nowhere.toml"], "cldsde tune: error", "nowhere.toml"),
     ],

@@ -196,6 +196,10 @@ def test_overrides_are_put_in_place_and_checked(tmp_path):
             r"training\.optimiser: .*did you mean Adam\?",
         ),
         (["training.optimiser_options.bets=1"], r"training\.optimiser_options: .*'bets'"),
+        (
+            ["training.optimiser_options.differentiable=true"],
+            r"training\.optimiser_options: .*leaf",
+        ),
         (["training.btch=32"], r"training\.btch: unknown key; did you mean batch\?"),
         (["training.batch"], "key=value"),
         (["seed.x=1", "seed.x.y=3"], "not a section"),

@@ -140,6 +140,8 @@ def markdown_table(results: Collection[Result]) -> str:
         recipe = row[0].recipe
         end = recipe.get("t_end")
         times = recipe.get("grid", "") + ("" if end is None else f", {end:g}")
+        if recipe["solver"] == "fitted":
+            times = "κ " + ", ".join(f"{x:.2f}" for x in recipe["options"]["log_snr"])
         spent = [result.nfe for result in row if result.nfe is not None]
         nfe = f"{statistics.mean(spent):.4g}" if spent else str(recipe.get("nfe", ""))
         sizes = dict.fromkeys(str(x.about["samples"]) for x in row if "samples" in x.about)

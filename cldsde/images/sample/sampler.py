@@ -57,8 +57,9 @@ def fitted_recipe(recipe: SamplingConfig, settings: SamplerSettings) -> Sampling
 
 
 def _settings(sampling: SamplingConfig) -> SamplerSettings:
+    options = checked_options(SamplerSettings, sampling.options)
     with setting("options"):
-        return SamplerSettings(**checked_options(SamplerSettings, sampling.options))
+        return SamplerSettings(**options)
 
 
 def make_solver(sampling: SamplingConfig) -> Solver:

@@ -69,6 +69,7 @@ class Learner:
             self.parts["autoencoder"] = vae
         groups = [{"params": list(part.parameters())} for part in self.parts.values()]
         fused = settings.optimiser in {"Adam", "AdamW"} and engine.device.type in {"cpu", "cuda"}
+        fused &= not {"fused", "foreach", "differentiable"} & {*settings.optimiser_options}
         optimiser = settings.make_optimiser(groups, **({"fused": True} if fused else {}))
         self.optimiser = engine.prepare_optimizer(optimiser)
         self.cores = [

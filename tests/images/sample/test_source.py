@@ -9,7 +9,7 @@ from cldsde.images.sample import ImageSampler
 from cldsde.images.sample.sampler import changed_recipe
 from cldsde.images.sample.source import of_diffusers
 from cldsde.score import ConditionalScore
-from cldsde.solvers import sampling
+from cldsde.solvers.recommended import fit_grid, window
 from tolerances import EPS
 
 pytest.importorskip("diffusers")
@@ -32,9 +32,9 @@ def test_images_are_those_of_the_same_steps_of_solvers(diffusers_model):
     score = DenoiserScore(pretrained.from_diffusers(diffusers_model), sde)
     process = ReverseProcess(sde, ConditionalScore(score, class_labels=torch.tensor(0)))
     solver = solvers.ExponentialMultistep(order=2, stochasticity=1.0)
-    start, end = sampling.window(ReverseProcess(sde, score))
+    start, end = window(ReverseProcess(sde, score))
     noise = solvers.SampleNoise([2, 3, 4])
-    times = sampling.fit_grid(process, solver, start, end, 5)
+    times = fit_grid(process, solver, start, end, 5)
     state = noise.start(sde, (1, 8, 8), t=start)
     data = solvers.plan(process, solver, times).solve(state, noise=noise, denoise=True).data
     levels = ((data.clamp(-1, 1) + 1) * 127.5).round()
