@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,14 @@ collect_ignore = ["simulated_device.py"]
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Count properties among the slow tests if many examples of each are asked for."""
+    """Count most cases of large tables, and properties with many examples, among the slow tests."""
+    cases: Counter[str] = Counter()
     for item in items:
+        if rare := item.get_closest_marker("one_in"):
+            name = item.nodeid.partition("[")[0]
+            if cases[name] % rare.args[0]:
+                item.add_marker("slow")
+            cases[name] += 1
         if PROFILE == "deep" and is_hypothesis_test(getattr(item, "obj", None)):
             item.add_marker("slow")
 

@@ -69,6 +69,7 @@ def forget_constants() -> None:
                     value.cache_clear()
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.usefixtures("defaults")
 @pytest.mark.parametrize("results", [kernels, coefficients])
 @pytest.mark.parametrize("process", PROCESSES)

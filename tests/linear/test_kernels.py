@@ -139,6 +139,7 @@ ACCUMULATED = [f"{name}({{}})" for name in ("SubVPSDE", "VESDE", "PSLD", "HOLD")
 ACCUMULATED += ["rectified flow", "cosine", "VP functions"]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", ACCUMULATED)
 def test_accumulated_noise_is_the_integral_of_the_squared_diffusion(name):
     sde, exact = CASES[name]()
@@ -175,6 +176,7 @@ def one_noise(k: int, noise: str) -> tuple[LinearSDE, Reference, float]:
     return sde, exact, max(KERNEL, rounding(4 * k, float(ratio.max())))
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("k", "noise"), [(2, "first"), (3, "random"), (4, "last"), (4, "random")])
 def test_one_noise_on_coupled_components_agrees_with_the_reference(k, noise):
     sde, exact, bound = one_noise(k, noise)
@@ -229,6 +231,7 @@ FUNCTIONS: dict[str, Case] = {
 }
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", list(FUNCTIONS))
 def test_functions_that_do_not_commute_agree_with_the_reference(name):
     sde, exact = FUNCTIONS[name]()
@@ -318,6 +321,7 @@ def test_no_time_changes_nothing(family):
         assert norm(kernel.covariance - initial) <= rounding(16, norm(initial))
 
 
+@pytest.mark.one_in(3)
 @every_family
 @given(shape=strategies.shapes(), seed=strategies.seeds())
 def test_times_of_any_shape_broadcast(family, shape, seed):

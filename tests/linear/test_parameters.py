@@ -61,6 +61,7 @@ def test_tensors_of_one_element_are_the_numbers_they_hold(name, dtype, shape):
         assert torch.allclose(one, other, rtol=rounding(1, 100), atol=rounding(1))
 
 
+@pytest.mark.one_in(3)
 @every_declaration
 def test_processes_are_differentiable_in_their_parameters(name):
     def function(*values):
@@ -222,11 +223,13 @@ def check_gradients(function, *values):
     assert torch.autograd.gradcheck(function, leaves)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("case", KERNELS)
 def test_kernels_are_differentiable(case):
     check_gradients(*case)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("case", POSTERIORS)
 def test_posteriors_are_differentiable(case):
     check_gradients(*case)

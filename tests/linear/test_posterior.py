@@ -115,6 +115,7 @@ def assert_agrees(found, exact, tolerance):
     assert all(error <= tolerance for error in errors.values()), errors
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("initial", ["own", "zero", "full"])
 @every_process
 def test_the_posterior_agrees_with_bayes_rule_in_many_digits(name, initial):
@@ -195,6 +196,7 @@ SERIES = [
 ]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("name", "initial", "span", "stochasticity"), SERIES)
 def test_the_family_agrees_with_its_power_series(name, initial, span, stochasticity):
     sde, exact = PROCESSES[name]

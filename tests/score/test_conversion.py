@@ -86,6 +86,7 @@ def tolerances(sde, t, z, x0, conditioning):
     }
 
 
+@pytest.mark.one_in(5)
 @every_conditioning
 @every_process
 def test_every_form_follows_from_every_other(name, conditioning):

@@ -58,6 +58,7 @@ def test_nfev_counts_the_network(weight, counted, solver):
     assert network.samples == counted * 6
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     "solver",
     [

@@ -46,6 +46,7 @@ def accuracy(found, tol, method="dopri5"):
 
 
 class TestFlow:
+    @pytest.mark.one_in(3)
     @pytest.mark.parametrize(
         ("name", "t", "tol", "method"),
         [
@@ -217,6 +218,7 @@ class TestReplaced:
         error = (single.log_prob - found.log_prob).abs().max()
         assert error <= 1000 * EPS32 + SOLVER
 
+    @pytest.mark.one_in(2)
     @pytest.mark.parametrize("name", ["HOLD", "correlated"])
     def test_with_auxiliary_components_it_is_a_bound(self, name):
         found = likelihood(name, start="replace")
@@ -254,6 +256,7 @@ class TestReplaced:
 class TestPerturbed:
     """States drawn from the forward process, and decoded."""
 
+    @pytest.mark.one_in(3)
     @pytest.mark.parametrize("name", ["VP", "CLD at rest", "HOLD", "correlated", *WEIGHTED])
     def test_weights_have_the_density_for_mean_and_their_logarithms_a_bound(self, name):
         found = likelihood(name, importance_weighted=name in WEIGHTED)

@@ -118,6 +118,7 @@ class TestTargets:
 
 
 class TestLosses:
+    @pytest.mark.one_in(3)
     @every_conditioning
     @pytest.mark.parametrize("weighting", ["likelihood", lambda t: 1 + t])
     @pytest.mark.parametrize("name", ["sub-VP", "VE", "PSLD", "HOLD", "first two of three driven"])

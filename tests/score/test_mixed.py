@@ -60,6 +60,7 @@ def data_states(sde, t):
     return sde.perturb(normals(5, 3, *SHAPE), t, generator=generator(6))[0]
 
 
+@pytest.mark.one_in(3)
 @every_kind
 @every_process
 def test_with_a_zero_network_it_is_the_gaussian_score(name, kind):
@@ -76,6 +77,7 @@ def test_with_a_zero_network_it_is_the_gaussian_score(name, kind):
         assert torch.allclose(found[i], expected, rtol=0, atol=lost * float(score.abs().max() + 1))
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("logits", [None, LOGITS])
 @every_process
@@ -206,6 +208,7 @@ def test_gradients_reach_the_logits(name):
     assert torch.equal(logits, LOGITS)  # the caller's logits are copied
 
 
+@pytest.mark.one_in(3)
 @every_kind
 @every_process
 def test_residual_variance_is_the_variance_of_the_unpredictable_noise(name, kind):

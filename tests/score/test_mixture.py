@@ -33,6 +33,7 @@ both_ways = pytest.mark.parametrize("how", [at_a_time, at_a_known_time])
 
 
 class TestExactness:
+    @pytest.mark.one_in(2)
     @pytest.mark.parametrize("kind", ["regular", "degenerate", "points"])
     @every_family
     def test_density_scores_and_posterior_mean_are_exact(self, name, kind):
@@ -149,6 +150,7 @@ class TestNumbers:
         _, slope = torch.func.jvp(call, (z[0],), (z[1],))
         assert torch.allclose(slope, call(z[0] + z[1]) - call(z[0]), rtol=0, atol=2 * lost)
 
+    @pytest.mark.one_in(2)
     @pytest.mark.parametrize(
         ("dimension", "t"), [(2, 0.3), (20, torch.tensor([0.1, 0.3, 0.3, 1.0]))], ids=str
     )

@@ -163,6 +163,7 @@ def test_times_are_checked_by_the_innermost_score(name):
         score.check_times(torch.tensor([0.5, 0.95], dtype=torch.float64))
 
 
+@pytest.mark.one_in(3)
 @every_wrapper
 @pytest.mark.parametrize("place", [True, False])
 @pytest.mark.parametrize("times", ["shared", "per sample"])
@@ -290,6 +291,7 @@ def test_a_posterior_cannot_start_where_nothing_of_the_data_is_left():
 
 
 # Compilation takes a second each, and treats all wrappers alike.
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", ["plain, twice", "guided, once", "another process, once"])
 def test_a_compiled_score_keeps_its_abilities(name):
     _, score = made(name)

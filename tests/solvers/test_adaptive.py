@@ -57,6 +57,7 @@ def test_too_few_evaluations_are_reported(name, most):
     assert found.y.isnan().all()
 
 
+@pytest.mark.one_in(3)
 def test_as_many_evaluations_as_needed_are_enough(name):
     needed, _ = run(name)
     before, attempt = cost(name)
@@ -67,6 +68,7 @@ def test_as_many_evaluations_as_needed_are_enough(name):
     assert not run(name, max_nfev=needed.nfev - 1)[0].success
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize(("value", "since"), [(math.nan, 1.0), (math.nan, 0.5), (math.inf, 0.5)])
 def test_a_score_that_is_not_finite_is_reported_soon(name, value, since):
     def sick(z, t):
@@ -84,6 +86,7 @@ def test_a_score_that_is_not_finite_is_reported_soon(name, value, since):
     assert len(healthy) - first <= 84 * cost(name)[1]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("tolerance", [1e-300, 1e-17])
 def test_tolerances_out_of_reach_end(name, dtype, tolerance):

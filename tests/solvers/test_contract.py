@@ -104,6 +104,7 @@ def same(method, found, expected):
     return (close if SOLVERS[method].facts.adaptive else torch.equal)(found, expected)
 
 
+@pytest.mark.one_in(3)
 @every_case
 def test_evaluations_are_counted_and_lie_between_the_ends(method, name):
     one, solver = run(method, name), SOLVERS[method]
@@ -173,6 +174,7 @@ def test_a_score_may_write_to_its_argument(method):
     assert torch.equal(state, before)
 
 
+@pytest.mark.one_in(3)
 @every_case
 def test_denoising_is_the_data_prediction(method, name):
     one = run(method, name)
@@ -183,6 +185,7 @@ def test_denoising_is_the_data_prediction(method, name):
     assert torch.equal(plain.stats["nfev"] + 1, one.solution.stats["nfev"])
 
 
+@pytest.mark.one_in(2)
 @few_examples
 @given(batch=st.integers(0, 3), axes=shapes(side=3), dtype=dtypes())
 @every_solver
@@ -215,6 +218,7 @@ def test_a_sample_is_the_same_in_any_batch(method, chosen):
     assert same(method, other.data, one.solution.data[chosen])
 
 
+@pytest.mark.one_in(3)
 @every_case
 def test_a_seed_fixes_the_bits_and_noise_matters_if_declared(method, name):
     state, before = start(PROCESSES[name]), torch.random.get_rng_state()
@@ -345,6 +349,7 @@ STATES |= {"edm-heun": 4, "edm-heun-churn": 4, "gotta-go-fast": 14}
 STATES |= {"probability-flow-bosh3": 12, "probability-flow": 15, "probability-flow-dopri8": 21}
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("method", [name for name in SOLVERS if not name.startswith("torch")])
 def test_a_solve_holds_few_states(method):
     sde = PROCESSES[home(method)]
@@ -364,6 +369,7 @@ def test_a_solve_holds_few_states(method):
 DIFFERENCES = 1e-8
 
 
+@pytest.mark.one_in(2)
 @every_solver
 def test_gradients_are_finite_differences_and_not_recorded_by_default(method):
     process, solver = copy.deepcopy(process_of(home(method))), SOLVERS[method]
@@ -461,6 +467,7 @@ def test_increasing_grids_and_times_off_the_grid_are_taken_as_declared(method):
             solvers.plan(process, SOLVERS[method], GRID).solve(state, t_eval=GRID[1:2] + 1e-15)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("value", "error", "message"),
     [

@@ -117,6 +117,7 @@ def check_same(found, on_cpu, device):
         torch.testing.assert_close(one.cpu(), other, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("name", "process", "score"), CASES)
 def test_solvers_give_the_bits_of_the_cpu_and_steps_wait_for_nothing(name, process, score, device):
     on_cpu = expected(process, name, score)
@@ -145,6 +146,7 @@ def test_solvers_of_other_libraries_give_the_bits_of_the_cpu(name, device):
     check_same(found, on_cpu, device)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("process", ["VP", "CLD"])
 @pytest.mark.parametrize(
     ("noise", "name"),
@@ -264,6 +266,7 @@ COMPOSED = {
 }
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("name", COMPOSED)
 def test_composed_scores_copy_nothing_from_the_host_at_an_evaluation(name, device):
     """Conditions and observations of the CPU move once; a longer solve copies no more."""

@@ -33,6 +33,7 @@ def round_trip(process, solver, z, times):
     return float((back.data - z[:, 0]).abs().max())
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("name", "solver"),
     [
@@ -51,6 +52,7 @@ def test_the_round_trip_converges_at_the_order_of_the_solver(name, solver):
     assert math.log2(errors[0] / errors[1]) > solver.facts.ode_order - SLOPE, errors
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("name", PROCESSES)
 @pytest.mark.parametrize("pace", ["batch", "sample"])
 def test_adaptive_flows_come_back_within_their_tolerance(name, pace):

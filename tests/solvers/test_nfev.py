@@ -56,6 +56,7 @@ SCORES = {
 every_score = pytest.mark.parametrize("score", SCORES)
 
 
+@pytest.mark.one_in(4)
 @every_score
 @pytest.mark.parametrize("name", SOLVERS)
 def test_nfev_is_the_number_of_network_evaluations(name, score):
@@ -73,6 +74,7 @@ def test_nfev_is_the_number_of_network_evaluations(name, score):
         assert found.nfev == plan.nfev + last
 
 
+@pytest.mark.one_in(2)
 @every_score
 @pytest.mark.parametrize("budget", [7, 12, 20])
 def test_a_sample_takes_at_most_nfe_network_evaluations(score, budget):
@@ -82,6 +84,7 @@ def test_a_sample_takes_at_most_nfe_network_evaluations(score, budget):
     assert budget - 4 <= network.samples / BATCH <= budget
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("score", ["plain", "conditional", "guided", "guided in an interval"])
 @pytest.mark.parametrize("sde", [VPSDE(), CLD()], ids=["VP", "CLD"])
 def test_likelihoods_count_the_network(sde, score):

@@ -63,6 +63,7 @@ def joint_log_prob(sde, method, path, score=None):
     return torch.stack(results)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", PROCESSES)
 @pytest.mark.parametrize("method", SOLVERS)
 def test_the_sum_is_the_density_of_the_path(name, method):

@@ -47,6 +47,7 @@ TABLES = ["marginal", "transition", "transition_matrix", "posterior", "noise_roo
 TABLES = [(LinearSDE, name) for name in (*TABLES, "diffusion", "log_snr")] + [(Conversion, "at")]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("name", "score"),
     [(name, "mixture") for name in ON_GRID] + [(name, x) for name in FEW[:2] for x in SCORES],
@@ -101,6 +102,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("name", "change"),
     [(name, "subclass") for name in SOLVERS]
@@ -137,6 +139,7 @@ def test_a_plan_follows_a_model_whose_state_is_loaded(name):
     assert not torch.equal(after, before)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("score", ["mixture", "mixed"])
 @few_solvers
 def test_a_plan_from_inference_mode_serves_with_gradients(name, score):

@@ -28,6 +28,7 @@ def linear(z, t):
     return -4 * z[:, 1:]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
 @pytest.mark.parametrize("name", ["VP", "VE", "CLD", "PSLD", "HOLD"])
 def test_it_is_the_flow_of_gaussian_data(name, dtype, tolerance):
@@ -50,6 +51,7 @@ STEPS = [("CLD", "dopri8", "sample", 1, TIGHT, TIGHT)] + [
 ]
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize(("name", "method", "pace", "samples", "rtol", "atol"), STEPS)
 def test_steps_are_those_of_scipy(name, method, rtol, atol, pace, samples):
     sde = PROCESSES[name][0]

@@ -35,6 +35,7 @@ class Increments:
         return (self.W, self.U) if return_U else self.W
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("name", ["VE", "CLD, linear", "PSLD", "HOLD"])
 @pytest.mark.parametrize("method", METHODS)
 def test_steps_are_those_of_sdeint(method, name):
