@@ -58,9 +58,9 @@ _FEW = 8
 
 
 def fitted_times(sde: LinearSDE, T: float, eps: float, n: int) -> Tensor:
-    """Grid whose κ are spread between both ends as those of the fitted settings.
+    """Grid whose κ lie between both ends as the κ of the fitted settings lie between theirs.
 
-    Between these, the square root of VP's time is linear in i/n.
+    From one fitted κ to the next the square root of VP's time is linear in i/n.
     """
     knots = torch.tensor(_FITTED.log_snr, dtype=torch.float64, device="cpu")
     roots = vp_time(knots).sqrt().tolist()

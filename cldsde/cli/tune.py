@@ -43,6 +43,7 @@ OPTIONS = (
 def prepare(options: Namespace) -> Callable[[], None]:
     """Check the options, load model and data; return the remaining work."""
     from cldsde.files import check_writable
+    from cldsde.images.evaluate.classifier import CLASSIFIER
     from cldsde.images.model import MODEL as MODEL_FILE
     from cldsde.images.model import weights_of
     from cldsde.images.tuning import Tuning
@@ -68,7 +69,7 @@ def prepare(options: Namespace) -> Callable[[], None]:
     tuning = Tuning(
         model,
         None if source is None else data_of(options.data, source),
-        source if source is not None and source.is_dir() else folder,
+        source if source is not None and (source / CLASSIFIER).exists() else folder,
         features=options.features,
         images=options.images,
         seed=(options.seed or range(1))[0],

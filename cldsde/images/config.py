@@ -82,6 +82,7 @@ class DataConfig:
         options = checked_options(DATA_SETS[self.name], self.options)
         # A run is evaluated and resumed in other folders, too.
         for key in ("path", "cache"):
+            require(options.get(key) != "", f"options.{key}", "must be a folder; got ''")
             if options.get(key) not in {None, "auto"}:
                 options[key] = os.path.abspath(Path(options[key]).expanduser())
         object.__setattr__(self, "options", options)

@@ -321,7 +321,7 @@ def as_trained(
     images_seen: int,
     device: torch.device | str,
 ) -> TrainedModel:
-    """A model with its weights as that of a run, ready to sample on a device."""
+    """A model on a device, ready to sample, with what a run says about it."""
     model = model.to(device).eval().requires_grad_(requires_grad=False)
     return TrainedModel(
         score=model.score,

@@ -73,8 +73,21 @@ def read_published(
 ) -> ImportedModel:
     """Read a checkpoint of CLD-SGM or score_sde_pytorch; code in it is not run.
 
-    None as the name of its published settings recognises them by the weights. The overrides, words
-    ``section.key=value``, are of data and sampling: the checkpoint determines all other settings.
+    Parameters
+    ----------
+    path
+        The checkpoint.
+    family
+        The code that wrote it.
+    name
+        Name of its published settings; None recognises them by the weights.
+    overrides
+        ``section.key=value`` of data and sampling; the checkpoint determines all other settings.
+
+    Raises
+    ------
+    SettingError, ValueError, OSError
+        If the checkpoint cannot be read, is of another network, or a setting does not fit.
     """
     for key in parse_overrides(overrides, "sampling.nfe=100"):
         if not f"{key}.".startswith(tuple(f"{name}." for name in _OPEN)):

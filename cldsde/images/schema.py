@@ -151,6 +151,8 @@ def _reason(error: ValidationError) -> str:
     same = [first, *(one for one in others if one["input"] is first["input"])]
     # Of the types in use, only sequences reject a text without saying what should be there.
     wanted = [one["msg"].partition("should ")[2] or "be a list" for one in same]
+    wanted = [text.replace("a valid tuple", "a list") for text in wanted]
+    wanted = [text.partition(" after validation")[0] for text in wanted]
     either = " or ".join([wanted[0], *(text.removeprefix("be ") for text in wanted[1:])])
     return f"must {either}; got {first['input']!r}"
 

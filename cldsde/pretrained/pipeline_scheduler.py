@@ -88,8 +88,8 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         and ``mu``, and the level at which it ends.
     settings
         Settings of a fitted sampler, or a file of them, in place of ``solver``, ``start``, ``end``
-        and ``grid``. They need as many steps as they have levels. Networks that know pure noise,
-        such as those of flow matching, need one more.
+        and ``grid``. They need as many steps as they have levels. Networks of flow matching, which
+        know pure noise, need one more.
 
     Raises
     ------

@@ -34,7 +34,7 @@ def fields(tmp_path_factory):
 def test_numbers_of_five_channels_are_trained_on_sampled_and_evaluated(
     fields, tmp_path, monkeypatch, capsys
 ):
-    """In another folder than that of the training, whose path was relative."""
+    """The data's path is relative to the folder of the training, and the tests run in another."""
     monkeypatch.chdir(tmp_path)
     run, out = fields / "run", tmp_path / "x.npz"
     assert (run / "samples").is_dir()

@@ -33,16 +33,21 @@ def run(request, tmp_path_factory):
     return folder
 
 
-def test_an_exported_run_makes_the_same_images_here_and_in_diffusers(run, tmp_path, capsys):
+@pytest.mark.parametrize("solver", ["multistep-2", "multistep-2-sde"])
+def test_the_command_makes_the_same_images_of_an_exported_run(run, tmp_path, capsys, solver):
     out = tmp_path / "new" / "pipeline"
-    assert main(["export", str(run), str(out), "--solver", "multistep-2"]) == 0
+    assert main(["export", str(run), str(out), "--solver", solver]) == 0
     assert str(out) in capsys.readouterr().out
     words = ["--nfe", "6", "--seeds", "0-3", "--device", "cpu", "--out"]
-    ode = ["--solver", "multistep-2"]
-    assert main(["sample", str(run), *ode, *words, str(tmp_path / "a.npz")]) == 0
+    assert main(["sample", str(run), "--solver", solver, *words, str(tmp_path / "a.npz")]) == 0
     assert main(["sample", "--model", str(out), *words, str(tmp_path / "b.npz")]) == 0
     first, second = (np.load(tmp_path / f"{x}.npz")["images"] for x in "ab")
     assert np.array_equal(first, second)
+
+
+def test_diffusers_makes_the_same_images_of_an_exported_run(run, tmp_path):
+    out = tmp_path / "pipeline"
+    assert main(["export", str(run), str(out), "--solver", "multistep-2"]) == 0
     pipe = diffusers.DDPMPipeline.from_pretrained(out)
     assert type(pipe.unet) is diffusers.UNet2DModel
     pipe.set_progress_bar_config(disable=True)

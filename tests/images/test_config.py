@@ -201,6 +201,11 @@ def test_overrides_are_put_in_place_and_checked(tmp_path):
             r"training\.optimiser_options: .*leaf",
         ),
         (["training.btch=32"], r"training\.btch: unknown key; did you mean batch\?"),
+        (["training.ema_decays=0.999"], r"training\.ema_decays: must be a list; got 0\.999"),
+        (
+            ["data.name=folder", "data.options={path='x', size=8, cache=''}"],
+            r"data\.options\.cache: must be a folder; got ''",
+        ),
         (["training.batch"], "key=value"),
         (["seed.x=1", "seed.x.y=3"], "not a section"),
         (["seed=" + "[" * 5000], r"seed: must be a valid integer; got '\[\["),

@@ -167,8 +167,6 @@ class FolderImages(Images):
                 if not self._is_whole:
                     self._fill(place, progress=progress)
         except OSError as error:
-            with suppress(OSError):  # a full disk is needed for other files
-                place.with_suffix(".part").unlink()
             reason = error.strerror or str(error)
             tqdm.write(
                 f"note: decoded pictures cannot be kept in {place.parent} ({reason}), and are "
@@ -177,7 +175,7 @@ class FolderImages(Images):
             )
 
     def sums(self, rows: Tensor | None = None, *, progress: bool = False) -> Tensor:
-        """See `Images`; of decoded pictures they are kept in the cache."""
+        """See `Images`; sums of decoded pictures are kept in the cache."""
         rows = torch.arange(len(self)) if rows is None else rows
         if self._place is None or not self._is_whole:
             return super().sums(rows, progress=progress)
@@ -199,10 +197,21 @@ class FolderImages(Images):
 
     def _fill(self, place: Path, *, progress: bool) -> None:
         """Write the file of decoded pictures, from where an earlier call was interrupted."""
-        part, count = place.with_suffix(".part"), self._shape[0]
-        _make_room(place, self._bytes, self._limit)
+        part = place.with_suffix(".part")
         if self._checked:
             self._keep_damaged(place)
+        _make_room(place, self._bytes, self._limit)
+        try:
+            self._append(part, progress=progress)
+            self._keep_damaged(place)
+            part.replace(place)
+        except OSError:
+            part.unlink(missing_ok=True)  # a full disk is needed for other files
+            raise
+
+    def _append(self, part: Path, *, progress: bool) -> None:
+        """Decode the pictures that a part file lacks."""
+        count = self._shape[0]
         with part.open("ab") as target:
             done = min(count, target.tell() // (self._bytes // count))
             target.truncate(done * (self._bytes // count))
@@ -214,8 +223,6 @@ class FolderImages(Images):
                     target.flush()
                     os.fsync(target.fileno())
                     bar.update(len(rows))
-        self._keep_damaged(place)
-        part.replace(place)
 
     def _keep_damaged(self, place: Path) -> None:
         """Keep what a check of all pictures found, so that the next start need not look."""

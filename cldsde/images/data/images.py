@@ -71,8 +71,8 @@ class Images(ABC):
     def sums(self, rows: Tensor | None = None, *, progress: bool = False) -> Tensor:
         """Sums of each pixel over rows, or all images, for statistics: ``(2, C, H, W)``.
 
-        Of bytes the sums of levels and their squares, int64; of continuous numbers the mean and the
-        sum of squared deviations from it, float64.
+        Of bytes these are the sums of levels and of their squares, int64. Of continuous numbers
+        they are the mean and the sum of squared deviations from it, float64.
         """
         rows = torch.arange(len(self)) if rows is None else rows
         exact, seen = isinstance(self.levels, int), 0

@@ -36,16 +36,11 @@ def measured_batches(images: Images, batch: int = 256) -> Iterator[Tensor]:
         yield measured(images.load(rows), images.levels)
 
 
-def all_bytes(images: Images) -> Tensor:
-    """All images of a set as bytes from 0 to 255."""
-    return as_bytes(images.load(torch.arange(len(images))), images.levels)
-
-
 def load_samples(path: Path, like: Images | None = None) -> Tensor:
     """Load samples ``(N, C, H, W)`` as features take them, from a file or a folder of ``*.png``.
 
-    An array ``levels`` of a ``.npz`` is the number of grey levels of its images, 256 by default, or
-    their range; the range of numbers in other files is that of the images ``like``.
+    An array ``levels`` of a ``.npz`` holds the number of grey levels of its images, 256 by default,
+    or their range. Floating-point numbers of other files have the range of the images ``like``.
     """
     if path.is_dir():
         return _pictures(path)

@@ -102,7 +102,7 @@ def _raise(error: OSError) -> None:
 
 
 def _in_archive(archive: Path) -> tuple[Files, list[str], Counter[str]]:
-    """The same of a zip archive, without an outer folder of all its files."""
+    """What `_in_folder` returns, for a zip archive; an outer folder of all files is left out."""
     stamp, others = _stamp(archive), Counter[str]()
     try:
         entries = {

@@ -185,6 +185,10 @@ def frechet(
         ``(M, C, H, W)``, or their `FeatureStatistics` in the same features.
     features
         Feature network, see `load_features`.
+    batch
+        Images per batch.
+    progress
+        Show progress bars on stderr.
 
     Returns
     -------

@@ -21,7 +21,12 @@ from cldsde.images.config import SamplingConfig
 from cldsde.images.data import DataSet, Images
 from cldsde.images.data.samples import measured, measured_batches
 from cldsde.images.evaluate import inception, likelihoods
-from cldsde.images.evaluate.classifier import CLASSIFIER, kept_classifier, random_features
+from cldsde.images.evaluate.classifier import (
+    CLASSIFIER,
+    ClassifierFeatures,
+    kept_classifier,
+    random_features,
+)
 from cldsde.images.evaluate.distances import (
     FeatureStatistics,
     FeatureSums,
@@ -198,9 +203,10 @@ class Evaluation:
         found = {}
         if "fd" in metrics:
             found["fd"] = frechet_report(sums["fd"].statistics(), self._statistics)
-            accuracy = getattr(self._network, "accuracy", None)
-            about = {"classifier_accuracy": accuracy, "classes": self.data.train.classes}
-            found["fd"] |= {} if accuracy is None else about
+            network = self._network
+            if isinstance(network, ClassifierFeatures) and network.accuracy is not None:
+                found["fd"]["classifier_accuracy"] = network.accuracy
+                found["fd"]["classes"] = self.data.train.classes
         if others:
             own, size = sums["inception"].statistics(), min(1000, count, self._shape[0])
             options: dict[str, Any] = {"kid_subset_size": size}

@@ -137,12 +137,19 @@ def inception_metrics(
     metrics
         Some of ``"fid"``, ``"kid"``, ``"isc"`` (Inception score of ``images``), ``"prc"``
         (precision and recall, with 3 neighbours).
+    batch
+        Images per batch.
+    device
+        Device of the network.
     seed
         Seed of the subsets of KID and the order of the images for the Inception score, below 2³².
     kid_subsets, kid_subset_size
         Number and size of the subsets of KID.
     cache
-        Folder that keeps features of the reference, by the hashes of images and weights.
+        Folder that keeps features of the reference, by the hashes of images and weights; None
+        keeps nothing.
+    progress
+        Show a progress bar on stderr.
 
     Returns
     -------

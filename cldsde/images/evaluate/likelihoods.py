@@ -63,21 +63,28 @@ def likelihood(
     Parameters
     ----------
     model
-        A `ReverseProcess`, or a `Score` that knows its process, in evaluation mode.
+        A `ReverseProcess`, or a `Score` that knows its process, such as `MixedScore`; on
+        ``device``, in evaluation mode.
     images
         uint8 ``(N, C, H, W)`` with values below ``levels``.
     kind
         ``"exact"``: the model's density at ``t_min``, for processes without auxiliary components.
         ``"bound"``: a lower bound for a model that stops at ``t_min``. See `log_likelihood`, which
         calls them ``"replace"`` and ``"perturb"``. ``"auto"``: exact if there is an exact one.
+    levels
+        Number of grey levels L, 2 … 256.
     scale
         Scale of the images that the model was trained on. ``"bins"``: (level + U) / L scaled to
         [−1, 1], dequantised images. ``"ends"``: levels on 2·level/(L − 1) − 1 with bins about
         them. A model trained on the levels themselves has no useful density at small ``t_min``.
+    batch
+        Images per batch.
     seed
         Seed of the dequantisation and all other noise.
     t_min, samples, divergence, rtol, atol, max_nfev
         See `log_likelihood`.
+    device, progress
+        Device of the computation, and whether to show a progress bar on stderr.
 
     Returns
     -------

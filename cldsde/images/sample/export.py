@@ -14,7 +14,7 @@ from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from torch import Tensor, nn
 
 from cldsde.errors import require, setting
-from cldsde.files import PARTIAL, new_folder
+from cldsde.files import PARTIAL, check_writable, new_folder
 from cldsde.images.config import RunConfig
 from cldsde.images.model import (
     ImageSpace,
@@ -145,7 +145,7 @@ def check_export(run: TrainedModel, folder: Path) -> RunScheduler:
         "network.conditional": (space.classes is not None, False, "a pipeline without classes"),
         "score.code": (config.score.code, "cldsde", "a UNet2DModel"),
         "score.mixing": (config.score.mixing, None, "a UNet2DModel"),
-        "latent": (config.latent, None, "a UNet2DModel"),
+        "latent": (config.latent and "an autoencoder", None, "a UNet2DModel"),
     }
     for key, (value, needed, purpose) in checks.items():
         require(value == needed, key, f"must be {needed!r} for {purpose}; got {value!r}")
@@ -153,6 +153,8 @@ def check_export(run: TrainedModel, folder: Path) -> RunScheduler:
     require(free, "folder", f"must not be there yet, or be empty; got {folder}")
     place = next(parent for parent in folder.absolute().parents if parent.exists())
     require(place.is_dir(), "folder", f"{place} is no folder")
+    with setting("folder"):
+        check_writable(place)
     score = cast(MixedScore, run.score)
     statistics = (x.tolist() for x in (score.data_mean, score.data_variance))
     values = plain(dataclasses.astuple(space))
@@ -186,7 +188,7 @@ def is_exported(folder: Path) -> bool:
 
 
 def load_exported(folder: Path, device: torch.device | str = "cpu") -> TrainedModel:
-    """The model that `export` wrote to a folder; or to that of a file."""
+    """The model that `export` wrote; ``folder`` may also be a file in its folder."""
     folder = folder.parent if folder.is_file() else folder
     with setting("model"):
         scheduler = RunScheduler.from_pretrained(folder, subfolder="scheduler")

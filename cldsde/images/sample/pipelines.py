@@ -36,7 +36,7 @@ def is_pipeline(source: Path) -> bool:
 
 
 class PipelineModel(NamedTuple):
-    """What a request for images needs of a pipeline: its images, and the digest of its weights."""
+    """The form of a pipeline's images and the digest of its weights, as `request` needs them."""
 
     space: ImageSpace
     digest: str

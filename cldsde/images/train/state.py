@@ -27,8 +27,8 @@ from cldsde.messages import one_line
 class StopRequest:
     """SIGINT and SIGTERM during a training, to stop between two steps.
 
-    Several processes receive them at different steps, and agree every eighth step. Of a single one,
-    a second signal ends the process as usual. Outside the main thread each signal does.
+    Several processes receive them at different steps, and agree every eighth step. A second signal
+    ends a single process as usual. Outside the main thread the first one does.
     """
 
     def __init__(self, engine: Accelerator) -> None:

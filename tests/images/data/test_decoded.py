@@ -160,6 +160,19 @@ def test_pictures_that_cannot_be_kept_are_decoded_when_needed(
     assert not files(photos, "part")
 
 
+def test_a_file_that_cannot_be_locked_keeps_what_another_process_has_decoded(photos, monkeypatch):
+    def refused(*_, **__):
+        raise OSError(37, "No locks available")
+
+    images = FolderImages(photos, size=8)
+    part = images._place.with_suffix(".part")
+    part.parent.mkdir(parents=True)
+    part.write_bytes(b"of another process")
+    monkeypatch.setattr(decoded, "file_lock", refused)
+    images.keep_decoded()
+    assert part.read_bytes() == b"of another process"
+
+
 def test_the_files_unused_for_the_longest_time_make_room(photos):
     size = COUNT * 3 * 64
     for side in (8, 4):

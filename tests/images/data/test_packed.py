@@ -1,4 +1,4 @@
-"""Pictures in zip archives and in saved data sets are those of a folder."""
+"""Pictures are read alike from folders, zip archives and saved data sets."""
 
 import pickle
 import sys

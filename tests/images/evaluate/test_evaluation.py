@@ -13,7 +13,7 @@ import torch
 
 from cldsde.images.config import RunConfig, SamplingConfig
 from cldsde.images.data import DataSet, digits
-from cldsde.images.data.samples import all_bytes
+from cldsde.images.data.samples import measured_batches
 from cldsde.images.evaluate import evaluation as module
 from cldsde.images.evaluate import frechet, inception
 from cldsde.images.evaluate.distances import images_sha256
@@ -311,7 +311,7 @@ def test_images_are_not_kept_and_those_to_compare_with_are_measured_once(
             yield range(5), Samples(images, torch.full((5,), 4))
 
     monkeypatch.setattr(NoiseSampler, "stream", stream)
-    known = all_bytes(data_set().train)
+    known = torch.cat([*measured_batches(data_set().train)])
     expected = frechet(torch.cat(batches), known, lambda images: Inception()(images)[:, :64])
 
     def assert_measured(nfe, seen, metrics=("fid",)):

@@ -1,0 +1,168 @@
+"""Fréchet distances of `cldsde.sample` beside the schedulers of diffusers, with the same network.
+
+``python benchmarks/beside_diffusers.py RUN RESULTS.json`` samples the network of a run of ``cldsde
+train`` that was trained with VP. The features are those of a classifier of the run's data.
+Settings that ``cldsde tune RUN`` has kept in ``RUN/sampler-N.json`` are measured, too. The script
+can be interrupted and keeps finished sets.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor
+
+import cldsde
+from cldsde import CLD, PSLD, VPSDE, DenoiserScore, LinearSDE, sample
+from cldsde.files import write_whole
+from cldsde.images.data import to_levels
+from cldsde.images.data.samples import measured, measured_batches
+from cldsde.images.evaluate.classifier import CLASSIFIER, kept_classifier
+from cldsde.images.evaluate.distances import FeatureSums, frechet_of
+from cldsde.images.model import load_model
+from cldsde.progress import progress_bar
+from cldsde.score import Denoiser
+from cldsde.solvers import SamplerSettings
+
+_BATCH = 250
+_TRAILING, _KARRAS = {"timestep_spacing": "trailing"}, {"use_karras_sigmas": True}
+_SDE = {"algorithm_type": "sde-dpmsolver++"}
+_BOTH = [_TRAILING, _KARRAS]
+# Each with one or two choices of levels, which are all measured.
+SCHEDULERS: dict[str, tuple[str, list[dict[str, Any]]]] = {
+    "DDIM": ("DDIMScheduler", [_TRAILING]),
+    "DPM-Solver++ 2M": ("DPMSolverMultistepScheduler", _BOTH),
+    "DPM-Solver++ 2M, SDE": ("DPMSolverMultistepScheduler", [{**_SDE, **x} for x in _BOTH]),
+    "UniPC 3": ("UniPCMultistepScheduler", [{"solver_order": 3, **x} for x in _BOTH]),
+    "SA-Solver": ("SASolverScheduler", _BOTH),
+    "Heun": ("HeunDiscreteScheduler", _BOTH),
+    "Euler, ancestral": ("EulerAncestralDiscreteScheduler", [_TRAILING]),
+}
+DYNAMICS: dict[str, Callable[[], LinearSDE]] = {"VP": VPSDE, "CLD": CLD, "PSLD": PSLD}
+
+Draw = Callable[[Denoiser, tuple[int, ...], int, int], Tensor]
+"""Samples of a denoiser: of a shape, with a number of evaluations and a seed."""
+
+
+@torch.no_grad()
+def by_diffusers(
+    name: str,
+    options: dict[str, Any],
+    denoiser: Denoiser,
+    shape: tuple[int, ...],
+    nfe: int,
+    seed: int,
+) -> Tensor:
+    """Samples of a scheduler, whose network predicts the noise at one of 1,000 times of VP."""
+    known = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear", **options}
+    scheduler = getattr(diffusers, name)(**known)
+    generator = torch.Generator().manual_seed(seed)
+    takes = "generator" in inspect.signature(scheduler.step).parameters
+    more = {"generator": generator} if takes else {}
+    alpha = scheduler.alphas_cumprod.double()
+    levels, parts = ((1 - alpha) / alpha).log() / 2, []
+    for first in range(0, shape[0], _BATCH):
+        scheduler.set_timesteps((nfe + 1) // 2 if name.startswith("Heun") else nfe)
+        x = torch.randn(min(_BATCH, shape[0] - first), *shape[1:], generator=generator)
+        x = x * scheduler.init_noise_sigma
+        for t in scheduler.timesteps:
+            low = min(int(t), len(levels) - 2)
+            sigma = torch.lerp(levels[low], levels[low + 1], t.double() - low).exp().float()
+            # The last time of the schedule has a little more noise than a process in t ≤ 1.
+            sigma = sigma.clamp(*denoiser.noise_levels)
+            u = scheduler.scale_model_input(x, t) * (1 + sigma**2).sqrt()
+            noise = (u - denoiser(u, sigma.expand(len(u)))) / sigma
+            x = scheduler.step(noise, t, x, **more).prev_sample.float()
+        parts.append(x)
+    return torch.cat(parts)
+
+
+def by_sample(
+    dynamics: str,
+    settings: dict[int, SamplerSettings],
+    denoiser: Denoiser,
+    shape: tuple[int, ...],
+    nfe: int,
+    seed: int,
+) -> Tensor:
+    """Samples of `cldsde.sample`, with settings for the number of evaluations or its own."""
+    sde, options = DYNAMICS[dynamics](), {"seed": seed, "batch": _BATCH}
+    score = DenoiserScore(denoiser, sde)
+    return sample(sde, score, shape, nfe=nfe, settings=settings.get(nfe), **options)
+
+
+def samplers(settings: dict[int, SamplerSettings]) -> Iterator[tuple[str, str, Draw]]:
+    """Names of sampler and options, and how it draws; ``settings`` are fitted to the network."""
+    for dynamics in DYNAMICS:
+        yield f"cldsde.sample, {dynamics}", "default", partial(by_sample, dynamics, {})
+    for name, (kind, choices) in SCHEDULERS.items():
+        for options in choices:
+            label = ", ".join(f"{key}={value}" for key, value in options.items())
+            yield name, label, partial(by_diffusers, kind, options)
+    if settings:
+        yield "cldsde.sample, fitted", "VP", partial(by_sample, "VP", settings)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--nfe", type=int, nargs="+", default=[4, 5, 7, 10, 15, 20, 50])
+    parser.add_argument("--images", type=int, default=500, help="images per set")
+    parser.add_argument("--sets", type=int, default=5)
+    arguments = parser.parse_args()
+    model = load_model(arguments.run)
+    data, space = model.config.data.load(), model.space
+    features = kept_classifier(arguments.run / CLASSIFIER, data, progress=True)
+    rows = progress_bar(measured_batches(data.train), shown=True, desc="features")
+    known = FeatureSums(features, (len(data.train), *space.shape)).of(rows)
+    settings = {
+        nfe: SamplerSettings.load(file)
+        for nfe in arguments.nfe
+        if (file := arguments.run / f"sampler-{nfe}.json").exists()
+    }
+    results: dict[str, Any] = {"samplers": {}}
+    if arguments.results.exists():
+        results = json.loads(arguments.results.read_text())
+    results["about"] = {
+        "weights": sum(x.numel() for x in model.score.parameters()),
+        "data": model.config.data.name,
+        "shape": space.shape,
+        "images": arguments.images,
+        "trained_on": model.images_seen,
+        "versions": {x.__name__: x.__version__ for x in (cldsde, diffusers, torch)},
+    }
+    calls: list[int] = []
+    model.score.network.register_forward_pre_hook(lambda _, inputs: calls.append(len(inputs[0])))
+    shape = (arguments.images, *space.shape)
+    everything = list(samplers(settings))
+    for nfe in arguments.nfe:
+        for name, options, draw in everything:
+            if "fitted" in name and nfe not in settings:
+                continue
+            cells = results["samplers"].setdefault(name, {}).setdefault(options, {})
+            found = cells.setdefault(str(nfe), {"evaluations": 0, "distances": []})
+            for seed in range(len(found["distances"]), arguments.sets):
+                calls.clear()
+                x = draw(model.score.denoiser, shape, nfe, seed)
+                levels = to_levels(x, space.levels, dequantised=space.dequantised)
+                parts = measured(levels, space.levels).split(_BATCH)  # type: ignore[no-untyped-call]
+                distance = frechet_of(FeatureSums(features, shape).of(parts), known)
+                found["evaluations"] = sum(calls) / len(x)
+                found["distances"].append(round(distance, 4))
+                text = json.dumps(results, indent=1)
+                write_whole(arguments.results, lambda file, text=text: file.write_text(text))
+            mean = sum(found["distances"]) / len(found["distances"])
+            print(f"{nfe:3d} {name:24s} {options:50s} {mean:.3f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
