@@ -8,6 +8,7 @@ tolerance near rounding.
 from __future__ import annotations
 
 import bisect
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -152,6 +153,11 @@ class GaussianReference:
         found = _integrate(moments, (0.0, at[-1]), start, at)
         self._covariance, self._mean = found[:, :, :k], found[:, :, k:]
 
+    @functools.cached_property
+    def _flow(self) -> Array:
+        """Φ from the first time to each; made on first use, since many ask for moments only."""
+        sde, k, at = self.problem.sde, self.problem.sde.components, np.array(self._times)
+
         def flow(time: float, y: Array) -> Array:
             # y holds Σ and Φ from the first time on.
             F, noise = _coefficients(sde, time)
@@ -160,7 +166,7 @@ class GaussianReference:
             return np.stack([moved + moved.T + noise, (F + pull) @ y[1]])
 
         start = np.stack([self._covariance[0], np.eye(k)])
-        self._flow = _integrate(flow, (at[0], at[-1]), start, at)[:, 1]
+        return _integrate(flow, (at[0], at[-1]), start, at)[:, 1]
 
     def _index(self, t: float) -> int:
         i = bisect.bisect_left(self._times, t)
