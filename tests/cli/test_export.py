@@ -24,7 +24,9 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(
+    scope="module", params=["VP", pytest.param("CLD", marks=pytest.mark.slow), "estimate"]
+)
 def run(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param) / "run"
     training = {"images": 32, "batch": 16, "sample_every": 10**6, "learning_rate": 1e-2}

@@ -1,5 +1,6 @@
 """The command ``cldsde validate``: verdicts as exit codes, files, rejections and interruption."""
 
+import functools
 import io
 import json
 import os
@@ -14,9 +15,18 @@ import cldsde
 import own_solvers
 from cldsde.cli import main
 from cldsde.solvers import named_solvers
+from cldsde.validation import suite
 from cldsde.validation.report import Report
 
 QUICK = "--quick --problem CLD"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def shared_cases():
+    """All tests take the same exact answers, which are made once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(suite, "_Cases", functools.cache(suite._Cases))
+        yield
 
 
 @pytest.fixture
@@ -90,6 +100,7 @@ def test_a_table_that_cannot_be_printed_is_no_success(capsys, monkeypatch, here)
     assert read(here / "report.json")["complete"] is True
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="pipes of Windows break otherwise")
 def test_results_are_written_if_nobody_reads_the_table(here):
     """As of ``cldsde validate | head -0``."""

@@ -34,8 +34,23 @@ FIRST = solvers.ExponentialMultistep(order=1)
 SECOND = solvers.ExponentialMultistep(order=2, stochasticity=1.0)
 # Networks, guidance and a few steps in float32, of numbers up to the largest latent.
 CLOSE = 1e-5
-NAMES = [name for name in CASES if name != "AuraFlow"]
-every_pipeline = pytest.mark.parametrize("name", NAMES)
+# Of each of these kinds of pipelines the others differ by the network or its prediction.
+FEW = ("DDPM", "DiT", "SD", "SD-img2img", "SD-inpaint-4", "SD3")
+
+
+def of_pipelines(left_out):
+    """Parameters of a test: pipelines but for some."""
+    return pytest.mark.parametrize(
+        "name",
+        [
+            pytest.param(name, marks=[pytest.mark.slow] * (name not in FEW))
+            for name in CASES
+            if name not in left_out
+        ],
+    )
+
+
+every_pipeline = of_pipelines(["AuraFlow"])
 
 
 def Scheduler(*args, **options):  # noqa: N802 -- diffusers is imported when it is called
@@ -117,7 +132,7 @@ def recorded(name):
     return pipe, record, first, state, draws
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "SD-inpaint-4"])
+@of_pipelines(["AuraFlow", "SD-inpaint-4"])
 def test_latents_are_those_of_solve_on_the_guided_prediction(name):
     """From the state and with the normals of the scheduler, which are recorded."""
     pipe, record, first, state, draws = recorded(name)
@@ -150,7 +165,7 @@ def test_latents_that_a_mask_changes_are_those_of_the_solver_on_changed_states()
     assert far(score.data_prediction(z, times[-1]), record.latents[-1]) <= CLOSE
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name != "SD-inpaint-9"])
+@of_pipelines(["SD-inpaint-9"])
 @torch.no_grad()
 def test_from_diffusers_agrees_with_each_guided_call(name):
     (pipe, record, *_), convention = recorded(name), Convention.of(built(name).scheduler)
@@ -242,7 +257,9 @@ SETTINGS = solvers.SamplerSettings(
 )
 
 
-@pytest.mark.parametrize("name", ["DDPM", "SD", "SD-img2img", "SD3"])
+@pytest.mark.parametrize(
+    "name", ["DDPM", "SD-img2img", pytest.param("SD", marks=pytest.mark.slow), "SD3"]
+)
 def test_fitted_settings_are_the_steps(name, tmp_path):
     """Their levels are reached, and they are saved with the pipeline."""
     case, settings = CASES[name], SETTINGS

@@ -286,7 +286,16 @@ def changed(content: bytes) -> bytes:
     return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
 
 
-@pytest.mark.parametrize("damaged", [lambda x: x[: len(x) // 2], changed, lambda _: b""])
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        changed,
+        *(
+            pytest.param(x, marks=pytest.mark.slow)
+            for x in (lambda x: x[: len(x) // 2], lambda _: b"")
+        ),
+    ],
+)
 def test_damaged_pictures_are_not_shown_and_made_again(folder, damaged):
     file = next((folder / "samples").glob("CLD-em-*.png"))
     whole = file.read_bytes()

@@ -106,7 +106,12 @@ def test_a_comparison_that_cannot_be_made_is_rejected_before_any_work(changes, m
         configs.check_comparison(ComparisonConfig.from_dict(tiny(**values)), device="cpu")
 
 
-@pytest.mark.parametrize("name", PRESETS)
+LONG = ("cld_variants", "fashion_mnist")  # of many models
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=[pytest.mark.slow] * (x in LONG)) for x in PRESETS]
+)
 def test_the_comparisons_of_the_package_can_be_made(name):
     config = load_comparison(PRESETS[name], ["base.data.name=digits", "base.data.options={}"])
     configs.check_comparison(config, device="cpu")

@@ -217,7 +217,7 @@ def test_score_and_autoencoder_have_rates_limits_and_averages_of_their_own(tmp_p
     assert norms == [0.0, limited] * 2 + [limited] * 8
 
 
-@pytest.mark.parametrize("mixing", [None, -3.0])
+@pytest.mark.parametrize("mixing", [pytest.param(None, marks=pytest.mark.slow), -3.0])
 def test_the_bound_leaves_the_score_alone_in_training(tmp_path, monkeypatch, mixing):
     """A bound that counts nothing trains the same score, if the autoencoder stands still."""
     still = {"learning_rate": 1e-30, "joint_learning_rate": 1e-30, "pretraining": 16}
@@ -244,10 +244,15 @@ def test_metrics_hold_the_losses_and_norms_of_score_and_autoencoder(whole):
 @pytest.mark.parametrize(
     ("training", "changes", "classes"),
     [
-        ({"weighting": "likelihood", "precision": "bf16"}, {}, None),
+        pytest.param(
+            *({"weighting": "likelihood", "precision": "bf16"}, {}, None), marks=pytest.mark.slow
+        ),
         ({"weighting": "log_snr"}, {"latent": {"likelihood": "bernoulli"}}, None),
         ({"conditioning": "all", "times": "uniform"}, {"network": {"conditional": True}}, 3),
-        ({}, {"network": {"options": {**NETWORK, "gradient_checkpointing": True}}}, None),
+        pytest.param(
+            *({}, {"network": {"options": {**NETWORK, "gradient_checkpointing": True}}}, None),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_every_option_of_a_latent_model_trains(tmp_path, training, changes, classes):
