@@ -94,7 +94,7 @@ def photos(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("latent", [False, True])
+@pytest.mark.parametrize("latent", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_dry_run_forecasts_decoding_and_each_stage(photos, capsys, latent):
     arguments = ["train", "photos.toml", "--dry-run", *DEVICE]
     if latent:

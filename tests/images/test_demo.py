@@ -10,7 +10,7 @@ from cldsde.cli import demo, main
 from command import rejected
 
 TINY = (
-    *("samples=8", "repeats=2", "batch=8", "base.network.options.channels=[16]"),
+    *("samples=8", "repeats=1", "batch=8", "base.network.options.channels=[16]"),
     *("base.training.images=32", "base.training.batch=16", "base.training.log_every=16"),
     *("base.training.save_every=16", "base.training.sample_every=32"),
 )
@@ -34,7 +34,7 @@ def test_a_demonstration_compares_three_solvers(
     found = distances(tmp_path / "run")
     assert list(found) == ["EM", "SSCS", "multistep"]
     assert {tuple(row) for row in found.values()} == {(10, 20, 50)}
-    assert {len(sets) for row in found.values() for sets in row.values()} == {2}
+    assert {len(sets) for row in found.values() for sets in row.values()} == {1}
     text = capsys.readouterr().out
     assert (tmp_path / "run" / "table.md").read_text() in text
     assert (tmp_path / "run" / "models" / "CLD" / "model.safetensors").exists()

@@ -57,6 +57,7 @@ def drawn(monkeypatch):
     return recipes
 
 
+@pytest.mark.slow
 def test_pictures_are_of_images_that_were_measured(finished, folder, drawn):
     """Of the same bytes as when they are sampled for the picture alone."""
     measured = compare(folder.with_name("again"))
@@ -114,6 +115,7 @@ def test_reports_are_made_again_from_the_results_alone(finished, tmp_path, monke
     assert "http" not in page.replace("http-equiv", "")
 
 
+@pytest.mark.slow
 def test_added_metrics_repeats_rows_and_models_leave_the_others_as_they_are(
     finished, folder, drawn
 ):
@@ -138,6 +140,7 @@ class Killed(BaseException):
     """Only what catches everything catches it."""
 
 
+@pytest.mark.slow
 def test_a_comparison_that_is_killed_again_and_again_ends_with_the_same_numbers(
     finished, tmp_path, monkeypatch
 ):
@@ -177,6 +180,7 @@ def test_a_finished_comparison_samples_trains_and_reports_nothing_again(
     assert reports == [{}]
 
 
+@pytest.mark.slow
 def test_the_classifier_then_models_are_made_once_with_a_report_after_each(
     folder, untrained_classifier, monkeypatch
 ):

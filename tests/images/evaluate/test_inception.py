@@ -56,6 +56,7 @@ def own_features(file, images):
     return network(images.expand(-1, 3, -1, -1))[0]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("offline")
 def test_kid_and_precision_equal_those_of_the_same_features(inception, tmp_path, capfd):
     images, reference = noise(5, 0, (1, 8, 8)), noise(5, 1, (1, 8, 8), top=128)

@@ -50,7 +50,11 @@ def posterior(image):
 @pytest.mark.parametrize(
     ("operator", "method"),
     [
-        *((name, "moments") for name in ("mask", "grey", "downsample:2", "blur:0.4")),
+        ("mask", "moments"),
+        *(
+            pytest.param(name, "moments", marks=pytest.mark.slow)
+            for name in ("grey", "downsample:2", "blur:0.4")
+        ),
         ("mask", "twisted"),
     ],
 )
