@@ -191,6 +191,8 @@ def test_a_latent_model_that_was_interrupted_in_either_stage_ends_with_the_same_
 
 def test_score_and_autoencoder_have_rates_limits_and_averages_of_their_own(tmp_path, monkeypatch):
     """A limit below both norms is then the norm of each, and neither scales the other."""
+    latent = {"learning_rate": 3e-3, "joint_learning_rate": 7e-4}
+    settings = config(latent=latent, training={"learning_rate": 2e-3, "clip": 1e-3})
     rates, norms, decays = [], [], []
     step = torch.optim.AdamW.step
 
@@ -207,8 +209,7 @@ def test_score_and_autoencoder_have_rates_limits_and_averages_of_their_own(tmp_p
         "get_ema_multi_avg_fn",
         lambda decay: decays.append(decay) or get_ema_multi_avg_fn(decay),
     )
-    latent = {"learning_rate": 3e-3, "joint_learning_rate": 7e-4}
-    trained(tmp_path, config(latent=latent, training={"learning_rate": 2e-3, "clip": 1e-3}))
+    trained(tmp_path, settings)
     assert rates == [[2e-3, 3e-3]] * 2 + [[2e-3, 7e-4]] * 4
     # The average starts anew in the second stage.
     assert decays == [1 / 10, 2 / 11, 1 / 10, 2 / 11, 3 / 12, 4 / 13]
@@ -217,7 +218,8 @@ def test_score_and_autoencoder_have_rates_limits_and_averages_of_their_own(tmp_p
     assert norms == [0.0, limited] * 2 + [limited] * 8
 
 
-@pytest.mark.parametrize("mixing", [pytest.param(None, marks=pytest.mark.slow), -3.0])
+@pytest.mark.slow
+@pytest.mark.parametrize("mixing", [None, -3.0])
 def test_the_bound_leaves_the_score_alone_in_training(tmp_path, monkeypatch, mixing):
     """A bound that counts nothing trains the same score, if the autoencoder stands still."""
     still = {"learning_rate": 1e-30, "joint_learning_rate": 1e-30, "pretraining": 16}
