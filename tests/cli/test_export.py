@@ -25,7 +25,8 @@ CASES = {
 
 
 @pytest.fixture(
-    scope="module", params=["VP", pytest.param("CLD", marks=pytest.mark.slow), "estimate"]
+    scope="module",
+    params=["VP", *(pytest.param(x, marks=pytest.mark.slow) for x in ("CLD", "estimate"))],
 )
 def run(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param) / "run"

@@ -53,6 +53,7 @@ def test_settings_are_kept_in_the_run_and_measured_with_new_seeds(run, capsys):
     assert SamplerSettings.load(run / "sampler-3.json") == found
 
 
+@pytest.mark.slow
 def test_a_model_of_diffusers_is_compared_with_its_own_images(
     diffusers_model, tmp_path, monkeypatch, capsys
 ):

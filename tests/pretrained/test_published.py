@@ -80,11 +80,13 @@ def like(model):
 @pytest.mark.parametrize(
     ("family", "name", "count"),
     [
-        ("cld-sgm", "cifar10", 107_593_859),
+        pytest.param("cld-sgm", "cifar10", 107_593_859, marks=pytest.mark.slow),
         ("cld-sgm", "celeba_paper", 65_466_371),
-        ("cld-sgm", "celeba_post_paper", 103_073_795),
+        pytest.param("cld-sgm", "celeba_post_paper", 103_073_795, marks=pytest.mark.slow),
         ("score-sde", "vp/cifar10_ddpmpp_deep_continuous", 106_632_579),
-        ("score-sde", "ve/celebahq_256_ncsnpp_continuous", 65_574_421),
+        pytest.param(
+            *("score-sde", "ve/celebahq_256_ncsnpp_continuous", 65_574_421), marks=pytest.mark.slow
+        ),
         ("score-sde", "ve/church_ncsnpp_continuous", None),  # told apart by its noise levels
     ],
 )

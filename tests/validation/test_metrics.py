@@ -161,6 +161,7 @@ def test_a_table_has_each_solver_at_each_budget_with_its_exact_error():
     assert {point.pareto for point in finite} == {True, False}
 
 
+@pytest.mark.slow
 def test_an_adaptive_solver_is_run_once_and_has_no_exact_moments():
     solvers = {"multistep": ExponentialMultistep(), "flow": ProbabilityFlow(rtol=1e-3, atol=1e-3)}
     ring, options = PROBLEMS["CLD, ring"], {"budgets": (5, 10), "samples": 64, "repeats": 3}

@@ -44,7 +44,10 @@ KERNELS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize(("name", "many"), [("VE", False), ("HOLD", True), ("functions", False)])
+@pytest.mark.parametrize(
+    ("name", "many"),
+    [("VE", False), ("HOLD", True), pytest.param("functions", False, marks=pytest.mark.slow)],
+)
 def test_kernels_moments_and_flows_of_the_reference_are_the_exact_ones(name, many):
     """The flow takes the distribution at t to the one at u; also if times are many."""
     sde, exact = KERNELS[name]

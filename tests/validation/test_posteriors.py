@@ -39,7 +39,9 @@ def test_the_exact_posterior_has_the_density_of_bayes_rule(name):
     assert (log_density(problem.posterior) - expected).abs().max() <= bound
 
 
-@pytest.mark.parametrize(("sde", "noise"), [(VPSDE(), 1.0), (CLD(), 0.1)], ids=str)
+@pytest.mark.parametrize(
+    ("sde", "noise"), [pytest.param(VPSDE(), 1.0, marks=pytest.mark.slow), (CLD(), 0.1)], ids=str
+)
 def test_exact_guidance_is_the_posterior_within_sampling_error(sde, noise):
     problem = posterior_problems(noise)["two modes"]
     found = posterior_error("exact", problem, sde=sde, samples=1000, repeats=3)

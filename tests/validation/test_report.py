@@ -180,6 +180,7 @@ def validated(*solvers, cases=("CLD",), **options):
     return report
 
 
+@pytest.mark.slow
 def test_solvers_that_keep_their_claims_pass_each_kind_of_check():
     own, em = "own_solvers:CentredEuler", "euler-maruyama"
     report = validated(own, "em", draw=True)

@@ -215,6 +215,7 @@ def test_the_classifier_then_models_are_made_once_with_a_report_after_each(
         Comparison(config, folder).run()
 
 
+@pytest.mark.slow
 def test_a_cell_that_cannot_be_measured_has_its_reason_and_others_are_measured(tmp_path):
     short = {"model": "CLD", "label": "short", "solver": "probability-flow"}
     short |= {"options": {"max_nfev": 20}, "tolerances": [1e-6, 1e3]}

@@ -76,7 +76,13 @@ def test_pictures_are_decoded_once_and_an_interrupted_call_resumes(
     assert count == []
 
 
-@pytest.mark.parametrize("change", ["cut", "finished", "file", "time", "size", "decoder"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        *("cut", "file", "decoder"),
+        *(pytest.param(x, marks=pytest.mark.slow) for x in ("finished", "time", "size")),
+    ],
+)
 def test_what_changed_or_was_cut_off_is_decoded_again(photos, count, monkeypatch, change):
     FolderImages(photos, size=8).keep_decoded()
     [rows] = files(photos, "rows")

@@ -28,7 +28,10 @@ def closed_form(images, *, levels, seed, scale="bins", spread=0.3):
     return nats / math.log(2)
 
 
-@pytest.mark.parametrize(("levels", "scale"), [(256, "bins"), (17, "bins"), (17, "ends")])
+@pytest.mark.parametrize(
+    ("levels", "scale"),
+    [(256, "bins"), pytest.param(17, "bins", marks=pytest.mark.slow), (17, "ends")],
+)
 def test_bits_of_a_gaussian_are_those_of_its_density(levels, scale):
     images, sde = noise(6, 0, (1, 2, 2), top=levels), VPSDE()
     process = ReverseProcess(sde, gaussian().score(sde))

@@ -330,7 +330,7 @@ def test_an_untrained_model_has_the_loss_of_its_reference_on_gaussian_data(tmp_p
     assert found == pytest.approx(float(expected), rel=tolerance, abs=0)
 
 
-@pytest.mark.parametrize("micro_batch", [None, 8])
+@pytest.mark.parametrize("micro_batch", [pytest.param(None, marks=pytest.mark.slow), 8])
 def test_three_steps_are_those_of_the_formulas(tmp_path, micro_batch):
     """Weighted loss, clipped gradient, learning rate, Adam and the average, one by one.
 
@@ -425,7 +425,9 @@ def test_a_network_that_is_shown_estimates_is_trained_and_loaded(tmp_path, name)
     [
         {"conditioning": "all", "times": "uniform"},
         {"weighting": "likelihood", "precision": "bf16"},
-        {"weighting": "log_snr", "clip": None, "weight_decay": 0.1},
+        pytest.param(
+            {"weighting": "log_snr", "clip": None, "weight_decay": 0.1}, marks=pytest.mark.slow
+        ),
         {"optimiser": "RAdam", "optimiser_options": {"betas": [0.8, 0.9]}},
         pytest.param({"optimiser": "SGD", "decay": "inverse_square_root"}, marks=pytest.mark.slow),
         pytest.param(
