@@ -109,7 +109,7 @@ def test_every_folder_of_the_package_is_installed():
 
 
 def test_ci_calls_the_readme_test_command():
-    command = next(block for block in readme_blocks("bash") if block.rstrip().endswith("tox"))
+    command = next(block for block in readme_blocks("bash") if block.rstrip().endswith("tox -p"))
     assert command.strip().splitlines()[-1] in (ROOT / ".ci" / "run").read_text().splitlines()
 
 

@@ -75,6 +75,7 @@ def shared(name, method):
     return made(PROCESSES[name], SOLVERS[method])
 
 
+@pytest.mark.one_in(3)
 @pairs
 @pytest.mark.parametrize("first", [0, 2])
 def test_steps_are_those_of_solve_from_any_level(name, method, first):

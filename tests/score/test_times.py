@@ -27,6 +27,7 @@ def plan(data, solver=EULER):
     return solvers.plan(ReverseProcess(SDE, data.score(SDE)), solver, GRID)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("solver", SOLVERS, ids=repr)
 @every_size
 def test_weights_and_means_of_a_mixture_are_differentiated(solver, dimension):

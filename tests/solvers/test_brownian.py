@@ -140,7 +140,7 @@ def test_numbers_of_a_batch_are_independent_samples(dtype):
     assert (abs(axes.mean(1)) <= standard_error(1.0, n // 2)).all()
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(4)
 @every_dtype
 @every_process
 def test_bits_do_not_depend_on_the_order_of_reading(name, dtype):

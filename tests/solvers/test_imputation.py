@@ -73,6 +73,7 @@ def of_the_solver(noise, per_step):
     return RecordedNoise(own)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("family", "name"), PAIRS)
 def test_the_known_part_has_its_distribution_and_the_rest_has_the_solver_s_bits(family, name):
     sde, noise, (solver, per_step) = PROCESSES[family], Recorder(), SOLVERS[name]

@@ -100,7 +100,7 @@ LATE_ROWS = {
 }
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize(
     ("method", "name"), [(method, name) for method in TABLE for name in TABLE[method][1]]
 )
@@ -136,7 +136,7 @@ SPECIAL = [
 ]
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(("solver", "claim", "name", "least", "above", "options"), SPECIAL, ids=str)
 def test_special_orders(solver, claim, name, least, above, options):
     assert declared(solver) == claim

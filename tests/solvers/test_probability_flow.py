@@ -51,7 +51,7 @@ STEPS = [("CLD", "dopri8", "sample", 1, TIGHT, TIGHT)] + [
 ]
 
 
-@pytest.mark.one_in(5)
+@pytest.mark.one_in(13)
 @pytest.mark.parametrize(("name", "method", "pace", "samples", "rtol", "atol"), STEPS)
 def test_steps_are_those_of_scipy(name, method, rtol, atol, pace, samples):
     sde = PROCESSES[name][0]

@@ -56,6 +56,7 @@ def check_moments(x):
     assert ((products.mean(0) - covariance).abs() <= relative * products.std(0)).all()
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", PROCESSES)
 def test_moments_are_exact_at_sixty_evaluations(name):
     sde = PROCESSES[name]()
@@ -64,6 +65,7 @@ def test_moments_are_exact_at_sixty_evaluations(name):
     check_moments(x)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", PROCESSES)
 @pytest.mark.parametrize("nfe", [5, 20])
 def test_evaluations_keep_the_budget_and_the_window_of_levels(name, nfe):

@@ -239,7 +239,7 @@ TRACED = {type(x): name for name, x in SOLVERS.items() if isinstance(x, GridSolv
 TRACED = {kind: name for kind, name in TRACED.items() if kind is not solvers.TorchSDE}
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("method", [*TRACED.values(), "sscs", "multistep-2-sde", "multistep-3"])
 def test_steps_are_one_graph_of_the_same_bits(method):
     sde = VPSDE() if method.startswith("edm") else SDE

@@ -81,6 +81,7 @@ def errors(method, name, increments, n):
     [(method, name, "W") for method in OWN for name in EVERY]
     + [("stochastic-heun", name, "clock") for name in ("CLD, linear", "VE")],
 )
+@pytest.mark.one_in(3)
 def test_the_order_is_the_declared_one(method, name, increments):
     squares = [errors(method, name, increments, n) for n in LEVELS]
     means = np.stack([x.reshape(BATCHES, SAMPLES).mean(1) for x in squares])

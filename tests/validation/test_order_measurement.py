@@ -180,6 +180,7 @@ ORDERS = [
 ]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("measure", "solver", "name", "order", "steps", "wrong"), ORDERS)
 def test_orders_are_those_declared_and_no_higher(measure, solver, name, order, steps, wrong):
     problem, claim, options = PROBLEMS[name], measure.__name__, {"steps": steps}
@@ -213,6 +214,7 @@ def further(z, i, score, tables):
     return z + 0.2 * (i == len(tables.stages[0].state) - 1)
 
 
+@pytest.mark.one_in(2)
 def test_samples_of_another_distribution_fail_whatever_the_order_is(monkeypatch):
     monkeypatch.setattr(orders, "_EXACT_SAMPLES", 30_000)
     problem, few = PROBLEMS[MODES], {"steps": (8, 16, 32, 64), "samples": 3000}

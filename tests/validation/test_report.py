@@ -207,6 +207,7 @@ UNCONFIRMED = [
 ]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(("names", "line", "complaint", "verdicts"), UNCONFIRMED)
 def test_solvers_that_are_not_confirmed_are_a_complaint(
     monkeypatch, names, line, complaint, verdicts

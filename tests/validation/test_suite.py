@@ -81,6 +81,7 @@ FAULTS: list[Any] = [
 ]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(("faulty", "healthy", "kinds", "problem"), FAULTS)
 def test_a_planted_fault_fails_and_the_healthy_solver_passes(faulty, healthy, kinds, problem):
     for solver, verdict in ((faulty, FAIL), (healthy, PASS)):
@@ -101,6 +102,7 @@ KERNELS: list[Any] = [
 ]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("process", "mean", "root", "verdict"), KERNELS)
 def test_a_kernel_with_a_small_error_fails(monkeypatch, process, mean, root, verdict):
     class Perturbed(forward_processes()[process]):
@@ -138,6 +140,7 @@ BROKEN: list[tuple[str, Any, str]] = [
 ]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(("where", "how", "words"), BROKEN)
 def test_a_solver_that_breaks_fails_and_the_others_are_measured(where, how, words):
     broken = altered(EulerMaruyama, **{where: how})()
@@ -266,6 +269,7 @@ CHECKS: list[Any] = [
 KINDS = {POINTS: "bias", STIFF: "error at 100 steps", VP: STRONG, CLD: "not applicable"}
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("solver", "problem", "verdict", "words"), CHECKS)
 def test_the_verdict_and_the_reason_of_a_single_check(solver, problem, verdict, words):
     (found,) = measured(solver, [problem])
