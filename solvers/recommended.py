@@ -128,6 +128,11 @@ def recommended_plan(
             raise ValueError("times must decrease, from the noise to the data")
         if grid[-1] == 0:  # no noise is left at t = 0
             recipes = tuple(replace(recipe, denoise=False) for recipe in recipes)
+    elif solver is None:
+        # Leave out recipes for fewer steps than any grid has, before their grids are made.
+        points = torch.arange(1, 65, dtype=torch.float64, device="cpu") / 64
+        most = int(process.score.evaluations(process.sde.regular_until * points).max())
+        recipes = tuple(recipe for recipe in recipes if (nfe - most) // most <= recipe.most_steps)
     reasons = []
     for recipe in recipes:
         try:

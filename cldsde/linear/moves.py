@@ -77,14 +77,16 @@ def moves_to_end(
         moves, noise = by_steps(posterior, stops, root)
         return moves, noise
 
-    def piece(stops: Tensor, levels: Tensor) -> tuple[Tensor]:
-        # Integrate between neighbouring stops only: integrals up to the end would overlap.
-        step = sde.posterior(stops[:, 1:], stops[:, :-1], stochasticity=levels.unsqueeze(1))
-        return (step.state,)
+    def family(stops: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+        # Integrate between neighbouring stops only: integrals up to the end would overlap. The last
+        # interval is the whole step, for its noise.
+        ends = torch.cat([stops[:, 1:], stops[:, -1:]], dim=1)
+        starts = torch.cat([stops[:, :-1], stops[:, :1]], dim=1)
+        step = sde.posterior(ends, starts, stochasticity=levels.unsqueeze(1))
+        return step.state[:, :-1], step.root[:, -1]
 
-    (pieces,) = by_steps(piece, stops, levels)
+    pieces, noise = by_steps(family, stops, levels)
     to_end = [pieces[:, -1]]
     for i in range(pieces.shape[1] - 2, -1, -1):
         to_end.append(to_end[-1] @ pieces[:, i])
-    noise = sde.posterior(stops[:, -1], stops[:, 0], stochasticity=levels).root
     return torch.stack(to_end[::-1], dim=1), noise

@@ -137,8 +137,16 @@ class DenoiserScore(Score):
         """Raise ValueError if the noise level at a time, ``(n,)`` float64, is out of range."""
         self.denoiser.check_times(self._sigma(t))
 
+    @property
+    def evaluates_once(self) -> bool:
+        """Whether the denoiser is evaluated once at every time."""
+        own = type(self).evaluations is DenoiserScore.evaluations
+        return own and self.denoiser.evaluates_once
+
     def evaluations(self, t: Tensor) -> Tensor:
         """Number of network evaluations per call at each time."""
+        if self.evaluates_once:
+            return super().evaluations(t)
         sigma = (-self.sde.log_snr(t)).exp()
         known = self.noise_levels
         return self.denoiser.evaluations(sigma if known is None else sigma.clamp(*known))

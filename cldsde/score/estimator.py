@@ -46,6 +46,11 @@ class Estimator(nn.Module):
         """
         return torch.ones_like(t, dtype=torch.int64)
 
+    @property
+    def evaluates_once(self) -> bool:
+        """Whether `evaluations` is one at every time, so that it needs no noise levels."""
+        return type(self).evaluations is Estimator.evaluations
+
     def part(self, samples: slice, shape: Sequence[int]) -> Self:
         """The same estimate for some samples of a batch: everything per sample keeps their rows.
 

@@ -132,8 +132,16 @@ class ScoreDenoiser(Denoiser):
         """Raise ValueError if the score cannot be evaluated at a noise level."""
         self.score.check_times(self._times(t))
 
+    @property
+    def evaluates_once(self) -> bool:
+        """Whether the score is evaluated once at every level."""
+        own = type(self).evaluations is ScoreDenoiser.evaluations
+        return own and self.score.evaluates_once
+
     def evaluations(self, t: Tensor) -> Tensor:
         """Number of network evaluations per call at each noise level."""
+        if self.evaluates_once:
+            return super().evaluations(t)
         return self.score.evaluations(self._times(t))
 
     def _noise(self, z: Tensor) -> Tensor:
