@@ -166,7 +166,7 @@ class Search:
             raise TypeError(f"distance must be a function of samples; got {self.distance!r}")
         self.shape = checked_shape(self.shape)
         self.nfe, self.seed = as_integer(self.nfe, 2, "nfe"), as_integer(self.seed, 0, "seed")
-        self._cma = _import_cma()
+        self._cma = import_cma()
         self.best = default_settings(self.process, self.shape[1:], self.nfe, self.network)
         self._first, self._smallest = self.best, math.inf
         self._generation = _generation(len(self.best.log_snr))
@@ -251,7 +251,8 @@ class Search:
         return max(first, largest), min(last, smallest)
 
 
-def _import_cma() -> Any:
+def import_cma() -> Any:
+    """The optional library; raise an ImportError that says how to install it."""
     try:
         import cma
     except ImportError as error:

@@ -60,6 +60,8 @@ class LevelNoise:
 
 def numbers(values: object, name: str) -> tuple[float, ...]:
     """A sequence of numbers as a tuple; raise a TypeError that names it for something else."""
+    if isinstance(values, Tensor | np.ndarray):
+        values = values.tolist()
     try:
         return tuple(as_number(x, name) for x in values)  # type: ignore[attr-defined]
     except (TypeError, ValueError) as error:

@@ -217,7 +217,7 @@ def fit_grid(
 
 
 def hiding_variance(shape: Sequence[int], nfe: int) -> float:
-    """σ² at the start that hides data of a shape from a sampling with ``nfe`` evaluations."""
+    """Noise variance σ² from which data of a shape are sampled with ``nfe`` evaluations."""
     return _FIRST_VARIANCE * math.prod(shape) * nfe
 
 

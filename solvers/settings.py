@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Self
@@ -81,6 +81,9 @@ class SamplerSettings:
         levels = self.log_snr
         if len(levels) < 2 or not all(-math.inf < x < y < math.inf for x, y in pairwise(levels)):
             raise ValueError(f"log_snr must be two or more increasing finite κ; got {levels!r}")
+        steps, given = len(levels) - 1, len(self.stochasticity)
+        if given != steps:
+            raise ValueError(f"stochasticity must be one λ for each of {steps} steps; got {given}")
         _ = self.solver  # it checks the other values
 
     @property
@@ -139,6 +142,7 @@ class SamplerSettings:
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
             raise ValueError(f"{file} does not hold sampler settings in JSON: {error}") from error
         names = {field.name for field in fields(cls)}
-        if not isinstance(found, dict) or set(found) != names:
+        needed = {field.name for field in fields(cls) if field.default is MISSING}
+        if not isinstance(found, dict) or not needed <= set(found) <= names:
             raise ValueError(f"{file} must hold the settings {', '.join(sorted(names))} in JSON")
         return cls(**found)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,12 +30,18 @@ collect_ignore = ["simulated_device.py"]
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Count most cases of large tables, and properties with many examples, among the slow tests."""
     cases: Counter[str] = Counter()
+    values: dict[str, set[tuple[str, str]]] = defaultdict(set)
     for item in items:
+        name = item.nodeid.partition("[")[0]
         if rare := item.get_closest_marker("one_in"):
-            name = item.nodeid.partition("[")[0]
             if cases[name] % rare.args[0]:
                 item.add_marker("slow")
             cases[name] += 1
+        if item.get_closest_marker("covering"):
+            own = {(key, repr(value)) for key, value in item.callspec.params.items()}
+            if own <= values[name]:
+                item.add_marker("slow")
+            values[name] |= own
         if PROFILE == "deep" and is_hypothesis_test(getattr(item, "obj", None)):
             item.add_marker("slow")
 

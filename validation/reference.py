@@ -155,7 +155,7 @@ class GaussianReference:
 
     @functools.cached_property
     def _flow(self) -> Array:
-        """Φ from the first time to each; made on first use, since many ask for moments only."""
+        """Φ from the first time to each, computed on first use: many need the moments only."""
         sde, k, at = self.problem.sde, self.problem.sde.components, np.array(self._times)
 
         def flow(time: float, y: Array) -> Array:

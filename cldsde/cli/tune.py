@@ -63,13 +63,18 @@ def prepare(options: Namespace) -> Callable[[], None]:
         msg = f"{file} is there already; name another place, or set overwrite"
         require(options.overwrite, "out", msg)
         with setting("out"):
-            SamplerSettings.load(file)  # nothing else is replaced
+            SamplerSettings.load(file)  # --overwrite replaces nothing but settings
     folder = out.parent if single else out
     check_writable(folder)
+    classifier = folder / CLASSIFIER
+    if source is not None and source != folder:
+        # The data of another run must not get the name that the classifier of a run's own data has.
+        kept, other = source / CLASSIFIER, folder / f"classifier-{source.stem}.safetensors"
+        classifier = kept if kept.exists() else other
     tuning = Tuning(
         model,
         None if source is None else data_of(options.data, source),
-        source if source is not None and (source / CLASSIFIER).exists() else folder,
+        classifier,
         features=options.features,
         images=options.images,
         seed=(options.seed or range(1))[0],
@@ -92,11 +97,11 @@ def prepare(options: Namespace) -> Callable[[], None]:
             print(f"{nfe} evaluations, Fréchet distances of 5 sets of {options.images} new images:")
             for features, measured in found.items():
                 print(f"  in {features}: {measured}")
-            (gain, error), (other, _) = (measured.gain for measured in found.values())
-            if gain < 3 * error:
+            (gain, error), (other, scatter) = (measured.gain for measured in found.values())
+            if not gain > 3 * error:
                 print("  The gain is less than three standard errors: the default is as good.")
-            elif other < 0:
-                print("  The second features, which the search did not use, got worse.")
+            elif other < -3 * scatter:
+                print("  In the second features, which the search did not use, the distance rose.")
 
     return work
 

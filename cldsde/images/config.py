@@ -82,7 +82,7 @@ class DataConfig:
         options = checked_options(DATA_SETS[self.name], self.options)
         # A run is evaluated and resumed in other folders, too.
         for key in ("path", "cache"):
-            require(options.get(key) != "", f"options.{key}", "must be a folder; got ''")
+            require(options.get(key) != "", f"options.{key}", "must not be empty")
             if options.get(key) not in {None, "auto"}:
                 options[key] = os.path.abspath(Path(options[key]).expanduser())
         object.__setattr__(self, "options", options)
@@ -316,17 +316,20 @@ class TrainingConfig:
     def make_optimiser(self, parameters: Any, **options: Any) -> torch.optim.Optimizer:
         """The optimiser of parameters; raise a ValueError or TypeError if an option is wrong."""
         kind = getattr(torch.optim, self.optimiser)
-        options |= {"lr": self.learning_rate, "weight_decay": self.weight_decay}
-        made: torch.optim.Optimizer = kind(parameters, **options, **self.optimiser_options)
+        own = {"lr": self.learning_rate, "weight_decay": self.weight_decay}
+        more = {**self.optimiser_options, **options}
+        made: torch.optim.Optimizer = kind(parameters, **own, **more)
         return made
 
     def _try_optimiser(self) -> None:
         """Take a step: some options, such as ``differentiable``, fail there only."""
         parameter = torch.zeros(1, device="cpu", requires_grad=True)
         parameter.grad = torch.zeros_like(parameter)
+        # Some optimisers take this option on a GPU alone.
+        usable = {"capturable": False} if "capturable" in self.optimiser_options else {}
         try:
-            self.make_optimiser([parameter]).step()
-        except RuntimeError as error:
+            self.make_optimiser([parameter], **usable).step()
+        except (RuntimeError, AssertionError, IndexError) as error:
             raise ValueError(error) from error
 
     @property

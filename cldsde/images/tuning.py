@@ -15,14 +15,20 @@ from torch import Tensor
 from cldsde.errors import require
 from cldsde.images.data import ArrayImages, DataSet, Images, to_levels
 from cldsde.images.data.samples import measured, measured_batches
-from cldsde.images.evaluate.classifier import CLASSIFIER, kept_classifier, random_features
+from cldsde.images.evaluate.classifier import kept_classifier, random_features
 from cldsde.images.evaluate.distances import FeatureSums, frechet_of
 from cldsde.images.evaluate.features import FeatureNetwork, check_features, load_features
 from cldsde.images.model import ImageModel
 from cldsde.progress import progress_bar
 from cldsde.score import ConditionalScore, ReverseProcess, Score
 from cldsde.solvers import SamplerSettings, sample
-from cldsde.solvers.fitting import Distance, Search, default_settings, fewest_tries
+from cldsde.solvers.fitting import (
+    Distance,
+    Search,
+    default_settings,
+    fewest_tries,
+    import_cma,
+)
 
 _SETS = 5  # of new images for the report
 _REFERENCE, _MANY = 2000, 50  # images of the network itself, and evaluations of each
@@ -64,8 +70,8 @@ class Tuning:
         Features of the Fréchet distance that the search minimises: ``"classifier"``, of the data's
         classes; ``"random"``, of a network with random weights; or ``module:attribute``. Without
         data, or without classes, ``"random"`` replaces ``"classifier"``.
-    folder
-        Folder that keeps the classifier.
+    classifier
+        File of the classifier, which is trained and kept there if it is missing.
     images
         Images of a try, and of each of five sets of the report.
     seed
@@ -76,7 +82,7 @@ class Tuning:
 
     model: ImageModel
     data: DataSet | None
-    folder: Path
+    classifier: Path
     features: str = "classifier"
     images: int = 500
     seed: int = 0
@@ -90,6 +96,7 @@ class Tuning:
         least = fewest_tries(len(levels))
         msg = f"must be at least {least} for {nfe} evaluations; got {tries}"
         require(tries >= least, "tries", msg)
+        import_cma()
         if self.features not in {"classifier", "random"}:
             two = torch.zeros(2, *self.shape[1:], device=self.device)
             check_features(load_features(self.features), self._pixels(two))
@@ -136,9 +143,8 @@ class Tuning:
         name, labels = self.features, reference.labels
         networks: dict[str, FeatureNetwork] = {}
         if name == "classifier" and self.data is not None and labels is not None:
-            file = self.folder / CLASSIFIER
             networks["the classifier's features"] = kept_classifier(
-                file, self.data, device=self.device
+                self.classifier, self.data, device=self.device
             )
         elif name not in {"classifier", "random"}:
             networks[name] = load_features(name)

@@ -125,7 +125,9 @@ class TimeChangedDynamics(Dynamics):
     The triangular factor of √h₀ [C_0, C_1, …] is found by an LQ factorisation. Then m doublings
     compose the step with itself,
 
-    .. math:: L ← \mathrm{tri}[ΨL,\ L], \qquad Ψ ← Ψ².
+    .. math:: L ← [ΨL,\ L], \qquad Ψ ← Ψ²,
+
+    and every second one is followed by an LQ factorisation of L. One component has a closed form.
 
     Parameters
     ----------
@@ -197,6 +199,7 @@ class TimeChangedDynamics(Dynamics):
     def transition(
         self, s: Tensor, t: Tensor, initial_root: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
+        # The closed form has no derivative with respect to a at a = 0.
         if self.components == 1 and not self.A.requires_grad:
             return self._single_transition(s, t, initial_root)
         scale = self._scale
@@ -213,7 +216,7 @@ class TimeChangedDynamics(Dynamics):
             root = self._short_root(taylor, h, Q_root)
         for i in range(_most(halvings)):
             # One triangularisation of many columns costs less than one after each doubling.
-            if i and i % 3 == 0:
+            if i and i % 2 == 0:
                 root = lower_factor(root)
             doubles = i < halvings
             root = torch.cat([torch.where(doubles, block_product(psi, root), 0.0), root], dim=1)
@@ -231,23 +234,33 @@ class TimeChangedDynamics(Dynamics):
     def _single_transition(
         self, s: Tensor, t: Tensor, initial_root: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Transition of one component: e^{ah}, and q √((e^{2ah} − 1)/2a) for the noise."""
-        h = self.schedule.integral(s, t)
+        """Ψ = e^{ah} of one component, and the noise root ‖Q_root‖ √((e^{2ah} − 1)/2a)."""
+        h = self._clock(s, t, float(self.A.abs()))
         x = self.A[0, 0] * h
-        # Of −2|x|, because the square of e^x may overflow.
+        # Evaluate expm1 at −2|x| and multiply by e^{max(x, 0)}, because e^{2x} may overflow.
         y = -2 * x.abs()
-        still = y == 0
-        growth = torch.where(still, 1.0, torch.expm1(y) / torch.where(still, 1.0, y))
+        zero = y == 0
+        growth = torch.where(zero, 1.0, torch.expm1(y) / torch.where(zero, 1.0, y))
         psi = x.exp()
-        root = self.Q_root.norm() * safe_sqrt(h * growth) * x.clamp_min(0).exp()
+        columns = [torch.tensordot(self.Q_root[0], safe_sqrt(h * growth) * x.clamp_min(0).exp(), 0)]
         if initial_root is not None:
-            root = torch.stack([root, psi * initial_root.norm()]).norm(dim=0)
+            columns.append(torch.tensordot(initial_root[0], psi, 0))
+        root = lower_factor(torch.cat(columns).unsqueeze(0))[0, 0]
         return psi[..., None, None], root[..., None, None]
+
+    def _clock(self, s: Tensor, t: Tensor, norm: float) -> Tensor:
+        """The integral of β from s to t; its product with ‖A‖ must be finite."""
+        h = self.schedule.integral(s, t)
+        if not math.isfinite(norm * float(h.detach().max()) if h.numel() else 0.0):
+            msg = "the integral of β times A overflows float64; rescale A or the schedule"
+            raise OverflowError(msg)
+        return h
 
     @override
     def transition_matrix(self, s: Tensor, t: Tensor) -> Tensor:
         if self.components == 1:
-            return (self.A * self.schedule.integral(s, t)[..., None, None]).exp()
+            h = self._clock(s, t, float(self.A.detach().abs()))
+            return (self.A * h[..., None, None]).exp()
         h, halvings, taylor = self._halved(s, t)
         psi = _polynomials(taylor, h)
         for i in range(_most(halvings)):
@@ -257,12 +270,8 @@ class TimeChangedDynamics(Dynamics):
     def _halved(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Clock steps h₀ and halvings m ``(n,)``, and terms Aʲ/j! in balanced units."""
         series = self._series() if self._constant_series is None else self._constant_series
-        h = self.schedule.integral(s, t).flatten()
         norm = float(series[..., 1].detach().abs().sum(0).max())
-        longest = norm * float(h.detach().max()) if len(h) else 0.0
-        if not math.isfinite(longest):
-            msg = "the integral of β times A overflows float64; rescale A or the schedule"
-            raise OverflowError(msg)
+        h = self._clock(s, t, norm).flatten()
         # Each interval has its own number of halvings, because halving costs digits.
         halvings = torch.ceil(torch.log2((norm * h.detach()).clamp_min(1.0)))
         return h * 0.5**halvings, halvings, series

@@ -1,6 +1,7 @@
 """The command ``cldsde tune``."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -94,4 +95,10 @@ def test_an_interrupted_search_keeps_its_best_settings(run, monkeypatch, capsys)
 def test_bad_arguments_are_rejected_before_any_work(digits_run, arguments, option, message, capsys):
     error = rejected(capsys, "tune", digits_run, *SHORT, *arguments)
     assert f"{option}: {message}" in error
+    assert not (digits_run / "classifier.safetensors").exists()
+
+
+def test_a_missing_library_is_named_before_any_work(digits_run, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "cma", None)
+    assert "pip install 'cldsde[tune]'" in rejected(capsys, "tune", digits_run, *SHORT)
     assert not (digits_run / "classifier.safetensors").exists()

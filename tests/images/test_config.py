@@ -204,7 +204,7 @@ def test_overrides_are_put_in_place_and_checked(tmp_path):
         (["training.ema_decays=0.999"], r"training\.ema_decays: must be a list; got 0\.999"),
         (
             ["data.name=folder", "data.options={path='x', size=8, cache=''}"],
-            r"data\.options\.cache: must be a folder; got ''",
+            r"data\.options\.cache: must not be empty",
         ),
         (["training.batch"], "key=value"),
         (["seed.x=1", "seed.x.y=3"], "not a section"),

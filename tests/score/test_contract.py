@@ -88,7 +88,7 @@ def function(name, sde, size):
     return {**functions(sde, size), **random_functions(sde, size)}[name]
 
 
-@pytest.mark.one_in(5)
+@pytest.mark.covering
 @pytest.mark.parametrize("name", NAMES)
 @every_process
 def test_data_have_any_axes(sde, name):
@@ -105,7 +105,7 @@ def test_data_have_any_axes(sde, name):
         assert torch.allclose(found.reshape(flat.shape), flat, rtol=0, atol=lost)
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.covering
 @pytest.mark.parametrize("name", functions(VP, 1))
 @every_process
 def test_samples_and_their_times_are_independent(sde, name):
@@ -130,7 +130,7 @@ def test_an_empty_batch_has_no_values(name):
     assert call(z[:0], 0.6).shape == (0, *call(z, 0.6).shape[1:])
 
 
-@pytest.mark.one_in(5)
+@pytest.mark.covering
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", NAMES)
 def test_results_have_the_dtype_of_the_states(name, dtype):
@@ -147,7 +147,7 @@ SAMPLERS = {
 }
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.covering
 @pytest.mark.parametrize("name", [*SAMPLERS, *random_functions(VP, 1)])
 def test_a_seed_decides_all_random_numbers(name):
     def result(seed):

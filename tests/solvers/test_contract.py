@@ -104,7 +104,7 @@ def same(method, found, expected):
     return (close if SOLVERS[method].facts.adaptive else torch.equal)(found, expected)
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.covering
 @every_case
 def test_evaluations_are_counted_and_lie_between_the_ends(method, name):
     one, solver = run(method, name), SOLVERS[method]
@@ -174,7 +174,7 @@ def test_a_score_may_write_to_its_argument(method):
     assert torch.equal(state, before)
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.covering
 @every_case
 def test_denoising_is_the_data_prediction(method, name):
     one = run(method, name)
@@ -218,7 +218,7 @@ def test_a_sample_is_the_same_in_any_batch(method, chosen):
     assert same(method, other.data, one.solution.data[chosen])
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.covering
 @every_case
 def test_a_seed_fixes_the_bits_and_noise_matters_if_declared(method, name):
     state, before = start(PROCESSES[name]), torch.random.get_rng_state()
@@ -467,7 +467,7 @@ def test_increasing_grids_and_times_off_the_grid_are_taken_as_declared(method):
             solvers.plan(process, SOLVERS[method], GRID).solve(state, t_eval=GRID[1:2] + 1e-15)
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.covering
 @pytest.mark.parametrize(
     ("value", "error", "message"),
     [

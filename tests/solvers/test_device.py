@@ -34,9 +34,9 @@ SOLVERS["imputation"] = solvers.Imputation(
 HOME = [(name, "VP" if name.startswith("edm") else "CLD") for name in OWN]
 # One solver of each class with a score of the package, and some on other processes.
 CLASSES = {type(OWN[name]): (name, process) for name, process in HOME}.values()
-CASES = [(*case, "function") for case in HOME] + [(*case, "mixture") for case in CLASSES]
 SOME = ["euler-maruyama", "reverse-diffusion", "multistep-2-sde", "gotta-go-fast", "sscs"]
-CASES += [(name, process, "function") for name in SOME for process in ("PSLD", "VP")]
+CASES = [(name, process, "function") for name in SOME for process in ("PSLD", "VP")]
+CASES += [(*case, "mixture") for case in CLASSES] + [(*case, "function") for case in HOME]
 
 every_process = pytest.mark.parametrize("process", PROCESSES)
 
@@ -117,7 +117,7 @@ def check_same(found, on_cpu, device):
         torch.testing.assert_close(one.cpu(), other, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.one_in(5)
+@pytest.mark.covering
 @pytest.mark.parametrize(("name", "process", "score"), CASES)
 def test_solvers_give_the_bits_of_the_cpu_and_steps_wait_for_nothing(name, process, score, device):
     on_cpu = expected(process, name, score)
@@ -266,7 +266,7 @@ COMPOSED = {
 }
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", COMPOSED)
 def test_composed_scores_copy_nothing_from_the_host_at_an_evaluation(name, device):
     """Conditions and observations of the CPU move once; a longer solve copies no more."""

@@ -56,7 +56,7 @@ SCORES = {
 every_score = pytest.mark.parametrize("score", SCORES)
 
 
-@pytest.mark.one_in(6)
+@pytest.mark.covering
 @every_score
 @pytest.mark.parametrize("name", SOLVERS)
 def test_nfev_is_the_number_of_network_evaluations(name, score):

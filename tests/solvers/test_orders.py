@@ -100,7 +100,7 @@ LATE_ROWS = {
 }
 
 
-@pytest.mark.one_in(5)
+@pytest.mark.covering
 @pytest.mark.parametrize(
     ("method", "name"), [(method, name) for method in TABLE for name in TABLE[method][1]]
 )
@@ -136,7 +136,7 @@ SPECIAL = [
 ]
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(("solver", "claim", "name", "least", "above", "options"), SPECIAL, ids=str)
 def test_special_orders(solver, claim, name, least, above, options):
     assert declared(solver) == claim
@@ -147,7 +147,7 @@ NAMED = solvers.named_solvers()
 FLOWS = [name for name, x in NAMED.items() if x.facts.adaptive and x.facts.ode_order]
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("method", FLOWS)
 def test_fixed_steps_of_adaptive_solvers_have_the_declared_order(method):
     z, ends, errors = start(PROCESSES["VE"][0], (4, 1)), tensor([1.0, 0.05]), []

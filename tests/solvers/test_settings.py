@@ -52,7 +52,7 @@ def test_settings_survive_a_file_and_a_pickle(tmp_path):
         ({"log_snr": (1.0,), "stochasticity": ()}, "log_snr must be two or more increasing finite"),
         ({"log_snr": (*LEVELS[:4], 0.5)}, "log_snr must be two or more increasing finite"),
         ({"log_snr": (*LEVELS[:4], float("nan"))}, "increasing finite"),
-        ({"stochasticity": LAMBDAS[:3]}, "one finite λ ≥ 0 for each of 4 κ"),
+        ({"stochasticity": LAMBDAS[:3]}, "one λ for each of 4 steps; got 3"),
         ({"stochasticity": (-0.1, 1, 1, 1)}, "one finite λ ≥ 0 for each of 4 κ"),
         ({"order": 4}, "order must be 1, 2 or 3"),
     ],

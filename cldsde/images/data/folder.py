@@ -198,10 +198,10 @@ class FolderImages(Images):
     def _fill(self, place: Path, *, progress: bool) -> None:
         """Write the file of decoded pictures, from where an earlier call was interrupted."""
         part = place.with_suffix(".part")
-        if self._checked:
-            self._keep_damaged(place)
-        _make_room(place, self._bytes, self._limit)
         try:
+            _make_room(place, self._bytes, self._limit)
+            if self._checked:
+                self._keep_damaged(place)
             self._append(part, progress=progress)
             self._keep_damaged(place)
             part.replace(place)
