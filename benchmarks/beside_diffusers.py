@@ -27,10 +27,12 @@ from cldsde.images.data import to_levels
 from cldsde.images.data.samples import measured, measured_batches
 from cldsde.images.evaluate.classifier import CLASSIFIER, kept_classifier
 from cldsde.images.evaluate.distances import FeatureSums, frechet_of
-from cldsde.images.model import load_model
+from cldsde.images.figures import save_grid
+from cldsde.images.model import TrainedModel, load_model
 from cldsde.progress import progress_bar
-from cldsde.score import Denoiser
+from cldsde.score import Denoiser, ReverseProcess
 from cldsde.solvers import SamplerSettings
+from cldsde.solvers.recommended import recommended_plan
 
 _BATCH = 250
 _TRAILING, _KARRAS = {"timestep_spacing": "trailing"}, {"use_karras_sigmas": True}
@@ -111,6 +113,21 @@ def samplers(settings: dict[int, SamplerSettings]) -> Iterator[tuple[str, str, D
         yield "cldsde.sample, fitted", "VP", partial(by_sample, "VP", settings)
 
 
+def recipe(nfe: int) -> list[Any]:
+    """Solver and noise levels of `cldsde.sample`, by which a page knows whether they changed."""
+    process = ReverseProcess(VPSDE(), DenoiserScore(lambda u, _: u, VPSDE()))
+    made = recommended_plan(process, nfe=nfe)[1]
+    return [repr(made.solver), [round(x, 4) for x in VPSDE().log_snr(made.times).tolist()]]
+
+
+def draw_rows(file: Path, model: TrainedModel, names: list[str], nfe: int) -> None:
+    """Twelve images of each sampler in a row, with its first choice of levels."""
+    draws = {name: draw for name, _, draw in reversed(list(samplers({})))}
+    shape, space = (12, *model.space.shape), model.space
+    x = torch.cat([draws[name](model.score.denoiser, shape, nfe, 0) for name in names])
+    save_grid(file, to_levels(x, space.levels, dequantised=space.dequantised), columns=12)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path)
@@ -118,8 +135,14 @@ def main() -> None:
     parser.add_argument("--nfe", type=int, nargs="+", default=[4, 5, 7, 10, 15, 20, 50])
     parser.add_argument("--images", type=int, default=500, help="images per set")
     parser.add_argument("--sets", type=int, default=5)
+    parser.add_argument("--samplers", nargs="+", help="names, such as SA-Solver; all by default")
+    parser.add_argument("--picture", type=Path, help="draw images of 5 evaluations instead")
     arguments = parser.parse_args()
     model = load_model(arguments.run)
+    if arguments.picture is not None:
+        names = arguments.samplers or [*dict.fromkeys(name for name, *_ in samplers({}))]
+        draw_rows(arguments.picture, model, names, 5)
+        return
     data, space = model.config.data.load(), model.space
     features = kept_classifier(arguments.run / CLASSIFIER, data, progress=True)
     rows = progress_bar(measured_batches(data.train), shown=True, desc="features")
@@ -138,12 +161,20 @@ def main() -> None:
         "shape": space.shape,
         "images": arguments.images,
         "trained_on": model.images_seen,
+        "recipes": {nfe: recipe(nfe) for nfe in arguments.nfe},
         "versions": {x.__name__: x.__version__ for x in (cldsde, diffusers, torch)},
     }
+
+    def save() -> None:
+        text = json.dumps(results, indent=1) + "\n"
+        write_whole(arguments.results, lambda file: file.write_text(text))
+
+    save()
     calls: list[int] = []
     model.score.network.register_forward_pre_hook(lambda _, inputs: calls.append(len(inputs[0])))
     shape = (arguments.images, *space.shape)
-    everything = list(samplers(settings))
+    wanted = arguments.samplers
+    everything = [x for x in samplers(settings) if wanted is None or x[0] in wanted]
     for nfe in arguments.nfe:
         for name, options, draw in everything:
             if "fitted" in name and nfe not in settings:
@@ -158,8 +189,7 @@ def main() -> None:
                 distance = frechet_of(FeatureSums(features, shape).of(parts), known)
                 found["evaluations"] = sum(calls) / len(x)
                 found["distances"].append(round(distance, 4))
-                text = json.dumps(results, indent=1)
-                write_whole(arguments.results, lambda file, text=text: file.write_text(text))
+                save()
             mean = sum(found["distances"]) / len(found["distances"])
             print(f"{nfe:3d} {name:24s} {options:50s} {mean:.3f}", flush=True)
 

@@ -3,11 +3,13 @@
 import ast
 import doctest
 import inspect
+import json
 import re
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 
@@ -111,6 +113,19 @@ def test_every_folder_of_the_package_is_installed():
 def test_ci_calls_the_readme_test_command():
     command = next(block for block in readme_blocks("bash") if block.rstrip().endswith("tox -p"))
     assert command.strip().splitlines()[-1] in (ROOT / ".ci" / "run").read_text().splitlines()
+
+
+def test_the_readme_compares_as_the_measurements_do():
+    measured = json.loads((ROOT / "docs/data/beside-diffusers-fashion.json").read_text())
+    distances = {
+        name: min(fmean(row["5"]["distances"]) for row in rows.values())
+        for name, rows in measured["samplers"].items()
+    }
+    theirs = min(x for name, x in distances.items() if not name.startswith("cldsde"))
+    text = " ".join((ROOT / "README.md").read_text().split())
+    own = distances["cldsde.sample, VP"]
+    assert f"Fréchet distance of {own:.1f} with 5 evaluations" in text
+    assert f"best scheduler of diffusers has {theirs:.1f}" in text
 
 
 @pytest.mark.parametrize("code", readme_blocks("python"))
