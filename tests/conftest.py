@@ -18,7 +18,7 @@ import simulated_device  # noqa: F401 -- which registers the device before the f
 # "ci" takes the same examples on every machine and in every run. "deep" looks further, at random:
 # `tox -e slow` sets HYPOTHESIS_PROFILE=deep, and runs all properties besides the slow tests.
 PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "ci")
-settings.register_profile("ci", derandomize=True, database=None, deadline=None, max_examples=20)
+settings.register_profile("ci", derandomize=True, database=None, deadline=None, max_examples=12)
 settings.register_profile("deep", derandomize=False, deadline=None, max_examples=300)
 settings.load_profile(PROFILE)
 

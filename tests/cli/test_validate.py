@@ -116,6 +116,7 @@ def test_results_are_written_if_nobody_reads_the_table(here):
     assert (report["complete"], report["summary"]) == (True, {"sscs": "PASS"})
 
 
+@pytest.mark.slow
 def test_an_interruption_keeps_finished_checks(capsys, here):
     (here / "report.json").write_text("of another time")
     words = "--quick --problem VP --problem CLD --solver own_solvers:Interrupted"
@@ -148,6 +149,7 @@ def test_results_that_cannot_be_written_are_printed_and_other_files_are_kept(cap
     assert "weak order" in (here / "page" / "index.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_posterior_samplers_are_measured_instead_of_solvers(here, capsys):
     words = ["validate", "--posterior", "--quick", "--problem", "two modes", "--sampler"]
     assert main([*words, "own_solvers:biased", "--json", "found.json"]) == 1

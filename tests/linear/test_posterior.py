@@ -222,6 +222,7 @@ def residual(found: Any, earlier: torch.Tensor, later: torch.Tensor) -> torch.Te
     return (error.abs() / (scale.unsqueeze(-1) * scale.unsqueeze(-2))).amax()
 
 
+@pytest.mark.slow
 @given(stable_processes(), intervals(), st.sampled_from([0.0, 0.5, 1.0, 1.5]))
 def test_every_member_keeps_the_marginal_distribution(process, where, stochasticity):
     # Coordinates of a random process are not graded like its noise: the root loses the condition

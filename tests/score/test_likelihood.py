@@ -242,6 +242,7 @@ class TestReplaced:
         value = sum(log_normal((x - m[0])[:, None], C[:1, :1]) for x, m, C in directions(name))
         assert_mean(found, value)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("weighted", [False, True])
     def test_the_standard_error_of_two_samples_is_half_of_their_difference(self, weighted):
         options = {"start": "replace", "rtol": 1e-2, "atol": 1e-2}

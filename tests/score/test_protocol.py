@@ -305,6 +305,7 @@ def test_a_compiled_score_keeps_its_abilities(name):
     torch.testing.assert_close(part(z[2:5], 0.2), score(z, 0.2)[2:5], **EXACT)
 
 
+@pytest.mark.slow
 def test_a_compiled_denoiser_keeps_its_abilities():
     for score in (Able(CLD()), GuidedScore(Able(CLD()), Able(CLD()), 2.0)):
         denoiser = ScoreDenoiser(score, seed=1)

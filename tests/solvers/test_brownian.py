@@ -155,6 +155,7 @@ def test_bits_do_not_depend_on_the_order_of_reading(name, dtype):
     assert all(torch.equal(found[ends], read) for ends, read in alone.items())
 
 
+@pytest.mark.slow
 def test_a_seed_fixes_the_bits_and_a_generator_gives_one_path_after_another():
     before = torch.random.get_rng_state(), str(np.random.get_state())  # noqa: NPY002
     one, same, other = (make(seed=seed) for seed in (4, 4, 5))

@@ -36,7 +36,8 @@ HOME = [(name, "VP" if name.startswith("edm") else "CLD") for name in OWN]
 CLASSES = {type(OWN[name]): (name, process) for name, process in HOME}.values()
 SOME = ["euler-maruyama", "reverse-diffusion", "multistep-2-sde", "gotta-go-fast", "sscs"]
 CASES = [(name, process, "function") for name in SOME for process in ("PSLD", "VP")]
-CASES += [(*case, "mixture") for case in CLASSES] + [(*case, "function") for case in HOME]
+CASES += [(*case, "mixture") for case in CLASSES]
+CASES += [pytest.param(*case, "function", marks=pytest.mark.slow) for case in HOME]
 
 every_process = pytest.mark.parametrize("process", PROCESSES)
 
@@ -117,7 +118,6 @@ def check_same(found, on_cpu, device):
         torch.testing.assert_close(one.cpu(), other, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.covering
 @pytest.mark.parametrize(("name", "process", "score"), CASES)
 def test_solvers_give_the_bits_of_the_cpu_and_steps_wait_for_nothing(name, process, score, device):
     on_cpu = expected(process, name, score)

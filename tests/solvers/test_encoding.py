@@ -52,6 +52,7 @@ def test_the_round_trip_converges_at_the_order_of_the_solver(name, solver):
     assert math.log2(errors[0] / errors[1]) > solver.facts.ode_order - SLOPE, errors
 
 
+@pytest.mark.slow
 @pytest.mark.one_in(4)
 @pytest.mark.parametrize("name", PROCESSES)
 @pytest.mark.parametrize("pace", ["batch", "sample"])

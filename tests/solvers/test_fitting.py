@@ -104,6 +104,7 @@ def test_a_distance_that_is_never_finite_is_rejected():
         fitted(nfe=2, tries=40, by=lambda _: math.nan)
 
 
+@pytest.mark.slow
 def test_the_search_stays_within_the_levels_of_the_process():
     # Smaller noise is better without end, and some distances are not defined.
     sde, tried = VESDE(0.3, 30.0), []
@@ -140,6 +141,7 @@ def test_settings_no_better_with_new_numbers_are_not_taken():
     assert found == first
 
 
+@pytest.mark.slow
 def test_another_distance_improves_too():
     data = GaussianMixture([0.3, 0.7], [[-2.0, 0.0], [2.0, 1.0]], [torch.eye(2) / 9] * 2)
     sde, shape, nfe = VPSDE(), (300, 2), 3

@@ -116,7 +116,7 @@ class Reference:
         return z
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(7)
 @pytest.mark.parametrize(
     ("name", "mode"), [*((x, "bridge") for x in cases.COMMON), ("CLD", "fresh"), ("VE", "fresh")]
 )

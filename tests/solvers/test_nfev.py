@@ -111,6 +111,7 @@ def test_posterior_samples_count_the_network(score):
     assert network.samples == 8 * found.nfev
 
 
+@pytest.mark.slow
 def test_the_longest_grid_is_found_with_guidance_in_an_interval():
     """Of all lengths, whatever the number of guided steps on each grid."""
     sde = CLD()

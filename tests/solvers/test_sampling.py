@@ -160,6 +160,7 @@ def test_a_grid_may_end_at_the_data():
     check_moments(cldsde.sample(sde, DATA.score(sde), (2000, 2), times=times, solver=em))
 
 
+@pytest.mark.slow
 def test_a_denoiser_that_completes_states_is_a_function():
     """The same samples twice, and guidance by twice the same condition changes nothing."""
     sde, vp = CLD(), VPSDE()

@@ -43,7 +43,7 @@ CASES = [
 ]
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize(("name", "solver"), CASES)
 def test_a_solver_samples_from_the_end_or_names_the_latest_start(name, solver):
     sampler, times = named_solvers()[solver], solvers.root_times(1.0, 0.05, 20)

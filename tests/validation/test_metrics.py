@@ -138,6 +138,7 @@ def test_modes_of_two_dimensions_or_without_points():
 # Tables of work and precision ------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_table_has_each_solver_at_each_budget_with_its_exact_error():
     broken = altered(EulerMaruyama, step=lambda z, *_: z * math.nan)()
     solvers = {"EM": EulerMaruyama(), "Heun": StochasticHeun(), "broken": broken}

@@ -214,6 +214,7 @@ def further(z, i, score, tables):
     return z + 0.2 * (i == len(tables.stages[0].state) - 1)
 
 
+@pytest.mark.slow
 @pytest.mark.one_in(2)
 def test_samples_of_another_distribution_fail_whatever_the_order_is(monkeypatch):
     monkeypatch.setattr(orders, "_EXACT_SAMPLES", 30_000)

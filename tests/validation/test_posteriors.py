@@ -81,6 +81,7 @@ def test_exact_guidance_of_many_samples_is_the_posterior(sde, noise, name):
     assert found.verdict is Verdict.PASS
 
 
+@pytest.mark.slow
 @pytest.mark.one_in(2)
 def test_moment_matching_is_exact_for_one_gaussian_only():
     problems = posterior_problems(0.1)

@@ -222,6 +222,7 @@ def test_solvers_that_are_not_confirmed_are_a_complaint(
     assert any(complaint in text and solvers[0] in text for text in complaints)
 
 
+@pytest.mark.slow
 def test_the_seed_decides_on_samples(monkeypatch):
     monkeypatch.setitem(suite._FINEST_QUICK, "strong order", 32)
     first, again, other = (

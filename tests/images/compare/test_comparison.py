@@ -252,6 +252,7 @@ def test_repeats_before_a_failure_are_kept(folder, monkeypatch):
     assert "not finite" in (folder / "table.md").read_text()
 
 
+@pytest.mark.slow
 def test_numbers_keep_the_conditions_that_they_were_made_under(finished, folder, monkeypatch):
     threads = torch.get_num_threads()
     before = read_comparison(finished / RESULTS)["made"]

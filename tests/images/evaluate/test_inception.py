@@ -142,6 +142,7 @@ def test_other_files_than_weights_are_rejected_by_name(content, message, tmp_pat
         inception_metrics(images, images, file, metrics=["fid"])
 
 
+@pytest.mark.slow
 def test_truncated_weights_and_weights_of_another_shape_are_rejected(inception, tmp_path):
     file, images = tmp_path / "mine.pth", noise(10, 0, (1, 8, 8))
     file.write_bytes(inception.read_bytes()[:1_000_000])

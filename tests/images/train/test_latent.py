@@ -177,6 +177,7 @@ def test_the_divergence_is_annealed_in_the_first_stage():
     assert torch.allclose(found, expected, rtol=0, atol=SINGLE * float(losses[1].max()))
 
 
+@pytest.mark.slow
 def test_a_latent_model_that_was_interrupted_in_either_stage_ends_with_the_same_bits(
     whole, tmp_path
 ):

@@ -58,6 +58,7 @@ def run(finished, tmp_path):
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_prolonged_to_the_bits_of_one_that_was_long(run, tmp_path):
     """Also a run from before some settings existed."""
     values = json.loads((run / "config.json").read_text())
