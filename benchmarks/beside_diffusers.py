@@ -1,7 +1,7 @@
 """Fréchet distances of `cldsde.sample` beside the schedulers of diffusers, with the same network.
 
 ``python benchmarks/beside_diffusers.py RUN RESULTS.json`` samples the network of a run of ``cldsde
-train`` that was trained with VP. The features are those of a classifier of the run's data.
+train`` that was trained with VP. A classifier of the run's data gives the features.
 Settings that ``cldsde tune RUN`` has kept in ``RUN/sampler-N.json`` are measured, too. The script
 can be interrupted and keeps finished sets.
 """
