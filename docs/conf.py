@@ -10,9 +10,11 @@ import os
 import re
 import shutil
 import sys
+import tomllib
 import typing
 from pathlib import Path
 
+import nbformat
 from docutils import nodes
 from jupyter_cache import get_cache
 from numpydoc.docscrape import NumpyDocString
@@ -130,14 +132,24 @@ autodoc_preserve_defaults = True  # `root_times`, not <function root_times at 0x
 python_maximum_signature_line_length = 88
 numpydoc_show_class_members = False
 
-# Names link to their source. CLDSDE_DOCS_SOURCE is the address of the published source, such as
-# https://example.org/cldsde/blob/v0.2.0; without it the site has pages of the source of its own.
-_source = os.environ.get("CLDSDE_DOCS_SOURCE", "").rstrip("/")
-extensions.append("sphinx.ext.linkcode" if _source else "sphinx.ext.viewcode")
-if _source:
+# The repository's address, once pyproject.toml has it, is filled in wherever pages need it. Without
+# it the site has pages of the source of its own.
+_project = tomllib.loads((HERE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+_repository = _project.get("urls", {}).get("Repository", "").rstrip("/")
+_source = f"{_repository}/blob/v{release}"
+extensions.append("sphinx.ext.linkcode" if _repository else "sphinx.ext.viewcode")
+if _repository:
     html_theme_options = {
-        "footer_icons": [{"name": "Repository", "url": _source.partition("/blob/")[0], "html": "⌂"}]
+        "footer_icons": [{"name": "Repository", "url": _repository, "html": "⌂"}],
     }
+
+
+def _with_address(app, docname, source):
+    """Fill in the repository's address, or leave out the lines that need it."""
+    lines = source[0].split("\n")
+    if not _repository:
+        lines = [line for line in lines if "@REPOSITORY@" not in line]
+    source[0] = "\n".join(lines).replace("@REPOSITORY@", _repository)
 
 
 def linkcode_resolve(domain, info):
@@ -330,11 +342,18 @@ def _offer_notebook(app, pagename, templatename, context, doctree):
     )
     copy.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(notebook, copy)
-    address = "../" * pagename.count("/") + copy.relative_to(app.outdir).as_posix()
-    context["body"] += (
-        f'<p class="notebook-download"><a download href="{address}">'
-        "Download this page as a Jupyter notebook</a></p>"
-    )
+    path = copy.relative_to(app.outdir).as_posix()
+    here = "../" * pagename.count("/") + path
+    links = f'<a download href="{here}">Download this page as a Jupyter notebook</a>'
+    if _repository.startswith("https://github.com/"):
+        # Colab installs nothing by itself, and opens notebooks of the branch that has this site.
+        cells = nbformat.read(copy, as_version=4)
+        install = f"%pip install 'cldsde[images] @ git+{_repository}'"
+        cells.cells.insert(0, nbformat.v4.new_code_cell(install))
+        nbformat.write(cells, copy)
+        colab = _repository.replace("github.com", "colab.research.google.com/github", 1)
+        links += f' or <a href="{colab}/blob/gh-pages/{path}">open it in Colab</a>'
+    context["body"] += f'<p class="notebook-download">{links}</p>'
 
 
 def _pictured(app, error):
@@ -403,7 +422,8 @@ def setup(app):
     app.connect("autodoc-before-process-signature", _plain_types)
     app.connect("object-description-transform", _readable)
     app.connect("html-page-context", _offer_notebook)
-    if not _source:
+    app.connect("source-read", _with_address)
+    if not _repository:
         app.connect("html-collect-pages", _sourceless, priority=100)
     app.connect("missing-reference", _public_reference)
     app.connect("env-check-consistency", _undocumented)
