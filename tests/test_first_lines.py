@@ -1,5 +1,6 @@
-"""The programs on the first page of the documentation, and in the README."""
+"""Programs of the documentation that its build does not run, and of the README."""
 
+import pickle
 import re
 import runpy
 import sys
@@ -7,12 +8,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from PIL import Image
 
 from cldsde.pretrained import sample_k_diffusion
 from tiny_pipelines import make
 
-FOLDER = Path(__file__).parents[1] / "docs" / "first-lines"
+DOCS = Path(__file__).parents[1] / "docs"
+FOLDER = DOCS / "first-lines"
 
 
 @pytest.mark.parametrize("name", ["k_diffusion", "python"])
@@ -28,6 +31,53 @@ def test_the_program_of_a_pipeline_writes_its_image(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     runpy.run_path(str(FOLDER / "pipeline.py"))
     assert Image.open("lighthouse.png").getbbox() is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "folder"),
+    [
+        ("text_to_image", "SD", "stable-diffusion"),
+        ("flow_transformer", "SD3", "stable-diffusion-3"),
+    ],
+)
+def test_a_program_without_the_pipeline_s_loop_decodes_images(
+    name, kind, folder, tmp_path, monkeypatch
+):
+    make(kind).save_pretrained(tmp_path / folder)
+    monkeypatch.chdir(tmp_path)
+    images = runpy.run_path(str(FOLDER / f"{name}.py"))["images"]
+    assert images.shape[1] == 3
+    assert images.isfinite().all()
+
+
+class EDM(torch.nn.Module):
+    """A network with the names of EDM's: exact for classes at ±1/2 with a deviation of 0.1."""
+
+    def __init__(self, label_dim):
+        super().__init__()
+        self.label_dim, self.img_channels, self.img_resolution = label_dim, 3, 4
+
+    def forward(self, x, sigma, class_labels=None):
+        sigma = sigma.reshape(-1, 1, 1, 1)
+        mean = (
+            0.0
+            if class_labels is None
+            else (class_labels @ torch.tensor([-0.5, 0.5])).reshape(-1, 1, 1, 1)
+        )
+        return (0.01 * x + sigma**2 * mean) / (0.01 + sigma**2)
+
+
+@pytest.mark.parametrize("classes", [0, 2])
+def test_the_program_for_pickles_of_edm_gives_its_classes(classes, tmp_path, monkeypatch):
+    (tmp_path / "network.pkl").write_bytes(pickle.dumps({"ema": EDM(classes)}))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    found = runpy.run_path(str(DOCS / "how-to" / "bring-your-model" / "edm_pickle.py"))
+    means = found["samples"].mean((1, 2, 3))
+    expected = torch.tensor([-0.5, 0.5] * 8) if classes else torch.zeros(16)
+    # Sampling's standard error of a mean of 48 numbers, five times.
+    assert (means - expected).abs().max() < 5 * 0.1 / 48**0.5
+    assert found["images"].dtype == torch.uint8
 
 
 def test_the_node_of_comfyui_makes_a_sampler(monkeypatch):
