@@ -21,6 +21,7 @@ from numpydoc.docscrape import NumpyDocString
 from sphinx.errors import ExtensionError
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective
+from sphinx.util.parallel import make_chunks
 
 HERE = Path(__file__).parent
 
@@ -413,11 +414,34 @@ def _cached(app):
         get_cache(app.config.nb_execution_cache_path).list_cache_records()
 
 
+def _spread(app, env, docnames):
+    """Give each process pages whose cells take about equally long.
+
+    Sphinx hands out the pages in pieces of their order, which has most pages with cells together.
+    """
+    pieces = [[] for _ in make_chunks(docnames, app.parallel)]
+    size = len(make_chunks(docnames, app.parallel)[0]) if pieces else 0
+    code = {name: _lines_of_code(Path(env.doc2path(name))) for name in docnames}
+    for i, name in enumerate(sorted(docnames, key=lambda name: -code[name])):
+        pieces[i % len(pieces)].append(name)
+    # The last piece may be smaller than the others, which take its last pages.
+    ordered = [name for piece in pieces for name in piece[:size]]
+    docnames[:] = ordered + [name for piece in pieces for name in piece[size:]]
+
+
+def _lines_of_code(page):
+    cells = re.findall(
+        r"^```\{code-cell\}.*?^```", page.read_text("utf-8"), re.DOTALL | re.MULTILINE
+    )
+    return sum(cell.count("\n") for cell in cells)
+
+
 def setup(app):
     """Register what this file adds to Sphinx."""
     # Pages of names that are no longer public would stay otherwise.
     shutil.rmtree(HERE / "reference" / "api", ignore_errors=True)
     app.connect("builder-inited", _cached)
+    app.connect("env-before-read-docs", _spread)
     app.connect("autodoc-skip-member", _skip)
     app.connect("autodoc-before-process-signature", _plain_types)
     app.connect("object-description-transform", _readable)
