@@ -113,11 +113,11 @@ def samplers(settings: dict[int, SamplerSettings]) -> Iterator[tuple[str, str, D
         yield "cldsde.sample, fitted", "VP", partial(by_sample, "VP", settings)
 
 
-def recipe(nfe: int) -> list[Any]:
+def recipe(dynamics: str, nfe: int) -> list[Any]:
     """Solver and noise levels of `cldsde.sample`, by which a page knows whether they changed."""
-    process = ReverseProcess(VPSDE(), DenoiserScore(lambda u, _: u, VPSDE()))
-    made = recommended_plan(process, nfe=nfe)[1]
-    return [repr(made.solver), [round(x, 4) for x in VPSDE().log_snr(made.times).tolist()]]
+    sde = DYNAMICS[dynamics]()
+    made = recommended_plan(ReverseProcess(sde, DenoiserScore(lambda u, _: u, sde)), nfe=nfe)[1]
+    return [repr(made.solver), [round(x, 4) for x in sde.log_snr(made.times).tolist()]]
 
 
 def draw_rows(file: Path, model: TrainedModel, names: list[str], nfe: int) -> None:
@@ -161,7 +161,7 @@ def main() -> None:
         "shape": space.shape,
         "images": arguments.images,
         "trained_on": model.images_seen,
-        "recipes": {nfe: recipe(nfe) for nfe in arguments.nfe},
+        "recipes": {name: {nfe: recipe(name, nfe) for nfe in arguments.nfe} for name in DYNAMICS},
         "versions": {x.__name__: x.__version__ for x in (cldsde, diffusers, torch)},
     }
 
