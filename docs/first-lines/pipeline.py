@@ -7,4 +7,5 @@ pipe = StableDiffusionPipeline.from_pretrained("stable-diffusion")  # your folde
 pipe.scheduler = PipelineScheduler(pipe.scheduler, "CLD")
 
 generator = torch.Generator().manual_seed(0)
-pipe("a lighthouse", num_inference_steps=10, generator=generator).images[0].save("lighthouse.png")
+image = pipe("a lighthouse", num_inference_steps=10, generator=generator).images[0]
+image.save("lighthouse.png")
