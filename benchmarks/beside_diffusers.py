@@ -24,10 +24,9 @@ import cldsde
 from cldsde import CLD, PSLD, VPSDE, DenoiserScore, LinearSDE, sample
 from cldsde.files import write_whole
 from cldsde.images.data import to_levels
-from cldsde.images.data.samples import measured, measured_batches
+from cldsde.images.data.samples import measured, measured_batches, save_grid
 from cldsde.images.evaluate.classifier import CLASSIFIER, kept_classifier
 from cldsde.images.evaluate.distances import FeatureSums, frechet_of
-from cldsde.images.figures import save_grid
 from cldsde.images.model import TrainedModel, load_model
 from cldsde.progress import progress_bar
 from cldsde.score import Denoiser, ReverseProcess

@@ -10,39 +10,21 @@ import re
 import sys
 from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from importlib.metadata import version
 from io import TextIOWrapper
 from typing import NoReturn
 
 import torch
 
-from cldsde.cli import (
-    compare,
-    demo,
-    evaluate,
-    export,
-    import_published,
-    sample,
-    train,
-    tune,
-    validate,
-)
 from cldsde.errors import SettingError
 from cldsde.messages import brief, one_line
 
 __all__ = ["main"]
 
-_COMMANDS = {
-    "demo": demo,
-    "train": train,
-    "sample": sample,
-    "evaluate": evaluate,
-    "compare": compare,
-    "tune": tune,
-    "validate": validate,
-    "import": import_published,
-    "export": export,
-}
+_NAMES = ["demo", "train", "sample", "evaluate", "compare", "tune", "validate", "import", "export"]
+_FILES = {**{name: name for name in _NAMES}, "import": "import_published"}
+_COMMANDS = {name: import_module(f"cldsde.cli.{file}") for name, file in _FILES.items()}
 _INTERRUPTED = {
     "tune": "interrupted; the best settings so far are kept",
     "validate": "interrupted; results so far are in the file of --json and the page of --out",
@@ -53,8 +35,7 @@ _INTERRUPTED = {
 class _Parser(ArgumentParser):
     """A parser whose errors are one line."""
 
-    names: Mapping[str, str]
-    """Options as they are written on the command line, by their attributes."""
+    names: Mapping[str, str]  # options as they are written, by their attributes
 
     def error(self, message: str) -> NoReturn:
         """Print the message alone and exit with code 2."""

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cldsde.cli.options import DEVICE, SEED, flag, option, resolve_device, several
-from cldsde.errors import SettingError
+from cldsde.errors import require
 
 _CONFIG = (
     "file in TOML, YAML or JSON, or a comparison of the package: fashion_mnist (the default), "
@@ -38,8 +38,8 @@ def prepare(options: Namespace) -> Callable[[], None]:
     from cldsde.images.compare.report import RESULTS
     from cldsde.images.schema import check_name
 
-    if options.quick and options.config is not None:
-        raise SettingError("quick", f"is a comparison of its own; got {options.config}, too")
+    single = not options.quick or options.config is None
+    require(single, "quick", f"is a comparison of its own; got {options.config}, too")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         msg = "a comparison is one process; train its models by cldsde train --out DIR/models/NAME"
         raise ValueError(msg)

@@ -2,7 +2,7 @@
 
 A run is sampled with each recipe, solvers times budgets, and compared with its own data set;
 samples are compared with the data set of ``--reference``. Distances are biased by the number of
-images: compare equal numbers only.
+images: compare equal numbers only. Several processes, started by ``torchrun``, share the sampling.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ import dataclasses
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 from cldsde.cli.models import DATA, FEATURES, MODEL, RECIPE, SOLVERS, data_of, model_of, recipes_of
 from cldsde.cli.options import DEVICE, INTEGERS, LIST, option, resolve_device
-from cldsde.errors import SettingError
+from cldsde.errors import require
 from cldsde.messages import counted
 
 _TARGET = "a run, or a file of its weights; FILE.npz, or a folder of pictures"
@@ -46,34 +48,28 @@ OPTIONS = (
 
 def prepare(options: Namespace) -> Callable[[], None]:
     """Check the options, load model and data; return the remaining work."""
+    from accelerate import PartialState
+
     from cldsde.files import check_writable
     from cldsde.images.data.samples import load_samples
-    from cldsde.images.evaluate.evaluation import Evaluation
-    from cldsde.images.evaluate.results import (
-        bits_text,
-        features_text,
-        markdown_table,
-        notes,
-        read_results,
-    )
+    from cldsde.images.evaluate.evaluation import Evaluation, Measurements
+    from cldsde.images.evaluate.results import read_results
     from cldsde.images.sample.sampler import make_plan
 
     source, out = _places(options)
     device, target = resolve_device(options.device), options.target
+    state = PartialState(cpu=device == "cpu", timeout=timedelta(hours=12))
+    device = str(state.device) if device == "cuda" else device
     of_model = options.model is not None or options.reference is None
     model = model_of(options, target, device) if of_model else None
     beside = out.with_name(f"{out.stem}-reference")
-    names = ("metrics", "part", "samples", "repeats", "batch", "features", "weights")
-    evaluation = Evaluation(
-        data=data_of(options.data, source),
-        first_seed=options.seed,
-        likelihood_images=options.likelihood_images,
-        # A classifier is kept in the run whose data it was trained on, or beside the results.
-        folder=source if source.is_dir() else beside,
-        device=device,
-        progress=True,
-        **{name: getattr(options, name) for name in names},
-    )
+    names = [*Measurements.__dataclass_fields__, "part"]
+    how = {name: getattr(options, name) for name in names}
+    # A classifier is kept in the run whose data it was trained on, or beside the results.
+    how |= {"folder": source if source.is_dir() else beside, "first_seed": options.seed}
+    data = data_of(options.data, source)
+    how["progress"] = state.is_main_process
+    evaluation = Evaluation(data=data, device=device, **how)
     if model is None:
         images = load_samples(target, evaluation.data.train)
         evaluation.check(shape=images.shape[1:], images=len(images))
@@ -93,23 +89,14 @@ def prepare(options: Namespace) -> Callable[[], None]:
             check_writable(beside)
 
     def work() -> None:
-        evaluation.data.train.keep_decoded(progress=True)
+        evaluation.data.train.keep_decoded(progress=state.is_main_process)
         if model is None:
             found = evaluation.of_samples(images, _named(target).name, out)
         else:
             found = evaluation.of_run(model, recipes, out)
-        stored = read_results(out).values()
-        table = markdown_table(stored)
-        if table:
-            print(table)
-        for bits in (one.about for one in stored if one.metric == "bpd" and one.numbers):
-            count = counted(bits["images"], "image")
-            print(f"{bits_text(bits)} bits per dim of {count} ({bits['quantity']})")
-        for line in features_text(stored):
-            print(line)
-        dequantised = model is None or model.vae is not None or model.space.dequantised
-        for note in notes(stored, dequantised=dequantised):
-            print(f"note: {note}", file=sys.stderr)
+        if not state.is_main_process:
+            return
+        _report(read_results(out).values(), model)
         failures = [one.failed for one in found if one.failed is not None]
         if failures:
             raise FloatingPointError(f"{failures[0]}; delete {out} to have it tried again")
@@ -131,18 +118,31 @@ def _places(options: Namespace) -> tuple[Path, Path]:
         raise ValueError(f"there is no run and no file {target}")
     run, weights = weights_of(target or Path())
     is_run = options.model is None and (run / CONFIG).is_file()
-    if is_run and reference is not None:
-        raise SettingError("reference", "is for samples; a run is compared with its own data")
-    if not is_run and reference is None:
-        msg = "is missing: the run or configuration whose data to compare with"
-        raise SettingError("reference", msg)
+    msg = "is for samples; a run is compared with its own data"
+    require(not is_run or reference is None, "reference", msg)
+    msg = "is missing: the run or configuration whose data to compare with"
+    require(is_run or reference is not None, "reference", msg)
     place, process = _named(target or Path("model")), f"-{options.process}" * bool(options.process)
     default = place.with_name(f"{place.name}-evaluation.jsonl")
     of_file = "" if weights.name == MODEL else f"-{weights.stem}"
     out = options.out or (run / f"evaluation{of_file}{process}.jsonl" if is_run else default)
-    if out.is_dir():
-        raise SettingError("out", f"must name a file; {out} is a folder")
+    require(not out.is_dir(), "out", f"must name a file; {out} is a folder")
     return run if is_run else reference, output_place(out)
+
+
+def _report(stored: Collection[Any], model: Any) -> None:
+    """Print results with their notes."""
+    from cldsde.images.evaluate.results import bits_text, features_text, markdown_table, notes
+
+    if table := markdown_table(stored):
+        print(table)
+    for bits in (one.about for one in stored if one.metric == "bpd" and one.numbers):
+        count = counted(bits["images"], "image")
+        print(f"{bits_text(bits)} bits per dim of {count} ({bits['quantity']})")
+    print(*(f"{line}\n" for line in features_text(stored)), sep="", end="")
+    dequantised = model is None or model.vae is not None or model.space.dequantised
+    for note in notes(stored, dequantised=dequantised):
+        print(f"note: {note}", file=sys.stderr)
 
 
 def _named(target: Path) -> Path:

@@ -12,11 +12,11 @@ from argparse import Namespace
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from cldsde.cli.models import MODEL, RECIPE, SOLVERS, model_of, process_config, recipes_of
 from cldsde.cli.options import DEVICE, ONE_SEED, SEEDS, Kind, flag, option, resolve_device
-from cldsde.errors import SettingError, require
+from cldsde.errors import require
 from cldsde.messages import counted
 from cldsde.solvers.named import find_solver
 
@@ -35,18 +35,12 @@ _METHODS = "moments, pigdm, dps, twisted (particles) or replacement (no noise; m
 _NOISE = "standard deviation of the picture's noise, black being -1 and white 1"
 
 
-def _mode(text: str) -> str:
-    from cldsde.images.sample.source import CompileMode
-
-    if text not in get_args(CompileMode):
-        raise ValueError
-    return text
-
-
 _MODES = "default, reduce-overhead (CUDA graphs) or max-autotune"
+_MODE = Kind({x: x for x in ("default", "reduce-overhead", "max-autotune")}.__getitem__, _MODES)
 _COMPILE = (
     f"compile the network; MODE is {_MODES}. If MODE is left out, RUN must come before this option"
 )
+_OPTIONAL = {"dest": "compile_mode", "nargs": "?", "const": "default"}
 OPTIONS = (
     option("RUN", Path, _RUN, nargs="?"),
     *MODEL,
@@ -69,14 +63,7 @@ OPTIONS = (
     option("--noise-std S", float, f"{_NOISE}; 0.05 by default"),
     option("--particles N", int, "particles per image of twisted; 16 by default"),
     option("--precision NAME", str, "precision of the network: fp32, bf16 or fp16", default="fp32"),
-    option(
-        "--compile MODE",
-        Kind(_mode, _MODES),
-        _COMPILE,
-        dest="compile_mode",
-        nargs="?",
-        const="default",
-    ),
+    option("--compile MODE", _MODE, _COMPILE, **_OPTIONAL),
     flag("--channels-last", "store features with channels last, may be faster on a GPU"),
     DEVICE,
 )
@@ -94,8 +81,8 @@ def prepare(options: Namespace) -> Callable[[], None]:
     from cldsde.images.sample import ImageSampler, ObservedImage, SampleRequest, speed_up
     from cldsde.images.sample.pipelines import is_pipeline
 
-    if options.seeds is not None and options.seed is not None:
-        raise SettingError("seed", "--seeds is an alternative; got both")
+    both = options.seeds is not None and options.seed is not None
+    require(not both, "seed", "--seeds is an alternative; got both")
     seeds = options.seeds or options.seed or range(64)
     device = resolve_device(options.device)
     state = PartialState(cpu=device == "cpu", timeout=timedelta(hours=12))
@@ -113,13 +100,10 @@ def prepare(options: Namespace) -> Callable[[], None]:
     sampling, *more = recipes_of(options, model, solvers, budgets)
     require(not more, "settings", "must be one file")
     how = {name: getattr(options, name) for name in ("method", "noise_std", "particles")}
-    sampler = ImageSampler.of(
-        *(model, sampling),
-        label=model.space.label(options.label),
-        observed=ObservedImage.read(options.known, options.observe, model.space, **how),
-        guidance=1.0 if options.guidance is None else options.guidance,
-        **{name: getattr(options, name) for name in ("batch", "precision")},
-    )
+    observed = ObservedImage.read(options.known, options.observe, model.space, **how)
+    how = {"label": model.space.label(options.label), "observed": observed}
+    how |= {"guidance": 1.0 if options.guidance is None else options.guidance}
+    sampler = ImageSampler.of(model, sampling, options.batch, precision=options.precision, **how)
     return _work(options, SampleRequest(model, sampler, seeds), state)
 
 
@@ -133,11 +117,9 @@ def _pipeline_request(options: Namespace, seeds: range, device: Any) -> Any:
         allowed = given in (None, False, [], {}) or (name, given) == ("precision", "fp32")
         require(allowed, name, "must be left out for a pipeline of diffusers")
     names = ("prompt", "negative_prompt", "label", "guidance", "nfe", "batch")
-    sampler = PipelineSampler.load(
-        *(options.model, process_config(options), device),
-        solver=None if options.solver is None else find_solver(options.solver),
-        **{name: getattr(options, name) for name in names},
-    )
+    how: dict[str, Any] = {name: getattr(options, name) for name in names}
+    how["solver"] = None if options.solver is None else find_solver(options.solver)
+    sampler = PipelineSampler.load(options.model, process_config(options), device, **how)
     return SampleRequest(sampler.model, sampler, seeds)
 
 
@@ -154,12 +136,8 @@ def _work(options: Namespace, request: Any, state: Any) -> Callable[[], None]:
     def work() -> None:
         for note in request.notes() if state.is_main_process else ():
             print(f"note: {note}", file=sys.stderr)
-        nfe = draw_to(
-            *(out, request),
-            process=state.process_index,
-            processes=state.num_processes,
-            wait=state.wait_for_everyone,
-        )
+        place = {"process": state.process_index, "processes": state.num_processes}
+        nfe = draw_to(out, request, **place, wait=state.wait_for_everyone)
         if nfe is not None:
             print(f"Images of {counted(len(seeds), 'seed')} are in {out.resolve()}")
             print(f"Score evaluations per image: {nfe:.4g}")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from cldsde.cli.options import DEVICE, SEED, flag, option, resolve_device, several
-from cldsde.errors import SettingError
+from cldsde.errors import require
 
 _INIT = "run, or diffusers folder, whose weights to start from"
 OPTIONS = (
@@ -37,46 +37,38 @@ def prepare(options: Namespace) -> Callable[[], None]:
     """Check the configuration, read the data, open the run folder; return the remaining work."""
     from accelerate import PartialState
 
+    from cldsde.images import train as training
     from cldsde.images.config import load_config
     from cldsde.images.runs import CONFIG, RunFolder, check_folder
-    from cldsde.images.train import (
-        check_run,
-        forecast,
-        outlook,
-        rehearsal,
-        rehearse,
-        summary,
-        train,
-    )
 
     given = {"seed": options.seed, "training.init_from": options.init_from}
     more = [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
     config = load_config(options.config, [*options.set, *more])
     if options.print_config:
-        comments = "".join(f"# {line}\n" for line in outlook(config))
+        comments = "".join(f"# {line}\n" for line in training.outlook(config))
         return lambda: print(comments + config.to_toml(), end="")
     # Without a GPU processes find each other only if they are told that there is none.
     device = "cpu" if resolve_device(options.device) == "cpu" else options.device
     out = options.out or Path(options.config.stem)
-    if options.resume and not (out / CONFIG).exists():
-        raise SettingError("resume", f"{out} holds no run to resume")
+    there = not options.resume or (out / CONFIG).exists()
+    require(there, "resume", f"{out} holds no run to resume")
     state = PartialState(cpu=device == "cpu", timeout=timedelta(hours=12))
     started = int(os.environ.get("WORLD_SIZE", "1"))
-    if started != state.num_processes:
-        raise SettingError("device", f"the {started} processes do not form a group")
+    formed = started == state.num_processes
+    require(formed, "device", f"the {started} processes do not form a group")
     data = config.data.load()
-    facts = "\n".join(summary(config, data, device))
-    data, decoding = rehearsal(data) if options.dry_run else (data, 0.0)
+    facts = "\n".join(training.summary(config, data, device))
+    data, decoding = training.rehearsal(data) if options.dry_run else (data, 0.0)
     shown, processes = state.is_main_process, state.num_processes
     if shown and not options.dry_run:  # before pictures are decoded
         check_folder(out, config.to_dict(), free=config.FREE)
     how: dict[str, Any] = {"device": device, "processes": processes, "run": out}
-    statistics = check_run(config, data, **how, progress=shown)
+    statistics = training.check_run(config, data, **how, progress=shown)
     if options.dry_run:
 
         def measure() -> None:
-            found = rehearse(config, data, device=device, statistics=statistics)
-            print("\n".join([facts, *forecast(config, *found, decoding)]))
+            found = training.rehearse(config, data, device=device, statistics=statistics)
+            print("\n".join([facts, *training.forecast(config, *found, decoding)]))
 
         return measure
     with state.main_process_first():
@@ -86,7 +78,7 @@ def prepare(options: Namespace) -> Callable[[], None]:
     def work() -> None:
         if state.is_main_process:
             print(facts, file=sys.stderr)
-        train(config, data, run, device=device, statistics=statistics, progress=True)
+        training.train(config, data, run, device=device, statistics=statistics, progress=True)
         if state.is_main_process:
             seen = config.training.steps * config.training.batch
             print(f"Trained on {seen:,} images. The run is in {out.resolve()}")

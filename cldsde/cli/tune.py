@@ -21,9 +21,7 @@ _REFERENCE = (
     "run or configuration whose data to compare with; by default the run itself, and images of the "
     "model with 50 evaluations for --model"
 )
-_OUT = (
-    "FILE.json for one number of evaluations, or a folder; RUN, or the current folder, by default"
-)
+_OUT = "FILE.json for one number of evaluations, or a folder; RUN or the current folder by default"
 OPTIONS = (
     option("RUN", Path, "run of cldsde train, or a file of its weights", nargs="?"),
     *MODEL,
@@ -71,15 +69,8 @@ def prepare(options: Namespace) -> Callable[[], None]:
         # The data of another run must not get the name that the classifier of a run's own data has.
         kept, other = source / CLASSIFIER, folder / f"classifier-{source.stem}.safetensors"
         classifier = kept if kept.exists() else other
-    tuning = Tuning(
-        model,
-        None if source is None else data_of(options.data, source),
-        classifier,
-        features=options.features,
-        images=options.images,
-        seed=(options.seed or range(1))[0],
-        device=device,
-    )
+    data, seed = source and data_of(options.data, source), (options.seed or range(1))[0]
+    tuning = Tuning(model, data, classifier, options.features, options.images, seed, device)
     for nfe in files:
         tuning.check(nfe, options.tries)
 
@@ -88,11 +79,10 @@ def prepare(options: Namespace) -> Callable[[], None]:
             search = tuning.search(nfe, options.tries)
             try:
                 search.run(progress=True)
-            except KeyboardInterrupt:
+            finally:
                 if search.tries:
-                    _save(search.best, file)
-                raise
-            _save(search.best, file)
+                    search.best.save(file)
+                    print(f"Settings are in {file.resolve()}", file=sys.stderr)
             found = tuning.report(search.best, nfe)
             print(f"{nfe} evaluations, Fréchet distances of 5 sets of {options.images} new images:")
             for features, measured in found.items():
@@ -104,8 +94,3 @@ def prepare(options: Namespace) -> Callable[[], None]:
                 print("  In the second features, which the search did not use, the distance rose.")
 
     return work
-
-
-def _save(settings: SamplerSettings, file: Path) -> None:
-    settings.save(file)
-    print(f"Settings are in {file.resolve()}", file=sys.stderr)

@@ -7,7 +7,7 @@ import inspect
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -17,7 +17,7 @@ from pydantic import AfterValidator, Field, Strict
 from torch import nn
 
 from cldsde import linear
-from cldsde.errors import SettingError, require, setting
+from cldsde.errors import require, setting
 from cldsde.images.data import DATA_SETS, DataSet
 from cldsde.images.networks import NETWORKS
 from cldsde.images.schema import (
@@ -33,6 +33,7 @@ from cldsde.images.schema import (
     check_keys,
     check_name,
     checked_options,
+    leaves,
     read_file,
     section,
     with_overrides,
@@ -183,17 +184,14 @@ class ScoreConfig:
         """Check the settings against each other."""
         own = (self.reference, self.inputs, self.prediction, self.mixing)
         theirs = (self.mixed, self.numerical_eps, self.levels)
-        if self.code == "cldsde" and theirs != (False, 0.0, None):
-            msg = "must be a published code for mixed, numerical_eps or levels; got 'cldsde'"
-            raise SettingError("code", msg)
-        if self.code != "cldsde" and own != ("scalar", "state", "noise", None):
-            msg = f"must be 'cldsde' for reference, inputs, prediction or mixing; got {self.code!r}"
-            raise SettingError("code", msg)
+        msg = "must be a published code for mixed, numerical_eps or levels; got 'cldsde'"
+        require(self.code != "cldsde" or theirs == (False, 0.0, None), "code", msg)
+        msg = f"must be 'cldsde' for reference, inputs, prediction or mixing; got {self.code!r}"
+        require(self.code == "cldsde" or own == ("scalar", "state", "noise", None), "code", msg)
         self.published(log_clock=False)
         for name, needed in (("inputs", "state"), ("prediction", "noise")):
-            if self.mixing is not None and getattr(self, name) != needed:
-                msg = f"must be None if {name} is {getattr(self, name)!r}; got {self.mixing}"
-                raise SettingError("mixing", msg)
+            msg = f"must be None if {name} is {getattr(self, name)!r}; got {self.mixing}"
+            require(self.mixing is None or getattr(self, name) == needed, "mixing", msg)
 
 
 @section
@@ -301,36 +299,32 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         """Reject weightings that do not go with other settings."""
-        if self.times in ("logit_normal", "mode") and self.weighting != "reweighted":
-            msg = f"must be 'reweighted' if times is {self.times!r}, which is a weighting itself; "
-            raise SettingError("weighting", f"{msg}got {self.weighting!r}")
-        if self.weighting == "log_snr" and self.conditioning != "data":
-            msg = f"must be 'data' if weighting is 'log_snr'; got {self.conditioning!r}"
-            raise SettingError("conditioning", msg)
-        if self.snapshots_by == "fd" and self.measure != "fd":
-            raise SettingError("snapshots_by", "'fd' needs training.measure = 'fd'")
+        free = self.times not in ("logit_normal", "mode")
+        msg = f"must be 'reweighted' if times is {self.times!r}, which is a weighting itself; "
+        msg += f"got {self.weighting!r}"
+        require(free or self.weighting == "reweighted", "weighting", msg)
+        msg = f"must be 'data' if weighting is 'log_snr'; got {self.conditioning!r}"
+        fits = self.weighting != "log_snr" or self.conditioning == "data"
+        require(fits, "conditioning", msg)
+        measured = self.snapshots_by != "fd" or self.measure == "fd"
+        require(measured, "snapshots_by", "'fd' needs training.measure = 'fd'")
         check_name(self.optimiser, _OPTIMISERS, "optimiser")
-        with setting("optimiser_options"):
-            self._try_optimiser()
-
-    def make_optimiser(self, parameters: Any, **options: Any) -> torch.optim.Optimizer:
-        """The optimiser of parameters; raise a ValueError or TypeError if an option is wrong."""
-        kind = getattr(torch.optim, self.optimiser)
-        own = {"lr": self.learning_rate, "weight_decay": self.weight_decay}
-        more = {**self.optimiser_options, **options}
-        made: torch.optim.Optimizer = kind(parameters, **own, **more)
-        return made
-
-    def _try_optimiser(self) -> None:
-        """Take a step: some options, such as ``differentiable``, fail there only."""
+        # Take a step: some options, such as ``differentiable``, fail there only.
         parameter = torch.zeros(1, device="cpu", requires_grad=True)
         parameter.grad = torch.zeros_like(parameter)
         # Some optimisers take this option on a GPU alone.
         usable = {"capturable": False} if "capturable" in self.optimiser_options else {}
-        try:
-            self.make_optimiser([parameter], **usable).step()
-        except (RuntimeError, AssertionError, IndexError) as error:
-            raise ValueError(error) from error
+        with setting("optimiser_options"):
+            try:
+                self.make_optimiser([parameter], **usable).step()
+            except (RuntimeError, AssertionError, IndexError) as error:
+                raise ValueError(error) from error
+
+    def make_optimiser(self, parameters: Any, **options: Any) -> torch.optim.Optimizer:
+        """The optimiser of parameters; raise a ValueError or TypeError if an option is wrong."""
+        kind: Callable[..., torch.optim.Optimizer] = getattr(torch.optim, self.optimiser)
+        own = {"lr": self.learning_rate, "weight_decay": self.weight_decay}
+        return kind(parameters, **own, **{**self.optimiser_options, **options})
 
     @property
     def steps(self) -> int:
@@ -361,18 +355,6 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         """Replace a short name of a solver by the full one."""
         object.__setattr__(self, "solver", canonical_name(self.solver))
-
-
-_ADDED: dict[str, dict[str, Any]] = {
-    "data": {"crop": 1.0},
-    "score": {"code": "cldsde", "mixed": False, "numerical_eps": 0, "levels": None},
-    "training": {
-        "reduction": "mean",
-        "optimiser": "AdamW",
-        "optimiser_options": {},
-        "ema_decays": [],
-    },
-}  # settings that version 0.2 did not have, and the values that it had in effect
 
 
 _PLACE = ("path", "workers", "download", "cache", "cache_gib")
@@ -439,31 +421,12 @@ class RunConfig(Configuration):
 
     def training_digest(self) -> str:
         """Digest of all settings that the weights depend on: those that are not `FREE`."""
-        values = self._digested()
-        for path in self.FREE:
-            *outer, last = path.split(".")
-            place = values
-            for key in outer:
-                place = place[key]
-            place.pop(last, None)
-        return _sha256(values)
+        return _sha256(leaves(self.to_dict(), without=self.FREE))
 
     def model_digest(self) -> str:
         """Digest of process, networks, reference, data (not their place) and smallest time."""
-        values = self._digested()
-        names = ("process", "network", "score", "latent", "data")
-        parts = {name: values[name] for name in names} | {"t_min": self.training.t_min}
-        for key in _PLACE:
-            parts["data"]["options"].pop(key, None)
-        return _sha256(parts)
-
-    def _digested(self) -> dict[str, Any]:
-        """Plain types without settings that older runs did not have, unless they are in use."""
-        values = self.to_dict()
-        for name, added in _ADDED.items():
-            unused = [key for key, default in added.items() if values[name][key] == default]
-            values[name] = {key: x for key, x in values[name].items() if key not in unused}
-        return values
+        others = (*self.FREE, "seed", "training")
+        return _sha256({**leaves(self.to_dict(), without=others), "t_min": self.training.t_min})
 
 
 def _sha256(values: dict[str, Any]) -> str:
@@ -471,18 +434,9 @@ def _sha256(values: dict[str, Any]) -> str:
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a configuration from a file, with overrides.
+    """Read a file in TOML, YAML or JSON, with overrides ``section.key=value``.
 
-    Parameters
-    ----------
-    path
-        File in TOML, YAML or JSON, by its suffix.
-    overrides
-        ``section.key=value``, the value in TOML or a bare word.
-
-    Raises
-    ------
-    SettingError
-        If the file cannot be read, a key is unknown or missing, or a value out of range.
+    The value of an override is in TOML or a bare word. Raises a SettingError if the file cannot be
+    read, a key is unknown or missing, or a value out of range.
     """
     return RunConfig.from_dict(with_overrides(read_file(path), overrides))

@@ -14,8 +14,7 @@ from PIL.Image import Image as PILImage
 
 from cldsde.images.config import RunConfig, load_config
 from cldsde.images.data import DataSet
-from cldsde.images.data.samples import as_bytes
-from cldsde.images.figures import picture
+from cldsde.images.data.samples import as_bytes, picture
 from cldsde.images.model import TrainedModel, load_model
 from cldsde.images.runs import RunFolder, check_folder
 from cldsde.images.sample.export import export
@@ -32,14 +31,9 @@ class Run(TrainedModel):
     def load(
         cls, folder: Path | str, device: torch.device | str = "cpu", *, trust: bool = False
     ) -> Run:
-        """Load the model of a run folder.
+        """Load the model of a run folder; raise a ValueError if a file of it cannot be used.
 
         Runs no code of its files, unless ``trust`` allows a network named by ``module:Class``.
-
-        Raises
-        ------
-        ValueError
-            If there is no such run, or a file of it cannot be used.
         """
         return cls(**vars(load_model(folder, device, trust=trust)))
 
@@ -64,10 +58,8 @@ class Run(TrainedModel):
             ``cldsde evaluate`` compares its samples with the data set of the configuration.
         out
             Run folder, made if missing.
-        device
-            ``"auto"``, or the name of a device.
-        progress
-            Show a progress bar on stderr.
+        device, progress
+            ``"auto"`` or the name of a device; whether to show a progress bar on stderr.
 
         Raises
         ------
@@ -106,10 +98,8 @@ class Run(TrainedModel):
             Weight of the class.
         observed
             A picture of what is known of the images, if anything.
-        batch
-            Images per batch.
-        progress
-            Show a progress bar on stderr.
+        batch, progress
+            Images per batch; whether to show a progress bar on stderr.
         **sampling
             Fields of `SamplingConfig` in place of the run's own, such as ``nfe=10``. ``options``
             are fields of the solver.
@@ -125,24 +115,16 @@ class Run(TrainedModel):
         SettingError
             If a setting does not fit the model.
         """
-        sampler = ImageSampler.of(
-            *(self, changed_recipe(self.sampling, **sampling)),
-            batch=batch,
-            label=self.space.label(label),
-            guidance=guidance,
-            observed=observed,
-        )
+        how: Any = {"label": self.space.label(label), "guidance": guidance, "observed": observed}
+        sampler = ImageSampler.of(self, changed_recipe(self.sampling, **sampling), batch, **how)
         return sampler.sample(seeds, progress=progress)
 
     def to_diffusers(self, folder: Path | str) -> None:
         """Write the run as a pipeline of diffusers; the same as ``cldsde export``.
 
         ``DDPMPipeline.from_pretrained`` loads the folder, and ``training.init_from`` takes it.
-
-        Raises
-        ------
-        SettingError
-            If the model has parts that no `UNet2DModel` has, or the folder holds files.
+        Raises a SettingError if the model has parts that no `UNet2DModel` has, or the folder holds
+        files.
         """
         export(self, Path(folder).expanduser())
 

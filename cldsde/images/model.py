@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -21,7 +21,7 @@ from cldsde.images.latent import VAE
 from cldsde.images.networks import NETWORKS, parameter_count
 from cldsde.images.runs import CONFIG, SNAPSHOTS, STATE
 from cldsde.images.streams import stream_seed
-from cldsde.images.tensor_files import load_tensors, save_tensors
+from cldsde.images.tensor_files import load_tensors
 from cldsde.linear import LinearSDE
 from cldsde.messages import imported, one_line
 from cldsde.pretrained.published_score import PublishedScore
@@ -65,8 +65,8 @@ class ImageSpace:
     def of(cls, images: Images, config: RunConfig) -> ImageSpace:
         """The space of a configuration's data; raise a SettingError if they do not fit."""
         conditional = config.network.conditional
-        if conditional and (images.labels is None or images.classes is None):
-            raise SettingError("network.conditional", "the images have no classes")
+        labelled = images.labels is not None or not conditional
+        require(labelled, "network.conditional", "the images have no classes")
         continuous = not isinstance(images.levels, int)
         msg = "must be false: continuous numbers have no grey levels"
         require(not (config.data.dequantise and continuous), "data.dequantise", msg)
@@ -83,18 +83,16 @@ class ImageSpace:
         """The class of a name or number, or ``"all"``; raise a SettingError if there is none."""
         if text is None:
             return None
-        if self.classes is None:
-            msg = "the network was not trained with classes (network.conditional)"
-            raise SettingError("label", msg)
-        names = self.class_names or ()
+        names, count = self.class_names or (), self.classes or 0
+        msg = "the network was not trained with classes (network.conditional)"
+        require(self.classes is not None, "label", msg)
         if text == "all":
             return "all"
         if text in names:
             return names.index(str(text))
-        if not str(text).isdecimal() or int(text) >= self.classes:
-            or_named = f", or one of {', '.join(names)}" if names else ""
-            msg = f"must be 'all', a number from 0 to {self.classes - 1}{or_named}; got {text!r}"
-            raise SettingError("label", msg)
+        or_named = f", or one of {', '.join(names)}" if names else ""
+        msg = f"must be 'all', a number from 0 to {count - 1}{or_named}; got {text!r}"
+        require(str(text).isdecimal() and int(text) < count, "label", msg)
         return int(text)
 
 
@@ -110,11 +108,10 @@ def data_statistics(config: RunConfig, images: Images, *, progress: bool = False
     options: Any = {"dequantise": config.data.dequantise, "progress": progress}
     per = config.score.reference
     found = Statistics(*channel_statistics(images, per=per, **options))
-    if per == "scalar" and not found.data_variance > 0:
-        raise SettingError("data", "all pixels of all training images have the same value")
-    if not bool((found.data_variance > 0).all()):
-        msg = f"with {per!r} some variance of the data is 0; use a coarser reference"
-        raise SettingError("score.reference", msg)
+    varies, msg = bool((found.data_variance > 0).all()), "all pixels of all training images have "
+    require(varies or per != "scalar", "data", f"{msg}the same value")
+    msg = f"with {per!r} some variance of the data is 0; use a coarser reference"
+    require(varies, "score.reference", msg)
     return found
 
 
@@ -203,30 +200,17 @@ def make_model(
     if statistics is None or vae is not None:
         sizes = {"scalar": (), "channel": (shape[0], 1, 1), "pixel": shape}
         size = sizes[config.score.reference]
-        statistics = Statistics(torch.zeros(size), torch.ones(size))
+        statistics = Statistics(torch.zeros(size, device="cpu"), torch.ones(size, device="cpu"))
     mixing, inputs = config.score.mixing, config.score.inputs
-    logits = None if mixing is None else torch.full((shape[0], 1, 1), mixing)
+    logits = None if mixing is None else torch.full((shape[0], 1, 1), mixing, device="cpu")
     score = MixedScore(network, sde, *statistics, inputs=inputs, mixing_logits=logits)
     return DiffusionModel(score, vae)
 
 
-def save_model(
-    file: Path,
-    weights: Mapping[str, Tensor],
-    config: RunConfig,
-    space: ImageSpace,
-    images_seen: int,
-) -> None:
-    """Write a model file, whole or not at all."""
-    save_tensors(file, KIND, weights, model_notes(config, space, images_seen))
-
-
 def model_notes(config: RunConfig, space: ImageSpace, images_seen: int) -> dict[str, str]:
     """Notes that weights have in a file."""
-    shape, *others = dataclasses.astuple(space)
-    notes = {"shape": json.dumps(shape), "space": json.dumps(others)}
-    notes |= {"images_seen": str(images_seen), "config": config.model_digest()}
-    return notes | {"training": config.training_digest()}
+    notes = {"space": json.dumps(dataclasses.astuple(space)), "images_seen": str(images_seen)}
+    return notes | {"config": config.model_digest(), "training": config.training_digest()}
 
 
 def weights_of(path: Path | str) -> tuple[Path, Path]:
@@ -240,8 +224,7 @@ def weights_of(path: Path | str) -> tuple[Path, Path]:
 def copy_weights(model: DiffusionModel, source: Path) -> None:
     """Copy weights of another run, or of a diffusers `UNet2DModel`; the statistics stay."""
     own = ("data_mean", "data_variance")
-    if not source.is_dir():
-        raise SettingError("training.init_from", f"there is no folder {source}")
+    require(source.is_dir(), "training.init_from", f"there is no folder {source}")
     try:
         if (source / MODEL).is_file():
             weights, _ = load_tensors(source / MODEL, KIND)
@@ -280,9 +263,8 @@ def load_model(
     except (ValueError, OSError, RecursionError) as error:
         msg = f"{run / CONFIG} is no configuration of an image model ({error})"
         raise ValueError(msg) from error
-    if ":" in config.network.name and not trust:
-        msg = f"the network of {run}, {config.network.name}, is code outside of cldsde; "
-        raise SettingError("trust", f"{msg}set trust if you trust the code")
+    msg = f"the network of {run}, {config.network.name}, is code outside of cldsde; set trust if "
+    require(trust or ":" not in config.network.name, "trust", f"{msg}you trust the code")
     return read_model(file, config, device)
 
 
@@ -300,11 +282,9 @@ def read_model(file: Path, config: RunConfig, device: torch.device | str = "cpu"
         if metadata["config"] != config.model_digest():
             msg = "it was written for another process, other networks or data than those configured"
             raise ValueError(msg)
-        own = config.training_digest()
-        if metadata.get("training", own) != own:
+        if metadata["training"] != config.training_digest():
             raise ValueError("it belongs to another run, with another seed or other training")
-        shape, others = (json.loads(metadata[name]) for name in ("shape", "space"))
-        space = ImageSpace.from_json([shape, *others])
+        space = ImageSpace.from_json(json.loads(metadata["space"]))
         model = make_model(config, space)
         model.load_state_dict(tensors)
         seen = int(metadata["images_seen"])
@@ -323,14 +303,6 @@ def as_trained(
 ) -> TrainedModel:
     """A model on a device, ready to sample, with what a run says about it."""
     model = model.to(device).eval().requires_grad_(requires_grad=False)
-    return TrainedModel(
-        score=model.score,
-        space=space,
-        digest=digest,
-        sampling=config.sampling,
-        vae=model.vae,
-        t_min=config.training.t_min,
-        model=model,
-        config=config,
-        images_seen=images_seen,
-    )
+    how: dict[str, Any] = {"sampling": config.sampling, "t_min": config.training.t_min}
+    how |= {"model": model, "config": config, "space": space, "images_seen": images_seen}
+    return TrainedModel(score=model.score, vae=model.vae, digest=digest, **how)

@@ -11,12 +11,12 @@ from typing import Any
 
 from torch import Tensor
 
-from cldsde.errors import SettingError, setting
+from cldsde.errors import require, setting
 from cldsde.images.config import RunConfig
-from cldsde.images.model import KIND, MODEL, DiffusionModel, ImageSpace, make_model, save_model
+from cldsde.images.model import KIND, MODEL, DiffusionModel, ImageSpace, make_model, model_notes
 from cldsde.images.runs import CONFIG, RunFolder, check_folder
 from cldsde.images.schema import parse_overrides, with_overrides
-from cldsde.images.tensor_files import load_tensors, tensors_digest
+from cldsde.images.tensor_files import load_tensors, save_tensors, tensors_digest
 from cldsde.pretrained.checkpoints import load_weights, read_checkpoint
 from cldsde.pretrained.published import check_levels, recognise
 from cldsde.pretrained.published_models import Family, PublishedModel
@@ -50,9 +50,8 @@ class ImportedModel:
         with suppress(ValueError, FileNotFoundError):  # damaged or missing
             found, _ = load_tensors(out / MODEL, KIND)
         same = same and tensors_digest(found) == tensors_digest(weights)
-        if not same and not overwrite:
-            msg = f"{out} holds another model or settings; choose another folder, or set overwrite"
-            raise SettingError("out", msg)
+        msg = f"{out} holds another model or settings; choose another folder, or set overwrite"
+        require(same or overwrite, "out", msg)
         return same
 
     def write(self, out: Path) -> Path:
@@ -60,39 +59,25 @@ class ImportedModel:
         config = self.config.to_dict()
         folder = RunFolder(out, config, free=config)
         folder.write_json(CONFIG, config)
-        weights = self.model.state_dict()
-        save_model(folder / MODEL, weights, self.config, self.space, self.images_seen)
+        notes = model_notes(self.config, self.space, self.images_seen)
+        save_tensors(folder / MODEL, KIND, self.model.state_dict(), notes)
         return folder / MODEL
 
 
 def read_published(
-    path: Path,
-    family: Family,
-    name: str | None = None,
-    overrides: Sequence[str] = (),
+    path: Path, family: Family, name: str | None = None, overrides: Sequence[str] = ()
 ) -> ImportedModel:
     """Read a checkpoint of CLD-SGM or score_sde_pytorch; code in it is not run.
 
-    Parameters
-    ----------
-    path
-        The checkpoint.
-    family
-        The code that wrote it.
-    name
-        Name of its published settings; None recognises them by the weights.
-    overrides
-        ``section.key=value`` of data and sampling; the checkpoint determines all other settings.
-
-    Raises
-    ------
-    SettingError, ValueError, OSError
-        If the checkpoint cannot be read, is of another network, or a setting does not fit.
+    ``name`` is the name of its published settings; None recognises them by the weights.
+    ``overrides`` are ``section.key=value`` of data and sampling; the checkpoint determines all
+    other settings. Raises an error if it cannot be read, is of another network, or a setting does
+    not fit.
     """
     for key in parse_overrides(overrides, "sampling.nfe=100"):
-        if not f"{key}.".startswith(tuple(f"{name}." for name in _OPEN)):
-            msg = f"is determined by the checkpoint; these can be set: {', '.join(_OPEN)}"
-            raise SettingError(key, msg)
+        free = f"{key}.".startswith(tuple(f"{name}." for name in _OPEN))
+        msg = f"is determined by the checkpoint; these can be set: {', '.join(_OPEN)}"
+        require(free, key, msg)
     checkpoint = read_checkpoint(path)
     published = recognise(checkpoint, path, family, name)
     images = max(1, checkpoint.step * published.batch)
@@ -113,15 +98,11 @@ def _settings(model: PublishedModel, images: int) -> dict[str, Any]:
     data = {"name": "folder", "options": folder}
     if model.data == "CIFAR10":
         data = {"name": "torchvision", "options": {"name": "CIFAR10", "path": "data"}}
+    training = {"images": images, "batch": model.batch, "t_min": model.t_min, "times": "uniform"}
     return {
         "data": {**data, "flip": True},
         "process": {"name": model.process, "options": dict(model.options)},
         "network": {"name": "NCSNpp", "options": dict(model.network)},
         "score": how,
-        "training": {
-            "images": images,
-            "batch": model.batch,
-            "t_min": model.t_min,
-            "times": "uniform",
-        },
+        "training": training,
     }

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import math
 import weakref
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from cldsde.errors import SettingError
+from cldsde.errors import SettingError, require
 from cldsde.files import PARTIAL, check_writable, file_lock, new_folder, write_whole
-from cldsde.images.config import RunConfig
+from cldsde.images.schema import leaves
 
 CONFIG = "config.json"
 """File of a run that holds its configuration."""
@@ -32,22 +32,17 @@ class RunFolder:
 
     Opening it checks everything before anything is written: a folder of another configuration, or
     with other files, is an error and not changed. A folder of the same configuration is continued;
-    its file keeps the settings that may change, ``free``, as they were.
+    its file keeps the settings that may change, ``free``, as they were. ``known`` are arguments of
+    `check_folder`.
     """
 
     def __init__(
-        self,
-        path: Path,
-        config: Mapping[str, Any],
-        *,
-        shared: bool = False,
-        parts: Collection[str] = (),
-        free: Collection[str] = (),
+        self, path: Path, config: Mapping[str, Any], *, shared: bool = False, **known: Any
     ) -> None:
         self.path = path
         if shared:
             return
-        check_folder(path, config, parts=parts, free=free)
+        check_folder(path, config, **known)
         try:
             with new_folder(path):
                 if not (path / CONFIG).exists():
@@ -110,26 +105,20 @@ def _images(line: str) -> float:
 
 
 def check_folder(
-    path: Path,
-    config: Mapping[str, Any],
-    *,
-    parts: Collection[str] = (),
-    free: Collection[str] = (),
+    path: Path, config: Mapping[str, Any], *, parts: Sequence[str] = (), free: Sequence[str] = ()
 ) -> None:
     """Raise the errors of `RunFolder`, and make nothing."""
     if not path.is_dir():
-        if path.exists():
-            raise SettingError("out", f"{path} is not a folder")
+        require(not path.exists(), "out", f"{path} is not a folder")
         return
     names = [entry.name for entry in path.iterdir()]
     if not all(name.startswith(PARTIAL) or name in parts for name in names):
         problem = _problem(path, config, free)
-        if problem is not None:
-            raise SettingError("out", f"{problem}; choose another folder")
+        require(problem is None, "out", f"{problem}; choose another folder")
     check_writable(path)
 
 
-def _problem(path: Path, config: Mapping[str, Any], free: Collection[str]) -> str | None:
+def _problem(path: Path, config: Mapping[str, Any], free: Sequence[str]) -> str | None:
     """The reason why a folder cannot hold a run of a configuration."""
     file = path / CONFIG
     if not file.is_file():
@@ -140,30 +129,6 @@ def _problem(path: Path, config: Mapping[str, Any], free: Collection[str]) -> st
         return f"{file} is not valid JSON ({error})"
     if not isinstance(found, dict):
         return f"{file} is no configuration of cldsde"
-    wanted, there = leaves(config), leaves(_completed(found))
-    others = [
-        key
-        for key in {**wanted, **there}
-        if wanted.get(key) != there.get(key)
-        and not any(f"{key}.".startswith(f"{name}.") for name in free)
-    ]
+    wanted, there = leaves(config, without=free), leaves(found, without=free)
+    others = [key for key in {**wanted, **there} if wanted.get(key) != there.get(key)]
     return f"{path} holds a run with other settings ({', '.join(others)})" if others else None
-
-
-def _completed(found: dict[str, Any]) -> dict[str, Any]:
-    """A configuration with the defaults of settings that it is older than, if it is of a model."""
-    try:
-        return RunConfig.from_dict(found).to_dict()
-    except SettingError:
-        return found
-
-
-def leaves(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Values by their full names, ``section.key``."""
-    found: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, dict):
-            found |= leaves(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = value
-    return found

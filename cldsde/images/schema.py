@@ -14,6 +14,7 @@ import re
 import tomllib
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar, cast, dataclass_transform
 
@@ -23,7 +24,7 @@ import yaml
 from pydantic import ConfigDict, Field, Strict, TypeAdapter, ValidationError
 from pydantic_core import to_jsonable_python
 
-from cldsde.errors import SettingError, setting
+from cldsde.errors import SettingError, require, setting
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -57,17 +58,14 @@ def _rising(ends: Sequence[float]) -> tuple[float, float]:
     return float(ends[0]), float(ends[1])
 
 
-Range = Annotated[
-    Sequence[Number], Field(min_length=2, max_length=2), pydantic.AfterValidator(_rising)
-]
+_Two = Field(min_length=2, max_length=2)
+Range = Annotated[Sequence[Number], _Two, pydantic.AfterValidator(_rising)]
 """Range ``(low, high)`` of continuous numbers."""
 
 _STRICT = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
 
 
-@dataclass_transform(
-    kw_only_default=True, frozen_default=True, field_specifiers=(dataclasses.field,)
-)
+@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(field,))
 def section(kind: type[T]) -> type[T]:
     """Make a frozen keyword-only dataclass that pydantic checks, with errors as data.
 
@@ -111,10 +109,8 @@ def from_dict(kind: type[T], values: object, prefix: str = "") -> T:
     """Make a section from a mapping; its place in the file, ``prefix``, is named in errors."""
     if not isinstance(values, Mapping):
         raise SettingError(prefix or "the configuration", f"must be a section; got {values!r}")
-    try:
+    with setting(prefix):
         return kind(**{str(key): value for key, value in values.items()})
-    except SettingError as error:
-        raise error.within(prefix) from None
 
 
 def _setting_error(error: ValidationError, kind: type[Any]) -> SettingError:
@@ -127,9 +123,10 @@ def _setting_error(error: ValidationError, kind: type[Any]) -> SettingError:
         return cause.within(key)
     if first["type"] == "unexpected_keyword_argument":
         for part in place[:-1]:
-            if isinstance(part, str):
-                leaves = _leaves(typing.get_type_hints(kind)[part])
-                kind = cast(Any, next(leaf for leaf in leaves if dataclasses.is_dataclass(leaf)))
+            hints = [typing.get_type_hints(kind)[part]] if isinstance(part, str) else []
+            for hint in hints:  # grows: types inside of other types
+                hints += typing.get_args(hint)
+                kind = cast(Any, hint) if dataclasses.is_dataclass(hint) else kind
         known = [entry.name for entry in dataclasses.fields(kind)]
         return SettingError(key, _unknown(str(place[-1]), known))
     return SettingError(key, _reason(error))
@@ -157,23 +154,16 @@ def _reason(error: ValidationError) -> str:
     return f"must {either}; got {first['input']!r}"
 
 
-def _leaves(hint: Any) -> list[Any]:
-    parts = typing.get_args(hint)
-    return [leaf for part in parts for leaf in _leaves(part)] if parts else [hint]
-
-
 def check_name(name: str, known: Iterable[str], key: str) -> None:
     """Raise a SettingError, with the nearest valid name, for an unknown name."""
-    if name not in known:
-        msg = f"must be one of {', '.join(known)}; got {name!r}{_nearest(name, known)}"
-        raise SettingError(key, msg)
+    msg = f"must be one of {', '.join(known)}; got {name!r}{_nearest(name, known)}"
+    require(name in known, key, msg)
 
 
 def check_keys(values: Mapping[Any, Any], known: Iterable[str], prefix: str) -> None:
     """Raise a SettingError, with the nearest valid name, for an unknown key."""
     for key in values:
-        if key not in known:
-            raise SettingError(f"{prefix}.{key}".removeprefix("."), _unknown(str(key), list(known)))
+        require(key in known, f"{prefix}.{key}".removeprefix("."), _unknown(str(key), list(known)))
 
 
 def _unknown(key: str, known: Sequence[str]) -> str:
@@ -186,10 +176,7 @@ def _nearest(name: str, known: Iterable[str]) -> str:
 
 
 def checked_options(
-    make: Callable[..., Any],
-    options: Mapping[str, Any],
-    given: Sequence[str] = (),
-    key: str = "options",
+    make: Any, options: Mapping[str, Any], given: Sequence[str] = (), key: str = "options"
 ) -> dict[str, Any]:
     """Check options against the signature of a function or class; convert sections to dataclasses.
 
@@ -206,8 +193,8 @@ def checked_options(
     }
     check_keys(options, parameters, key)
     for name, parameter in parameters.items():
-        if parameter.default is inspect.Parameter.empty and name not in options:
-            raise SettingError(f"{key}.{name}".removeprefix("."), "is missing")
+        given_or_not = parameter.default is not inspect.Parameter.empty or name in options
+        require(given_or_not, f"{key}.{name}".removeprefix("."), "is missing")
     return {
         name: _checked(value, hints.get(name, Any), f"{key}.{name}".removeprefix("."))
         for name, value in options.items()
@@ -217,12 +204,12 @@ def checked_options(
 def checked(function: F) -> F:
     """Check the arguments of a function by its annotations; errors are SettingErrors."""
     signature = inspect.signature(function)
+    rest = {key for key, x in signature.parameters.items() if x.kind is x.VAR_KEYWORD}
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(*args, **kwargs)
-        rest = {name for name, p in signature.parameters.items() if p.kind is p.VAR_KEYWORD}
-        given = {name: x for name, x in bound.arguments.items() if name not in rest}
+        given = {key: x for key, x in bound.arguments.items() if key not in rest}
         bound.arguments |= checked_options(function, given, key="")
         return function(*bound.args, **bound.kwargs)
 
@@ -256,8 +243,8 @@ def read_file(path: Path) -> dict[str, Any]:
         ".yml": lambda text: yaml.load(text, _Loader),
         ".json": lambda text: json.loads(text, object_pairs_hook=_unique),
     }
-    if path.suffix not in readers:
-        raise SettingError(str(path), f"a configuration ends in {', '.join(readers)}")
+    msg = f"a configuration ends in {', '.join(readers)}"
+    require(path.suffix in readers, str(path), msg)
     try:
         # Some editors begin a file with a mark of its byte order.
         values = readers[path.suffix](path.read_text(encoding="utf-8-sig"))
@@ -267,10 +254,9 @@ def read_file(path: Path) -> dict[str, Any]:
     except (ValueError, TypeError, yaml.YAMLError, RecursionError) as error:
         msg = f"is not valid {path.suffix[1:].upper()} ({' '.join(str(error).split())})"
         raise SettingError(str(path), msg) from error
-    if not isinstance(values, dict):
-        msg = f"must hold sections such as [training]; got {type(values).__name__}"
-        raise SettingError(str(path), msg)
-    return values
+    msg = f"must hold sections such as [training]; got {type(values).__name__}"
+    require(isinstance(values, dict), str(path), msg)
+    return cast(dict[str, Any], values)
 
 
 def _unique(pairs: Sequence[tuple[Any, Any]]) -> dict[Any, Any]:
@@ -292,9 +278,8 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
         return mapping
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
+_FLOAT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789"))
 
 
 def parse_overrides(words: Iterable[str], example: str, name: str = "set") -> dict[str, Any]:
@@ -302,8 +287,8 @@ def parse_overrides(words: Iterable[str], example: str, name: str = "set") -> di
     values = {}
     for word in words:
         key, separator, text = (part.strip() for part in word.partition("="))
-        if not separator or not key:
-            raise SettingError(name, f"takes key=value, such as {example}; got {word!r}")
+        msg = f"takes key=value, such as {example}; got {word!r}"
+        require(bool(separator and key), name, msg)
         try:
             value: Any = tomllib.loads(f"value = {text}")["value"]
         except (tomllib.TOMLDecodeError, RecursionError):
@@ -322,10 +307,19 @@ def with_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[
             if place.get(key) is None:
                 place[key] = {}
             place = place[key]
-            if not isinstance(place, dict):
-                raise SettingError(path, f"{key} is not a section")
+            require(isinstance(place, dict), path, f"{key} is not a section")
         place[last] = value
     return changed
+
+
+def leaves(config: Mapping[str, Any], *, without: Iterable[str] = ()) -> dict[str, Any]:
+    """Values by their full names, ``section.key``, without some keys or sections."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        inner = leaves(value) if isinstance(value, Mapping) else {"": value}
+        found |= {f"{key}.{name}".removesuffix("."): x for name, x in inner.items()}
+    left_out = tuple(f"{name}." for name in without)
+    return {key: x for key, x in found.items() if not f"{key}.".startswith(left_out)}
 
 
 def plain(value: Any) -> Any:

@@ -29,7 +29,7 @@ def stream(
 
 def image_order(seed: int, images: int, first: int, count: int) -> Tensor:
     """Rows ``(count,)`` of the data set at positions from ``first`` on; each pass has its order."""
-    positions = torch.arange(first, first + count)
+    positions = torch.arange(first, first + count, device="cpu")
     passes, rows = positions // images, positions % images
     order = torch.empty_like(rows)
     for epoch in range(int(passes[0]), int(passes[-1]) + 1):
@@ -40,4 +40,4 @@ def image_order(seed: int, images: int, first: int, count: int) -> Tensor:
 
 @lru_cache(maxsize=2)
 def _permutation(seed: int, images: int, epoch: int) -> Tensor:
-    return torch.randperm(images, generator=stream(seed, "order", epoch))
+    return torch.randperm(images, generator=stream(seed, "order", epoch), device="cpu")

@@ -16,19 +16,18 @@ from cldsde.errors import require
 from cldsde.images.data import ArrayImages, DataSet, Images, to_levels
 from cldsde.images.data.samples import measured, measured_batches
 from cldsde.images.evaluate.classifier import kept_classifier, random_features
-from cldsde.images.evaluate.distances import FeatureSums, frechet_of
-from cldsde.images.evaluate.features import FeatureNetwork, check_features, load_features
+from cldsde.images.evaluate.distances import (
+    FeatureNetwork,
+    FeatureSums,
+    check_features,
+    frechet_of,
+    load_features,
+)
 from cldsde.images.model import ImageModel
 from cldsde.progress import progress_bar
 from cldsde.score import ConditionalScore, ReverseProcess, Score
 from cldsde.solvers import SamplerSettings, sample
-from cldsde.solvers.fitting import (
-    Distance,
-    Search,
-    default_settings,
-    fewest_tries,
-    import_cma,
-)
+from cldsde.solvers.fitting import Distance, Search, default_settings, fewest_tries, import_cma
 
 _SETS = 5  # of new images for the report
 _REFERENCE, _MANY = 2000, 50  # images of the network itself, and evaluations of each
@@ -60,33 +59,18 @@ def _mean(x: Tensor) -> tuple[float, float]:
 class Tuning:
     """Fits of samplers to one image model.
 
-    Attributes
-    ----------
-    model
-        The model.
-    data
-        Images to compare with; None: images of the model itself, with 50 evaluations.
-    features
-        Features of the Fréchet distance that the search minimises: ``"classifier"``, of the data's
-        classes; ``"random"``, of a network with random weights; or ``module:attribute``. Without
-        data, or without classes, ``"random"`` replaces ``"classifier"``.
-    classifier
-        File of the classifier, which is trained and kept there if it is missing.
-    images
-        Images of a try, and of each of five sets of the report.
-    seed
-        Seed of the search.
-    device
-        Device of the features' networks.
+    ``features`` are those of the Fréchet distance that the search minimises: ``"classifier"``, of
+    the data's classes; ``"random"``, of a network with random weights; or ``module:attribute``.
+    Without data, or without classes, ``"random"`` replaces ``"classifier"``.
     """
 
     model: ImageModel
-    data: DataSet | None
-    classifier: Path
+    data: DataSet | None  # to compare with; None: images of the model, with 50 evaluations
+    classifier: Path  # is trained and kept there if it is missing
     features: str = "classifier"
-    images: int = 500
-    seed: int = 0
-    device: str = "cpu"
+    images: int = 500  # of a try, and of each of five sets of the report
+    seed: int = 0  # of the search
+    device: str = "cpu"  # of the features' networks
 
     def check(self, nfe: int, tries: int) -> None:
         """Raise an error if nothing can be fitted, before any work is done."""
@@ -143,9 +127,8 @@ class Tuning:
         name, labels = self.features, reference.labels
         networks: dict[str, FeatureNetwork] = {}
         if name == "classifier" and self.data is not None and labels is not None:
-            networks["the classifier's features"] = kept_classifier(
-                self.classifier, self.data, device=self.device
-            )
+            kept = kept_classifier(self.classifier, self.data, device=self.device)
+            networks["the classifier's features"] = kept
         elif name not in {"classifier", "random"}:
             networks[name] = load_features(name)
         for seed in range(2 - len(networks)):

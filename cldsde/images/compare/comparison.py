@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 
-from cldsde.errors import SettingError
+from cldsde.errors import require
 from cldsde.images.compare.config import ComparisonConfig, RowConfig, check_comparison
 from cldsde.images.compare.report import FORMAT, RESULTS, read_comparison, write_report
+from cldsde.images.data.samples import is_whole_picture, save_grid
 from cldsde.images.evaluate.evaluation import Evaluation
 from cldsde.images.evaluate.results import Result, check_comparable
-from cldsde.images.figures import is_whole_picture, save_grid
 from cldsde.images.model import TrainedModel, load_model
 from cldsde.images.networks import parameter_count
 from cldsde.images.runs import METRICS, RunFolder, check_folder
@@ -48,19 +48,14 @@ class Comparison:
     ) -> None:
         self.config, self.device, self.progress = config, device, progress
         self.data = check_comparison(config, device=device)
-        names = ("metrics", "samples", "repeats", "first_seed", "batch", "features")
-        self.evaluation = Evaluation(
-            data=self.data,
-            weights=None if config.weights is None else Path(config.weights).expanduser(),
-            folder=out,
-            device=device,
-            **{name: getattr(config, name) for name in (*names, "likelihood_images")},
-        )
+        how: Any = {**config.measurements(), "folder": out, "first_seed": config.first_seed}
+        how["weights"] = None if config.weights is None else config.weights.expanduser()
+        self.evaluation = Evaluation(data=self.data, device=device, **how)
         self.evaluation.check()
         # All folders are checked before any is made.
         for name in _FOLDERS:
-            if (out / name).exists() and not (out / name).is_dir():
-                raise SettingError("out", f"{out / name} is not a folder; move it away")
+            free = (out / name).is_dir() or not (out / name).exists()
+            require(free, "out", f"{out / name} is not a folder; move it away")
         for name, run in config.runs.items():
             check_folder(out / "models" / name, run.to_dict(), free=run.FREE)
         self.folder = RunFolder(out, config.shared(), parts=["models"])
@@ -68,10 +63,8 @@ class Comparison:
         self.is_finished = before.get("complete") and before["config"] == config.to_dict()
         for name in _FOLDERS:
             (out / name).mkdir(exist_ok=True)
-        self.runs = {
-            name: RunFolder(out / "models" / name, run.to_dict(), free=run.FREE)
-            for name, run in config.runs.items()
-        }
+        runs = ((name, run.to_dict(), run.FREE) for name, run in config.runs.items())
+        self.runs = {x: RunFolder(out / "models" / x, run, free=free) for x, run, free in runs}
         # Until they are measured, or found again, rows are as before.
         asked = before["config"]["rows"] if before else []
         known = {_sampler(x): row for x, row in zip(asked, before.get("rows", []), strict=True)}
@@ -134,7 +127,8 @@ class Comparison:
         if is_whole_picture(self.folder / name):
             return name
         first, count = self.config.first_seed, min(_COLUMNS, self.config.samples)
-        sheet = torch.zeros(len(recipes), count, *model.space.shape, dtype=torch.uint8)
+        size = (len(recipes), count, *model.space.shape)
+        sheet = torch.zeros(size, dtype=torch.uint8, device="cpu")
         for line, recipe in zip(sheet, recipes, strict=True):
             kept = self.evaluation.first_images.get((model.digest, repr(recipe)), sheet[:0])
             if len(kept) >= count:
@@ -211,8 +205,8 @@ def _cell(found: list[Result]) -> dict[str, Any]:
         cell["seconds"] = round(sum(repeat[0].seconds or 0 for repeat in done), 3)
         numbers = [{k: x for one in repeat for k, x in one.numbers.items()} for repeat in done]
         cell["measures"] = {name: [one[name] for one in numbers] for name in numbers[0]}
-    failures = [result.failed for result in found if result.failed is not None]
-    return {**cell, "reason": failures[0]} if failures else cell
+    reason = next((result.failed for result in found if result.failed is not None), None)
+    return cell if reason is None else {**cell, "reason": reason}
 
 
 def _bits(result: Result) -> dict[str, Any]:

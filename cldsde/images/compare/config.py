@@ -11,10 +11,10 @@ from typing import Annotated, Any
 
 from pydantic import Field, Strict
 
-from cldsde.errors import SettingError, setting
+from cldsde.errors import SettingError, require, setting
 from cldsde.images.config import Grid, RunConfig, SamplingConfig, StartTime, Time
 from cldsde.images.data import DataSet
-from cldsde.images.evaluate.evaluation import METRICS
+from cldsde.images.evaluate.evaluation import METRICS, Measurements
 from cldsde.images.sample.sampler import make_plan, make_solver
 from cldsde.images.schema import (
     Configuration,
@@ -69,13 +69,11 @@ class RowConfig:
         if make_solver(self._recipe()).facts.adaptive:
             needed, other = other, needed
         budgets = getattr(self, needed)
-        if not budgets or getattr(self, other):
-            raise SettingError(needed, f"{self.solver} needs a list of {needed}, and no {other}")
-        if len(set(budgets)) < len(budgets):
-            raise SettingError(needed, f"must differ; got {list(budgets)}")
-        if self.tolerances and len(self.fixed) == len(_TOLERANCES):
-            msg = f"set nothing: options has {' and '.join(self.fixed)}; leave one out"
-            raise SettingError("tolerances", msg)
+        msg = f"{self.solver} needs a list of {needed}, and no {other}"
+        require(bool(budgets) and not getattr(self, other), needed, msg)
+        require(len({*budgets}) == len(budgets), needed, f"must differ; got {list(budgets)}")
+        msg = f"set nothing: options has {' and '.join(self.fixed)}; leave one out"
+        require(bool(self.nfe) or len(self.fixed) < len(_TOLERANCES), "tolerances", msg)
         self.recipes()
 
     @property
@@ -105,24 +103,13 @@ class RowConfig:
 
 
 @section
-class ComparisonConfig(Configuration):
+class ComparisonConfig(Measurements, Configuration):
     """Models to compare, and samplers and metrics to compare them with."""
 
     seed: Annotated[int, Strict(), Field(ge=0, lt=2**32 // _IMAGES)] = 0
     """Seed of weights and training of all models; the seed of each image follows from it."""
-    samples: Annotated[Count, Field(ge=2)] = 1000
-    """Images per cell of the table and repeat."""
-    repeats: Count = 1
-    """Sets of images with seeds of their own, whose spread is reported."""
-    batch: Count = 64
-    """Images per batch."""
     metrics: tuple[str, ...] = ("fd", "bpd")
     """Some of `cldsde.images.evaluate.evaluation.METRICS`."""
-    features: str = "classifier"
-    weights: str | None = None
-    """See `cldsde.images.evaluate.evaluation.Evaluation`."""
-    likelihood_images: Count = 64
-    """Held-out images whose likelihood is computed."""
     base: Mapping[str, Any] = field(default_factory=dict)
     """Sections of a `RunConfig` that all models share."""
     models: Mapping[str, Mapping[str, Any]]
@@ -132,29 +119,25 @@ class ComparisonConfig(Configuration):
 
     def __post_init__(self) -> None:
         """Check the parts against each other, and build the configuration of each model."""
-        if self.samples * self.repeats > _IMAGES:
-            product = f"{self.samples:,} times {self.repeats:,}"
-            msg = f"times repeats must be at most {_IMAGES:,}; got {product}"
-            raise SettingError("samples", msg)
+        product = f"{self.samples:,} times {self.repeats:,}"
+        msg = f"times repeats must be at most {_IMAGES:,}; got {product}"
+        require(self.samples * self.repeats <= _IMAGES, "samples", msg)
         for name in ("metrics", "models", "rows"):
-            if not getattr(self, name):
-                raise SettingError(name, "is empty")
+            require(bool(getattr(self, name)), name, "is empty")
         for metric in self.metrics:
             check_name(metric, METRICS, "metrics")
-        if set(self.metrics) == {"bpd"}:
-            raise SettingError("metrics", "must hold one of samples, such as fd; got bpd alone")
+        msg = "must hold one of samples, such as fd; got bpd alone"
+        require({*self.metrics} != {"bpd"}, "metrics", msg)
         names = [(row.model, row.label) for row in self.rows]
         for i, (model, label) in enumerate(names):
             check_name(model, self.models, f"rows[{i}].model")
-            if (model, label) in names[:i]:
-                msg = f"labels of a model must differ; got twice {label!r} of {model}"
-                raise SettingError("rows", msg)
-        first = next(iter(self.runs))
-        sources = {name: (run.data.name, run.data.options) for name, run in self.runs.items()}
-        for name, source in sources.items():
-            if source != sources[first]:
-                msg = f"must be the data of {first}: samples are compared with it"
-                raise SettingError(f"models.{name}.data", msg)
+            msg = f"labels of a model must differ; got twice {label!r} of {model}"
+            require((model, label) not in names[:i], "rows", msg)
+        first, data = next((name, run.data) for name, run in self.runs.items())
+        for name, run in self.runs.items():
+            msg = f"must be the data of {first}: samples are compared with it"
+            same = (run.data.name, run.data.options) == (data.name, data.options)
+            require(same, f"models.{name}.data", msg)
 
     @property
     def first_seed(self) -> int:
@@ -177,12 +160,10 @@ class ComparisonConfig(Configuration):
         return error.within("base" if shared else f"models.{model}")
 
     def _run(self, name: str) -> RunConfig:
-        if not re.fullmatch(r"\w[\w+-]*", name):
-            msg = f"a name is made of letters, digits, '_', '+' and '-'; got {name!r}"
-            raise SettingError("models", msg)
+        msg = f"a name is made of letters, digits, '_', '+' and '-'; got {name!r}"
+        require(re.fullmatch(r"\w[\w+-]*", name) is not None, "models", msg)
         try:
-            values = {"seed": self.seed, **_merged(self.base, self.models[name])}
-            return RunConfig.from_dict(values)
+            return RunConfig.from_dict({"seed": self.seed, **_merged(self.base, self.models[name])})
         except SettingError as error:
             raise self.place(name, error) from error
 

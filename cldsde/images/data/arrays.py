@@ -64,9 +64,8 @@ def array_images(
 
 def to_nchw(images: Tensor, layout: Layout) -> Tensor:
     """A view of the images with axes (N, C, H, W)."""
-    if layout == "NHW":
-        return images.unsqueeze(1)
-    return images.permute(0, 3, 1, 2) if layout == "NHWC" else images
+    images = images.unsqueeze(-1) if layout == "NHW" else images
+    return images if layout == "NCHW" else images.permute(0, 3, 1, 2)
 
 
 def _layout_of(shape: Sequence[int], layout: Layout, file: Path, known: Sequence[int]) -> Layout:
@@ -76,13 +75,13 @@ def _layout_of(shape: Sequence[int], layout: Layout, file: Path, known: Sequence
             msg = f"layout {layout} must have {len(layout)} axes; got shape {tuple(shape)} ({file})"
             raise ValueError(msg)
         return layout
-    readings: list[Layout] = []
+    axes: Sequence[tuple[Layout, bool]] = ()
     # (H, W, 3) and (3, H, W) are one image each.
-    if len(shape) == 3 and shape[0] not in known and shape[2] not in known:
-        readings = ["NHW"]
+    if len(shape) == 3:
+        axes = [("NHW", shape[0] not in known and shape[2] not in known)]
     elif len(shape) == 4:
-        axes: list[tuple[Layout, int]] = [("NHWC", shape[3]), ("NCHW", shape[1])]
-        readings = [reading for reading, channels in axes if channels in known]
+        axes = [("NHWC", shape[3] in known), ("NCHW", shape[1] in known)]
+    readings = [reading for reading, fits in axes if fits]
     if len(readings) != 1:
         msg = f"layout must be given, as NHW, NHWC or NCHW, for the shape of {file}; got "
         raise ValueError(f"{msg}{tuple(shape)}, which could be several or none of them")

@@ -132,9 +132,9 @@ class FolderImages(Images):
         if damaged and not (skip_damaged and kept):
             raise ValueError(self._described(damaged))
         self._left_out = damaged
-        self._rows = torch.tensor(kept)
+        self._rows = torch.tensor(kept, device="cpu")
         self.files = tuple(self._all[row] for row in kept)
-        numbers = None if labels is None else torch.tensor(labels)[self._rows]
+        numbers = None if labels is None else torch.tensor(labels, device="cpu")[self._rows]
         levels: Scale = 256 if bits == 8 else (0.0, 65535.0)
         shape = self._shape[1:]
         super().__init__(len(kept), shape, levels=levels, labels=numbers, classes=names)
@@ -168,15 +168,13 @@ class FolderImages(Images):
                     self._fill(place, progress=progress)
         except OSError as error:
             reason = error.strerror or str(error)
-            tqdm.write(
-                f"note: decoded pictures cannot be kept in {place.parent} ({reason}), and are "
-                "decoded again in each pass; data.options.cache names another folder",
-                file=sys.stderr,
-            )
+            msg = f"note: decoded pictures cannot be kept in {place.parent} ({reason}), and are "
+            msg += "decoded again in each pass; data.options.cache names another folder"
+            tqdm.write(msg, file=sys.stderr)
 
     def sums(self, rows: Tensor | None = None, *, progress: bool = False) -> Tensor:
         """See `Images`; sums of decoded pictures are kept in the cache."""
-        rows = torch.arange(len(self)) if rows is None else rows
+        rows = torch.arange(len(self), device="cpu") if rows is None else rows
         if self._place is None or not self._is_whole:
             return super().sums(rows, progress=progress)
         name = hashlib.sha256(self._rows[rows].numpy().tobytes()).hexdigest()[:16]

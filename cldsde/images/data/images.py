@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,16 +39,13 @@ class Images(ABC):
         self._count, self.levels = count, levels
         self.shape: tuple[int, int, int] = (int(shape[0]), int(shape[1]), int(shape[2]))
         self.skipped: tuple[str, ...] = ()
-        self.labels: Tensor | None = None
-        self.classes: int | None = None
-        self.class_names: tuple[str, ...] | None = None
         if labels is None and classes is not None:
             raise ValueError(f"classes needs labels; got {classes!r} and no labels")
-        if labels is not None:
-            known = classes if isinstance(classes, int | None) else len(classes)
-            self.class_names = None if isinstance(classes, int | None) else tuple(classes)
-            self.classes = check_labels(labels, count, known)
-            self.labels = labels.to("cpu", torch.int64)
+        names = None if isinstance(classes, int | None) else tuple(classes)
+        known = classes if isinstance(classes, int | None) else len(classes)
+        self.classes = None if labels is None else check_labels(labels, count, known)
+        self.class_names: tuple[str, ...] | None = names
+        self.labels = None if labels is None else labels.to("cpu", torch.int64)
 
     def __len__(self) -> int:
         return self._count
@@ -57,7 +55,7 @@ class Images(ABC):
         self.check_rows(rows)
         if len(rows) == 0:
             dtype = torch.uint8 if isinstance(self.levels, int) else torch.float32
-            return torch.empty((0, *self.shape), dtype=dtype)
+            return torch.empty((0, *self.shape), dtype=dtype, device="cpu")
         return self._read(rows.cpu())
 
     @property
@@ -74,9 +72,10 @@ class Images(ABC):
         Of bytes these are the sums of levels and of their squares, int64. Of continuous numbers
         they are the mean and the sum of squared deviations from it, float64.
         """
-        rows = torch.arange(len(self)) if rows is None else rows
+        rows = torch.arange(len(self), device="cpu") if rows is None else rows
         exact, seen = isinstance(self.levels, int), 0
-        found = torch.zeros((2, *self.shape), dtype=torch.int64 if exact else torch.float64)
+        dtype = torch.int64 if exact else torch.float64
+        found = torch.zeros((2, *self.shape), dtype=dtype, device="cpu")
         with progress_bar(None, shown=progress, total=len(rows), desc="statistics", delay=3) as bar:
             for some in rows.split(max(1, CHUNK // found[0].numel())):  # type: ignore[no-untyped-call]
                 x = self.load(some).to(torch.int32 if exact else torch.float64)
@@ -133,10 +132,8 @@ class Subset(Images):
     def __init__(self, images: Images, rows: Tensor) -> None:
         images.check_rows(rows)
         labels = None if images.labels is None else images.labels[rows]
-        classes = images.class_names or images.classes
-        super().__init__(
-            len(rows), images.shape, levels=images.levels, labels=labels, classes=classes
-        )
+        kind: Any = {"levels": images.levels, "classes": images.class_names or images.classes}
+        super().__init__(len(rows), images.shape, labels=labels, **kind)
         self._images, self._rows = images, rows.clone()
         self.skipped = images.skipped
 
@@ -151,9 +148,8 @@ class Subset(Images):
 
     def sums(self, rows: Tensor | None = None, *, progress: bool = False) -> Tensor:
         """See `Images`."""
-        return self._images.sums(
-            self._rows if rows is None else self._rows[rows], progress=progress
-        )
+        rows = self._rows if rows is None else self._rows[rows]
+        return self._images.sums(rows, progress=progress)
 
     def _read(self, rows: Tensor) -> Tensor:
         return self._images.load(self._rows[rows])

@@ -33,7 +33,7 @@ def to_unit(images: Tensor, levels: Scale = 256) -> Tensor:
 
 def pixels_of(images: Images) -> Tensor:
     """All images of a set that fits into memory, ``(N, C, H, W)`` float32 in [−1, 1]."""
-    return to_unit(images.load(torch.arange(len(images))), images.levels)
+    return to_unit(images.load(torch.arange(len(images), device="cpu")), images.levels)
 
 
 def to_levels(images: Tensor, levels: Scale = 256, *, dequantised: bool = False) -> Tensor:
@@ -135,7 +135,7 @@ def channel_statistics(
         sums = list(zip(first.sum(1).tolist(), second.sum(1).tolist(), strict=True))
         means = [(2 * s + n * (spread - d)) / (n * d) for s, _ in sums]
         spreads = [(12 * (n * q - s * s) + spread * n * n) / (3 * (n * d) ** 2) for s, q in sums]
-        mean, variance = torch.tensor([means, spreads], dtype=torch.float64)
+        mean, variance = torch.tensor([means, spreads], dtype=torch.float64, device="cpu")
     else:
         low, high = images.levels
         mean = 2 * (first.mean(1) - low) / (high - low) - 1

@@ -1,7 +1,8 @@
-"""Images to be measured: in one scale, and from files of any origin."""
+"""Images to be measured or shown: in one scale, from files of any origin, and as pictures."""
 
 from __future__ import annotations
 
+import math
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,11 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from cldsde.images.checks import Scale
 from cldsde.images.data import Images, array_images, to_levels, to_unit
-from cldsde.images.data.pictures import pixels_of_picture, read_picture
+from cldsde.images.data.pictures import open_picture, pixels_of_picture, read_picture
 
 
 def as_bytes(images: Tensor, levels: Scale) -> Tensor:
@@ -32,7 +35,7 @@ def measured(images: Tensor, levels: Scale) -> Tensor:
 
 def measured_batches(images: Images, batch: int = 256) -> Iterator[Tensor]:
     """All images of a set as features take them, batch by batch."""
-    for rows in torch.arange(len(images)).split(batch):  # type: ignore[no-untyped-call]
+    for rows in torch.arange(len(images), device="cpu").split(batch):  # type: ignore[no-untyped-call]
         yield measured(images.load(rows), images.levels)
 
 
@@ -63,7 +66,7 @@ def load_samples(path: Path, like: Images | None = None) -> Tensor:
         found = array_images(path, value_range=ends, channels=known)
     except TypeError as error:
         raise ValueError(str(error)) from error
-    images = found.load(torch.arange(len(found)))
+    images = found.load(torch.arange(len(found), device="cpu"))
     if ends is None and int(images.max()) >= levels:
         raise ValueError(f"{path} must hold levels from 0 to {levels - 1}; got {int(images.max())}")
     return measured(images, levels if ends is None else found.levels)
@@ -80,3 +83,50 @@ def _pictures(folder: Path) -> Tensor:
         if own != first:
             raise ValueError(f"{file} must have the shape of {files[0].name}, {first}; got {own}")
     return torch.stack(found)
+
+
+def save_grid(
+    file: Path,
+    images: Tensor,
+    levels: Scale = 256,
+    *,
+    columns: int | None = None,
+    notes: PngInfo | None = None,
+) -> None:
+    """Write images ``(N, C, H, W)`` in a grid; pixels of small images become squares.
+
+    Channels other than 1 or 3 are side by side. Without ``columns`` the grid is nearly
+    square. ``notes`` go into the header of a PNG.
+    """
+    from torchvision.utils import make_grid
+
+    images = _shown(as_bytes(images.cpu(), levels))
+    columns = math.isqrt(len(images) - 1) + 1 if columns is None else columns
+    # A grid of grey images has three equal channels.
+    sheet = make_grid(images, columns)[: images.shape[1]]
+    scale = max(1, 64 // max(images.shape[2:]))
+    sheet = sheet.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+    picture(sheet).save(file, pnginfo=notes)
+
+
+def is_whole_picture(file: Path) -> bool:
+    """Whether a picture exists and can be read to its end."""
+    try:
+        with open_picture(file) as opened:
+            opened.verify()  # checksums, if the format has any
+        with open_picture(file) as opened:
+            opened.load()
+    except ValueError:
+        return False
+    return True
+
+
+def _shown(images: Tensor) -> Tensor:
+    """Images ``(N, C, H, W)`` of 1 or 3 channels; others become grey, side by side."""
+    return images if images.shape[1] in {1, 3} else torch.cat(images.split(1, 1), -1)  # type: ignore[no-untyped-call]
+
+
+def picture(image: Tensor) -> Image.Image:
+    """Bytes ``(C, H, W)`` as an image of Pillow's; channels other than 1 or 3 are side by side."""
+    image = _shown(image[None])[0]
+    return Image.fromarray((image[0] if len(image) == 1 else image.movedim(0, -1)).numpy())

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
+import math
+import os
+import struct
+import zlib
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -10,14 +15,82 @@ from typing import Annotated, Any, Literal, NamedTuple
 import numpy as np
 import torch
 from pydantic import AfterValidator, Field
+from torch import Tensor
+from torch.nn import functional as F
 
 from cldsde.files import file_lock
+from cldsde.images.checks import listed
 from cldsde.images.data.arrays import Layout, array_images, to_nchw
-from cldsde.images.data.folder import FolderImages
-from cldsde.images.data.idx import fashion_folder, fashion_part
-from cldsde.images.data.images import ArrayImages, Images, Subset
+from cldsde.images.data.folder import FolderImages, cache_folder
+from cldsde.images.data.images import CHUNK, ArrayImages, Images, Subset
 from cldsde.images.data.sources import as_folder
 from cldsde.images.schema import Count, Flag, Levels, Natural, Number, Positive, Range, checked
+
+_DEBIAN = Path("/usr/share/datasets/fashion-mnist")
+_FASHION_CLASSES = (
+    *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+    *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+)
+
+
+def fashion_folder() -> Path:
+    """The first existing folder among the usual places of Fashion-MNIST."""
+    folders = [_DEBIAN, cache_folder() / "fashion-mnist"]
+    if os.environ.get("CLDSDE_DATA"):
+        folders.insert(0, Path(os.environ["CLDSDE_DATA"]).expanduser() / "fashion-mnist")
+    for folder in filter(Path.is_dir, folders):
+        return folder
+    raise FileNotFoundError(
+        f"Fashion-MNIST is in none of {listed(folders)}; get it with `apt install "
+        "dataset-fashion-mnist` (Debian), or with torchvision: torchvision.datasets.FashionMNIST("
+        "FOLDER, download=True), then path=FOLDER/FashionMNIST/raw"
+    )
+
+
+def fashion_part(folder: Path, part: str, size: int) -> ArrayImages:
+    """The training or the test part, checked and resized."""
+    name = f"{part}-labels-idx1-ubyte"
+    images = _read_idx(folder, f"{part}-images-idx3-ubyte", (28, 28))
+    labels = _read_idx(folder, name, ())
+    if len(labels) != len(images) or int(labels.max()) >= len(_FASHION_CLASSES):
+        got = f"{len(labels)} labels up to {int(labels.max())}"
+        msg = f"{folder / name} must hold a label in 0 … 9 for each of {len(images)} images; got "
+        raise ValueError(f"{msg}{got}")
+    images = images.unsqueeze(1)
+    if size > 28:
+        images = F.pad(images, [(size - 28) // 2] * 4)
+    elif size < 28:
+        shrunk = []
+        for some in images.split(CHUNK // 28**2):  # type: ignore[no-untyped-call]
+            # In float32: torch's kernels for bytes differ from one processor to another.
+            fine = F.interpolate(some.float(), (size, size), mode="bicubic", antialias=True)
+            shrunk.append(fine.round().clamp(0, 255).to(torch.uint8))
+        images = torch.cat(shrunk)
+    return ArrayImages(images, labels=labels.to(torch.int64), classes=_FASHION_CLASSES)
+
+
+def _read_idx(folder: Path, name: str, shape: tuple[int, ...]) -> Tensor:
+    """Bytes ``(N, *shape)`` of a file in the IDX format: magic number, sizes, values."""
+    file = next((x for x in (folder / name, folder / f"{name}.gz") if x.is_file()), None)
+    if file is None:
+        raise FileNotFoundError(f"{folder} holds neither {name} nor {name}.gz")
+    try:
+        content = file.read_bytes()
+        if content[:2] == b"\x1f\x8b":  # gzip, whatever the name; IDX begins with two zeros
+            content = gzip.decompress(content)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
+    axes = len(shape) + 1
+    start = 4 + 4 * axes
+    count, left = divmod(len(content) - start, math.prod(shape))
+    header = struct.pack(f">4B{axes}I", 0, 0, 8, axes, max(count, 0), *shape)
+    if content[:start] != header or left or count < 1:
+        wanted = " × ".join(map(str, ("N ≥ 1", *shape)))
+        msg = f"{file} must be an IDX file of {wanted} bytes; got {len(content)} bytes that begin "
+        raise ValueError(f"{msg}with {content[:start].hex(' ', 4)}")
+    values = np.frombuffer(content, np.uint8, offset=start)
+    return torch.from_numpy(values.copy()).reshape(count, *shape)
+
 
 TorchvisionName = Literal[
     "CIFAR10", "CIFAR100", "FashionMNIST", "KMNIST", "MNIST", "QMNIST", "STL10", "SVHN", "USPS"
@@ -30,6 +103,7 @@ TORCHVISION_SHAPES: dict[TorchvisionName, tuple[int, int, int]] = {
     "USPS": (1, 16, 16),
 }
 """Shapes of the images, known without them."""
+_PARTS = ("train", "test")
 
 
 def _whole_above_1(value: float) -> float:
@@ -74,13 +148,9 @@ def digits(*, held_out: HeldOut = 0.2, seed: Natural = 0) -> DataSet:
     from sklearn.datasets import load_digits
 
     source = load_digits()
-    images = ArrayImages(
-        torch.from_numpy(source.images).to(torch.uint8).unsqueeze(1),
-        levels=17,
-        labels=torch.from_numpy(source.target),
-        classes=[str(name) for name in source.target_names],
-    )
-    return _split(images, held_out, seed)
+    images = torch.from_numpy(source.images).to(torch.uint8).unsqueeze(1)
+    labels, classes = torch.from_numpy(source.target), [str(name) for name in source.target_names]
+    return _split(ArrayImages(images, levels=17, labels=labels, classes=classes), held_out, seed)
 
 
 @checked
@@ -127,12 +197,9 @@ def torchvision_set(*, name: TorchvisionName, path: str | Path, download: Flag =
     """
     from torchvision import datasets
 
-    layout: Layout = "NHW"
-    if name in {"CIFAR10", "CIFAR100", "STL10", "SVHN"}:
-        layout = "NHWC" if name.startswith("CIFAR") else "NCHW"
-    train, test = ({"train": True}, {"train": False})
-    if name in {"STL10", "SVHN"}:
-        train, test = ({"split": "train"}, {"split": "test"})  # type: ignore[dict-item]
+    layout: Layout = "NHWC" if name.startswith("CIFAR") else "NHW"
+    layout = "NCHW" if name in {"STL10", "SVHN"} else layout
+    split = [{"split": part} if layout == "NCHW" else {"train": part == "train"} for part in _PARTS]
     root = Path(path).expanduser()
     try:
         if download:
@@ -140,7 +207,7 @@ def torchvision_set(*, name: TorchvisionName, path: str | Path, download: Flag =
         # Of several processes one downloads, and the others find the files.
         with file_lock(root / name, wait=True) if download else nullcontext():
             make = getattr(datasets, name)
-            sources = [make(str(root), download=download, **part) for part in (train, test)]
+            sources = [make(str(root), download=download, **part) for part in split]
     except Exception as error:  # of many classes, for missing or damaged files
         hint = "is the network there?" if download else "download=True would fetch it"
         msg = f"{name} is not in {root}, or is damaged there; {hint} (torchvision: {error})"
@@ -148,7 +215,8 @@ def torchvision_set(*, name: TorchvisionName, path: str | Path, download: Flag =
     parts = []
     for source in sources:
         images = torch.from_numpy(np.ascontiguousarray(source.data))
-        labels = torch.as_tensor(source.targets if hasattr(source, "targets") else source.labels)
+        labels = source.targets if hasattr(source, "targets") else source.labels
+        labels = torch.as_tensor(labels, device="cpu")
         # QMNIST has more labels than the class.
         parts.append((to_nchw(images, layout), labels[:, 0] if labels.ndim == 2 else labels))
     names = getattr(sources[0], "classes", None)
@@ -180,10 +248,9 @@ def image_folder(
     held_out, seed
         See `digits`.
     """
-    options: dict[str, Any] = {"size": size, "channels": channels, "bits": bits}
-    options |= {"workers": workers, "skip_damaged": skip_damaged, "cache": cache}
-    images = FolderImages(path, classes=classes, cache_gib=cache_gib, **options)
-    return _split(images, held_out, seed)
+    options: Any = {"size": size, "channels": channels, "bits": bits, "classes": classes}
+    options |= {"skip_damaged": skip_damaged, "cache": cache, "cache_gib": cache_gib}
+    return _split(FolderImages(path, workers=workers, **options), held_out, seed)
 
 
 @checked
@@ -244,5 +311,5 @@ def _split(images: Images, held_out: float, seed: int) -> DataSet:
     if not 0 < n < len(images):
         msg = f"held_out must leave both parts an image; got {held_out}, that is {n} of the "
         raise ValueError(f"{msg}{len(images)}")
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed), device="cpu")
     return DataSet(train=Subset(images, order[n:]), held_out=Subset(images, order[:n]))

@@ -105,21 +105,18 @@ def _in_archive(archive: Path) -> tuple[Files, list[str], Counter[str]]:
     """What `_in_folder` returns, for a zip archive; an outer folder of all files is left out."""
     stamp, others = _stamp(archive), Counter[str]()
     try:
-        entries = {
-            PurePosixPath(x.filename).parts: x
-            for x in _opened(archive, stamp, os.getpid()).infolist()
-        }
+        entries = _opened(archive, stamp, os.getpid()).infolist()
     except (zipfile.BadZipFile, OSError, ValueError) as error:
         raise ValueError(f"{archive} cannot be read as a zip archive: {error}") from error
     files: Files = []
-    for names, x in entries.items():
+    for names, x in {PurePosixPath(x.filename).parts: x for x in entries}.items():
         if x.is_dir() or any(part.startswith(("__MACOSX", ".")) for part in names):
             continue
         suffix = PurePosixPath(names[-1]).suffix
         if suffix.lower() in SUFFIXES:
             read = partial(_member, archive, stamp, x.filename)
-            entry = Packed(f"{archive}, {x.filename}", read, (x.file_size, x.CRC))
-            files.append((names, entry))
+            name, own = f"{archive}, {x.filename}", (x.file_size, x.CRC)
+            files.append((names, Packed(name, read, own)))
         else:
             others[suffix or "no suffix"] += 1
     while files and len({x[0] for x, _ in files}) == 1 and min(len(x) for x, _ in files) > 2:
@@ -155,9 +152,7 @@ def _classes(root: Path, files: Files, tops: Iterable[str]) -> tuple[list[str], 
     return classes, [numbers[owner] for owner in owners]
 
 
-def _in_table(
-    root: Path, *, classes: bool
-) -> tuple[list[Path | Packed], list[int] | None, list[str] | None]:
+def _in_table(root: Path, *, classes: bool) -> tuple[list[Packed], Any, Any]:
     """Pictures of a saved data set, their classes and the names of these."""
     table = _table(root, os.getpid())
     kinds = {name: type(kind).__name__ for name, kind in table.features.items()}
@@ -170,7 +165,7 @@ def _in_table(
             raise ValueError(f"{msg}{listed([*kinds])}. Select columns and save it again")
         found += columns
     reads = [partial(_cell, root, found[0], row) for row in range(len(table))]
-    files: list[Path | Packed] = [Packed(f"{root}, row {i}", x) for i, x in enumerate(reads)]
+    files = [Packed(f"{root}, row {i}", read) for i, read in enumerate(reads)]
     if not files:
         raise ValueError(f"{root} holds no image")
     if not classes:

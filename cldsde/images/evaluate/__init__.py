@@ -13,8 +13,8 @@ from cldsde.images.evaluate.distances import (
     frechet,
     frechet_distance,
     frechet_of,
+    load_features,
 )
-from cldsde.images.evaluate.features import load_features
 from cldsde.images.evaluate.inception import inception_metrics
 from cldsde.images.evaluate.likelihoods import likelihood
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
@@ -72,15 +71,10 @@ class ClassifierFeatures:
     """The features of a trained classifier as a `FeatureNetwork`."""
 
     def __init__(
-        self,
-        classifier: ImageClassifier,
-        *,
-        device: torch.device | str = "cpu",
-        accuracy: float | None = None,
+        self, classifier: ImageClassifier, device: Any = "cpu", accuracy: float | None = None
     ) -> None:
-        self.accuracy = accuracy
+        self.device, self.accuracy = device, accuracy
         self.classifier = classifier.to(device).eval().requires_grad_(False)
-        self.device = device
         weights = {key: x.detach().cpu() for key, x in classifier.state_dict().items()}
         self.name = f"{_NAME}:{tensors_digest(weights)[:16]}"
 
@@ -124,7 +118,7 @@ def train_classifier(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, learning_rate, total_steps=total)
     with progress_bar(None, shown=progress, total=total, desc="classifier") as bar:
         for _ in range(epochs):
-            order = torch.randperm(len(images), generator=generator)
+            order = torch.randperm(len(images), generator=generator, device="cpu")
             for rows in order[: steps * batch].reshape(-1, batch):
                 logits = model(_scaled(measured(images.load(rows), images.levels).to(device)))
                 target = labels[rows].to(device)
@@ -142,18 +136,10 @@ def train_classifier(
     return model, float((found == held_out.labels).double().mean())
 
 
-def save_classifier(
-    classifier: ImageClassifier, file: Path, *, metadata: Mapping[str, str] | None = None
-) -> None:
-    """Write a classifier and notes as a safetensors file, whole or not at all."""
-    notes = {**(metadata or {}), "architecture": json.dumps(classifier.architecture)}
-    save_tensors(file, "ImageClassifier", classifier.state_dict(), notes)
-
-
 def load_classifier(
     file: Path, *, device: torch.device | str = "cpu"
 ) -> tuple[ImageClassifier, dict[str, str]]:
-    """Load a classifier, in evaluation mode, and the notes that `save_classifier` wrote."""
+    """Load a classifier, in evaluation mode, and the notes that `kept_classifier` wrote."""
     tensors, notes = load_tensors(file, "ImageClassifier")
     try:
         # On the meta device sizes are compared before any memory is allocated.
@@ -186,7 +172,8 @@ def kept_classifier(
                 options: Any = {"epochs": epochs, "device": device, "progress": progress}
                 made, accuracy = train_classifier(data, **options)
                 notes = {**origin, "held_out_accuracy": f"{accuracy:.4f}"}
-                save_classifier(made, file, metadata=notes)
+                notes["architecture"] = json.dumps(made.architecture)
+                save_tensors(file, "ImageClassifier", made.state_dict(), notes)
     try:
         classifier, notes = load_classifier(file, device=device)
     except ValueError as error:
@@ -194,8 +181,7 @@ def kept_classifier(
     if not origin.items() <= notes.items():
         msg = f"{file} was trained on other images or classes; delete it, or move it away"
         raise ValueError(msg)
-    accuracy = float(notes["held_out_accuracy"])
-    return ClassifierFeatures(classifier, device=device, accuracy=accuracy)
+    return ClassifierFeatures(classifier, device, float(notes["held_out_accuracy"]))
 
 
 def random_features(
@@ -213,7 +199,7 @@ def random_features(
     for parameter in model.body.parameters():
         if parameter.ndim > 1:
             nn.init.kaiming_normal_(parameter, generator=generator)
-    return ClassifierFeatures(model, device=device)
+    return ClassifierFeatures(model, device)
 
 
 def _scaled(images: Tensor) -> Tensor:

@@ -1,20 +1,94 @@
-"""Fréchet distances between Gaussians fitted to two sets of images, in any features."""
+"""Fréchet distances between Gaussians fitted to two sets of images, in features of any network.
+
+A feature network is any callable from uint8 images ``(B, C, H, W)`` to features ``(B, F)``. A user
+names one as ``module:attribute``. `ImageClassifier` is one to train on the data at hand, if no
+pretrained network fits them.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from cldsde.errors import SettingError
-from cldsde.images.checks import check_images, check_same_shape
-from cldsde.images.evaluate.features import FeatureNetwork, checked_features, feature_name
+from cldsde.errors import SettingError, require, setting
+from cldsde.images.checks import check_images, check_same_shape, kind_of
+from cldsde.messages import imported, in_words
 from cldsde.progress import progress_bar
+
+FeatureNetwork = Callable[[Tensor], Tensor]
+"""uint8 images ``(B, C, H, W)`` on the CPU to features ``(B, F)``, on any device. Continuous data
+are float32 from −1 to 1, the ends of their range. An attribute ``name``, a string, tells it from
+others of its kind, for example by a hash of its weights."""
+
+
+def load_features(name: str) -> FeatureNetwork:
+    """Load a feature network by its name, ``module:attribute``.
+
+    A class is instantiated without arguments; any other callable is taken as it is. PyTorch modules
+    are put into evaluation mode.
+
+    Examples
+    --------
+    >>> load_features("torch:flatten").__name__
+    'flatten'
+    """
+    with setting("features"):
+        found: Any = imported(name)
+    if isinstance(found, type):
+        try:
+            found = found()
+        except (Exception, SystemExit) as error:
+            msg = f"{name!r} cannot be made without arguments ({in_words(error)})"
+            raise SettingError("features", msg) from error
+    if not callable(found):
+        kind = type(found).__name__
+        msg = f"must be callable, uint8 images (B, C, H, W) to features (B, F); {name!r} is {kind}"
+        raise SettingError("features", msg)
+    if isinstance(found, nn.Module):
+        found.eval().requires_grad_(False)
+    network: FeatureNetwork = found
+    return network
+
+
+def check_features(features: FeatureNetwork, images: Tensor) -> None:
+    """Raise a SettingError if a network does not return finite ``(B, F)`` for some images."""
+    try:
+        with torch.no_grad():
+            checked_features(features(images), len(images))
+    except Exception as error:
+        shape = tuple(images.shape)
+        msg = f"{feature_name(features)!r} fails for images {shape} ({in_words(error)})"
+        raise SettingError("features", msg) from error
+
+
+def checked_features(values: object, count: int) -> Tensor:
+    """Features in float64 on the CPU if they are finite ``(count, F)``; raise otherwise."""
+    if not isinstance(values, Tensor) or not values.is_floating_point():
+        got = kind_of(values)
+        raise TypeError(f"features must return a floating-point tensor (B, F); got {got}")
+    if values.ndim != 2 or len(values) != count or values.shape[1] < 1:
+        got = f"{tuple(values.shape)} for {count} images"
+        raise ValueError(f"features must return (B, F), one row per image; got {got}")
+    if not bool(values.isfinite().all()):
+        raise ValueError("features must return finite numbers; it returned NaN or infinity")
+    return values.detach().cpu().to(torch.float64)
+
+
+def feature_name(features: FeatureNetwork) -> str:
+    """Name of a feature network: its attribute ``name``, or ``module:attribute`` of its code."""
+    if not callable(features) or isinstance(features, type):
+        got = repr(features) if isinstance(features, type) else type(features).__name__
+        wanted = "a callable from uint8 images (B, C, H, W) to features (B, F)"
+        raise TypeError(f"features must be {wanted}; got {got}")
+    name = getattr(features, "name", None)
+    owner: Any = features if hasattr(features, "__qualname__") else type(features)
+    return name if isinstance(name, str) else f"{owner.__module__}:{owner.__qualname__}"
 
 
 def frechet_distance(first: Tensor, second: Tensor) -> float:
@@ -88,20 +162,14 @@ class FeatureStatistics:
 
     @classmethod
     def of(
-        cls,
-        images: Tensor,
-        features: FeatureNetwork,
-        *,
-        batch: int = 256,
-        progress: bool = False,
+        cls, images: Tensor, features: FeatureNetwork, *, batch: int = 256, progress: bool = False
     ) -> FeatureStatistics:
         """Compute statistics of uint8 images batch by batch in float64; see `frechet`."""
         check_images(images, "images", least=2)
-        if batch < 1:
-            raise SettingError("batch", f"must be at least 1; got {batch}")
+        require(batch >= 1, "batch", f"must be at least 1; got {batch}")
         parts = images.split(batch)  # type: ignore[no-untyped-call]
-        sums = FeatureSums(features, images.shape)
-        return sums.of(progress_bar(parts, shown=progress, desc="features"))
+        bar = progress_bar(parts, shown=progress, desc="features")
+        return FeatureSums(features, images.shape).of(bar)
 
 
 class FeatureSums:
@@ -123,7 +191,8 @@ class FeatureSums:
         self._size, self._keep = size, keep
         self._rows: list[Tensor] = []
         self._hash = hashlib.sha256(f"{tuple(shape)}".encode())
-        self._seen, self._mean, self._scatter = 0, torch.zeros(()), torch.zeros(())
+        self._seen, zero = 0, torch.zeros((), device="cpu")
+        self._mean, self._scatter = zero, zero
 
     def add(self, images: Tensor) -> None:
         """Add a batch of uint8 images ``(B, C, H, W)``."""
@@ -185,10 +254,8 @@ def frechet(
         ``(M, C, H, W)``, or their `FeatureStatistics` in the same features.
     features
         Feature network, see `load_features`.
-    batch
-        Images per batch.
-    progress
-        Show progress bars on stderr.
+    batch, progress
+        Images per batch; whether to show progress bars on stderr.
 
     Returns
     -------
@@ -207,9 +274,9 @@ def frechet(
     if isinstance(reference, Tensor):
         check_same_shape(images, check_images(reference, "reference", least=2))
         reference = FeatureStatistics.of(reference, features, **options)
-    elif reference.features != feature_name(features):
-        msg = f"must be in the features {feature_name(features)!r}; got statistics in "
-        raise SettingError("reference", f"{msg}{reference.features!r}")
+    name = feature_name(features)
+    msg = f"must be in the features {name!r}; got statistics in {reference.features!r}"
+    require(reference.features == name, "reference", msg)
     return frechet_report(FeatureStatistics.of(images, features, **options), reference)
 
 

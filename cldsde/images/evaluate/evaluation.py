@@ -8,15 +8,16 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, InstanceOf
-from torch import Tensor
+from torch import Tensor, distributed
 
-from cldsde.errors import SettingError, setting
+from cldsde.errors import require, setting
 from cldsde.images.config import SamplingConfig
 from cldsde.images.data import DataSet, Images
 from cldsde.images.data.samples import measured, measured_batches
@@ -28,15 +29,13 @@ from cldsde.images.evaluate.classifier import (
     random_features,
 )
 from cldsde.images.evaluate.distances import (
+    FeatureNetwork,
     FeatureStatistics,
     FeatureSums,
-    frechet_report,
-    images_sha256,
-)
-from cldsde.images.evaluate.features import (
-    FeatureNetwork,
     check_features,
     feature_name,
+    frechet_report,
+    images_sha256,
     load_features,
 )
 from cldsde.images.evaluate.results import (
@@ -47,7 +46,7 @@ from cldsde.images.evaluate.results import (
     read_results,
 )
 from cldsde.images.model import ImageModel, TrainedModel
-from cldsde.images.sample.sampler import ImageSampler, make_solver
+from cldsde.images.sample.sampler import ImageSampler, Samples, make_solver
 from cldsde.images.schema import Count, check_name, plain, section
 from cldsde.progress import progress_bar
 from cldsde.score.flow_density import UnsolvedFlowError
@@ -64,69 +63,81 @@ _FAILURES = (FloatingPointError, UnsolvedFlowError, likelihoods.UndefinedLikelih
 
 
 @section
-class Evaluation:
-    """A set of metrics, and the images and features that they need.
+class Measurements:
+    """Metrics, and the numbers of images and the features that they need."""
 
-    ``features`` are ``"classifier"``, features of a classifier trained on the data's classes;
-    ``"random"``, a classifier with random weights, also used for data without classes; or
-    ``module:attribute`` of the user's own network. The classifier is kept in ``folder``. Seeds of
-    the images count from ``first_seed``.
+    samples: Annotated[Count, Field(ge=2)] = 1000
+    """Images per repeat; in a comparison, of each cell of the table."""
+    repeats: Count = 1
+    """Sets of images with seeds of their own, whose spread is reported."""
+    batch: Count = 64
+    """Images per batch."""
+    metrics: tuple[str, ...] = ("fd",)
+    """Some of `cldsde.images.evaluate.evaluation.METRICS`."""
+    features: str = "classifier"
+    """Features of the Fréchet distance: ``"classifier"``, of a classifier trained on the data's
+    classes; ``"random"``, of one with random weights, also used for data without classes; or
+    ``module:attribute`` of the user's own network."""
+    weights: Path | None = None
+    """Inception weights, for fid, kid, isc and prc."""
+    likelihood_images: Count = 64
+    """Held-out images whose likelihood is computed."""
+
+    def measurements(self) -> dict[str, Any]:
+        """These settings by their names."""
+        return {one.name: getattr(self, one.name) for one in dataclasses.fields(Measurements)}
+
+
+@section
+class Evaluation(Measurements):
+    """Measurements of images; a classifier is kept in ``folder``.
+
+    Several processes, started by ``torchrun``, share the sampling. All call the same methods, and
+    the first one has the results.
     """
 
     data: InstanceOf[DataSet]
     part: Literal["train", "held_out"] = "train"  # to compare with; published distances: train
-    features: str = "classifier"
-    weights: Path | None = None  # of Inception, for fid, kid, isc and prc
     folder: Path
-    likelihood_images: Count = 64  # held-out images whose likelihood is computed
     device: str = "cpu"
     progress: bool = False  # show progress bars on stderr
-    metrics: Sequence[str] = ("fd",)  # some of `METRICS`
-    samples: Annotated[Count, Field(ge=2)] = 1000  # images per repetition
-    repeats: Count = 1  # sets of images, whose spread is reported
-    first_seed: int = 0
-    batch: Count = 64  # images per batch
+    first_seed: int = 0  # of the images
 
     def check(self, images: int | None = None, *, shape: Sequence[int] | None = None) -> None:
         """Raise an error if something cannot be measured, before any work is done."""
-        train = self.data.train
-        if images is not None and "bpd" in self.metrics:
-            raise SettingError("metrics", "samples have no likelihood; bpd is for runs")
-        if shape is not None and tuple(shape) != train.shape:
-            own, others = ("×".join(map(str, x)) for x in (shape, train.shape))
-            msg = "images must be of the size of those that they are compared with, "
-            msg += f"{others} (channels, rows, columns); got {own}"
-            raise SettingError("reference", msg)
+        train, bits = self.data.train, "bpd" in self.metrics
+        msg = "samples have no likelihood; bpd is for runs"
+        require(images is None or not bits, "metrics", msg)
+        own, others = ("×".join(map(str, x)) for x in (shape or train.shape, train.shape))
+        msg = "images must be of the size of those that they are compared with, "
+        msg += f"{others} (channels, rows, columns); got {own}"
+        require(own == others, "reference", msg)
         for metric in self.metrics:
             check_name(metric, METRICS, "metrics")
-        if getattr(self.data, self.part) is None:
-            raise SettingError("part", f"the data set has no part {self.part}")
-        if "bpd" in self.metrics and self.data.held_out is None:
-            raise SettingError("metrics", "bpd needs held-out images; the data set has none")
-        grey, needing = isinstance(train.levels, int), [*self._inception_metrics, "bpd"]
-        for metric in () if grey else {*needing} & {*self.metrics}:
-            raise SettingError("metrics", f"{metric} needs grey levels; use fd for other numbers")
-        if not 0 <= self.first_seed <= 2**32 - self.samples * self.repeats:
-            msg = f"must leave room for all seeds below 2³²; got {self.first_seed}"
-            raise SettingError("seed", msg)
+            fits = metric == "fd" or isinstance(train.levels, int)
+            require(fits, "metrics", f"{metric} needs grey levels; use fd for other numbers")
+        there = getattr(self.data, self.part) is not None
+        require(there, "part", f"the data set has no part {self.part}")
+        msg = "bpd needs held-out images; the data set has none"
+        require(not bits or self.data.held_out is not None, "metrics", msg)
+        msg = f"must leave room for all seeds below 2³²; got {self.first_seed}"
+        require(0 <= self.first_seed <= 2**32 - self.samples * self.repeats, "seed", msg)
         count = self.samples if images is None else images
         inception.check_counts(self._measures, count, len(self._images))
         self._check_features()
 
     def _check_features(self) -> None:
         """Raise an error if a network for features is missing, or does not fit the images."""
-        names, train = ", ".join(sorted(self._inception_metrics)), self.data.train
+        names, channels = ", ".join(sorted(self._inception_metrics)), self.data.train.shape[0]
         if names:
-            if self.weights is None:
-                msg = f"the file of Inception weights is needed for {names}; fd takes features of "
-                raise SettingError("weights", f"{msg}a classifier of the data")
-            if train.shape[0] not in {1, 3}:
-                msg = f"{names}: Inception needs images of 1 or 3 channels; got {train.shape[0]}"
-                raise SettingError("metrics", msg)
+            msg = f"the file of Inception weights is needed for {names}; fd takes features of "
+            require(self.weights is not None, "weights", f"{msg}a classifier of the data")
+            msg = f"{names}: Inception needs images of 1 or 3 channels; got {channels}"
+            require(channels in {1, 3}, "metrics", msg)
             with setting("weights"):
                 _ = self._inception
         if "fd" in self.metrics and self._kind not in {"classifier", "random"}:
-            two = measured(self._images.load(torch.arange(2)), self._images.levels)
+            two = measured(self._images.load(torch.arange(2, device="cpu")), self._images.levels)
             check_features(load_features(self.features), two)
 
     def prepare(self, *, progress: bool = False) -> None:
@@ -191,6 +202,8 @@ class Evaluation:
         if isinstance(images, Tensor):
             count, parts = len(images), images.split(self.batch)  # type: ignore[no-untyped-call]
             images = progress_bar(parts, shown=self.progress, desc="features")
+        if _place()[0]:  # samples for the first process
+            return {metric: {} for some in images for metric in metrics}
         shape = (count, *self.data.train.shape)
         others, sums = [metric for metric in metrics if metric != "fd"], {}
         if "fd" in metrics:
@@ -227,11 +240,17 @@ class Evaluation:
         ``measure`` returns reports of metrics, and the cost of the images. ``own`` are fields that
         all results share.
         """
+        if _place()[0]:
+            with suppress(*_FAILURES):
+                if names := _of_each(None)[0]:
+                    measure(names)
+            return []
         found = read_results(file, model)
         own |= {"model": model}
         wanted = [Result(metric=name, against=self._against(name), **own) for name in metrics]
         new = [one for one in wanted if one.key not in found]
         missing = [dataclasses.replace(one, **self._conditions(one.metric)) for one in new]
+        _of_each([one.metric for one in missing])
         if missing:
             # Before any sampling.
             check_comparable([*found.values(), *missing], file)
@@ -273,7 +292,7 @@ class Evaluation:
 
         def batches() -> Iterator[Tensor]:
             began = time.monotonic()
-            for some, drawn in sampler().stream(seeds):
+            for some, drawn in _shared(sampler(), seeds):
                 self.bar.update(len(some))
                 if some == [*range(self.first_seed, self.first_seed + len(some))]:
                     self.first_images[name] = drawn.images
@@ -287,6 +306,8 @@ class Evaluation:
 
     def _bits(self, model: ImageModel) -> dict[str, Any]:
         """Bits per dim of a model, with everything that they depend on."""
+        if _place()[0]:
+            return {}
         if model.t_min is None:
             raise likelihoods.UndefinedLikelihoodError("bpd needs a run under its own process")
         if model.space.always_classes:
@@ -377,7 +398,42 @@ class Evaluation:
     def _likelihood_images(self) -> Tensor:
         images = self.data.held_out
         assert images is not None
-        return images.load(torch.arange(min(len(images), self.likelihood_images)))
+        return images.load(torch.arange(min(len(images), self.likelihood_images), device="cpu"))
+
+
+def _place() -> tuple[int, int]:
+    """Number of this process, 0 for the one with the results, and of all that share its work."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return 0, 1
+    return distributed.get_rank(), distributed.get_world_size()
+
+
+def _of_each(own: Any) -> list[Any]:
+    """An object of each process, in the order of their numbers; all processes must call it."""
+    found = [own] * _place()[1]
+    if len(found) > 1:
+        distributed.all_gather_object(found, own)
+    return found
+
+
+def _shared(sampler: ImageSampler, seeds: range) -> Iterator[tuple[list[int], Samples]]:
+    """Batches of `ImageSampler.stream` in its order, of which each process samples its share."""
+    rank, processes = _place()
+    if processes == 1:
+        yield from sampler.stream(seeds)
+        return
+    mine = sampler.stream(seeds, take=slice(rank, None, processes))
+    for _ in range(-(-len(sampler.batches(seeds)) // processes)):
+        own: Any
+        try:
+            own = next(mine, None)
+        except FloatingPointError as error:  # raised by all processes, which wait for each other
+            own = error
+        for made in _of_each(own):
+            if isinstance(made, FloatingPointError):
+                raise made
+            if made is not None:
+                yield made
 
 
 def _reported(wanted: Result, report: dict[str, Any], cost: dict[str, float]) -> Result:

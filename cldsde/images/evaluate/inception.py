@@ -17,7 +17,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from cldsde.errors import SettingError
+from cldsde.errors import require
 from cldsde.images.checks import check_images, check_same_shape
 from cldsde.images.evaluate.distances import (
     FeatureStatistics,
@@ -137,10 +137,8 @@ def inception_metrics(
     metrics
         Some of ``"fid"``, ``"kid"``, ``"isc"`` (Inception score of ``images``), ``"prc"``
         (precision and recall, with 3 neighbours).
-    batch
-        Images per batch.
-    device
-        Device of the network.
+    batch, device, progress
+        Images per batch; device of the network; whether to show a progress bar on stderr.
     seed
         Seed of the subsets of KID and the order of the images for the Inception score, below 2³².
     kid_subsets, kid_subset_size
@@ -148,8 +146,6 @@ def inception_metrics(
     cache
         Folder that keeps features of the reference, by the hashes of images and weights; None
         keeps nothing.
-    progress
-        Show a progress bar on stderr.
 
     Returns
     -------
@@ -202,7 +198,8 @@ def reference_statistics(
     metrics = {*metrics} - {"isc"}  # takes no reference
     known: dict[str, Any] = {"count": shape[0], "features": network.name, "data_sha256": sha256}
     if not metrics:
-        return FeatureStatistics(torch.empty(0), torch.empty(0, 0), **known)
+        none = torch.empty(0, 0, device="cpu")
+        return FeatureStatistics(none.flatten(), none, **known)
     file = None
     if cache is not None:
         cache.mkdir(parents=True, exist_ok=True)
@@ -251,14 +248,13 @@ def report(
         options = {"prc_neighborhood": _NEIGHBOURS, "save_cpu_ram": True, "verbose": False}
         shares = metric_prc.prc_features_to_metric(*features, **options)
         found |= {name: (share, None, None) for name, share in shares.items()}
-    about = {"file": network.file, "sha256": network.sha256, "published": network.published}
     columns = ("value", "spread", "spread_is")
     return {
         "metrics": {name: dict(zip(columns, row, strict=True)) for name, row in found.items()},
         **frechet_conditions(own, other),
         "channels": "grey is repeated to three",
         "resize": "bilinear to 299×299 as in TensorFlow 1, in torch-fidelity",
-        "weights": about,
+        "weights": {name: getattr(network, name) for name in ("file", "sha256", "published")},
         "settings": {"seed": seed, "splits": _SPLITS, "neighbours": _NEIGHBOURS, **kid},
         "versions": package_versions("cldsde", "torch", "torch-fidelity", "numpy"),
     }
@@ -272,7 +268,6 @@ def check_counts(
     for metric in metrics:
         least = needs.get(metric, 2)
         msg = f"{metric} needs at least {least} images"
-        if images < least:
-            raise SettingError("metrics", f"{msg}; got {images}")
-        if reference < least and metric != "isc":
-            raise SettingError("metrics", f"{msg} to compare with; got {reference}")
+        require(images >= least, "metrics", f"{msg}; got {images}")
+        enough = reference >= least or metric == "isc"
+        require(enough, "metrics", f"{msg} to compare with; got {reference}")

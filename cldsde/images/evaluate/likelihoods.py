@@ -77,10 +77,8 @@ def likelihood(
         Scale of the images that the model was trained on. ``"bins"``: (level + U) / L scaled to
         [−1, 1], dequantised images. ``"ends"``: levels on 2·level/(L − 1) − 1 with bins about
         them. A model trained on the levels themselves has no useful density at small ``t_min``.
-    batch
-        Images per batch.
-    seed
-        Seed of the dequantisation and all other noise.
+    batch, seed
+        Images per batch; seed of the dequantisation and all other noise.
     t_min, samples, divergence, rtol, atol, max_nfev
         See `log_likelihood`.
     device, progress
@@ -161,7 +159,7 @@ def latent_likelihood(
     parts = images.split(batch)  # type: ignore[no-untyped-call]
     for part in progress_bar(parts, shown=progress, desc="likelihood"):
         x = to_unit(part, levels).to(device)
-        total = torch.zeros(len(x), dtype=torch.float64)
+        total = torch.zeros(len(x), dtype=torch.float64, device="cpu")
         for _ in range(samples):
             times = Times(*sampler.sample(len(x), generator=generator))
             pair = Batch(x, None, (times, times))

@@ -114,12 +114,9 @@ def origin(device: str) -> dict[str, Any]:
     """Versions, machine, device and threads, on which numbers depend beside their settings."""
     if device.startswith("cuda"):
         device = f"{device} ({torch.cuda.get_device_name(device)})"
-    return {
-        "versions": {"python": platform.python_version(), **package_versions("cldsde", "torch")},
-        "machine": platform.platform(),
-        "device": device,
-        "threads": torch.get_num_threads(),
-    }
+    versions = {"python": platform.python_version(), **package_versions("cldsde", "torch")}
+    place = {"device": device, "threads": torch.get_num_threads()}
+    return {"versions": versions, "machine": platform.platform(), **place}
 
 
 def markdown_table(results: Collection[Result]) -> str:
@@ -145,12 +142,10 @@ def markdown_table(results: Collection[Result]) -> str:
         spent = [result.nfe for result in row if result.nfe is not None]
         nfe = f"{statistics.mean(spent):.4g}" if spent else str(recipe.get("nfe", ""))
         sizes = dict.fromkeys(str(x.about["samples"]) for x in row if "samples" in x.about)
+        values = [[_named(x)[name] for x in row if name in _named(x)] for name in names]
         line = [Entry(recipe["solver"], number=False), Entry(nfe)]
         line += [Entry(times, number=False), Entry(", ".join(sizes))]
-        for name in names:
-            values = [_named(one)[name] for one in row if name in _named(one)]
-            line.append(Entry(mean_and_spread(values, 3)))
-        lines.append(line)
+        lines.append([*line, *(Entry(mean_and_spread(x, 3)) for x in values)])
     head = ["solver", "NFE", "grid, ε", "images", *names]
     return Table("", head, lines, []).markdown() if lines else ""
 
@@ -184,10 +179,8 @@ def notes(results: Iterable[Result], *, dequantised: bool) -> list[str]:
         if result.metric in {"fd", "fid"} and result.about.get("singular"):
             sizes = f"{result.about['samples']} images in {result.about['feature_count']} features"
             found[f"Fréchet distances of {sizes} are strongly biased; use more images"] = None
-        accuracy, chance = (
-            result.about.get("classifier_accuracy"),
-            1 / result.about.get("classes", 1),
-        )
+        accuracy = result.about.get("classifier_accuracy")
+        chance = 1 / result.about.get("classes", 1)
         if accuracy is not None and not accuracy >= chance + (1 - chance) / 4:
             msg = f"fd means little: its classifier names {accuracy:.0%} of held-out images right, "
             found[f"{msg}and chance {chance:.0%}; use other features, such as 'random'"] = None

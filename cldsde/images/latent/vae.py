@@ -9,8 +9,8 @@ returns the parameters of a distribution p(x | z) of the image. With a prior p(z
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from diffusers.models.autoencoders.vae import Decoder, Encoder
@@ -20,7 +20,6 @@ from cldsde.images.checks import check_groups, check_levels
 from cldsde.images.latent.likelihoods import (
     Bernoulli,
     DiscretisedLogistic,
-    PixelLikelihood,
     fine,
     soft_clamp,
     total,
@@ -32,11 +31,6 @@ from cldsde.linear.random import Generators, standard_normal
 # Bound on the posterior's mean and on the logarithm of its standard deviation.
 _BOUND = 5.0
 
-_LIKELIHOODS: dict[str, Callable[[int], PixelLikelihood]] = {
-    "logistic": lambda levels: DiscretisedLogistic(levels=levels),
-    "bernoulli": lambda levels: Bernoulli(),
-}
-
 
 class Posterior(NamedTuple):
     """q(z | x): independent normals ``(B, *D)``; logarithms are in nats, summed per image."""
@@ -46,11 +40,9 @@ class Posterior(NamedTuple):
 
     def sample(self, generator: Generators | None = None) -> Tensor:
         """Sample z = μ + σ n; several generators each serve an even share of the batch."""
-        mean = self.mean
-        noise = standard_normal(
-            mean.shape, generator=generator, dtype=mean.dtype, device=mean.device
-        )
-        return mean + self.log_std.exp() * noise
+        kind = {"dtype": self.mean.dtype, "device": self.mean.device}
+        noise = standard_normal(self.mean.shape, generator=generator, **kind)
+        return self.mean + self.log_std.exp() * noise
 
     def entropy(self) -> Tensor:
         """H(q) = −E log q(z | x), ``(B,)``."""
@@ -64,23 +56,13 @@ class Posterior(NamedTuple):
 class VAE(nn.Module):
     """A variational autoencoder of residual convolutional blocks, without attention.
 
-    Parameters
-    ----------
-    shape, levels
-        Shape ``(C, H, W)`` of the images, and number of their grey levels. H and W are divisible by
-        2 to the number of levels of the network less one.
-    latent_channels
-        Channels of the latent maps, of shape ``latent_shape`` = ``(latent_channels, h, w)``.
-    channels
-        Channels of each level, from full resolution down, halving H and W; each of the groups has
-        two or more.
-    blocks
-        Residual blocks per level in the encoder; the decoder has one more.
-    groups
-        Groups of the group normalisation.
-    likelihood
-        "logistic": `DiscretisedLogistic`; "bernoulli": `Bernoulli`, a distribution of images of two
-        levels, and only an objective for others.
+    Images are ``(C, H, W)`` of ``levels`` grey levels, H and W divisible by 2 to the number of
+    levels of the network less one. ``channels`` are those of each level, from full resolution down,
+    halving H and W; each of the ``groups`` of the normalisation has two or more. The decoder has
+    one residual block more per level than the encoder, ``blocks``. Latent maps have the shape
+    ``latent_shape`` = ``(latent_channels, h, w)``. The ``likelihood`` is "logistic",
+    `DiscretisedLogistic`, or "bernoulli", `Bernoulli`: a distribution of images of two levels, and
+    only an objective for others.
 
     Notes
     -----
@@ -120,26 +102,15 @@ class VAE(nn.Module):
         factor = 2 ** (len(channels) - 1)
         self.shape = (data, height, width)
         self.latent_shape = (latent_channels, height // factor, width // factor)
-        self.likelihood = _LIKELIHOODS[likelihood](levels)
-        common = {
-            "block_out_channels": tuple(channels),
-            "layers_per_block": blocks,
-            "norm_num_groups": groups,
-            "mid_block_add_attention": False,
-        }
-        self.encoder = Encoder(
-            in_channels=data,
-            out_channels=latent_channels,
-            down_block_types=("DownEncoderBlock2D",) * len(channels),
-            double_z=True,
-            **common,
-        )
-        self.decoder = Decoder(
-            in_channels=latent_channels,
-            out_channels=self.likelihood.width * data,
-            up_block_types=("UpDecoderBlock2D",) * len(channels),
-            **common,
-        )
+        logistic = likelihood == "logistic"
+        self.likelihood = DiscretisedLogistic(levels=levels) if logistic else Bernoulli()
+        sizes: Any = {"block_out_channels": tuple(channels), "layers_per_block": blocks}
+        sizes |= {"norm_num_groups": groups, "mid_block_add_attention": False}
+        down, up = (f"{kind}Block2D" for kind in ("DownEncoder", "UpDecoder"))
+        kinds = {"down_block_types": (down,) * len(channels), "double_z": True}
+        self.encoder = Encoder(data, latent_channels, **kinds, **sizes)
+        width, kinds = self.likelihood.width, {"up_block_types": (up,) * len(channels)}
+        self.decoder = Decoder(latent_channels, width * data, **kinds, **sizes)
 
     def encode(self, x: Tensor) -> Posterior:
         """q(z | x) of images ``(B, C, H, W)`` in [−1, 1], its parameters float32 and within ±5."""

@@ -54,11 +54,11 @@ class RunScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         self, run: dict[str, Any], space: list[Any], mean: Any, variance: Any, images_seen: int
     ) -> None:
         self.run, self.space = RunConfig.from_dict(run), ImageSpace.from_json(space)
-        self.statistics = Statistics(torch.tensor(mean), torch.tensor(variance))
+        self.statistics = Statistics(*(torch.tensor(x, device="cpu") for x in (mean, variance)))
         sde, inputs = self.run.process.make(), self.run.score.inputs
         self._network = _Relay(self.space.shape[0] * (len(sde.driven) if inputs == "state" else 1))
         self._score = MixedScore(self._network, sde, *self.statistics, inputs=inputs)
-        self.timesteps = torch.empty(0)
+        self.timesteps = torch.empty(0, device="cpu")
 
     def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
         """Choose the grid of the run for a number of score evaluations; pipelines call it."""
@@ -67,7 +67,7 @@ class RunScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         self._solver = check_steppable(made.solver)
         self._times = made.times if sampling.denoise else made.times[:-1]
         self._known = KnownTimes(made.times[:-1])
-        zero = torch.zeros(1, made.process.sde.components, *self.space.shape)
+        zero = torch.zeros(1, made.process.sde.components, *self.space.shape, device="cpu")
         clocks = [self._inputs(zero, i)[1] for i in range(len(self._times))]
         self.timesteps = (CLOCK_SCALE * torch.cat(clocks)).to(device)
         self._index = 0
@@ -141,13 +141,14 @@ def check_export(run: TrainedModel, folder: Path) -> RunScheduler:
     """The scheduler of an exported run; raise a SettingError if it cannot be exported."""
     config, space = run.config, run.space
     checks = {
-        "network.name": (config.network.name, "UNet", "a UNet2DModel"),
-        "network.conditional": (space.classes is not None, False, "a pipeline without classes"),
-        "score.code": (config.score.code, "cldsde", "a UNet2DModel"),
-        "score.mixing": (config.score.mixing, None, "a UNet2DModel"),
-        "latent": (config.latent and "an autoencoder", None, "a UNet2DModel"),
+        "network.name": (config.network.name, "UNet"),
+        "network.conditional": (space.classes is not None, False),
+        "score.code": (config.score.code, "cldsde"),
+        "score.mixing": (config.score.mixing, None),
+        "latent": (config.latent and "an autoencoder", None),
     }
-    for key, (value, needed, purpose) in checks.items():
+    for key, (value, needed) in checks.items():
+        purpose = "a pipeline without classes" if needed is False else "a UNet2DModel"
         require(value == needed, key, f"must be {needed!r} for {purpose}; got {value!r}")
     free = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
     require(free, "folder", f"must not be there yet, or be empty; got {folder}")

@@ -91,16 +91,15 @@ class ObservedImage:
         """
         options = {key: x for key, x in options.items() if x is not None}
         if known is None and observe is None:
-            for key in options:
-                raise SettingError(key, "needs known and observe: the picture, how it was observed")
+            msg = "needs known and observe: the picture, how it was observed"
+            require(not options, next(iter(options), ""), msg)
             return None
         if known is None or observe is None:
             key, missing = ("observe", "known") if known is None else ("known", "observe")
             raise SettingError(key, f"needs {missing}, too: the picture, and how it was observed")
         channels, height, width = space.shape
-        msg = (
-            f"needs a model of pictures; this one makes {channels} channels, levels {space.levels}"
-        )
+        made = f"{channels} channels, levels {space.levels}"
+        msg = f"needs a model of pictures; this one makes {made}"
         require(channels in {1, 3} and isinstance(space.levels, int), "known", msg)
         observe, mask = "grey" if observe == "gray" else observe, None
         name, _, number = observe.partition(":")
@@ -109,23 +108,16 @@ class ObservedImage:
             mask = _read(Path(observe).expanduser(), shape, "observe")[0] >= 128
         block = int(number) if name == "downsample" and _OPERATORS.fullmatch(observe) else 1
         sides = (height, width) if block == 0 else (height // block, width // block)
-        return cls(
-            known=_read(known, (channels, *sides), "known"),
-            operator=observe if mask is None else "mask",
-            mask=mask,
-            **options,
-        )
+        picture = _read(known, (channels, *sides), "known")
+        operator = observe if mask is None else "mask"
+        return cls(known=picture, operator=operator, mask=mask, **options)
 
     def recipe(self) -> dict[str, object]:
         """Everything that the samples depend on, in JSON types."""
         pictures = [None if x is None else x.numpy().tobytes() for x in (self.known, self.mask)]
-        return {
-            "known_and_mask_sha256": [x and hashlib.sha256(x).hexdigest() for x in pictures],
-            "operator": self.operator,
-            "method": self.method,
-            "noise_std": self.noise_std,
-            "particles": self.particles,
-        }
+        digests = [x and hashlib.sha256(x).hexdigest() for x in pictures]
+        names = ("operator", "method", "noise_std", "particles")
+        return {"known_and_mask_sha256": digests, **{x: getattr(self, x) for x in names}}
 
     def of(self, space: ImageSpace, device: torch.device | str) -> Conditioning:
         """The method for images of a model; raise a SettingError if the picture does not fit."""
@@ -165,15 +157,15 @@ class Conditioning:
 
     def solver(self, solver: Solver) -> Solver:
         """The solver, with replacement if that is the method; raise a SettingError if it cannot."""
-        if self.particles and solver != _TWISTED:
-            raise SettingError("solver", "must be multistep-2-sde, of which 'twisted' takes steps")
+        msg = "must be multistep-2-sde, of which 'twisted' takes steps"
+        require(not self.particles or solver == _TWISTED, "solver", msg)
         if self.observed.method != "replacement":
             return solver
-        if solver.facts.adaptive:
-            raise SettingError("solver", "must have a grid of times for 'replacement'")
+        msg = "must have a grid of times for 'replacement'"
+        require(not solver.facts.adaptive, "solver", msg)
         mask, basis = self.observed.mask, None
         if mask is None:  # grey
-            mask, basis = torch.tensor([True, False, False]).reshape(3, 1, 1), grey_basis()
+            mask, basis = torch.eye(3, 1, dtype=torch.bool, device="cpu")[..., None], grey_basis()
         return Imputation(solver, self.known, mask.to(self.known.device), basis=basis)
 
     def recipe(self, sampling: SamplingConfig, process: ReverseProcess) -> SamplingConfig:
@@ -210,33 +202,21 @@ class Conditioning:
         Each seed is a run of its own, of which one particle is chosen by its weight.
         """
         count = self.particles
-        found = sample_posterior(
-            plan.process,
-            self.observation,
-            plan.times,
-            particles=count,
-            seeds=seeds,
-            method="pigdm",
-            denoise=denoise,
-            chunk=chunk,
-            device=self.known.device,
-        )
-        weights = found.log_weights.reshape(-1, count).softmax(1)
+        how: Any = {"method": "pigdm", "denoise": denoise, "chunk": chunk, "particles": count}
+        given = (plan.process, self.observation, plan.times)
+        found = sample_posterior(*given, seeds=seeds, device=self.known.device, **how)
+        weights = zip(found.log_weights.reshape(-1, count).softmax(1), seeds, strict=True)
         # The run draws its numbers from the seed itself, so the choice has another stream.
-        chosen = torch.cat(
-            [
-                torch.multinomial(w, 1, generator=stream(seed, "particle"))
-                for w, seed in zip(weights, seeds, strict=True)
-            ]
-        )
+        numbers = [torch.multinomial(w, 1, generator=stream(x, "particle")) for w, x in weights]
         data = found.samples.reshape(-1, count, *found.samples.shape[1:])
-        return data[torch.arange(len(seeds)), chosen], torch.full((len(seeds),), count * found.nfev)
+        evaluations = torch.full((len(seeds),), count * found.nfev, device="cpu")
+        return data[torch.arange(len(seeds), device="cpu"), torch.cat(numbers)], evaluations
 
 
 def grey_basis() -> Tensor:
     """Orthonormal basis ``(3, 3)`` of the channels, float64, one vector per row, grey first."""
     rows = [[1.0, 1.0, 1.0], [1.0, -1.0, 0.0], [1.0, 1.0, -2.0]]
-    basis = torch.tensor(rows, dtype=torch.float64)
+    basis = torch.tensor(rows, dtype=torch.float64, device="cpu")
     return basis / basis.square().sum(1, keepdim=True).sqrt()
 
 
@@ -257,10 +237,9 @@ def _observation(
         return Observation.downsample(int(number), y, noise_std)
     std = check_positive(float(number), "blur")
     if std > max(y.shape[1:]):
-        raise ValueError(
-            f"blur must be at most {max(y.shape[1:])}, the picture's side; got {std:g}"
-        )
-    place = torch.arange(-math.ceil(3 * std), math.ceil(3 * std) + 1)
+        side = max(y.shape[1:])
+        raise ValueError(f"blur must be at most {side}, the picture's side; got {std:g}")
+    place = torch.arange(-math.ceil(3 * std), math.ceil(3 * std) + 1, device="cpu")
     row = (-0.5 * (place / std).square()).softmax(0)
     blurred = Observation.blur(torch.outer(row, row), y, noise_std)
     # Black is −1, and zeros surround the data: the blur is of data + 1.

@@ -24,11 +24,10 @@ from PIL.PngImagePlugin import PngInfo
 from cldsde.errors import SettingError
 from cldsde.files import PARTIAL, check_writable, file_lock, write_whole, writing
 from cldsde.images.checks import output_place
-from cldsde.images.data.samples import as_bytes
-from cldsde.images.figures import picture, save_grid
+from cldsde.images.data.samples import as_bytes, picture, save_grid
 from cldsde.images.model import ImageModel
 from cldsde.images.sample.pipelines import PipelineModel
-from cldsde.images.sample.sampler import ahead
+from cldsde.images.sample.sampler import batches_of
 from cldsde.progress import progress_bar
 
 GRID_LIMIT = 4096
@@ -116,20 +115,14 @@ def draw_to(
         there = {seed for seeds, *_ in _read(parts) for seed in seeds.tolist()}
         missing = request.sampler.batches([seed for seed in request.seeds if seed not in there])
         wait()
-        mine = missing[process::processes]
-        total = sum(len(seeds) for _, seeds in mine)
-        options = {"total": total, "desc": "sampling", "unit": "image"}
-        starts = ahead(request.sampler.start, (seeds for _, seeds in mine))
-        bar = progress_bar(None, shown=process == 0, **options)
+        mine = batches_of(request.sampler, missing[process::processes], shown=process == 0)
         # A part is written while the next one is sampled, also if that is interrupted.
-        with bar, ThreadPoolExecutor(1) as writer:
+        with ThreadPoolExecutor(1) as writer:
             written = writer.submit(lambda: None)
-            for (label, seeds), start in zip(mine, starts, strict=True):
-                drawn = request.sampler.draw(seeds, label, start)
+            for seeds, drawn in mine:
                 save = partial(_save_arrays, arrays=(np.array(seeds), *drawn[:2]))
                 written.result()
                 written = writer.submit(_write, parts / f"{seeds[0]:010d}.npy", save)
-                bar.update(len(seeds))
             written.result()
         wait()
         evaluations = None
@@ -172,13 +165,9 @@ def _gather(out: Path, parts: Path, request: SampleRequest) -> float:
         grid, notes = torch.from_numpy(sheet), _notes(request)
         _write(out, lambda path: save_grid(path, grid, levels, notes=notes))
         return float(nfe.mean())
-    arrays: dict[str, Any] = {
-        "images": sheet.transpose(0, 2, 3, 1),
-        "levels": np.array(levels),
-        "seeds": drawn[order],
-        "evaluations": nfe,
-        "recipe": np.array(json.dumps(request.recipe())),
-    }
+    arrays: dict[str, Any] = {"images": sheet.transpose(0, 2, 3, 1), "levels": np.array(levels)}
+    arrays |= {"seeds": drawn[order], "evaluations": nfe}
+    arrays["recipe"] = np.array(json.dumps(request.recipe()))
     batches = request.sampler.batches(request.seeds)
     labels = {seed: label for label, seeds in batches for seed in seeds}
     if batches[0][0] is not None:
@@ -249,9 +238,8 @@ def _all_parts(out: Path) -> list[Path]:
 
 def _drop_parts(out: Path, keep: Path | None = None) -> None:
     """Delete the folders of parts of an output, except one."""
-    for parts in _all_parts(out):
-        if parts != keep:
-            shutil.rmtree(parts)
+    for parts in {*_all_parts(out)} - {keep}:
+        shutil.rmtree(parts)
 
 
 def _write(file: Path, writer: Callable[[Path], object]) -> None:

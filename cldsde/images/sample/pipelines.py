@@ -129,21 +129,14 @@ class PipelineSampler:
     def model(self) -> PipelineModel:
         """Colour images, and the SHA-256 of all weights."""
         parts = self.pipeline.components.items()
-        weights: dict[str, Tensor] = {
-            f"{name}.{key}": x.cpu()
-            for name, part in parts
-            if isinstance(part, nn.Module)
-            for key, x in part.state_dict().items()
-        }
+        weights: dict[str, Tensor] = {}
+        for name, part in parts:
+            states = part.state_dict() if isinstance(part, nn.Module) else {}
+            weights |= {f"{name}.{key}": x.cpu() for key, x in states.items()}
         return PipelineModel(ImageSpace((3, 1, 1)), tensors_digest(weights))
 
     def recipe(self) -> dict[str, object]:
         """Everything that the images depend on besides weights and seeds, in JSON types."""
-        return {
-            "process": plain(self.process),
-            "solver": repr(self.pipeline.scheduler.solver),
-            "nfe": self.nfe,
-            "batch": self.batch,
-            "guidance": self.guidance,
-            **self.arguments,
-        }
+        own = {name: getattr(self, name) for name in ("nfe", "batch", "guidance")}
+        solver = repr(self.pipeline.scheduler.solver)
+        return {"process": plain(self.process), "solver": solver, **own, **self.arguments}

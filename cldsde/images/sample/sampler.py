@@ -28,15 +28,7 @@ from cldsde.linear.sde import check_process
 from cldsde.progress import progress_bar
 from cldsde.score import ConditionalScore, GuidedScore, ReverseProcess, Score, ScoreFunction
 from cldsde.score.protocol import as_score
-from cldsde.solvers import (
-    Imputation,
-    Plan,
-    SampleNoise,
-    SamplerSettings,
-    find_solver,
-    grids,
-    plan,
-)
+from cldsde.solvers import Imputation, Plan, SampleNoise, SamplerSettings, find_solver, grids, plan
 from cldsde.solvers.authoring import Solver
 from cldsde.solvers.recommended import fit_grid, window
 
@@ -84,22 +76,18 @@ def changed_recipe(
     Raises a SettingError for a value that is not allowed, for a budget of an adaptive solver, and
     for a solver outside of cldsde that the recipe names: code is run only if the caller names it.
     """
-    if "solver" not in changes and ":" in recipe.solver:
-        msg = f"the run's own, {recipe.solver}, is code outside of cldsde; name it here to run it, "
-        raise SettingError("solver", f"{msg}or take another")
+    msg = f"the run's own, {recipe.solver}, is code outside of cldsde; name it here to run it, "
+    named = "solver" in changes or ":" not in recipe.solver
+    require(named, "solver", f"{msg}or take another")
     kept = {} if "solver" in changes else recipe.options
     changed = dataclasses.replace(recipe, **changes, options={**kept, **(options or {})})
-    if "nfe" in changes and make_solver(changed).facts.adaptive:
-        msg = f"{changed.solver} is adaptive; set its options rtol and atol instead"
-        raise SettingError("nfe", msg)
+    msg = f"{changed.solver} is adaptive; set its options rtol and atol instead"
+    require("nfe" not in changes or not make_solver(changed).facts.adaptive, "nfe", msg)
     return changed
 
 
 def time_grid(
-    process: ReverseProcess,
-    solver: Solver,
-    sampling: SamplingConfig,
-    shape: Sequence[int] = (1,),
+    process: ReverseProcess, solver: Solver, sampling: SamplingConfig, shape: Sequence[int] = (1,)
 ) -> Tensor:
     """The longest grid on which a solver takes at most ``nfe`` score evaluations.
 
@@ -219,9 +207,7 @@ class ImageSampler:
     def _plan(self) -> Plan:
         # Guidance counts, so that the plan is made for a guided score.
         planned = self.score if self.guidance == 1 else self._given(0)
-        return make_plan(
-            planned, self.sampling, observed=self._conditioning, shape=self._data_shape
-        )
+        return make_plan(planned, self.sampling, None, self._conditioning, self._data_shape)
 
     @property
     def _data_shape(self) -> Sequence[int]:
@@ -279,9 +265,8 @@ class ImageSampler:
         noise, state = self.start(seeds) if start is None else start
         if label is not None:
             score = self._given(label)
-            plan = plan.with_score(
-                score if observed is None else observed.score(score, plan.process.sde)
-            )
+            sde = plan.process.sde
+            plan = plan.with_score(score if observed is None else observed.score(score, sde))
         denoise, half = self.sampling.denoise, _HALVES.get(self.precision)
         # Around the whole solve: its own arithmetic is elementwise, which autocast leaves alone.
         cast = torch.autocast(self.score.device.type, dtype=half) if half else nullcontext()
@@ -311,23 +296,13 @@ class ImageSampler:
         return given if self.guidance == 1 else GuidedScore(given, free, self.guidance)
 
     def stream(
-        self,
-        seeds: Sequence[int],
-        *,
-        progress: bool = False,
-        before_batch: Callable[[], object] = lambda: None,
+        self, seeds: Sequence[int], *, progress: bool = False, take: slice = slice(None), **how: Any
     ) -> Iterator[tuple[list[int], Samples]]:
-        """Sample one image for each seed, batch by batch; yield the seeds and images of each batch.
+        """Sample one image for each seed, batch by batch; see `batches_of`.
 
-        ``progress`` shows a bar on stderr. ``before_batch`` may end the sampling by an exception.
+        ``take`` selects some of the batches.
         """
-        batches = self.batches(seeds)
-        starts = ahead(self.start, (some for _, some in batches))
-        with progress_bar(None, shown=progress, total=len(seeds), desc="sampling") as bar:
-            for (label, some), start in zip(batches, starts, strict=True):
-                before_batch()
-                yield some, self.draw(some, label, start)
-                bar.update(len(some))
+        return batches_of(self, self.batches(seeds)[take], shown=progress, **how)
 
     def sample(self, seeds: Sequence[int], **options: Any) -> Samples:
         """Sample one image for each seed, in the order of the seeds; see `stream`."""
@@ -338,6 +313,26 @@ class ImageSampler:
             drawn |= dict(zip(some, zip(*found[:2], strict=True), strict=True))
         images, evaluations = zip(*(drawn[seed] for seed in seeds), strict=True)
         return Samples(torch.stack(images), torch.stack(evaluations), self.space.levels)
+
+
+def batches_of(
+    sampler: Any,
+    batches: Sequence[tuple[int | None, list[int]]],
+    *,
+    shown: bool,
+    before_batch: Callable[[], object] = lambda: None,
+) -> Iterator[tuple[list[int], Samples]]:
+    """Sample classes and seeds; yield seeds and images of each batch, with a bar if ``shown``.
+
+    ``before_batch`` may end the sampling by an exception.
+    """
+    starts = ahead(sampler.start, (seeds for _, seeds in batches))
+    options = {"total": sum(len(seeds) for _, seeds in batches), "unit": "image"}
+    with progress_bar(None, shown=shown, desc="sampling", **options) as bar:
+        for (label, seeds), start in zip(batches, starts, strict=True):
+            before_batch()
+            yield seeds, sampler.draw(seeds, label, start)
+            bar.update(len(seeds))
 
 
 def ahead(make: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[Made]:

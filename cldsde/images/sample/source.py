@@ -6,12 +6,12 @@ import hashlib
 import inspect
 import json
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
 
-from cldsde.errors import SettingError, setting
+from cldsde.errors import SettingError, require, setting
 from cldsde.images.config import ProcessConfig, SamplingConfig
 from cldsde.images.model import ImageModel, ImageSpace, TrainedModel, load_model
 from cldsde.images.sample.export import is_exported, load_exported
@@ -38,10 +38,8 @@ def of_run(
         start = model.config.training.t_min
         denoiser = ScoreDenoiser(inner, fill=inner.inputs == "state", start=start)
         score = DenoiserScore(denoiser, sde)
-    digest = _digest(model.digest, process)
-    return ImageModel(
-        score=score, space=model.space, digest=digest, sampling=SamplingConfig(), vae=model.vae
-    )
+    how: Any = {"digest": _digest(model.digest, process), "sampling": SamplingConfig()}
+    return ImageModel(score=score, space=model.space, vae=model.vae, **how)
 
 
 def of_diffusers(
@@ -51,20 +49,18 @@ def of_diffusers(
     with setting("model"):
         denoiser = from_diffusers(source).to(device)
         shape = denoiser.shape
-        if shape is None or len(shape) != 3:
-            msg = f"{source} has no channels and size of its images (sample_size)"
-            raise SettingError("", msg)
+        msg = f"{source} has no channels and size of its images (sample_size)"
+        require(shape is not None and len(shape) == 3, "", msg)
         network: Any = denoiser.network
-        if "encoder_hidden_states" in inspect.signature(network.model.forward).parameters:
-            msg = f"{source} is a network with a condition; give the folder of its whole pipeline"
-            raise SettingError("", msg)
+        taken = inspect.signature(network.model.forward).parameters
+        msg = f"{source} is a network with a condition; give the folder of its whole pipeline"
+        require("encoder_hidden_states" not in taken, "", msg)
     classes = denoiser.classes
     labelled = _Labelled(denoiser) if classes is not None else denoiser
     sde = process.make()
     score = DenoiserScore(labelled, sde, noise_levels=denoiser.noise_levels).eval()
-    channels, height, width = shape
     always = classes is not None  # no class stands for none
-    space = ImageSpace((channels, height, width), classes=classes, always_classes=always)
+    space = ImageSpace(cast(Any, tuple(shape or ())), classes=classes, always_classes=always)
     digest = _digest(tensors_digest(score.state_dict()), process)
     return ImageModel(score=score, space=space, digest=digest, sampling=SamplingConfig())
 

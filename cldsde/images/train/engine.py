@@ -11,7 +11,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, DynamoBackend, GradientAccumulationPlugin
 
-from cldsde.errors import SettingError
+from cldsde.errors import SettingError, require
 from cldsde.images.config import RunConfig
 from cldsde.images.data import DataSet
 from cldsde.images.model import (
@@ -55,16 +55,15 @@ def check_run(
         msg = f"no grid of times can be computed for this process and sampling ({error})"
         raise SettingError("process.options", msg) from error
     shares(config, processes)
-    settings, no_gpu = config.training, device in {"cpu", "mps"} or not torch.cuda.is_available()
-    if settings.measure == "fd" and (data.train.labels is None or min(space.shape[1:]) < 8):
-        msg = "'fd' needs images with classes, of 8×8 pixels or more"
-        raise SettingError("training.measure", msg)
-    if settings.snapshots_by == "held_out_loss" and data.held_out is None:
-        raise SettingError("training.snapshots_by", "'held_out_loss' needs held-out images")
-    if device.startswith("cuda:") and processes > 1:
-        raise SettingError("device", f"{device} cannot be shared by {processes} processes")
-    if settings.precision == "fp16" and no_gpu:
-        raise SettingError("training.precision", "'fp16' needs a GPU; use 'fp32' or 'bf16'")
+    settings, gpu = config.training, device not in {"cpu", "mps"} and torch.cuda.is_available()
+    fits = settings.measure is None or (data.train.labels is not None and min(space.shape[1:]) >= 8)
+    require(fits, "training.measure", "'fd' needs images with classes, of 8×8 pixels or more")
+    fits = settings.snapshots_by != "held_out_loss" or data.held_out is not None
+    require(fits, "training.snapshots_by", "'held_out_loss' needs held-out images")
+    shared = processes > 1 and device.startswith("cuda:")
+    require(not shared, "device", f"{device} cannot be shared by {processes} processes")
+    fits = settings.precision != "fp16" or gpu
+    require(fits, "training.precision", "'fp16' needs a GPU; use 'fp32' or 'bf16'")
     available = [str(kind) for kind in get_available_trackers()]
     for name in settings.trackers:
         check_name(name, available, "training.trackers")
@@ -93,13 +92,11 @@ def make_engine(config: RunConfig, device: str) -> Accelerator:
         # Given, so that it is not taken from the environment: micro-batches are counted here.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
     )
-    if engine.distributed_type in _SHARDED:
-        msg = f"{engine.distributed_type.value} is not supported: start processes with torchrun"
-        raise SettingError("training", msg)
-    if device.partition(":")[0] not in {"auto", engine.device.type}:
-        # accelerate chooses a device once per process.
-        msg = f"this process already uses {engine.device}; {device!r} needs a new one"
-        raise SettingError("device", msg)
+    msg = f"{engine.distributed_type.value} is not supported: start processes with torchrun"
+    require(engine.distributed_type not in _SHARDED, "training", msg)
+    # accelerate chooses a device once per process.
+    msg = f"this process already uses {engine.device}; {device!r} needs a new one"
+    require(device.partition(":")[0] in {"auto", engine.device.type}, "device", msg)
     return engine
 
 
@@ -107,13 +104,11 @@ def shares(config: RunConfig, processes: int) -> tuple[int, int, int]:
     """Images per process, per pass through the network, and per block, in each batch."""
     batch, most = config.training.batch, config.training.micro_batch
     block = math.gcd(batch, _BLOCK)
-    if batch % (block * processes):
-        msg = f"must be a multiple of {block * processes} for {processes} processes, which take "
-        msg += f"{block} images or a multiple each; got {batch}"
-        raise SettingError("training.batch", msg)
+    msg = f"must be a multiple of {block * processes} for {processes} processes, which take "
+    msg += f"{block} images or a multiple each; got {batch}"
+    require(batch % (block * processes) == 0, "training.batch", msg)
     share = batch // processes
     part = share if most is None or most >= share else most
-    if share % part or part % block:
-        msg = f"must divide the {share} images of a process, and be a multiple of {block}; got "
-        raise SettingError("training.micro_batch", f"{msg}{most}")
+    msg = f"must divide the {share} images of a process, and be a multiple of {block}; got {most}"
+    require(share % part == 0 and part % block == 0, "training.micro_batch", msg)
     return share, part, block

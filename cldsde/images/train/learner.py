@@ -1,12 +1,12 @@
-"""Model, average and optimiser of a training, and one step of them."""
+"""Model, average and optimiser of a training, one step of them, and the batches of the steps."""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from accelerate import Accelerator
@@ -14,13 +14,100 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from cldsde.images.config import RunConfig
-from cldsde.images.data import DataSet, augment
+from cldsde.images.data import DataSet, Images, augment
 from cldsde.images.latent.bound import Batch, Times
 from cldsde.images.model import ImageSpace, Statistics, make_model
-from cldsde.images.streams import stream, stream_seed
-from cldsde.images.train.feed import Feed, Part
-from cldsde.images.train.meter import Meter
+from cldsde.images.streams import image_order, stream, stream_seed
+from cldsde.images.train.engine import shares
 from cldsde.images.train.objectives import make_objective
+from cldsde.score import TimeSampler
+
+
+class Part(NamedTuple):
+    """Images of one pass through the network, and their place in the batch."""
+
+    first: int
+    batch: Batch
+
+
+class Feed:
+    """Batches of one process of a training, each from its own random streams."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        images: Images,
+        classes: int | None,
+        samplers: tuple[TimeSampler, ...],
+        *,
+        process: int = 0,
+        processes: int = 1,
+    ) -> None:
+        self._config, self._images, self._classes = config, images, classes
+        self._samplers, self._process = samplers, process
+        self._share, self.part_size, self.block = shares(config, processes)
+
+    def load(self, step: int) -> list[Part]:
+        """The parts of a step's batch."""
+        batch, seed = self._config.training.batch, self._config.seed
+        times = tuple(
+            Times(*sampler.sample(batch, generator=stream(seed, "times", step, *which)))
+            for sampler, which in zip(self._samplers, ((), (1,)), strict=False)
+        )
+        order = image_order(seed, len(self._images), step * batch, batch)
+        begin = self._process * self._share
+        loaded = []
+        for first in range(begin, begin + self._share, self.part_size):
+            mine = slice(first, first + self.part_size)
+            x, labels = self._present(step, first, order[mine])
+            loaded.append(Part(first, Batch(x, labels, tuple(some.take(mine) for some in times))))
+        return loaded
+
+    def _present(self, step: int, first: int, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Augmented images and their classes, some of them hidden."""
+        images, classes, config = self._images, self._classes, self._config
+        kind: Any = {name: getattr(config.data, name) for name in ("flip", "crop", "dequantise")}
+        shown, labels = [], []
+        for block, some in enumerate(rows.split(self.block)):  # type: ignore[no-untyped-call]
+            draw = stream(config.seed, "presentation", step, first // self.block + block)
+            shown.append(augment(images.load(some), images.levels, generator=draw, **kind))
+            if classes is not None:
+                assert images.labels is not None
+                uniform = torch.rand(len(some), generator=draw, device="cpu")
+                hidden = uniform < config.network.label_dropout
+                labels.append(images.labels[some].masked_fill(hidden, classes))
+        return torch.cat(shown), torch.cat(labels) if labels else None
+
+
+class Meter:
+    """Means of losses and of gradients' norms, read seldom: reading waits for the device.
+
+    ``loss`` is the sum of all losses, ``gradient_norm`` the norm of all parts together, and
+    ``PART_loss`` and ``PART_gradient_norm`` belong to one part.
+    """
+
+    def __init__(self, engine: Accelerator, parts: Sequence[str]) -> None:
+        self._engine = engine
+        names = [f"{part}_{what}" for what in ("loss", "gradient_norm") for part in parts]
+        self._names = ["loss", "gradient_norm", *names]
+        dtype = torch.float64 if engine.device.type == "cpu" else None
+        self.sums = torch.zeros(len(self._names) + 1, dtype=dtype, device=engine.device)
+
+    def add(self, losses: Mapping[str, Tensor], norms: Mapping[str, Tensor]) -> None:
+        """Add a step of this process: losses and norms of each part, by its name."""
+        each = torch.stack(list(losses.values()))
+        sizes = torch.stack([norm.detach() for norm in norms.values()]).to(each)
+        whole = torch.stack([each.sum(), sizes.norm()])
+        self.sums += torch.cat([whole, each, sizes, torch.ones_like(each[:1])])
+
+    def shared(self) -> Tensor:
+        """Sums of losses, norms and steps, averaged over all processes, which all must call it."""
+        return cast(Tensor, self._engine.reduce(self.sums, "mean"))
+
+    def means(self) -> dict[str, float]:
+        """Means over steps and processes since the sums were zero; 0 without a step."""
+        *sums, steps = self.shared().tolist()
+        return {name: x / max(steps, 1) for name, x in zip(self._names, sums, strict=True)}
 
 
 class _Core(NamedTuple):
@@ -49,18 +136,19 @@ class Learner:
         self, config: RunConfig, data: DataSet, statistics: Statistics, engine: Accelerator
     ) -> None:
         self.config, self.data, self.engine = config, data, engine
-        self.statistics = statistics
-        self.settings = settings = config.training
+        self.statistics, self.settings = statistics, config.training
         self.space = ImageSpace.of(data.train, config)
         self.model = make_model(config, self.space, statistics).to(engine.device)
+        self.decays = (self.settings.ema_decay, *self.settings.ema_decays)
         self.averages = [
             copy.deepcopy(self.model).eval().requires_grad_(requires_grad=False)
-            for _ in (settings.ema_decay, *settings.ema_decays)
+            for _ in self.decays
         ]
         self.average = self.averages[0]
         self.objective = make_objective(self.model, config)
-        feed = (config, data.train, self.space, self.objective.samplers)
-        self.feed = Feed(*feed, process=engine.process_index, processes=engine.num_processes)
+        place = {"process": engine.process_index, "processes": engine.num_processes}
+        feed = (config, data.train, self.space.classes, self.objective.samplers)
+        self.feed = Feed(*feed, **place)
         score, vae = self.model.score, self.model.vae
         places: list[tuple[nn.Module, str]] = [(score, "network")]
         self.parts: dict[str, nn.Module] = {"score": score}
@@ -68,9 +156,11 @@ class Learner:
             places += [(vae, "encoder"), (vae, "decoder")]
             self.parts["autoencoder"] = vae
         groups = [{"params": list(part.parameters())} for part in self.parts.values()]
-        fused = settings.optimiser in {"Adam", "AdamW"} and engine.device.type in {"cpu", "cuda"}
-        fused &= not {"fused", "foreach", "differentiable"} & {*settings.optimiser_options}
-        optimiser = settings.make_optimiser(groups, **({"fused": True} if fused else {}))
+        options = self.settings.optimiser_options
+        fused = self.settings.optimiser in {"Adam", "AdamW"}
+        fused &= engine.device.type in {"cpu", "cuda"}
+        fused &= not {"fused", "foreach", "differentiable"} & {*options}
+        optimiser = self.settings.make_optimiser(groups, **({"fused": True} if fused else {}))
         self.optimiser = engine.prepare_optimizer(optimiser)
         self.cores = [
             _Core(owner, name, network, engine.prepare_model(network))
@@ -101,9 +191,8 @@ class Learner:
             torch.manual_seed(stream_seed(seed, "dropout", step, part.first))
             batch = self._to_device(part.batch)
             with ExitStack() as together:
-                if part is not parts[-1]:
-                    for core in self.cores:
-                        together.enter_context(self.engine.no_sync(core.wrapped))
+                for core in self.cores if part is not parts[-1] else ():
+                    together.enter_context(self.engine.no_sync(core.wrapped))
                 losses = self.objective.losses(self.model, batch, noise, step, self._frozen_score)
                 for name, some in losses:
                     loss = some.mean() / len(parts)
@@ -114,49 +203,37 @@ class Learner:
         for parameter in self.unshared:
             if parameter.grad is not None:
                 parameter.grad = cast(Tensor, self.engine.reduce(parameter.grad, "mean"))
-        self.meter.add(totals, self._clip())
+        self.engine.unscale_gradients()
+        # One bound for all parts would let the encoder rescale the step of the score.
+        bound = math.inf if self.settings.clip is None else self.settings.clip
+        clip = nn.utils.clip_grad_norm_
+        norms = {name: clip(part.parameters(), bound) for name, part in self.parts.items()}
+        self.meter.add(totals, norms)
         self.optimiser.step()
         done = step_of_stage(self.config, step) + 1
-        decays = (self.settings.ema_decay, *self.settings.ema_decays)
-        for decay, average in zip(decays, self.averages, strict=True):
+        for decay, average in zip(self.decays, self.averages, strict=True):
             update = get_ema_multi_avg_fn(min(decay, done / (done + 9)))  # type: ignore[no-untyped-call]
             update(list(average.parameters()), list(self.model.parameters()), None)
             for own, current in zip(average.buffers(), self.model.buffers(), strict=True):
                 own.copy_(current)
 
-    def _clip(self) -> dict[str, Tensor]:
-        """Limit the gradient of each part; return its norm before.
-
-        Together, the encoder's bound would rescale the step of the score, and vice versa.
-        """
-        bound = math.inf if self.settings.clip is None else self.settings.clip
-        self.engine.unscale_gradients()
-        return {
-            name: nn.utils.clip_grad_norm_(part.parameters(), bound)
-            for name, part in self.parts.items()
-        }
-
     @contextmanager
     def _frozen_score(self) -> Iterator[None]:
         """Make the weights of the score constants, without sharing gradients, for a while."""
         score = self.model.score
-        own = [core for core in self.cores if core.owner is score]
-        for core in own:
-            core.use(core.network)
+        [core] = [core for core in self.cores if core.owner is score]
+        core.use(core.network)
         score.requires_grad_(requires_grad=False)
         try:
             yield
         finally:
             score.requires_grad_(requires_grad=True)
-            for core in own:
-                core.use(core.wrapped)
+            core.use(core.wrapped)
 
     def _to_device(self, batch: Batch) -> Batch:
-        device = self.engine.device
-        labels = (
-            batch.labels if batch.labels is None else batch.labels.to(device, non_blocking=True)
-        )
-        return batch._replace(images=batch.images.to(device, non_blocking=True), labels=labels)
+        where: Any = {"device": self.engine.device, "non_blocking": True}
+        labels = None if batch.labels is None else batch.labels.to(**where)
+        return batch._replace(images=batch.images.to(**where), labels=labels)
 
     @torch.no_grad()
     def held_out(self, step: int) -> float | None:
@@ -166,16 +243,16 @@ class Learner:
             return None
         count = min(len(images), self.settings.held_out)
         # Neighbours in the data set get times that are far apart.
-        order = torch.randperm(count, generator=stream(0, "held-out times"))
+        order = torch.randperm(count, generator=stream(0, "held-out times"), device="cpu")
         times = [Times(*some.quantiles((order + 0.5) / count)) for some in self.objective.samplers]
         noise = stream(0, "held-out noise", device=self.engine.device)
         kind = {"flip": False, "dequantise": self.config.data.dequantise}
         draw = stream(0, "held-out presentation")
+        known = images.labels if self.space.classes is not None else None
         sums = []
-        for rows in torch.arange(count).split(self.feed.part_size):  # type: ignore[no-untyped-call]
+        for rows in torch.arange(count, device="cpu").split(self.feed.part_size):  # type: ignore[no-untyped-call]
             x = augment(images.load(rows), images.levels, generator=draw, **kind)
-            conditional = self.space.classes is not None and images.labels is not None
-            labels = cast(Tensor, images.labels)[rows] if conditional else None
+            labels = None if known is None else known[rows]
             batch = self._to_device(Batch(x, labels, tuple(some.take(rows) for some in times)))
             sums.append(self.objective.held_out(self.average, batch, noise, step).double().sum())
         return float(torch.stack(sums).sum()) / count
@@ -190,14 +267,13 @@ def step_of_stage(config: RunConfig, step: int) -> int:
 def learning_rates(config: RunConfig, step: int) -> list[float]:
     """Learning rates of the score, and of the autoencoder if there is one."""
     settings, latent, first = config.training, config.latent, config.pretraining_steps
-    steps = first if step < first else settings.steps - first
-    done = step_of_stage(config, step)
-    share = min(1.0, (done + 1) * settings.batch / max(1, settings.warmup))
+    steps, done = first if step < first else settings.steps - first, step_of_stage(config, step)
+    images = (done + 1) * settings.batch
+    share = min(1.0, images / max(1, settings.warmup))
     if settings.decay == "cosine":
         share *= 0.5 * (1 + math.cos(math.pi * done / steps))
     if settings.decay == "inverse_square_root":
-        first_images = max(settings.warmup, settings.batch)
-        share *= min(1.0, math.sqrt(first_images / ((done + 1) * settings.batch)))
+        share *= min(1.0, math.sqrt(max(settings.warmup, settings.batch) / images))
     peaks = [settings.learning_rate]
     if latent is not None:
         peaks.append(latent.learning_rate if step < first else latent.joint_learning_rate)

@@ -22,24 +22,27 @@ import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
 from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
 from cldsde.files import writing
 from cldsde.images.config import RunConfig
 from cldsde.images.data import DataSet
-from cldsde.images.data.samples import measured
+from cldsde.images.data.samples import measured, save_grid
 from cldsde.images.evaluate.evaluation import Evaluation
-from cldsde.images.figures import save_grid
 from cldsde.images.model import (
+    KIND,
     MODEL,
     DiffusionModel,
     Statistics,
     copy_weights,
+    model_notes,
     read_model,
-    save_model,
 )
-from cldsde.images.runs import CONFIG, METRICS, STATE, RunFolder, leaves
+from cldsde.images.runs import CONFIG, METRICS, STATE, RunFolder
 from cldsde.images.sample.sampler import ImageSampler, ahead
+from cldsde.images.schema import leaves
+from cldsde.images.tensor_files import save_tensors
 from cldsde.images.train.engine import check_run, make_engine
 from cldsde.images.train.learner import Learner, learning_rates
 from cldsde.images.train.state import StopRequest, keep_snapshot, load_state, save_state
@@ -115,10 +118,6 @@ class _Trainer:
     def seen(self) -> int:
         return self.done * self.settings.batch
 
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self.began
-
     def run(self, *, progress: bool) -> DiffusionModel:
         settings, is_main = self.settings, self.engine.is_main_process
         total = settings.steps * settings.batch
@@ -192,11 +191,6 @@ class _Trainer:
                     tracker.finish()
             threading.excepthook = report
 
-    def _between(self, stop: StopRequest) -> None:
-        """Obey a signal between two batches of samples, which one of several processes draws."""
-        if stop.every == 1:
-            self._obey(stop)
-
     def _obey(self, stop: StopRequest) -> None:
         """Save and stop if a signal was received."""
         if self.done % stop.every == 0 and stop.wanted:
@@ -244,10 +238,15 @@ class _Trainer:
         recipe = self.config.sampling
         return ImageSampler(model.score, self.space, recipe, vae=model.vae, batch=batch)
 
+    def _sample(self, seeds: range, stop: StopRequest) -> Tensor:
+        """Images of the averaged model. A single process obeys a signal between two batches."""
+        obey = partial(self._obey, stop) if stop.every == 1 else lambda: None
+        return self.sampler.sample(seeds, before_batch=obey).images
+
     def _log(self) -> dict[str, str]:
         """Write means since the last line of metrics; return those that a bar shows."""
         means = self.learner.meter.means()
-        self.learner.meter.clear()
+        self.learner.meter.sums.zero_()
         self._check_finite(means["loss"])
         if not self.engine.is_main_process:
             return {}
@@ -264,7 +263,7 @@ class _Trainer:
 
     def _record(self, numbers: dict[str, float]) -> None:
         """Write numbers to the metrics and to the trackers."""
-        numbers = {**numbers, "seconds": round(self.seconds, 3)}
+        numbers = {**numbers, "seconds": round(time.monotonic() - self.began, 3)}
         with self._writing(METRICS):
             self.folder.log({"images": self.seen, **numbers})
         with self._writing(_TRACKERS):
@@ -272,7 +271,7 @@ class _Trainer:
 
     def _save_model(self, file: Path, average: DiffusionModel | None = None) -> None:
         weights = (average or self.learner.average).state_dict()
-        save_model(file, weights, self.config, self.space, self.seen)
+        save_tensors(file, KIND, weights, model_notes(self.config, self.space, self.seen))
 
     def _save(self) -> None:
         """Save state and model, in this order: a run resumes from its state alone."""
@@ -281,11 +280,11 @@ class _Trainer:
         if self.engine.is_main_process:
             try:
                 if self.done < self.settings.steps or self.settings.keep_state:
-                    save_state(self.learner, self.folder, self.done, self.seconds, sums)
-                others = zip(self.settings.ema_decays, self.learner.averages[1:], strict=True)
-                for decay, average in others:
-                    self._save_model(self.folder / f"ema-{decay}.safetensors", average)
-                self._save_model(self.folder / MODEL)
+                    seconds = time.monotonic() - self.began
+                    save_state(self.learner, self.folder, self.done, seconds, sums)
+                names = [MODEL, *(f"ema-{x}.safetensors" for x in self.settings.ema_decays)]
+                for name, average in reversed([*zip(names, self.learner.averages, strict=True)]):
+                    self._save_model(self.folder / name, average)
             except OSError as error:
                 msg = f"not all of the state of {self.seen} images could be saved ({error}); "
                 raise OSError(f"{msg}{self._last_state()}") from error
@@ -297,8 +296,7 @@ class _Trainer:
         settings, samples = self.settings, self.settings.measure_samples
         metrics = {"last": -float(self.seen)}
         if self.engine.is_main_process and settings.measure == "fd":
-            seeds = range(_FIRST_SEED, _FIRST_SEED + samples)
-            drawn = self.sampler.sample(seeds, before_batch=partial(self._between, stop)).images
+            drawn = self._sample(range(_FIRST_SEED, _FIRST_SEED + samples), stop)
             found = self.evaluation.measure(measured(drawn, self.space.levels), ["fd"])["fd"]
             metrics[f"fd of {samples}"] = found["frechet_distance"]
             self._record({"fd": found["frechet_distance"]})
@@ -336,10 +334,9 @@ class _Trainer:
 
     def _draw(self, stop: StopRequest) -> None:
         """Write a grid of samples, if it is not there."""
-        name = f"samples/{self.seen:010d}.png"
+        name, levels = f"samples/{self.seen:010d}.png", self.space.levels
         if self.engine.is_main_process and not (self.folder / name).exists():
-            seeds, levels = range(self.settings.sample_grid), self.space.levels
-            sheet = self.sampler.sample(seeds, before_batch=partial(self._between, stop)).images
+            sheet = self._sample(range(self.settings.sample_grid), stop)
             with self._writing(name):
                 (self.folder / "samples").mkdir(exist_ok=True)
                 file = self.folder.write(name, lambda file: save_grid(file, sheet, levels))

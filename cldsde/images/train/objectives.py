@@ -73,13 +73,9 @@ class ScoreMatching:
         else:
             self._weighting = settings.weighting
         if density is None:
-            sampler = TimeSampler.importance(
-                score.sde,
-                settings.t_min,
-                data_variance=float(score.data_variance.mean()),
-                conditioning=settings.conditioning,
-                weighting=settings.weighting,  # type: ignore[arg-type]
-            )
+            how: Any = {"conditioning": settings.conditioning, "weighting": settings.weighting}
+            how["data_variance"] = float(score.data_variance.mean())
+            sampler = TimeSampler.importance(score.sde, settings.t_min, **how)
         else:
             sampler = TimeSampler(density, settings.t_min)
         self.samplers: tuple[TimeSampler, ...] = (sampler,)

@@ -97,8 +97,7 @@ def load_state(learner: Learner, run: RunFolder) -> tuple[int, float]:
     settings = learner.config.training
     try:
         tensors, metadata = load_tensors(run / STATE, STATE_KIND)
-        # States of 0.2 have no other digest.
-        if metadata.get("training", metadata["config"]) != learner.config.training_digest():
+        if metadata["training"] != learner.config.training_digest():
             raise ValueError("it was written for other settings than this run's")
         for name, value in learner.statistics._asdict().items():
             if not torch.equal(tensors[name], value):

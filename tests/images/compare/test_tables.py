@@ -1,7 +1,6 @@
 """Tables of comparisons: what is best, how many digits, and why something is not there."""
 
-from cldsde.images.compare.report import plot_measure
-from cldsde.images.compare.tables import measures_of, tables
+from cldsde.images.compare.report import measures_of, plot_measure, tables
 
 
 def row(model: str, label: str, *cells: dict, adaptive: bool = False) -> dict:

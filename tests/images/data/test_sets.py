@@ -134,7 +134,7 @@ def test_fashion_mnist_is_found_by_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("CLDSDE_DATA", str(tmp_path / "a"))
     assert len(fashion_mnist().train) == 2
     monkeypatch.setenv("CLDSDE_DATA", str(tmp_path / "nowhere"))
-    monkeypatch.setattr("cldsde.images.data.idx._DEBIAN", tmp_path / "nowhere")
+    monkeypatch.setattr("cldsde.images.data.sets._DEBIAN", tmp_path / "nowhere")
     assert len(fashion_mnist().train) == 3
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "nowhere"))
     with pytest.raises(FileNotFoundError, match=r"apt install dataset-fashion-mnist.*download"):

@@ -1,5 +1,7 @@
 """The classifier whose features fit the data: training, features, files."""
 
+import json
+
 import pytest
 import torch
 
@@ -9,9 +11,8 @@ from cldsde.images.evaluate.classifier import (
     ImageClassifier,
     load_classifier,
     random_features,
-    save_classifier,
 )
-from cldsde.images.evaluate.features import feature_name
+from cldsde.images.evaluate.distances import feature_name
 from cldsde.images.tensor_files import save_tensors
 from probes import generator
 from tiny_runs import noise_images
@@ -105,9 +106,14 @@ def test_features_take_bytes_and_are_named_by_their_weights(trained):
     assert feature_name(other) != feature_name(features)
 
 
+def save(classifier: ImageClassifier, file, **notes: str) -> None:
+    notes["architecture"] = json.dumps(classifier.architecture)
+    save_tensors(file, "ImageClassifier", classifier.state_dict(), notes)
+
+
 def test_saved_classifier_comes_back_bit_for_bit(trained, tmp_path):
     file = tmp_path / "classifier.safetensors"
-    save_classifier(trained[0], file, metadata={"data": "bars"})
+    save(trained[0], file, data="bars")
     again, notes = load_classifier(file)
     assert notes == {"data": "bars"}
     images = bars(5, 2).load(torch.arange(5))
@@ -119,7 +125,7 @@ def test_saved_classifier_comes_back_bit_for_bit(trained, tmp_path):
 def test_weights_of_another_architecture_and_other_files_are_rejected(tmp_path):
     file, other = tmp_path / "classifier.safetensors", ImageClassifier(1, 3, width=4, size=6)
     other.architecture["width"] = 5
-    save_classifier(other, file)
+    save(other, file)
     with pytest.raises(ValueError, match=r"damaged: its weights do not fit its architecture"):
         load_classifier(file)
     save_tensors(file, "something else", {"x": torch.zeros(1)}, {})

@@ -7,7 +7,7 @@ import torch
 
 from cldsde.images.evaluate import load_features
 from cldsde.images.evaluate.classifier import ImageClassifier
-from cldsde.images.evaluate.features import check_features, feature_name
+from cldsde.images.evaluate.distances import check_features, feature_name
 
 MODULE = """
 import torch

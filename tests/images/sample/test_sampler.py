@@ -19,11 +19,12 @@ from cldsde import CLD, VPSDE, ReverseProcess, solvers
 from cldsde.errors import SettingError
 from cldsde.images import Run, as_pictures
 from cldsde.images.config import SamplingConfig
-from cldsde.images.model import MODEL, ImageSpace, load_model, save_model
+from cldsde.images.model import KIND, MODEL, ImageSpace, load_model, model_notes
 from cldsde.images.runs import RunFolder
 from cldsde.images.sample import outputs
 from cldsde.images.sample.outputs import SampleRequest, alone, check_output, draw_to
 from cldsde.images.sample.sampler import ImageSampler, ahead, changed_recipe, make_solver, time_grid
+from cldsde.images.tensor_files import save_tensors
 from image_data import PixelScore
 from tolerances import standard_error
 
@@ -413,7 +414,8 @@ def test_folders_without_a_whole_model_are_rejected(run, tmp_path):
 def test_weights_of_another_configuration_are_rejected(run, tmp_path):
     config = run.config
     folder, values = RunFolder(tmp_path, config.to_dict()), config.to_dict()
-    save_model(folder / MODEL, run.model.state_dict(), config, run.space, 1)
+    notes = model_notes(config, run.space, 1)
+    save_tensors(folder / MODEL, KIND, run.model.state_dict(), notes)
     assert load_model(tmp_path).images_seen == 1
     for section, changes in (
         ("process", {"options": {"mass": 0.3}}),

@@ -21,11 +21,12 @@ from cldsde.errors import SettingError
 from cldsde.images import model as models
 from cldsde.images.config import RunConfig
 from cldsde.images.data import ArrayImages, DataSet, augment
+from cldsde.images.evaluate.results import read_results
 from cldsde.images.model import MODEL, STATE_KIND, ImageSpace, load_model
 from cldsde.images.runs import METRICS, STATE, RunFolder
 from cldsde.images.streams import image_order, stream
 from cldsde.images.tensor_files import load_tensors
-from cldsde.images.train import feed, loop
+from cldsde.images.train import learner, loop
 from cldsde.images.train.engine import check_run
 from cldsde.images.train.learner import learning_rates
 from cldsde.score import PerturbedData, TimeSampler
@@ -93,6 +94,14 @@ def stopped(stopped_once, tmp_path):
 def assert_finishes(folder, whole):
     assert_same_bits(trained(folder, config()), whole[1])
     assert metrics(folder) == metrics(whole[0])
+
+
+def test_training_and_samples_do_not_follow_the_default_device(stopped, whole, defaults):
+    torch.set_default_device("meta")
+    assert_finishes(stopped, whole)
+    assert (stopped / "samples" / "0000000096.png").read_bytes() == (
+        whole[0] / "samples" / "0000000096.png"
+    ).read_bytes()
 
 
 def test_an_interrupted_run_ends_with_the_same_bits_numbers_and_events(stopped, whole):
@@ -202,9 +211,9 @@ def test_a_signal_saves_the_state_and_the_command_resumes(tmp_path, monkeypatch,
 def test_a_signal_at_a_checkpoint_saves_its_state_once(tmp_path, monkeypatch):
     saved, save = [], loop.save_state
 
-    def signalled(learner, run, step, *arguments):
+    def signalled(trainee, run, step, *arguments):
         saved.append(step)
-        save(learner, run, step, *arguments)
+        save(trainee, run, step, *arguments)
         if len(saved) == 1:  # a second signal would end the tests
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -250,7 +259,7 @@ def test_a_loss_that_is_not_finite_stops_training_and_keeps_the_last_state(
     stopped, tmp_path, monkeypatch
 ):
     before = (stopped / STATE).read_bytes()
-    monkeypatch.setattr(feed, "augment", lambda x, *_, **__: torch.full(x.shape, torch.nan))
+    monkeypatch.setattr(learner, "augment", lambda x, *_, **__: torch.full(x.shape, torch.nan))
     for folder, message in ((stopped, "learning_rate"), (tmp_path / "new", "no state was saved")):
         with pytest.raises(FloatingPointError, match=message):
             trained(folder, config())
@@ -523,12 +532,31 @@ def test_a_signal_to_two_processes_saves_one_state(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_train_and_sample_as_one(tmp_path):
-    file = write_config(tmp_path)
+def test_two_processes_train_sample_and_evaluate_as_one(tmp_path):
+    file, results = write_config(tmp_path), []
     for processes in (1, 2):
         run(tmp_path, "train", file, "--out", tmp_path / str(processes), processes=processes)
         words = ("--seeds", "0-20", "--batch", "4", "--out", tmp_path / f"samples-{processes}")
         run(tmp_path, "sample", tmp_path / "1", *words, processes=processes)
+        words = (
+            "--samples",
+            21,
+            "--repeats",
+            2,
+            "--batch",
+            4,
+            "--metrics",
+            "fd,bpd",
+            "--nfe",
+            "4,6",
+        )
+        found = tmp_path / f"evaluation-{processes}.jsonl"
+        words += ("--likelihood-images", 4, "--out", found)
+        for _ in range(2):  # the second time all is there
+            run(tmp_path, "evaluate", tmp_path / "1", *words, processes=processes)
+        results.append([(one.key, one.numbers, one.nfe) for one in read_results(found).values()])
+    assert results[0] == results[1]
+    assert len(results[0]) == 5
     for first, second in zip(*(metrics(tmp_path / str(n)) for n in (1, 2)), strict=True):
         for name in ("loss", "held_out_loss"):
             # Each of a dozen steps of Adam adds to the difference.
