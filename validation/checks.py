@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -71,6 +72,34 @@ class Check:
         return result
 
 
+class Outcome(NamedTuple):
+    """Numbers, verdict and message of a `Check`."""
+
+    declared: float | None
+    measured: float | None
+    verdict: Verdict | None
+    message: str
+    estimate: OrderEstimate | None = None
+
+
+class NotApplicableError(Exception):
+    """A check cannot be made of this solver on this problem."""
+
+
+def checked(kind: str, subject: str, problem: str, measure: Callable[[], Outcome]) -> Check:
+    """Make a check. An error of the solver, which a user may have written, fails it."""
+    began = time.perf_counter()
+    try:
+        outcome = measure()
+    except NotApplicableError as reason:
+        kind, outcome = NOT_APPLICABLE, Outcome(None, None, None, str(reason))
+    except (Exception, SystemExit) as error:  # noqa: BLE001 a user's solver may raise anything
+        outcome = Outcome(None, None, Verdict.FAIL, in_words(error))
+    declared, measured, verdict, message, estimate = outcome
+    seconds = time.perf_counter() - began
+    return Check(kind, subject, problem, declared, measured, verdict, message, seconds, estimate)
+
+
 def facts_fault(solver: Solver) -> str:
     """Describe a fault in a solver's declared facts; empty if there is none."""
     try:
@@ -92,9 +121,9 @@ def facts_fault(solver: Solver) -> str:
     return ""
 
 
-def kernel_check(name: str, sde: LinearSDE) -> Check:
+def kernel_check(sde: LinearSDE) -> Outcome:
     """Check that a process's transition kernels solve its differential equations."""
-    began, found = time.perf_counter(), []
+    found = []
     # If drift and diffusion diverge at the end, the equations are solved up to t = 0.99.
     end = 1.0 if sde.regular_until == sde.T else 0.99
     for s, t in ((0.0, 0.01), (0.3, 0.35), (0.1, 0.9), (0.0, end)):
@@ -110,19 +139,15 @@ def kernel_check(name: str, sde: LinearSDE) -> Check:
     # Use torch's max, because Python's max would ignore NaN.
     worst = float(torch.stack(found).max())
     passed = worst <= _KERNEL_TOLERANCE
-    return Check(
-        kind="kernel",
-        subject=name,
-        problem="transition",
+    return Outcome(
         declared=_KERNEL_TOLERANCE,
         measured=worst,
         verdict=Verdict.PASS if passed else Verdict.FAIL,
         message=f"relative error {worst:.1e} against the differential equations",
-        seconds=time.perf_counter() - began,
     )
 
 
-def stiff_check(name: str, solver: Solver, problem: Problem, began: float) -> Check:
+def stiff_check(solver: Solver, problem: Problem) -> Outcome:
     """Report a solver's error near the data, where orders would need unaffordably many steps.
 
     The check fails if the error is larger than the moments, or is not a number.
@@ -131,19 +156,15 @@ def stiff_check(name: str, solver: Solver, problem: Problem, began: float) -> Ch
     reference = GaussianReference(problem, times[[0, -1]])
     error = moment_error(solver, problem, times, reference)
     size = max(float(moment.abs().max()) for moment in reference.moments(float(times[-1])))
-    return Check(
-        kind="error at 100 steps",
-        subject=name,
-        problem=problem.name,
+    return Outcome(
         declared=None,
         measured=error,
         verdict=None if error <= size else Verdict.FAIL,
         message=f"error of the moments {error:.1e}, largest moment {size:.1e}",
-        seconds=time.perf_counter() - began,
     )
 
 
-def count_check(name: str, solver: Solver, problem: Problem, began: float) -> Check:
+def count_check(solver: Solver, problem: Problem) -> Outcome:
     """Check a solver's number of score evaluations per step."""
     steps, g = 8, torch.Generator().manual_seed(0)
     sampler = plan(problem.process, solver, quadratic_times(problem.start, problem.end, steps))
@@ -155,27 +176,15 @@ def count_check(name: str, solver: Solver, problem: Problem, began: float) -> Ch
             "outside `noise.normal`?"
         )
     declared, measured = solver.facts.nfe_per_step, found.nfev / steps
-    return Check(
-        kind="NFE per step",
-        subject=name,
-        problem=problem.name,
+    return Outcome(
         declared=declared,
         measured=measured,
         verdict=Verdict.PASS if measured == declared else Verdict.FAIL,
         message=f"{counted(found.nfev, 'evaluation')} in {counted(steps, 'step')}",
-        seconds=time.perf_counter() - began,
     )
 
 
-def bias_check(
-    name: str,
-    solver: Solver,
-    problem: Problem,
-    g: torch.Generator,
-    began: float,
-    *,
-    quick: bool,
-) -> Check:
+def bias_check(solver: Solver, problem: Problem, g: torch.Generator, *, quick: bool) -> Outcome:
     """Check that an adaptive solver with noise has no bias on data of two points."""
     n = 5000 if quick else 40_000
     strict = dataclasses.replace(solver, rtol=0.01, atol=0.002)  # type: ignore[type-var]
@@ -186,13 +195,9 @@ def bias_check(
     # With 200,000 samples at these tolerances the bias is 0.0000 ± 0.0001 with a Brownian bridge.
     # With fresh noise it is 0.017 (benchmarks/gotta_go_fast_bias.py). The limit separates them.
     passed = found.success and abs(ratio - 1) <= 5 * spread + 1e-3
-    return Check(
-        kind="bias",
-        subject=name,
-        problem=problem.name,
+    return Outcome(
         declared=1.0,
         measured=ratio,
         verdict=Verdict.PASS if passed else Verdict.FAIL,
         message=f"E|x| is {ratio:.4f} ± {spread:.4f} of its value; {found.message}",
-        seconds=time.perf_counter() - began,
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +13,7 @@ from cldsde.solvers import solve
 from cldsde.solvers.authoring import Solver
 from cldsde.solvers.grids import quadratic_times
 
-from .checks import Check
+from .checks import Outcome
 from .order_estimate import Verdict
 from .problems import Problem
 
@@ -142,15 +141,8 @@ class _Comparison(NamedTuple):
 
 
 def distribution_check(
-    name: str,
-    solver: Solver,
-    problem: Problem,
-    case: DistributionCase,
-    g: torch.Generator,
-    began: float,
-    *,
-    steps: int,
-) -> Check:
+    solver: Solver, problem: Problem, case: DistributionCase, g: torch.Generator, *, steps: int
+) -> Outcome:
     """Check that a solver samples the exact distribution, up to the error of its declared order.
 
     The solver runs on two grids. The check covers each statistic of a `DistributionCase`, and the
@@ -168,14 +160,12 @@ def distribution_check(
 
     Parameters
     ----------
-    name, solver, problem
-        The solver, its name, and the problem.
+    solver, problem
+        The solver and the problem.
     case
         Statistics of the exact distribution.
     g
         Random generator of starts and noise.
-    began
-        Start of the check, from `time.perf_counter`.
     steps
         Steps of the finer grid; the coarser grid has half as many.
     """
@@ -223,10 +213,7 @@ def distribution_check(
     distance = case.distance(case.projected(fine))
     modes = len(problem.data.weights)
     off = float((case.statistics(fine) / case.expected - 1)[-modes:].square().mean().sqrt())
-    return Check(
-        kind="distribution",
-        subject=name,
-        problem=problem.name,
+    return Outcome(
         declared=None,
         measured=ratio,
         verdict=verdict,
@@ -234,7 +221,6 @@ def distribution_check(
             f"sliced W₂ {distance:.2g} ({case.floor:.2g} between exact samples), error of the "
             f"modes' spread {off:.1%} with {evaluations} evaluations; {text}"
         ),
-        seconds=time.perf_counter() - began,
     )
 
 

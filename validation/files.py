@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,14 +9,15 @@ from cldsde.errors import SettingError
 from cldsde.files import check_target, new_folder
 from cldsde.messages import in_words
 
+from .plots import canvas
 from .posterior_suite import PosteriorReport
-from .report import PAGE, Report
+from .report import TABLE, Report
 
 AnyReport = Report | PosteriorReport
 
 
 class ReportFiles:
-    """Files of a report: all numbers in ``json``, and a page with plots in the folder ``out``.
+    """Files of a report: all numbers in ``json``; a table and plots in the folder ``out``.
 
     An error of one does not keep the other from being written.
     """
@@ -29,13 +29,12 @@ class ReportFiles:
     def check(self) -> None:
         """Make the folder; leave nothing behind and raise if it or a file cannot be written."""
         key, out = "out", self._out
-        if out is not None and importlib.util.find_spec("matplotlib") is None:
-            msg = "matplotlib is missing; install the extra: pip install 'cldsde[validation]'"
-            raise ImportError(msg)
+        if out is not None:
+            canvas(1, 1)  # raises an error without matplotlib
         try:
             with new_folder(out or Path()):
                 if out is not None:
-                    check_target(out / PAGE)
+                    check_target(out / TABLE)
                 key = "json"
                 if self._json is not None:
                     check_target(self._json)
@@ -57,8 +56,8 @@ class ReportFiles:
         errors = []
         if self._json is not None:
             errors += _errors("json", report.write_json, self._json)
-        if self._out is not None and isinstance(report, Report):  # others have no page
-            errors += _errors("out", report.write_html, self._out)
+        if self._out is not None and isinstance(report, Report):  # others have no plots
+            errors += _errors("out", report.write_plots, self._out)
         return errors
 
 

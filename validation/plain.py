@@ -1,10 +1,15 @@
-"""Conversion of results to types of strict JSON."""
+"""Results as strict JSON, and as tables of text."""
 
 from __future__ import annotations
 
 import enum
+import json
 import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+from cldsde.files import write_whole
 
 
 def plain(value: Any) -> Any:
@@ -16,3 +21,23 @@ def plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return str(value) if isinstance(value, enum.StrEnum) else value
+
+
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    """Write strict JSON to a file, one line per entry of a list; on failure the old file stays."""
+    parts = []
+    for name, value in content.items():
+        text = json.dumps(value, allow_nan=False)
+        if isinstance(value, list) and value:
+            rows = ",\n".join(json.dumps(row, allow_nan=False) for row in value)
+            text = f"[\n{rows}\n]"
+        parts.append(f"{json.dumps(name)}: {text}")
+    whole = "{\n" + ",\n".join(parts) + "\n}\n"
+    write_whole(file, lambda path: path.write_text(whole, encoding="utf-8"))
+
+
+def text_table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of texts in columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(map(str.ljust, row, widths)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)

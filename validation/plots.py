@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
+
+from .checks import Check
 
 
 def canvas(width: float, height: float) -> tuple[Any, Any]:
@@ -20,3 +24,35 @@ def canvas(width: float, height: float) -> tuple[Any, Any]:
         raise ImportError(msg) from error
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots()
+
+
+def drawable(check: Check) -> bool:
+    """Whether there is a level to draw."""
+    levels = () if check.estimate is None else check.estimate.levels
+    return any(math.isfinite(level.error) and level.error > 0 for level in levels)
+
+
+def order_curves(subject: str, own: Sequence[Check]) -> Any:
+    """Plot of a solver's errors against steps, with hollow markers for dropped levels."""
+    figure, axes = canvas(8, 3.6)
+    for i, check in enumerate(own):
+        assert check.estimate is not None
+        levels = [x for x in check.estimate.levels if math.isfinite(x.error) and x.error > 0]
+        kept = [level for level in levels if level.kept]
+        colour, marker = f"C{i % 10}", "osD^v<>"[i % 7]
+        style = {"color": colour, "markersize": 4, "linewidth": 1}
+        dropped = style | {"markerfacecolor": "none"}
+        axes.plot([x.step for x in levels], [x.error for x in levels], marker, **dropped)
+        label = f"{check.kind} on {check.problem}: {check.estimate.order:.2f}"
+        steps, errors = [x.step for x in kept], [x.error for x in kept]
+        axes.plot(steps, errors, f"{marker}-", **style, label=label)
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="1 / number of steps",
+        ylabel="error of moments or states",
+        title=subject,
+    )
+    axes.grid(visible=True, alpha=0.3)
+    axes.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    return figure

@@ -179,21 +179,16 @@ def posterior_error(
     found = torch.tensor(rows, dtype=torch.float64, device="cpu")
     mean, std = found.mean(0), found.std(0) / math.sqrt(repeats)
     single = len(problem.data.weights) == 1
-    d, w, m, s = ((float(a), float(b)) for a, b in zip(mean, std, strict=True))
+    names = ("distance", "mode_error", "mean_error", "spread_error")
+    values = dict(zip(names, mean.tolist(), strict=True))
+    values |= dict(zip((f"{name}_std" for name in names), std.tolist(), strict=True))
     return PosteriorError(
         method=label,
         problem=problem.name,
         process=type(sde).__name__,
         noise_std=noise,
-        distance=d[0],
-        distance_std=d[1],
-        mode_error=w[0],
-        mode_error_std=w[1],
+        **values,
         mode_floor=measure.mode_floor,
-        mean_error=m[0],
-        mean_error_std=m[1],
-        spread_error=s[0],
-        spread_error_std=s[1],
         samples=samples,
         steps=steps,
         repeats=repeats,

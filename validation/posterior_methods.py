@@ -87,11 +87,11 @@ def _guided(method: _Approximation) -> PosteriorSampler:
     def sampler(
         process: ReverseProcess, observation: Observation, times: Tensor, n: int, g: torch.Generator
     ) -> Tensor:
+        variance = _variance(process)
         score = PosteriorScore(
-            process.score, observation, method, data_variance=_variance(process), sde=process.sde
+            process.score, observation, method, data_variance=variance, sde=process.sde
         )
-        guided = ReverseProcess(process.sde, score)
-        start = _start(process, n, g)
+        start, guided = _start(process, n, g), ReverseProcess(process.sde, score)
         # That a method diverges is a result.
         return solve(guided, _SOLVER, start, times, generator=g, warn=False).data
 

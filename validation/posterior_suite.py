@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ from typing import Any
 from torch import Tensor
 
 from cldsde.errors import SettingError
-from cldsde.files import write_whole
 from cldsde.linear import CLD, PSLD, VPSDE, LinearSDE
 from cldsde.messages import imported
 from cldsde.progress import progress_bar
@@ -19,6 +17,7 @@ from cldsde.score import Observation, PosteriorScore, ReverseProcess
 from cldsde.solvers import ExponentialMultistep, solve
 
 from .order_estimate import Verdict
+from .plain import text_table, write_json
 from .posterior_error import PosteriorError, posterior_error
 from .posterior_methods import PosteriorSampler, posterior_methods
 from .posterior_problems import posterior_problems
@@ -47,33 +46,26 @@ def planted_samplers() -> dict[str, PosteriorSampler]:
     Moment matching, exact there, with the noise 1.5 times too large, and with A in place of Aᵀ.
     """
 
-    def moments(
-        process: ReverseProcess, observation: Observation, times: Tensor, n: int, g: Any
-    ) -> Tensor:
-        score = PosteriorScore(process.score, observation, iterations=10, sde=process.sde)
-        shape = observation.shape or ()
-        start = process.sde.prior.sample((n, *shape), generator=g, dtype=observation.y.dtype)
-        solver = ExponentialMultistep(order=2, stochasticity=1.0)
-        guided = ReverseProcess(process.sde, score)
-        return solve(guided, solver, start, times, generator=g, warn=False).data
+    def mistaken(mistake: Callable[[Observation], Observation]) -> PosteriorSampler:
+        def sampler(
+            process: ReverseProcess, observation: Observation, times: Tensor, n: int, g: Any
+        ) -> Tensor:
+            wrong = mistake(observation)
+            score = PosteriorScore(process.score, wrong, iterations=10, sde=process.sde)
+            shape = (n, *(wrong.shape or ()))
+            start = process.sde.prior.sample(shape, generator=g, dtype=wrong.y.dtype)
+            solver = ExponentialMultistep(order=2, stochasticity=1.0)
+            guided = ReverseProcess(process.sde, score)
+            return solve(guided, solver, start, times, generator=g, warn=False).data
 
-    def wrong_noise(
-        process: ReverseProcess, observation: Observation, times: Tensor, n: int, g: Any
-    ) -> Tensor:
-        wrong = Observation(
-            observation.forward, observation.y, 1.5 * observation.noise_std, observation.shape
-        )
-        return moments(process, wrong, times, n, g)
+        return sampler
 
-    def transposed(
-        process: ReverseProcess, observation: Observation, times: Tensor, n: int, g: Any
-    ) -> Tensor:
-        wrong = _Transposed(
-            observation.forward, observation.y, observation.noise_std, observation.shape
-        )
-        return moments(process, wrong, times, n, g)
-
-    return {"noise_std × 1.5": wrong_noise, "adjoint transposed": transposed}
+    return {
+        "noise_std × 1.5": mistaken(
+            lambda o: Observation(o.forward, o.y, 1.5 * o.noise_std, o.shape)
+        ),
+        "adjoint transposed": mistaken(lambda o: _Transposed(o.forward, o.y, o.noise_std, o.shape)),
+    }
 
 
 class _Transposed(Observation):
@@ -208,15 +200,11 @@ class PosteriorReport:
 
     def to_text(self) -> str:
         """A table, one line per measurement."""
-        head = (
-            f"{'problem':<14}{'noise':>6} {'process':<8}{'method':<20}"
-            f"{'distance':>16}{'modes':>8}{'mean':>8}{'spread':>8}{'seconds':>9}  verdict"
-        )
-        lines = [
-            "Distance (sliced W₂), mean and spread are over their values for exact samples.",
-            "Modes: total variation distance of the component weights. Lower is better.",
-            "",
-            head,
+        rows = [
+            (
+                *("problem", "noise", "process", "method"),
+                *("distance", "modes", "mean", "spread", "seconds", "verdict"),
+            )
         ]
         planted = planted_samplers()
         for error in self.errors:
@@ -225,19 +213,24 @@ class PosteriorReport:
                 verdict = f"{verdict} (planted: must fail)"
             elif error.noise_std < _JUDGED_NOISE and verdict:
                 verdict = f"({verdict}, not judged at this noise)"
-            distance = f"{_short(error.distance)} ± {_short(error.distance_std)}"
-            lines.append(
-                f"{error.problem:<14}{error.noise_std:>6g} {error.process:<8}{error.method:<20}"
-                f"{distance:>16}{error.mode_error:>8.3f}{_short(error.mean_error):>8}"
-                f"{_short(error.spread_error):>8}{error.seconds:>9.1f}  {verdict}"
+            rows.append(
+                (
+                    *(error.problem, f"{error.noise_std:g}", error.process, error.method),
+                    f"{_short(error.distance)} ± {_short(error.distance_std)}",
+                    f"{error.mode_error:.3f}",
+                    *(_short(error.mean_error), _short(error.spread_error)),
+                    *(f"{error.seconds:.1f}", verdict),
+                )
             )
-        return "\n".join(lines)
+        return (
+            "Distance (sliced W₂), mean and spread are over their values for exact samples.\n"
+            "Modes: total variation distance of the component weights. Lower is better.\n\n"
+            + text_table(rows)
+        )
 
     def write_json(self, file: Path) -> None:
         """Write all numbers to a file."""
-        rows = [error.to_dict() for error in self.errors]
-        text = json.dumps({"posterior": rows}, indent=1) + "\n"
-        write_whole(file, lambda path: path.write_text(text, encoding="utf-8"))
+        write_json(file, {"posterior": [error.to_dict() for error in self.errors]})
 
 
 def _short(value: float) -> str:

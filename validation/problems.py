@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from torch import Tensor
 from cldsde.errors import SettingError
 from cldsde.linear import CLD, HOLD, PSLD, VESDE, VPSDE, LinearSDE, RectifiedFlow, SubVPSDE
 from cldsde.score import GaussianMixture, ReverseProcess
+
+_ORDERS = ("ODE order", "weak order", "strong order")
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +34,13 @@ class Problem:
         ε, the time at which errors are measured.
     start
         Time at which solvers start, from the exact distribution.
+    checks
+        Kinds of checks that a validation makes on the problem; see `Check`.
+    quick
+        Whether it belongs to a quick validation.
+    ode_orders, quick_ode_orders
+        Declared ODE orders that the problem can measure: above the first number and at most the
+        second. A quick validation measures each order on few problems.
 
     Examples
     --------
@@ -43,6 +53,13 @@ class Problem:
     data: GaussianMixture
     end: float = 0.05
     start: float = 1.0
+    _: KW_ONLY
+    checks: Collection[str] = _ORDERS
+    quick: bool = False
+    # With Gaussian data the range between pre-asymptotic errors and rounding is too small for
+    # orders above 5.
+    ode_orders: tuple[float, float] = (0, 5)
+    quick_ode_orders: tuple[float, float] = (0, 0)
 
     @property
     def gaussian(self) -> bool:
@@ -125,31 +142,51 @@ def problems() -> dict[str, Problem]:
     """
     gaussian = GaussianMixture([1.0], [[0.3]], [[[0.25]]])
     stationary = GaussianMixture([1.0], [[0.3]], [[[1.0]]])
-    families = {
-        "VP": VPSDE(0.1, 8.0),
-        "sub-VP": SubVPSDE(0.1, 8.0),
-        "VE": VESDE(0.1, 5.0),
-        "CLD": CLD(),
-        "CLD, linear schedule": CLD(beta=(1.0, 7.0)),
-        "CLD, underdamped": CLD(friction=0.3),
-        "CLD, overdamped": CLD(friction=3.0),
-        "PSLD": PSLD(),
-        "HOLD": HOLD(),
-        "four components": _four_components(),
-        "non-commuting": _non_commuting(),
-    }
-    cases = [Problem(name, sde, gaussian) for name, sde in families.items()]
-    flow = RectifiedFlow()
-    cases += [
-        Problem("rectified flow", flow, gaussian, start=0.95),
-        Problem("rectified flow, three modes", flow, _three_modes(), start=0.95),
-        Problem("CLD, stiff end", families["CLD"], gaussian, end=1e-3),
-        Problem("CLD, rotation", CLD(beta=(10.0, 30.0), velocity_scale=1.0), stationary),
-        Problem("VP, two points", families["VP"], _two_points(), end=1e-3),
-        Problem("CLD, three modes", families["CLD"], _three_modes()),
-        Problem("VP, three modes", families["VP"], _three_modes()),
-        Problem("CLD, ring", families["CLD"], _ring(), end=1e-2),
-        Problem("VP, ring", families["VP"], _ring(), end=1e-2),
+    vp, cld, flow = VPSDE(0.1, 8.0), CLD(), RectifiedFlow()
+    slow = {"checks": ("weak order", "strong order")}  # flows of general processes take minutes
+    measured = (*_ORDERS, "NFE per step", "work and precision")
+    plain: dict[str, Any] = {"checks": measured, "quick": True, "quick_ode_orders": (0, 4)}
+    modes: dict[str, Any] = {"checks": ("distribution", *_ORDERS), "ode_orders": (0, math.inf)}
+    above = (5, math.inf)
+    cases = [
+        Problem("VP", vp, gaussian, **plain),
+        Problem("sub-VP", SubVPSDE(0.1, 8.0), gaussian),
+        # Order 5 shows on long flows, with numbers of steps that are too large for others.
+        Problem("VE", VESDE(0.1, 5.0), gaussian, quick=True, quick_ode_orders=(4, 5)),
+        Problem("CLD", cld, gaussian, **plain),
+        Problem("CLD, linear schedule", CLD(beta=(1.0, 7.0)), gaussian, quick=True),
+        Problem("CLD, underdamped", CLD(friction=0.3), gaussian),
+        Problem("CLD, overdamped", CLD(friction=3.0), gaussian),
+        Problem("PSLD", PSLD(), gaussian),
+        Problem("HOLD", HOLD(), gaussian),
+        Problem("four components", _four_components(), gaussian, **slow),
+        Problem("non-commuting", _non_commuting(), gaussian, **slow),
+        Problem("rectified flow", flow, gaussian, start=0.95, quick=True),
+        Problem("rectified flow, three modes", flow, _three_modes(), start=0.95, **modes),
+        Problem("CLD, stiff end", cld, gaussian, end=1e-3, checks=("error at 100 steps",)),
+        Problem(
+            "CLD, rotation",
+            CLD(beta=(10.0, 30.0), velocity_scale=1.0),
+            stationary,
+            checks=("ODE order",),
+            quick=True,
+            ode_orders=above,
+            quick_ode_orders=above,
+        ),
+        Problem("VP, two points", vp, _two_points(), end=1e-3, checks=("bias",), quick=True),
+        Problem("CLD, three modes", cld, _three_modes(), **modes),
+        Problem(
+            "VP, three modes", vp, _three_modes(), **modes, quick=True, quick_ode_orders=(0, 4)
+        ),
+        Problem(
+            "CLD, ring",
+            cld,
+            _ring(),
+            end=1e-2,
+            checks=("distribution", "work and precision"),
+            quick=True,
+        ),
+        Problem("VP, ring", vp, _ring(), end=1e-2, checks=("distribution",), quick=True),
     ]
     return {case.name: case for case in cases}
 

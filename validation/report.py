@@ -1,12 +1,12 @@
-"""Validation reports: a table for the terminal, JSON, and an HTML page with plots."""
+"""Report of a validation: verdicts, a table for the terminal, JSON, and plots."""
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import platform
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -21,13 +21,14 @@ from cldsde.solvers.named import canonical_name
 
 from .checks import NOT_APPLICABLE, Check, facts_fault
 from .order_estimate import OrderEstimate, Verdict
-from .page import data_uri, figure_uri, render_page
-from .plots import canvas
+from .plain import text_table, write_json
+from .plots import drawable, order_curves
 from .suite import declares_order
-from .summary import declared_too_low, inconclusive, summarise
+from .summary import ORDERS, declared_too_low, subject_of, summarise
 from .work_precision import WorkPrecision
 
-PAGE = "index.html"
+TABLE = "report.txt"
+"""Name of the file with the table in a folder of plots."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,10 @@ class Report:
     complete: bool = True
     solvers: Mapping[str, Solver] = field(default_factory=dict)
 
+    def summary(self) -> dict[str, Verdict]:
+        """A verdict for each measured solver, and for the kernels."""
+        return summarise(self.checks)
+
     def to_dict(self) -> dict[str, Any]:
         """Convert to JSON types, with versions and the machine."""
         return {
@@ -58,8 +63,8 @@ class Report:
             "torch": torch.__version__,
             "machine": platform.platform(),
             "complete": self.complete,
-            "summary": {name: str(verdict) for name, verdict in summarise(self.checks).items()},
-            "inconclusive": inconclusive(self.checks),
+            "summary": {name: str(verdict) for name, verdict in self.summary().items()},
+            "inconclusive": self.inconclusive(),
             "solvers": self.solver_table(),
             "checks": [check.to_dict() for check in self.checks],
             "work_precision": [json.loads(table.to_json()) for table in self.tables],
@@ -67,8 +72,7 @@ class Report:
 
     def write_json(self, file: Path) -> None:
         """Write the report to a file; on failure the old file stays."""
-        text = json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
-        write_whole(file, lambda path: path.write_text(text, encoding="utf-8"))
+        write_json(file, self.to_dict())
 
     def to_text(self) -> str:
         """Text for the terminal: a table, reasons of unconfirmed orders, and the number of passes.
@@ -76,74 +80,73 @@ class Report:
         The table has a line for each solver and kind of check.
         """
         rows = [("", "declared", "measured", "on", "verdict")]
-        summary = summarise(self.checks)
+        summary = self.summary()
         for subject in dict.fromkeys([*summary, *(c.subject for c in self._not_applicable())]):
-            own = [check for check in self.checks if check.subject == subject]
+            own = self._own(subject)
             if subject == "kernels":
-                own = [check for check in self.checks if check.kind == "kernel"]
                 worst = float(np.max([check.measured for check in own]))
-                rows.append(
-                    (
-                        "kernels",
-                        "≤ 1e-10",
-                        f"{worst:.0e}",
-                        f"{len(own)} processes",
-                        str(summary[subject]),
-                    )
-                )
+                counted = f"{len(own)} processes", str(summary[subject])
+                rows.append((subject, "≤ 1e-10", f"{worst:.0e}", *counted))
                 continue
             rows += [
                 _row(subject, [check for check in own if check.kind == kind])
                 for kind in dict.fromkeys(check.kind for check in own)
             ]
-        widths = [max(len(row[i]) for row in rows) for i in range(5)]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(r, widths, strict=True)) for r in rows]
         passed = [name for name, verdict in summary.items() if verdict is Verdict.PASS]
         closing = f"{len(passed)} of {len(summary)} pass"
         if not self.complete:
             closing += ", among the checks before the interruption"
-        table = "\n".join(line.rstrip() for line in lines)
-        return "\n\n".join(filter(None, [table, "\n".join(self.unconfirmed()), f"{closing}."]))
+        parts = [text_table(rows), "\n".join(self.unconfirmed()), f"{closing}."]
+        return "\n\n".join(filter(None, parts))
 
     def unconfirmed(self) -> list[str]:
         """Reasons why no problem confirms a declared order, one line each."""
         passed = {(c.subject, c.kind) for c in self.checks if c.verdict is Verdict.PASS}
-        reasons: dict[tuple[str, str, str], list[str]] = {}
-        for c in self.checks:
-            if c.verdict is Verdict.INCONCLUSIVE and (c.subject, c.kind) not in passed:
-                reasons.setdefault((c.subject, c.kind, c.message), []).append(c.problem)
+        doubtful = [
+            ((c.subject, c.kind, c.message), c.problem)
+            for c in self.checks
+            if c.verdict is Verdict.INCONCLUSIVE and (c.subject, c.kind) not in passed
+        ]
         return [
-            f"{subject}, {kind} on {', '.join(names)}: {message}"
-            for (subject, kind, message), names in reasons.items()
+            f"{subject}, {kind} on {names}: {message}"
+            for (subject, kind, message), names in _grouped(doubtful)
         ]
 
-    def summary(self) -> dict[str, Verdict]:
-        """A verdict for each measured solver and for the kernels."""
-        return summarise(self.checks)
+    def judgement(self, names: Sequence[str] = ()) -> tuple[list[str], list[str]]:
+        """Lines about the checks, and complaints if the validation did not succeed.
+
+        Solvers in ``names`` were named by the user: each of them must have been measured.
+        """
+        names = [canonical_name(name) for name in names]
+        unsure = [f"{counted} of {name}" for name, counted in self.inconclusive().items()]
+        lines = [f"Inconclusive checks: {', '.join(unsure)}"] if unsure else []
+        lines += [*self.rejections(names), *self.unmeasured(), *self.failures()]
+        return lines, [*self._not_measured(names), *self._complaints()]
 
     def inconclusive(self) -> dict[str, str]:
         """Numbers of inconclusive checks, as "2 of 9", for solvers that have some."""
-        return inconclusive(self.checks)
+        counts = {}
+        for subject in self.summary():
+            own = [c.verdict for c in self._own(subject) if c.verdict is not None]
+            if Verdict.INCONCLUSIVE in own:
+                counts[subject] = f"{own.count(Verdict.INCONCLUSIVE)} of {len(own)}"
+        return counts
 
     def rejections(self, names: Sequence[str]) -> list[str]:
         """Problems to which the named solvers do not apply, one line per solver and reason."""
-        problems: dict[tuple[str, str], list[str]] = {}
-        for check in [check for check in self._not_applicable() if check.subject in names]:
-            problems.setdefault((check.subject, check.message), []).append(check.problem)
+        own = [((c.subject, c.message), c.problem) for c in self._not_applicable()]
         return [
-            f"{subject} is not measured on {', '.join(names)}: {reason}"
-            for (subject, reason), names in problems.items()
+            f"{subject} is not measured on {problems}: {reason}"
+            for (subject, reason), problems in _grouped(own)
+            if subject in names
         ]
-
-    def _not_applicable(self) -> list[Check]:
-        return [c for c in self.checks if c.kind == NOT_APPLICABLE and c.verdict is None]
 
     def unmeasured(self) -> list[str]:
         """Solvers without an order whose samples were not checked, one line each."""
         return [
             f"{name} declares no order, and its samples were not checked on these problems; add "
             "the problem 'VP, ring' or 'CLD, ring', which checks their distribution"
-            for name, verdict in summarise(self.checks).items()
+            for name, verdict in self.summary().items()
             if name in self.solvers and verdict is Verdict.INCONCLUSIVE
             for solver in [self.solvers[name]]
             if not declares_order(solver) and not solver.facts.adaptive
@@ -158,47 +161,38 @@ class Report:
             if check.verdict is Verdict.FAIL
         ]
         for name in self.solvers:
-            kind = declared_too_low([check for check in self.checks if check.subject == name])
+            kind = declared_too_low(self._own(name))
             if kind:
                 lines.append(f"{name}, {kind}: above the declared order on every problem")
         return lines
 
-    def judgement(self, names: Sequence[str] = ()) -> tuple[list[str], list[str]]:
-        """Lines about the checks, and complaints if the validation did not succeed.
+    def _own(self, subject: str) -> list[Check]:
+        return [check for check in self.checks if subject_of(check) == subject]
 
-        Solvers in ``names`` were named by the user: each of them must have been measured.
-        """
-        names = [canonical_name(name) for name in names]
-        unsure = [f"{counted} of {name}" for name, counted in self.inconclusive().items()]
-        lines = [f"Inconclusive checks: {', '.join(unsure)}"] if unsure else []
-        lines += [*self.rejections(names), *self.unmeasured(), *self.failures()]
-        return lines, [*self.not_measured(names), *self.complaints()]
+    def _not_applicable(self) -> list[Check]:
+        return [c for c in self.checks if c.kind == NOT_APPLICABLE and c.verdict is None]
 
-    def not_measured(self, names: Sequence[str]) -> list[str]:
+    def _not_measured(self, names: Sequence[str]) -> list[str]:
         """The named solvers without a verdict, and the reason, one clause each."""
-        summary, clauses = self.summary(), []
-        for name in names:
-            if name not in summary:
-                reasons = [check.message for check in self.checks if check.subject == name]
-                why = next(iter(reasons), "these problems have no check for its declared facts")
-                clauses.append(f"{name} was not measured: {why}")
-        return clauses
+        missing = {name: self._own(name) for name in names if name not in self.summary()}
+        why = "these problems have no check for its declared facts"
+        return [
+            f"{name} was not measured: {own[0].message if own else why}"
+            for name, own in missing.items()
+        ]
 
-    def complaints(self) -> list[str]:
+    def _complaints(self) -> list[str]:
         """The solvers that failed, and those whose order no problem confirmed, one clause each."""
         summary = self.summary()
-        judged = {check.subject for check in self.checks if check.verdict is not None}
-        kinds = {
-            "failed": [name for name, verdict in summary.items() if verdict is Verdict.FAIL],
-            "are inconclusive, because no problem confirmed a declared order": [
-                name
-                for name, verdict in summary.items()
-                if verdict is Verdict.INCONCLUSIVE and name in judged
-            ],
+        judged = {subject_of(check) for check in self.checks if check.verdict is not None}
+        faults = {
+            Verdict.FAIL: "failed",
+            Verdict.INCONCLUSIVE: "are inconclusive, because no problem confirmed a declared order",
         }
+        named = {f: [n for n, v in summary.items() if v is f and n in judged] for f in faults}
         return [
-            f"{len(names)} of {len(summary)} {what}: {', '.join(names)}"
-            for what, names in kinds.items()
+            f"{len(names)} of {len(summary)} {faults[fault]}: {', '.join(names)}"
+            for fault, names in named.items()
             if names
         ]
 
@@ -206,20 +200,17 @@ class Report:
         """Declared facts and measured orders of each solver, for the documentation."""
         rows = []
         for name, solver in self.solvers.items():
-            own = [check for check in self.checks if check.subject == name]
             if facts_fault(solver):
                 continue
+            own = self._own(name)
             facts = solver.facts
             row = {
                 "solver": repr(solver),
                 "applies to": facts.applies_to,
                 "NFE per step": str(facts.nfe_per_step),
             }
-            for kind, declared in (
-                ("weak order", facts.weak_order),
-                ("strong order", facts.strong_order),
-                ("ODE order", facts.ode_order),
-            ):
+            declarations = facts.weak_order, facts.strong_order, facts.ode_order
+            for kind, declared in zip(ORDERS, declarations, strict=True):
                 found = [c.estimate for c in own if c.kind == kind and c.estimate is not None]
                 row[kind] = "" if declared is None else f"{declared:g}"
                 row[f"{kind}, measured"] = _span(found, intervals=True)
@@ -230,31 +221,34 @@ class Report:
             rows.append(row)
         return rows
 
-    def write_html(self, folder: Path) -> Path:
-        """Write ``index.html`` with tables and plots into an existing folder.
+    def write_plots(self, folder: Path) -> None:
+        """Write the table and plots into an existing folder.
+
+        The plots are a diagram of work and precision for each problem that has one, and the errors
+        of each solver against the step.
 
         Raises
         ------
         ImportError
             If matplotlib is not installed; it comes with the extra ``validation``.
         """
-        report = self.to_dict()
-        page = render_page(
-            f"Validation of cldsde {report['cldsde']}",
-            _BODY,
-            report=report,
-            summary=summarise(self.checks),
-            inconclusive=self.inconclusive(),
-            rows=[_html_row(check) for check in self.checks],
-            curves=[
-                (subject, _curves(subject, self.checks))
-                for subject in summarise(self.checks)
-                if any(c.subject == subject and _drawable(c) for c in self.checks)
-            ],
-            diagrams=[(f"{t.problem}, {t.metric}", _diagram(t)) for t in self.tables],
-        )
-        write_whole(folder / PAGE, lambda path: path.write_text(page, encoding="utf-8"))
-        return folder / PAGE
+        text = self.to_text() + "\n"
+        write_whole(folder / TABLE, lambda path: path.write_text(text, encoding="utf-8"))
+        for table in self.tables:
+            write_whole(folder / _file_name("work and precision", table.problem), table.plot)
+        for subject in self.summary():
+            own = [check for check in self._own(subject) if drawable(check)]
+            if own:
+                figure = order_curves(subject, own)
+                write_whole(folder / _file_name("orders", subject), figure.savefig)
+
+
+def _grouped(pairs: Iterable[tuple[Any, str]]) -> list[tuple[Any, str]]:
+    """Keys with the names that go with each, joined."""
+    groups: dict[Any, list[str]] = {}
+    for key, name in pairs:
+        groups.setdefault(key, []).append(name)
+    return [(key, ", ".join(names)) for key, names in groups.items()]
 
 
 def _row(subject: str, own: Sequence[Check]) -> tuple[str, str, str, str, str]:
@@ -300,105 +294,5 @@ def _range(values: Sequence[float], digits: str) -> str:
     return low if low == high else f"{low} … {high}"
 
 
-def _html_row(check: Check) -> dict[str, str]:
-    estimate = check.estimate
-    measured = "" if check.measured is None else f"{check.measured:.4g}"
-    if check.kind == "distribution" and measured:
-        measured = f"{check.measured:.2f} of the allowed error"
-    if estimate is not None and math.isfinite(estimate.order):
-        measured = f"{estimate.order:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
-    return {
-        "subject": check.subject,
-        "kind": check.kind,
-        "problem": check.problem,
-        "declared": "" if check.declared is None else f"{check.declared:g}",
-        "measured": measured,
-        "verdict": "" if check.verdict is None else str(check.verdict),
-        "message": check.message,
-        "seconds": f"{check.seconds:.1f}",
-    }
-
-
-def _drawable(check: Check) -> bool:
-    """Whether there is a level to draw."""
-    levels = () if check.estimate is None else check.estimate.levels
-    return any(math.isfinite(level.error) and level.error > 0 for level in levels)
-
-
-def _curves(subject: str, found: Sequence[Check]) -> str:
-    """Plot of a solver's errors against steps, with hollow markers for dropped levels."""
-    figure, axes = canvas(8, 3.6)
-    own = [c for c in found if c.subject == subject and _drawable(c)]
-    for i, check in enumerate(own):
-        assert check.estimate is not None
-        levels = [x for x in check.estimate.levels if math.isfinite(x.error) and x.error > 0]
-        kept = [level for level in levels if level.kept]
-        colour, marker = f"C{i % 10}", "osD^v<>"[i % 7]
-        axes.plot(
-            [level.step for level in levels],
-            [level.error for level in levels],
-            marker,
-            color=colour,
-            markerfacecolor="none",
-            markersize=4,
-        )
-        axes.plot(
-            [level.step for level in kept],
-            [level.error for level in kept],
-            marker + "-",
-            color=colour,
-            markersize=4,
-            linewidth=1,
-            label=f"{check.kind} on {check.problem}: {check.estimate.order:.2f}",
-        )
-    axes.set(
-        xscale="log",
-        yscale="log",
-        xlabel="1 / number of steps",
-        ylabel="error of moments or states",
-        title=subject,
-    )
-    axes.grid(visible=True, alpha=0.3)
-    axes.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-    return figure_uri(figure)
-
-
-def _diagram(table: WorkPrecision) -> str:
-    buffer = io.BytesIO()
-    table.plot(buffer, file_format="svg")
-    return data_uri(buffer.getvalue(), "image/svg+xml")
-
-
-_BODY = """\
-<p>{{ report.checks | length }} checks{% if not report.complete %} (interrupted, incomplete)
-{% endif %}, with torch {{ report.torch }} on {{ report.machine }}. Orders have confidence
-intervals. An order passes if its interval is narrow and at most a quarter below the declared order.
-For a distribution the table has the largest error of a statistic, divided by the allowed error.</p>
-<h2>Summary</h2>
-<div class="scroll"><table>
-{% for name, verdict in summary.items() %}
-<tr><td>{{ name }}</td><td class="{{ verdict }}">{{ verdict }}</td>
-<td>{% if name in inconclusive %}{{ inconclusive[name] }} checks inconclusive{% endif %}</td></tr>
-{% endfor %}
-</table></div>
-<h2>Checks</h2>
-<div class="scroll"><table>
-<tr><th>solver</th><th>check</th><th>problem</th><th>declared</th><th>measured</th>
-<th>verdict</th><th>message</th><th>seconds</th></tr>
-{% for row in rows %}
-<tr><td>{{ row.subject }}</td><td>{{ row.kind }}</td><td>{{ row.problem }}</td>
-<td class="number">{{ row.declared }}</td><td class="number">{{ row.measured }}</td>
-<td class="{{ row.verdict }}">{{ row.verdict }}</td><td class="words">{{ row.message }}</td>
-<td class="number">{{ row.seconds }}</td></tr>
-{% endfor %}
-</table></div>
-{% if diagrams %}<h2>Work and precision</h2>{% endif %}
-{% for name, image in diagrams %}
-<p><img src="{{ image }}" alt="Error against score evaluations on {{ name }}"></p>
-{% endfor %}
-{% if curves %}<h2>Errors against steps</h2>
-<p>Hollow markers are levels that the estimate dropped.</p>{% endif %}
-{% for name, image in curves %}
-<p><img src="{{ image }}" alt="Errors of {{ name }} against the step"></p>
-{% endfor %}
-"""
+def _file_name(kind: str, subject: str) -> str:
+    return re.sub(r"\W+", "-", f"{kind} {subject}") + ".svg"

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from cldsde.errors import SettingError
+from cldsde.messages import in_words
 from cldsde.progress import progress_bar
 from cldsde.solvers import find_solver, named_solvers
 from cldsde.solvers.authoring import Solver
 from cldsde.solvers.named import canonical_name
 
 from .checks import Check
-from .diagrams import diagrams
 from .order_estimate import Verdict
 from .problems import Problem, check_names, problems
 from .report import Report
-from .suite import QUICK_PROBLEMS, checks, count
-from .work_precision import WorkPrecision
+from .suite import checks, count, declares_order, rejection
+from .work_precision import WorkPrecision, work_precision
 
 
 def reports(
@@ -59,7 +61,8 @@ def reports(
         if not count(chosen, {name: known[name]}, kernels=False, quick=quick):
             msg = f"{name!r} has no check for {', '.join(chosen)}; choose another problem or solver"
             raise SettingError("problem", msg)
-    taken = {name: known[name] for name in cases or (QUICK_PROBLEMS if quick else known)}
+    usual = [name for name, problem in known.items() if problem.quick or not quick]
+    taken = {name: known[name] for name in cases or usual}
     return _reports(chosen, taken, kernels=not solvers, quick=quick, draw=draw, seed=seed)
 
 
@@ -85,9 +88,38 @@ def _reports(
     if draw:
         summary = growing.summary()
         passed = {name: chosen[name] for name in chosen if summary.get(name) is Verdict.PASS}
-        for made in diagrams(passed, cases, quick=quick):
-            if isinstance(made, Check):
-                found.append(made)
-            else:
-                tables.append(made)
+        for problem in cases.values():
+            if "work and precision" in problem.checks:
+                found += _add_diagram(tables, problem, passed, quick=quick)
     yield Report(found, tables, solvers=chosen)
+
+
+def _add_diagram(
+    tables: list[WorkPrecision], problem: Problem, chosen: Mapping[str, Solver], *, quick: bool
+) -> list[Check]:
+    """Add a problem's table of work and precision, for solvers on a grid; return failed checks."""
+    options: dict[str, Any] = {}
+    if not problem.gaussian:
+        # On mixtures the modes' spread distinguishes solvers long after distances between
+        # distributions have reached their floor.
+        samples = 512 if quick else 2048
+        options = {"metric": "spread", "budgets": (10, 20, 50, 100), "samples": samples}
+    fitting = [
+        name
+        for name, solver in chosen.items()
+        if not solver.facts.adaptive
+        and not rejection(solver, problem)
+        # A solver without an order has no exact moments.
+        and (options or declares_order(solver))
+    ]
+    made, failed, kind = list[WorkPrecision](), list[Check](), "work and precision"
+    for name in progress_bar(fitting, shown=True, desc=f"work–precision, {problem.name}"):
+        began = time.perf_counter()
+        try:
+            made.append(work_precision(problem, {name: chosen[name]}, **options))
+        except (Exception, SystemExit) as error:  # noqa: BLE001 a user's solver may raise anything
+            text, seconds = in_words(error), time.perf_counter() - began
+            failed.append(Check(kind, name, problem.name, None, None, Verdict.FAIL, text, seconds))
+    if made:
+        tables.append(WorkPrecision.joined(made))
+    return failed

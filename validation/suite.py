@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
-from cldsde.messages import in_words, one_line
+from cldsde.messages import one_line
 from cldsde.solvers.authoring import Solver
 from cldsde.solvers.grids import quadratic_times, uniform_times
 
@@ -18,7 +18,10 @@ from .cases import FlowCase, PathCase
 from .checks import (
     NOT_APPLICABLE,
     Check,
+    NotApplicableError,
+    Outcome,
     bias_check,
+    checked,
     count_check,
     facts_fault,
     kernel_check,
@@ -29,20 +32,6 @@ from .order_estimate import OrderEstimate, Verdict
 from .orders import ode_order, strong_order, weak_order
 from .problems import Problem, forward_processes
 from .reference import GaussianReference
-
-QUICK_PROBLEMS = (
-    *(
-        "VP",
-        "VE",
-        "rectified flow",
-        "CLD",
-        "CLD, linear schedule",
-        "CLD, rotation",
-        "VP, two points",
-    ),
-    *("VP, three modes", "CLD, ring", "VP, ring"),
-)
-"""Problems of a quick validation: one for each kind of difficulty."""
 
 
 def checks(
@@ -76,7 +65,7 @@ def checks(
     """
     if kernels:
         for name, make in forward_processes().items():
-            yield kernel_check(name, make())
+            yield checked("kernel", name, "transition", lambda make=make: kernel_check(make()))
     shared = _Cases(quick=quick, seed=seed)
     for name, solver in chosen.items():
         fault = facts_fault(solver)
@@ -85,12 +74,13 @@ def checks(
             continue
         for problem in cases.values():
             kinds = _kinds(solver, problem, quick=quick)
-            rejected = _rejected(name, solver, problem, quick=quick) if kinds else None
-            if rejected is not None:
-                yield rejected
+            if kinds and (reason := rejection(solver, problem, 64 if quick else 512)):
+                rejected = partial(_rejected, solver, reason)
+                yield checked(NOT_APPLICABLE, name, problem.name, rejected)
                 continue
             for kind in kinds:
-                yield _check(kind, name, solver, problem, shared, quick=quick, seed=seed)
+                measure = partial(_measure, kind, solver, problem, shared)
+                yield checked(kind, name, problem.name, measure)
 
 
 def count(
@@ -110,55 +100,36 @@ def count(
     return ours + (len(forward_processes()) if kernels else 0)
 
 
-_STIFF, _BIASED = "CLD, stiff end", "VP, two points"
-_RINGS = ("CLD, ring", "VP, ring")  # two-dimensional data, for distributions only
-_SLOW = ("four components", "non-commuting")  # flows of general processes take minutes
-_ROTATION, _HIGH = "CLD, rotation", 5  # for orders above 5
-_FLOWS, _LONG = ("VP", "CLD", "VP, three modes"), ("VE",)  # in a quick validation
-_COUNTED = ("VP", "CLD")  # problems on which evaluations are counted
+_HIGH = 5  # orders above this need a flow with large errors
 
 # The seed of a check depends on its kind. This name keeps the random numbers of earlier reports.
 _SEED_NAMES = {"distribution": "law"}
 
 
 def _kinds(solver: Solver, problem: Problem, *, quick: bool) -> list[str]:
-    """Kinds of checks of a solver on a problem."""
-    facts = solver.facts
-    noisy = facts.adaptive and facts.ode_order is None
-    if problem.name == _BIASED:
-        return ["bias"] if noisy else []
-    modes = not problem.gaussian
-    # The distribution of a solver without an order is checked on rings only: a corrector uses the
-    # norm of a score, which needs several dimensions.
-    checkable = problem.name in _RINGS or facts.adaptive or declares_order(solver)
-    skipped = quick and _skipped_if_quick(solver, problem)
-    kinds = ["distribution"] if modes and checkable and not skipped else []
-    if noisy or problem.name in _RINGS:
-        return kinds
-    if problem.name == _STIFF:
+    """Kinds of the problem's checks that measure a solver, in their order."""
+    facts, planar = solver.facts, problem.dimension > 1
+    grid, ordered = not facts.adaptive, declares_order(solver)
+    low, high = problem.quick_ode_orders if quick else problem.ode_orders
+    # Step lengths per sample are slow with velocities.
+    sampled = not quick or (planar and (grid or problem.sde.components == 1))
+    # With modes the score is nonlinear: weak orders are sampled along Brownian paths, and strong
+    # orders may be lower.
+    followed = problem.gaussian or (grid and _has_path(solver, problem))
+    measured = {
+        # A corrector uses the norm of a score, which needs several dimensions.
+        "distribution": sampled and (planar or facts.adaptive or ordered),
+        "ODE order": low < (facts.ode_order or 0) <= high,
+        "weak order": facts.weak_order and followed and (problem.gaussian or not quick),
+        "strong order": facts.strong_order and followed,
+        "bias": facts.adaptive and facts.ode_order is None,
         # A step that depends on the norm of its noise, as a corrector's, has no exact moments.
-        exact = not facts.adaptive and declares_order(solver)
-        return ["error at 100 steps"] if exact else []
-    if problem.name == _ROTATION:
-        return ["ODE order"] if _high_order(solver) else []
-    # With Gaussian data the range between pre-asymptotic errors and rounding is too small for high
-    # orders.
-    measurable = problem.name not in _SLOW
-    if quick:
-        # Order 5 is visible on long flows, with numbers of steps that are too large for others.
-        measurable = problem.name in (_LONG if (facts.ode_order or 0) > 4 else _FLOWS)
-    if facts.ode_order is not None and measurable:
-        kinds += ["ODE order"] if modes or not _high_order(solver) else []
-    if not facts.adaptive and problem.dimension == 1:
-        followed = _has_path(solver, problem)
-        if facts.weak_order is not None and (not modes or (followed and not quick)):
-            kinds.append("weak order")
-        # With modes the score is nonlinear, which may reduce the strong order.
-        if facts.strong_order is not None and (not modes or followed):
-            kinds.append("strong order")
-    if not facts.adaptive and problem.name in _COUNTED:
-        kinds.append("NFE per step")
-    return kinds
+        "error at 100 steps": ordered,
+        "NFE per step": True,
+    }
+    on_grids = ("weak order", "strong order", "error at 100 steps", "NFE per step")
+    kinds = [kind for kind, fits in measured.items() if fits and kind in problem.checks]
+    return [kind for kind in kinds if grid or kind not in on_grids]
 
 
 def declares_order(solver: Solver) -> bool:
@@ -167,70 +138,37 @@ def declares_order(solver: Solver) -> bool:
     return (facts.weak_order or facts.strong_order or facts.ode_order) is not None
 
 
-def _skipped_if_quick(solver: Solver, problem: Problem) -> bool:
-    """Whether a quick validation skips a distribution; step lengths per sample are slow."""
-    return problem.name not in (("VP, ring",) if solver.facts.adaptive else _RINGS)
-
-
-def _high_order(solver: Solver) -> bool:
-    return (solver.facts.ode_order or 0) > _HIGH
-
-
-def _check(
-    kind: str,
-    name: str,
-    solver: Solver,
-    problem: Problem,
-    shared: _Cases,
-    *,
-    quick: bool,
-    seed: int,
-) -> Check:
+def _measure(kind: str, solver: Solver, problem: Problem, shared: _Cases) -> Outcome:
     """Make one check of a solver that does not reject the problem."""
-    began = time.perf_counter()
-    g = generator_of(seed, f"{_SEED_NAMES.get(kind, kind)} of a solver")
-    try:
-        if kind == "distribution":
-            steps = 128 if not quick else 64 if problem.sde.components > 1 else 32
-            case = shared.distribution(problem, _sample_count(solver, problem, quick=quick))
-            return distribution_check(name, solver, problem, case, g, began, steps=steps)
-        if kind == "bias":
-            return bias_check(name, solver, problem, g, began, quick=quick)
-        if kind in _SIMPLE:
-            return _SIMPLE[kind](name, solver, problem, began)
-        sampled = kind == "strong order" or (kind == "weak order" and not problem.gaussian)
-        no_path = _no_path(solver, problem) if sampled else ""
-        if no_path and kind == "weak order":
-            text = f"a weak order with modes needs a Brownian path, and {no_path}"
-            return Check(NOT_APPLICABLE, name, problem.name, None, None, None, text, 0.0)
-        estimate = None if no_path else _estimate(kind, solver, problem, shared, g)
-    except (Exception, SystemExit) as error:  # noqa: BLE001 a user's solver may raise anything
-        seconds = time.perf_counter() - began
-        return Check(kind, name, problem.name, None, None, Verdict.FAIL, in_words(error), seconds)
-    verdict: Verdict | None
-    if estimate is None:
-        declared, order = solver.facts.strong_order, None
-        verdict = Verdict.INCONCLUSIVE
+    quick = shared.quick
+    g = generator_of(shared.seed, f"{_SEED_NAMES.get(kind, kind)} of a solver")
+    if kind == "distribution":
+        steps = 128 if not quick else 64 if problem.sde.components > 1 else 32
+        case = shared.distribution(problem, _sample_count(solver, problem, quick=quick))
+        return distribution_check(solver, problem, case, g, steps=steps)
+    if kind == "bias":
+        return bias_check(solver, problem, g, quick=quick)
+    if kind == "error at 100 steps":
+        return stiff_check(solver, problem)
+    if kind == "NFE per step":
+        return count_check(solver, problem)
+    sampled = kind == "strong order" or (kind == "weak order" and not problem.gaussian)
+    no_path = _no_path(solver, problem) if sampled else ""
+    if no_path and kind == "weak order":
+        raise NotApplicableError(f"a weak order with modes needs a Brownian path, and {no_path}")
+    if no_path:
+        order = solver.facts.strong_order
         message = (
-            f"`strong_order={declared:g}` is declared but {no_path}: implement it or drop the claim"
+            f"`strong_order={order:g}` is declared but {no_path}: implement it or drop the claim"
         )
-    else:
-        declared, verdict, message = estimate.expected, estimate.verdict, estimate.message
-        order = estimate.order if math.isfinite(estimate.order) else None
-        if not math.isfinite(estimate.levels[-1].error):
-            verdict = Verdict.FAIL
-            message = "diverges: the error at the finest level is not finite"
-    return Check(
-        kind=kind,
-        subject=name,
-        problem=problem.name,
-        declared=declared,
-        measured=order,
-        verdict=verdict,
-        message=message,
-        seconds=time.perf_counter() - began,
-        estimate=estimate,
-    )
+        return Outcome(order, None, Verdict.INCONCLUSIVE, message)
+    found = _estimate(kind, solver, problem, shared, g)
+    verdict, message = found.verdict, found.message
+    if not math.isfinite(found.levels[-1].error):
+        verdict = Verdict.FAIL
+        message = "diverges: the error at the finest level is not finite"
+    order = found.order if math.isfinite(found.order) else None
+    return Outcome(found.expected, order, verdict, message, found)
 
 
 def generator_of(seed: int, purpose: str) -> torch.Generator:
@@ -243,7 +181,7 @@ class _Cases:
     """Exact answers that all solvers share on a problem, computed on first use."""
 
     def __init__(self, *, quick: bool, seed: int) -> None:
-        self.quick, self._seed = quick, seed
+        self.quick, self.seed = quick, seed
         self._made: dict[tuple[str, str], Any] = {}
 
     def distribution(self, problem: Problem, samples: int) -> DistributionCase:
@@ -258,7 +196,7 @@ class _Cases:
         """Result of ``make`` with a generator of its own, computed once."""
         key = (kind, problem.name)
         if key not in self._made:
-            self._made[key] = make(generator_of(self._seed, kind))
+            self._made[key] = make(generator_of(self.seed, kind))
         return self._made[key]
 
 
@@ -278,7 +216,7 @@ def _estimate(
         steps = _halved(finest[kind] // (2 if fast else 1), 5 if cases.quick else 6)
         if solver.facts.adaptive:
             # With halved steps few levels of a high order are above rounding, so take denser steps.
-            if _high_order(solver):
+            if (solver.facts.ode_order or 0) > _HIGH:
                 steps = _denser(20, 5 if cases.quick else 7)
                 return ode_order(solver, problem, steps=steps, case=flow)
             # With velocities the asymptotic range starts later; without them rounding comes sooner.
@@ -354,26 +292,18 @@ def _sample_count(solver: Solver, problem: Problem, *, quick: bool) -> int:
         return 500 if quick else 1000
     if quick:
         return 2400
-    return 12_000 if problem.name in _RINGS else 20_000
-
-
-_SIMPLE = {"error at 100 steps": stiff_check, "NFE per step": count_check}
+    return 12_000 if problem.dimension > 1 else 20_000
 
 
 _EVERYWHERE = "every linear SDE"  # the value of `Facts.applies_to` for all processes
 
 
-def _rejected(name: str, solver: Solver, problem: Problem, *, quick: bool) -> Check | None:
-    """Check with a solver's reason to reject a problem; None if it does not reject it."""
-    began = time.perf_counter()
-    text = rejection(solver, problem, 64 if quick else 512)
-    if not text:
-        return None
-    verdict = None
-    if solver.facts.applies_to == _EVERYWHERE:
-        verdict, text = Verdict.FAIL, f"declared for {_EVERYWHERE}, but rejects it: {text}"
-    seconds = time.perf_counter() - began
-    return Check(NOT_APPLICABLE, name, problem.name, None, None, verdict, text, seconds)
+def _rejected(solver: Solver, reason: str) -> Outcome:
+    """Outcome for a solver that rejects a problem; it must not have declared that it applies."""
+    if solver.facts.applies_to != _EVERYWHERE:
+        raise NotApplicableError(reason)
+    text = f"declared for {_EVERYWHERE}, but rejects it: {reason}"
+    return Outcome(None, None, Verdict.FAIL, text)
 
 
 def rejection(solver: Solver, problem: Problem, steps: int = 512) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from .checks import NOT_APPLICABLE, Check
 from .order_estimate import Verdict
 
-_ORDERS = ("weak order", "strong order", "ODE order")
+ORDERS = ("weak order", "strong order", "ODE order")
 
 
 def summarise(found: Sequence[Check]) -> dict[str, Verdict]:
@@ -20,35 +20,26 @@ def summarise(found: Sequence[Check]) -> dict[str, Verdict]:
     """
     summary = {}
     measured = [c for c in found if c.kind != NOT_APPLICABLE or c.verdict is not None]
-    for subject in dict.fromkeys(_group(check) for check in measured):
-        own = [check for check in found if _group(check) == subject]
+    for subject in dict.fromkeys(subject_of(check) for check in measured):
+        own = [check for check in found if subject_of(check) == subject]
         passed = {check.kind for check in own if check.verdict is Verdict.PASS}
         if any(check.verdict is Verdict.FAIL for check in own) or declared_too_low(own):
             summary[subject] = Verdict.FAIL
         else:
-            orders = {check.kind for check in own} & set(_ORDERS)
+            orders = {check.kind for check in own} & set(ORDERS)
             settled = orders <= passed if orders else bool(passed - {"NFE per step"})
             summary[subject] = Verdict.PASS if settled else Verdict.INCONCLUSIVE
     return summary
 
 
-def inconclusive(found: Sequence[Check]) -> dict[str, str]:
-    """Numbers of inconclusive checks, as "2 of 9", for solvers that have some."""
-    counts = {}
-    for subject in summarise(found):
-        own = [c.verdict for c in found if _group(c) == subject and c.verdict is not None]
-        if Verdict.INCONCLUSIVE in own:
-            counts[subject] = f"{own.count(Verdict.INCONCLUSIVE)} of {len(own)}"
-    return counts
-
-
-def _group(check: Check) -> str:
+def subject_of(check: Check) -> str:
+    """The solver of a check; all kernels are one subject."""
     return "kernels" if check.kind == "kernel" else check.subject
 
 
 def declared_too_low(own: Sequence[Check]) -> str:
     """Kind of order that exceeds the declared order on every conclusive problem; empty if none."""
-    for kind in _ORDERS:
+    for kind in ORDERS:
         estimates = [c.estimate for c in own if c.kind == kind and c.estimate is not None]
         conclusive = [e for e in estimates if e.verdict is not Verdict.INCONCLUSIVE]
         if len(conclusive) > 1 and all(e.exceeds for e in conclusive):

@@ -27,7 +27,6 @@ from cldsde.errors import SettingError
 from cldsde.messages import in_words
 from cldsde.validation.files import AnyReport, ReportFiles
 from cldsde.validation.posterior_suite import posterior_reports
-from cldsde.validation.report import PAGE
 from cldsde.validation.reports import reports
 
 OPTIONS = (
@@ -35,7 +34,7 @@ OPTIONS = (
     several("--solver NAME", "name of a solver, or module:ClassName (default: all solvers)"),
     several("--problem NAME", "name of a problem (default: all problems)"),
     option("--json FILE", Path, "file for all numbers, as JSON"),
-    option("--out DIR", Path, "folder for an HTML page with plots"),
+    option("--out DIR", Path, "folder for the table and plots"),
     option("--seed N", SEED, "random seed of all samples", default=0),
     flag("--posterior", "measure posterior samplers of inverse problems instead of solvers"),
     several("--sampler MODULE:FUNCTION", "your own posterior sampler for --posterior"),
@@ -85,7 +84,7 @@ def _finish(report: AnyReport, files: ReportFiles, out: Path | None) -> list[str
     """Write all files, and then print the table, which may fail; return the errors."""
     failed, text = files.finish(report), report.to_text()
     if out is not None and all(error.key != "out" for error in failed):
-        text += f"\nThe page is {(out / PAGE).resolve()}"
+        text += f"\nThe plots are in {out.resolve()}"
     return [*(f"--{error}" for error in failed), *_printed(text)]
 
 

@@ -52,7 +52,7 @@ def here(published, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path, str(feature_module(tmp_path / "modules"))])
     monkeypatch.chdir(tmp_path)
     shutil.copy(published, tmp_path)
-    (tmp_path / "full" / "index.html").mkdir(parents=True)
+    (tmp_path / "full" / "report.txt").mkdir(parents=True)
     for name, text in (
         ("file", "text"),
         ("full/notes.txt", "mine"),
@@ -187,7 +187,7 @@ def here(published, tmp_path, monkeypatch):
         (f"validate --out new --json new/{'x' * 256}", "name too long"),
         ("validate --out=", "--out"),
         ("validate --out file", "file"),
-        ("validate --out full", "index.html is a folder"),
+        ("validate --out full", "report.txt is a folder"),
         ("validate --out /proc/page", "/proc"),
         ("validate --quik", "unrecognized arguments: --quik"),
         ("validate --sampler own_solvers:exact", "--sampler: names a posterior sampler; add"),

@@ -48,7 +48,7 @@ def read(file: Any) -> dict[str, Any]:
     return result
 
 
-def test_solvers_that_keep_their_claims_pass_with_a_report_and_a_page(capsys, here):
+def test_solvers_that_keep_their_claims_pass_with_a_report_and_plots(capsys, here):
     """Also a solver of one's own, found in the current folder."""
     shutil.copy(own_solvers.__file__, here / "my.py")
     solvers = "--solver sscs --solver my:CentredEuler"
@@ -58,12 +58,13 @@ def test_solvers_that_keep_their_claims_pass_with_a_report_and_a_page(capsys, he
     assert line.split("  ")[0] == "sscs: weak order"
     assert "1 PASS" in line
     assert count.split("  ")[0] == "sscs: NFE per step"
-    page = here / "deep" / "page" / "index.html"
-    assert captured.out.endswith(f"\n2 of 2 pass.\nThe page is {page.resolve()}\n")
-    assert {file.name for file in page.parent.iterdir()} == {"index.html", "report.json"}
-    # Work and precision on CLD, and the errors of both solvers.
-    assert page.read_text(encoding="utf-8").count("data:image/svg+xml;base64,") == 3
-    report = read(page.with_name("report.json"))
+    folder = here / "deep" / "page"
+    assert captured.out.endswith(f"\n2 of 2 pass.\nThe plots are in {folder.resolve()}\n")
+    plots = {"work-and-precision-CLD.svg", "orders-sscs.svg", "orders-my-CentredEuler.svg"}
+    assert {file.name for file in folder.iterdir()} == {"report.txt", "report.json", *plots}
+    text = (folder / "report.txt").read_text(encoding="utf-8")
+    assert captured.out.startswith(text.rstrip())
+    report = read(folder / "report.json")
     assert report["summary"] == {"sscs": "PASS", "my:CentredEuler": "PASS"}
     assert (report["complete"], report["cldsde"]) == (True, cldsde.__version__)
 
@@ -129,7 +130,7 @@ def test_an_interruption_keeps_finished_checks(capsys, here):
     made = [(check["problem"], check["kind"], check["verdict"]) for check in report["checks"]]
     assert made == [("VP", "weak order", "PASS"), ("VP", "NFE per step", "PASS")]
     assert "own_solvers:Interrupted: weak order" in captured.out
-    assert "interrupted, incomplete" in (here / "page" / "index.html").read_text()
+    assert "before the interruption" in (here / "page" / "report.txt").read_text()
     assert {file.name for file in here.iterdir()} == {"report.json", "page"}
     assert run(f"{QUICK} --solver own_solvers:Interrupted --json report.json") == 130
     report = read(here / "report.json")
@@ -146,7 +147,7 @@ def test_results_that_cannot_be_written_are_printed_and_other_files_are_kept(cap
     assert captured.err.count("retried at the end") == 1
     last = captured.err.splitlines()[-1]
     assert last.startswith("cldsde validate: error: --json: cannot be written: FileNotFoundError")
-    assert "weak order" in (here / "page" / "index.html").read_text(encoding="utf-8")
+    assert "weak order" in (here / "page" / "report.txt").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow

@@ -14,10 +14,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from cldsde.files import write_whole
+from cldsde.images.compare.page import data_uri, render_page
 from cldsde.images.data.samples import is_whole_picture
 from cldsde.images.evaluate.results import bits_text
 from cldsde.tables import Entry, Table, mean_and_spread
-from cldsde.validation.page import data_uri, render_page
 
 MEASURES = {
     "fd": "Fréchet distance",

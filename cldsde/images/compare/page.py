@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 from typing import Any
 
 
@@ -25,13 +24,6 @@ def render_page(title: str, body: str, **values: Any) -> str:
     environment = Environment(autoescape=True)
     template = environment.from_string(_FRAME.replace("BODY", body))
     return template.render(title=title, **values)
-
-
-def figure_uri(figure: Any) -> str:
-    """Encode a matplotlib figure as the source of an image."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg")
-    return data_uri(buffer.getvalue(), "image/svg+xml")
 
 
 def data_uri(content: bytes, kind: str) -> str:
