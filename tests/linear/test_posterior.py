@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import mpmath as mp
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -21,6 +22,7 @@ from cldsde import CLD, HOLD, PSLD, VESDE, VPSDE, LinearSDE, SubVPSDE
 from probes import generator, norm, normals, tensor
 from references import Homogeneous, Reference, clock_of, initial_covariance
 from references.interpolants import INTERPOLANTS
+from references.kernels import array
 from strategies import intervals, stable_process, stable_processes
 from tolerances import rounding
 
@@ -162,29 +164,28 @@ def power_series(exact, span, stochasticity, sigma):
     with mp.workdps(70):
         s, time = map(mp.mpf, span)
         rate = exact.clock.rate(time)
-        F, Q = exact.A * rate, exact.Q * rate
+        F, Q = array(exact.A * rate), array(exact.Q * rate)
         Q_half = Q * (1 + mp.mpf(stochasticity) ** 2) / 2
-        state, k = mp.eye(F.rows), F.rows
+        zeros = 0 * F
+        state = zeros + np.eye(len(F), dtype=int)
         while time > s:
             h = min(time / 4, mp.mpf("0.05"), time - s)
-            cov = [exact.marginal(time, sigma).covariance]
-            inverse, series = [mp.inverse(cov[0])], [state]
+            covariance = exact.marginal(time, sigma).covariance
+            cov, inverse, series = [array(covariance)], [array(mp.inverse(covariance))], [state]
             small = 0
             while small < 3:
                 n = len(series) - 1
-                gain = F * cov[n]
-                cov.append((gain + gain.T + (Q if n == 0 else 0 * Q)) * -h / (n + 1))
-                rest, pull = mp.zeros(k, k), mp.zeros(k, k)
-                for j in range(n + 1):
-                    rest += cov[j + 1] * inverse[n - j]
-                    pull += inverse[j] * series[n - j]
-                series.append((F * series[n] + Q_half * pull) * -h / (n + 1))
-                inverse.append(-inverse[0] * rest)
-                size = mp.mnorm(series[-1], "f") / mp.mnorm(state, "f")
+                gain = F @ cov[n]
+                cov.append((gain + gain.T + (Q if n == 0 else zeros)) * -h / (n + 1))
+                rest = sum((cov[j + 1] @ inverse[n - j] for j in range(n + 1)), zeros)
+                pull = sum((inverse[j] @ series[n - j] for j in range(n + 1)), zeros)
+                series.append((F @ series[n] + Q_half @ pull) * -h / (n + 1))
+                inverse.append(-inverse[0] @ rest)
+                size = abs(series[-1]).max() / abs(state).max()
                 small = small + 1 if size < mp.mpf(10) ** -45 else 0
             state = sum(series[1:], series[0])
             time -= h
-        return state
+        return mp.matrix(state.tolist())
 
 
 SERIES = [
