@@ -140,9 +140,9 @@ def test_numbers_of_a_batch_are_independent_samples(dtype):
     assert (abs(axes.mean(1)) <= standard_error(1.0, n // 2)).all()
 
 
-@pytest.mark.one_in(4)
-@every_dtype
+@pytest.mark.one_in(5)
 @every_process
+@every_dtype
 def test_bits_do_not_depend_on_the_order_of_reading(name, dtype):
     sde, _ = PROCESSES[name]
     given = [(GIVEN[i], GIVEN[j]) for i, j in ((0, 2), (2, 4), (1, 6), (0, 8))]

@@ -127,12 +127,13 @@ def test_evaluations_are_counted_and_lie_between_the_ends(method, name):
         assert len(announced) == solver.facts.nfe_per_step * (len(GRID) - 1)
 
 
-@every_case
+@pytest.mark.covering
+@pytest.mark.parametrize(
+    ("method", "name"), [case for case in CASES if SOLVERS[case[0]].facts.score_at_start]
+)
 def test_declared_evaluations_are_at_the_start_of_each_step(method, name):
     """Callers that evaluate a network once per step rely on it."""
     solver, driven = SOLVERS[method], len(PROCESSES[name].driven)
-    if not solver.facts.score_at_start:
-        return
     process = process_of(name)
     assert torch.equal(solver.evaluation_times(process, GRID), GRID[:-1])
     tables, memory, z = solver.prepare(process, GRID), (), start(PROCESSES[name])
@@ -152,6 +153,7 @@ def test_declared_evaluations_are_at_the_start_of_each_step(method, name):
         assert torch.equal(at, before)
 
 
+@pytest.mark.covering
 @every_case
 def test_arguments_and_seen_states_are_unchanged(method, name):
     one = run(method, name)
@@ -356,7 +358,7 @@ def test_a_solve_holds_few_states(method):
     rows = len(sde.driven)
     process = ReverseProcess(sde, lambda z, t: z.new_zeros(len(z), rows, *z.shape[2:]))
     state = torch.zeros(8, sde.components, 8000)
-    for steps in (3, 20):
+    for steps in (3, 10):
         plan = solvers.plan(process, SOLVERS[method], solvers.root_times(1.0, 1e-3, steps))
         with Memory() as memory:
             plan.solve(state, generator=generator())
@@ -414,6 +416,7 @@ STATE = start(CLD())
 NO_TIMES = [[], [0.5, 0.5], [1.0, math.nan], [0.1, 1.0], [1.0, 0.01], [1.5]]
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("method", ["euler-maruyama", "sscs", "gotta-go-fast", "probability-flow"])
 @pytest.mark.parametrize(
     ("change", "error", "message"),

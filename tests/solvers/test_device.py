@@ -73,13 +73,14 @@ NOISES = {
         sde, times, (3, 2), generator=seeded("cpu"), device=place
     ),
     "recorded": lambda sde, times, place: solvers.RecordedNoise(
-        torch.randn(4, 3, len(sde.driven), 2, generator=seeded("cpu"), device="cpu").to(place)
+        torch.randn(3, 3, len(sde.driven), 2, generator=seeded("cpu"), device="cpu").to(place)
     ),
 }
 
 
-def solved(process, solver, place, noise="fresh", *, steps=4, end=0.05):
+def solved(process, solver, place, noise="fresh", *, steps=3):
     """A small batch on a device, from the same state with the same noise on every device."""
+    end = 0.5 if solver.facts.adaptive else 0.05  # which is a few attempts
     state = start(process.sde, dtype=torch.float32).to(place)
     times = solvers.quadratic_times(process.sde.T, end, steps)
     source = NOISES[noise](process.sde, times, place)
@@ -132,7 +133,7 @@ def test_solvers_give_the_bits_of_the_cpu_and_steps_wait_for_nothing(name, proce
         assert few.to_device <= most * (2 if score == "mixture" else 1)
         return
     # It waits to know whether the first and the last state are finite.
-    many, _ = spent(device, reverse(process, score), SOLVERS[name], steps=9)
+    many, _ = spent(device, reverse(process, score), SOLVERS[name], steps=5)
     assert many.to_device == few.to_device
     assert many.selections == 0
     assert many.waits == few.waits <= 2
@@ -158,13 +159,6 @@ def test_noise_sources_give_the_bits_of_the_cpu(process, name, noise, device):
     on_cpu = expected(process, name, "function", noise)
     found = solved(reverse(process, "function"), SOLVERS[name], DEVICE, noise)
     check_same(found, on_cpu, device)
-
-
-def test_imputation_copies_known_data_once(device):
-    args = reverse("CLD", "function"), SOLVERS["imputation"]
-    spent(device, *args)
-    few, many = (spent(device, *args, steps=steps)[0].to_device for steps in (4, 9))
-    assert few == many
 
 
 @every_process
@@ -281,7 +275,7 @@ def test_composed_scores_copy_nothing_from_the_host_at_an_evaluation(name, devic
         on_cpu = solved(process("cpu"), solver, "cpu")
     few, found = spent(device, process(DEVICE), solver)
     check_same(found, on_cpu, device)
-    many, _ = spent(device, process(DEVICE), solver, steps=9)
+    many, _ = spent(device, process(DEVICE), solver, steps=5)
     assert many.to_device == few.to_device
 
 
@@ -297,5 +291,5 @@ def test_imputation_copies_known_data_of_the_host_once(rows, device):
         on_cpu = solved(reverse("CLD", "function"), imputation(), "cpu")
     few, found = spent(device, reverse("CLD", "function"), imputation())
     check_same(found, on_cpu, device)
-    many, _ = spent(device, reverse("CLD", "function"), imputation(), steps=9)
+    many, _ = spent(device, reverse("CLD", "function"), imputation(), steps=5)
     assert many.to_device == few.to_device

@@ -1,5 +1,7 @@
 """Noise sources: streams of samples, recorded draws, and sources of users."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -106,14 +108,15 @@ def test_starts_have_the_prior():
 
 def test_at_a_time_they_have_the_marginal_of_data_of_variance_one_that_share_a_part():
     """As images share their brightness: two of their numbers have the covariance 0.52² ψψᵀ."""
-    sde, t, count = CLD(), 0.5, 20_000
-    z = SampleNoise(range(count)).start(sde, (2,), dtype=torch.float64, t=t)
+    sde, t, count, D = CLD(), 0.5, 2500, 50
+    z = SampleNoise(range(count)).start(sde, (D,), dtype=torch.float64, t=t)
     total = sde.marginal(t, initial(sde, 1.0)).covariance
-    entry = torch.einsum("bi,bj->ij", z[..., 0], z[..., 0]) / count
-    scale = total.diagonal().sqrt()
-    relative = (entry - total) / (scale[:, None] * scale)
-    assert relative.abs().max() < standard_error(2**0.5, count)
-    psi = sde.marginal(t).mean[:, 0]
-    between = torch.einsum("bi,bj->ij", z[..., 0], z[..., 1]) / count
-    relative = (between - 0.52**2 * psi[:, None] * psi) / (scale[:, None] * scale)
-    assert relative.abs().max() < standard_error(2**0.5, count)
+    own = torch.einsum("bid,bjd->ij", z, z) / (count * D)
+    whole = torch.einsum("bi,bj->ij", z.sum(-1), z.sum(-1)) / (count * D)
+    between = (whole - own) / (D - 1)  # the mean over all pairs of two numbers
+    psi, scale = sde.marginal(t).mean[:, 0], total.diagonal().sqrt()
+    # Means over D numbers with a correlation of at most 0.52² have at most this standard deviation.
+    deviation = math.sqrt(2 * (0.52**4 + 1 / D))
+    for found, exact in ((own, total), (between, 0.52**2 * psi[:, None] * psi)):
+        relative = (found - exact) / (scale[:, None] * scale)
+        assert relative.abs().max() < standard_error(deviation, count)

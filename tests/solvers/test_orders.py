@@ -98,6 +98,11 @@ LATE_ROWS = {
     *(("2", "PSLD"), ("2 at falling noise", "VP"), ("2 at falling noise", "CLD")),
     *(("1 corrected at 1", "CLD"), ("EDM, churn 20.0", "VE"), ("BOAOB", "CLD")),
 }
+# At 20 steps the second term of these is below a fifth already.
+EARLY = {"Heun", "SSCS, midpoint", "SSCS, wrong slope", "1", "noise, 1", "log-SNR, 2"}
+EARLY |= {"2 corrected", "log-SNR, 2 with noise", "published, 1", "published, 2", "1 at 1"}
+EARLY |= {"published, 2 with noise", "1 at 0.5", "EDM", "EDM, churn in a range", "OBAB", "BAOAB"}
+EARLY |= {"OABAO", "ABOBAOB", "OBAB, at the end", "torchsde, heun"}
 
 
 @pytest.mark.covering
@@ -105,7 +110,8 @@ LATE_ROWS = {
     ("method", "name"), [(method, name) for method in TABLE for name in TABLE[method][1]]
 )
 def test_the_order_is_the_declared_one(method, name):
-    slope = order(SOLVERS[method], name, coarse=80 if (method, name) in LATE_ROWS else 40)
+    coarse = 80 if (method, name) in LATE_ROWS else 20 if method in EARLY else 40
+    slope = order(SOLVERS[method], name, coarse)
     assert abs(slope - declared(SOLVERS[method])) < SLOPE
 
 

@@ -10,7 +10,7 @@ from cldsde.solvers.authoring import GridSolver
 from probes import Smooth, generator, named_solvers, start
 from score import cases
 
-SOLVERS = named_solvers()
+SOLVERS = named_solvers(0.5)
 ON_GRID = [name for name, solver in SOLVERS.items() if isinstance(solver, GridSolver)]
 # One of each way to call the score: on a grid with and without memory, and by adaptive solvers.
 FEW = ["euler-maruyama", "multistep-2-corrector", "probability-flow", "gotta-go-fast"]

@@ -193,6 +193,7 @@ def test_a_process_that_leaves_noise_is_pointed_out():
         cldsde.sample(noisy, DATA.score(noisy), (3, 2), nfe=6)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("name", ["VP", "CLD", "PSLD", "rectified flow", "VE"])
 @pytest.mark.parametrize("nfe", [5, 10, 20])
 def test_usual_processes_are_no_cause_of_a_warning(name, nfe):
@@ -272,7 +273,7 @@ def per_sample(kind, sde):
 def test_everything_of_a_sample_follows_it_into_its_batch(kind):
     sde = CLD()
     score, solver = per_sample(kind, sde)
-    options = {"nfe": 6, "solver": solver}
+    options = {"nfe": 3, "solver": solver}
     whole = cldsde.sample(sde, score, (10, 3), **options)
     parts = cldsde.sample(sde, score, (10, 3), batch=4, **options)
     torch.testing.assert_close(parts, whole, **SINGLE)
@@ -384,6 +385,7 @@ def test_large_images_keep_their_brightness(name, side, nfe):
 
 
 # The start has a brightness of .52. Data with another one lose accuracy, as `sample` documents.
+@pytest.mark.covering
 @pytest.mark.parametrize("name", ["CLD", "VP", "rectified flow"])
 @pytest.mark.parametrize("side", [64, 256])
 @pytest.mark.parametrize(("brightness", "promise"), [(0.25, 0.09), (0.7, 0.13)])
@@ -392,6 +394,7 @@ def test_other_values_of_brightness_are_kept_roughly(name, side, brightness, pro
     assert error < promise + standard_error(1.0, 2 * 20_000, 2.0)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", ["CLD", "VP", "rectified flow"])
 def test_images_of_64_by_64_keep_their_brightness(name):
     sde, count = PROCESSES[name](), 200

@@ -10,8 +10,7 @@ import cldsde
 from cldsde import CosineVP, RectifiedFlow, ReverseProcess, solvers
 from cldsde.score import Conversion
 from cldsde.solvers import ExponentialMultistep as Multistep
-from cldsde.solvers import named_solvers
-from probes import generator
+from probes import generator, named_solvers
 from score.cases import LINE as DATA
 from tolerances import order_of, rounding, standard_error, standard_error_of_variance
 
@@ -21,6 +20,7 @@ ALPHAS = [*torch.linspace(0.01, 1.5, 39, dtype=torch.float64).cos().square().tol
 PROCESSES = {"rectified flow": FLOW, "cosine": CosineVP()}
 PROCESSES["table to zero"] = cldsde.VPSDE.from_alphas_cumprod(ALPHAS)
 every_process = pytest.mark.parametrize("name", list(PROCESSES))
+SOLVERS = named_solvers(0.5)
 PREDICTIONS = rounding(32, math.exp(10))  # from the score at `regular_until`
 
 
@@ -39,14 +39,14 @@ CASES = [
         name, solver, marks=[pytest.mark.slow] * (name == "table to zero" and solver in SLOW)
     )
     for name in PROCESSES
-    for solver in named_solvers()
+    for solver in SOLVERS
 ]
 
 
 @pytest.mark.one_in(5)
 @pytest.mark.parametrize(("name", "solver"), CASES)
 def test_a_solver_samples_from_the_end_or_names_the_latest_start(name, solver):
-    sampler, times = named_solvers()[solver], solvers.root_times(1.0, 0.05, 20)
+    sampler, times = SOLVERS[solver], solvers.root_times(1.0, 0.05, 20)
     if "multistep" in solver and not solver.endswith("noise"):
         assert solvers.solve(process(name), sampler, states(), times).success
         return

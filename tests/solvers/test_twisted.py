@@ -41,6 +41,7 @@ def check_evidence(found, data, seen, bias=0.01):
     assert found.log_evidence_std < 2 * math.sqrt(times / len(found.samples))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("sde", [VPSDE(), CLD(), PSLD()], ids=lambda sde: type(sde).__name__)
 def test_moments_and_evidence_of_gaussian_data_are_exact(sde):
     data, seen = gaussian()
