@@ -105,13 +105,17 @@ def recommended_plan(
     solver: Solver | None = None,
     times: Tensor | None = None,
     shape: Sequence[int] = (1,),
+    start: float | None = None,
+    end: float | None = None,
 ) -> tuple[Recipe, Plan]:
     """Recipe and plan that `sample` uses for a process.
 
     Parameters
     ----------
-    process, nfe, solver, times, shape
-        See `sample` and `window`.
+    process, nfe, solver, times
+        See `sample`.
+    shape, start, end
+        See `window`.
 
     Raises
     ------
@@ -137,7 +141,7 @@ def recommended_plan(
     for recipe in recipes:
         try:
             if times is None:
-                ends = window(process, shape=shape, nfe=nfe, levels=recipe.ends)
+                ends = window(process, start, end, shape=shape, nfe=nfe, levels=recipe.ends)
                 grid = fit_grid(process, recipe.solver, *ends, nfe, grid=recipe.grid, denoise=True)
             else:
                 grid = times

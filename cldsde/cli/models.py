@@ -32,7 +32,7 @@ _FEATURES = (
 )
 FEATURES = option("--features NAME", str, _FEATURES, default="classifier")
 DATA = option("--data PATH", Path, "path of the data set, if not as configured")
-SOLVERS = f"module:Class, or one of {', '.join(named_solvers())}"
+SOLVERS = f"recommended, module:Class, or one of {', '.join(named_solvers())}"
 _GRIDS = "grid of times: uniform, quadratic, root, log_snr, logistic or karras"
 # Without a default: the settings of the run.
 RECIPE = (

@@ -118,7 +118,8 @@ def _pipeline_request(options: Namespace, seeds: range, device: Any) -> Any:
         require(allowed, name, "must be left out for a pipeline of diffusers")
     names = ("prompt", "negative_prompt", "label", "guidance", "nfe", "batch")
     how: dict[str, Any] = {name: getattr(options, name) for name in names}
-    how["solver"] = None if options.solver is None else find_solver(options.solver)
+    chosen = options.solver in {None, "recommended"}
+    how["solver"] = None if chosen else find_solver(options.solver)
     sampler = PipelineSampler.load(options.model, process_config(options), device, **how)
     return SampleRequest(sampler.model, sampler, seeds)
 

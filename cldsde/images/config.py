@@ -332,17 +332,22 @@ class TrainingConfig:
         return -(-self.images // self.batch)
 
 
+RECOMMENDED = "recommended"
+"""Solver of a recipe that chooses as `cldsde.sample` does."""
+
+
 @section
 class SamplingConfig:
     """Sampling of grids during training, and defaults of ``cldsde sample``."""
 
-    solver: str = "multistep-2-sde"
-    """Name of a solver; a short one, such as ``em``, becomes the full one."""
+    solver: str = RECOMMENDED
+    """Name of a solver; a short one, such as ``em``, becomes the full one. ``"recommended"`` takes
+    solver, grid and end of `cldsde.sample` for ``nfe`` evaluations."""
     nfe: Annotated[int, Strict(), Field(ge=2, le=1_000_000)] = 50
     """Score evaluations per image, the last denoising included."""
-    grid: Grid = "root"
+    grid: Grid | None = None
     """Grid of times: ``"uniform"``, ``"quadratic"``, ``"root"``, ``"log_snr"``, ``"logistic"`` or
-    ``"karras"``."""
+    ``"karras"``. None: that of the recommended solver, and ``"root"`` for any other."""
     t_start: StartTime = None
     t_end: Time | None = None
     """Times at which sampling starts and ends (ε). None: as for `cldsde.sample`. κ, half the log of
@@ -353,8 +358,10 @@ class SamplingConfig:
     """Fields of the solver that differ from its defaults, such as ``rtol``."""
 
     def __post_init__(self) -> None:
-        """Replace a short name of a solver by the full one."""
+        """Replace a short name of a solver by the full one, and give a named solver its grid."""
         object.__setattr__(self, "solver", canonical_name(self.solver))
+        if self.grid is None and self.solver != RECOMMENDED:
+            object.__setattr__(self, "grid", "root")
 
 
 _PLACE = ("path", "workers", "download", "cache", "cache_gib")

@@ -58,7 +58,8 @@ WRONG = st.sampled_from([None, {}, [], [[1.0]], "", "x", math.nan, -math.inf, -1
 ALLOWED = {
     "data.options.held_out": (),
     **dict.fromkeys(("data.flip", "data.dequantise", "network.conditional"), (True,)),
-    **dict.fromkeys(("sampling.t_start", "sampling.t_end", "training.micro_batch"), (None,)),
+    **dict.fromkeys(("sampling.t_start", "sampling.t_end", "sampling.grid"), (None,)),
+    "training.micro_batch": (None,),
     "training.clip": (None, 2.5),
     "network.label_dropout": (),
     **dict.fromkeys(("process.options.mass", "process.options.beta"), (2.5,)),

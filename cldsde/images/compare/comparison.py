@@ -27,7 +27,7 @@ from cldsde.images.evaluate.results import Result, check_comparable
 from cldsde.images.model import TrainedModel, load_model
 from cldsde.images.networks import parameter_count
 from cldsde.images.runs import METRICS, RunFolder, check_folder
-from cldsde.images.sample.sampler import ImageSampler, make_solver
+from cldsde.images.sample.sampler import ImageSampler, solver_for
 from cldsde.images.schema import plain
 from cldsde.images.train.loop import train
 from cldsde.progress import progress_bar
@@ -120,7 +120,9 @@ class Comparison:
     def _draw(self, row: RowConfig, model: TrainedModel) -> str:
         """Keep a picture of a row's first images, one line per budget; return its name."""
         recipes = row.recipes()
-        parts = f"{model.digest} {recipes} {[make_solver(recipe) for recipe in recipes]}"
+        parts = (
+            f"{model.digest} {recipes} {[solver_for(model.score, recipe) for recipe in recipes]}"
+        )
         digest = hashlib.sha256(parts.encode()).hexdigest()[:8]
         words = "".join(x if x.isalnum() else " " for x in row.label.lower())
         name = f"samples/{row.model}-{'-'.join(words.split())}-{digest}.png"

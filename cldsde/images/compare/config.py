@@ -49,7 +49,7 @@ class RowConfig:
     """Name of the solver."""
     label: str = ""
     """Name of the row; the name of the solver if empty."""
-    grid: Grid = "root"
+    grid: Grid | None = None
     t_start: StartTime = None
     t_end: Time = 1e-3
     denoise: Flag = True
@@ -66,7 +66,10 @@ class RowConfig:
         object.__setattr__(self, "solver", canonical_name(self.solver))
         object.__setattr__(self, "label", self.label or self.solver)
         needed, other = "nfe", "tolerances"
-        if make_solver(self._recipe()).facts.adaptive:
+        recipe = self._recipe()
+        object.__setattr__(self, "grid", recipe.grid)
+        solver = make_solver(recipe)
+        if solver is not None and solver.facts.adaptive:
             needed, other = other, needed
         budgets = getattr(self, needed)
         msg = f"{self.solver} needs a list of {needed}, and no {other}"

@@ -46,7 +46,7 @@ from cldsde.images.evaluate.results import (
     read_results,
 )
 from cldsde.images.model import ImageModel, TrainedModel
-from cldsde.images.sample.sampler import ImageSampler, Samples, make_solver
+from cldsde.images.sample.sampler import ImageSampler, Samples, solver_for
 from cldsde.images.schema import Count, check_name, plain, section
 from cldsde.progress import progress_bar
 from cldsde.score.flow_density import UnsolvedFlowError
@@ -172,7 +172,7 @@ class Evaluation(Measurements):
 
     def of_recipe(self, model: ImageModel, recipe: SamplingConfig, file: Path) -> list[Result]:
         """Measure images of a recipe; see `of_run`."""
-        own = {"recipe": plain(recipe), "solver": repr(make_solver(recipe))}
+        own = {"recipe": plain(recipe), "solver": repr(solver_for(model.score, recipe))}
         # One for all repetitions, made if something is missing.
         sampler = cache(lambda: ImageSampler.of(model, recipe, batch=self.batch))
         found: list[Result] = []

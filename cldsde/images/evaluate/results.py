@@ -136,7 +136,8 @@ def markdown_table(results: Collection[Result]) -> str:
     for row in rows.values():
         recipe = row[0].recipe
         end = recipe.get("t_end")
-        times = recipe.get("grid", "") + ("" if end is None else f", {end:g}")
+        end = None if end is None else f"{end:g}"
+        times = ", ".join(filter(None, (recipe.get("grid"), end)))
         if recipe["solver"] == "fitted":
             times = "κ " + ", ".join(f"{x:.2f}" for x in recipe["options"]["log_snr"])
         spent = [result.nfe for result in row if result.nfe is not None]

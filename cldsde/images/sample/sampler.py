@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cldsde.errors import SettingError, require, setting
 from cldsde.images.checks import Scale
-from cldsde.images.config import SamplingConfig
+from cldsde.images.config import RECOMMENDED, SamplingConfig
 from cldsde.images.data import to_levels
 from cldsde.images.latent import VAE
 from cldsde.images.model import ImageModel, ImageSpace
@@ -30,7 +30,8 @@ from cldsde.score import ConditionalScore, GuidedScore, ReverseProcess, Score, S
 from cldsde.score.protocol import as_score
 from cldsde.solvers import Imputation, Plan, SampleNoise, SamplerSettings, find_solver, grids, plan
 from cldsde.solvers.authoring import Solver
-from cldsde.solvers.recommended import fit_grid, window
+from cldsde.solvers.planning import Denoise
+from cldsde.solvers.recommended import fit_grid, recommended_plan, window
 
 _ELSEWHERE = {"ddim": "multistep-1", "dpm-solver++": "multistep-2", "dpmpp_2m": "multistep-2"}
 Item = TypeVar("Item")
@@ -54,8 +55,17 @@ def _settings(sampling: SamplingConfig) -> SamplerSettings:
         return SamplerSettings(**options)
 
 
-def make_solver(sampling: SamplingConfig) -> Solver:
-    """The solver of a configuration; raise a SettingError for an unknown name or option."""
+def make_solver(sampling: SamplingConfig) -> Solver | None:
+    """The solver of a configuration; None if it is the recommended one.
+
+    Raises a SettingError for an unknown name or option.
+    """
+    if sampling.solver == RECOMMENDED:
+        msg = "needs a solver by name; 'recommended' chooses grid, end and options itself"
+        require(sampling.grid is None, "grid", msg)
+        require(sampling.denoise, "denoise", msg)
+        require(not sampling.options, "set", msg)
+        return None
     if sampling.solver == FITTED:
         return _settings(sampling).solver
     here = _ELSEWHERE.get(sampling.solver.lower())
@@ -66,6 +76,12 @@ def make_solver(sampling: SamplingConfig) -> Solver:
     with setting("options"):
         made: Solver = dataclasses.replace(solver, **options)  # type: ignore[type-var]
     return made
+
+
+def solver_for(score: Score, sampling: SamplingConfig) -> Solver:
+    """The solver with which a configuration samples a score."""
+    solver = make_solver(sampling)
+    return make_plan(score, sampling)[0].solver if solver is None else solver
 
 
 def changed_recipe(
@@ -80,9 +96,12 @@ def changed_recipe(
     named = "solver" in changes or ":" not in recipe.solver
     require(named, "solver", f"{msg}or take another")
     kept = {} if "solver" in changes else recipe.options
+    if changes.get("solver") == RECOMMENDED:
+        changes = {"grid": None, "denoise": True, **changes}
     changed = dataclasses.replace(recipe, **changes, options={**kept, **(options or {})})
+    solver = make_solver(changed)
     msg = f"{changed.solver} is adaptive; set its options rtol and atol instead"
-    require("nfe" not in changes or not make_solver(changed).facts.adaptive, "nfe", msg)
+    require("nfe" not in changes or solver is None or not solver.facts.adaptive, "nfe", msg)
     return changed
 
 
@@ -111,16 +130,26 @@ def make_plan(
     sde: LinearSDE | None = None,
     observed: Conditioning | None = None,
     shape: Sequence[int] = (1,),
-) -> Plan:
-    """The plan of a solver for data of a shape.
+) -> tuple[Plan, Denoise]:
+    """The plan of a solver for data of a shape, and how its solves end.
 
-    Raises a SettingError if recipe, process and observation do not fit.
+    With an observed picture, ``multistep-2-sde`` stands for the recommended solver. Raises a
+    SettingError if recipe, process and observation do not fit.
     """
     score = as_score(score)
     sde = check_process(score.sde if sde is None else sde)
     process = ReverseProcess(sde, score if observed is None else observed.score(score, sde))
+    if observed is not None and sampling.solver == RECOMMENDED:
+        sampling = dataclasses.replace(sampling, solver="multistep-2-sde")
     solver = make_solver(sampling)
     try:
+        if solver is None:
+            nfe, start, end = sampling.nfe, sampling.t_start, sampling.t_end
+            with setting("t_end"):
+                window(process, start, end, shape=shape, nfe=nfe)
+            with setting("nfe"):
+                chosen, made = recommended_plan(process, nfe=nfe, shape=shape, start=start, end=end)
+            return made, chosen.denoise
         if observed is not None:
             fits = sampling.solver != FITTED
             require(fits, "settings", "were fitted without an observed picture; name a solver")
@@ -128,7 +157,7 @@ def make_plan(
         made = plan(process, solver, time_grid(process, solver, sampling, shape))
         if observed is not None:
             observed.check_steps(made)
-        return made
+        return made, sampling.denoise
     except SettingError:
         raise
     except ValueError as error:
@@ -197,14 +226,14 @@ class ImageSampler:
         require(not guided or self.label is not None, "guidance", msg)
         msg = "needs a process of pixels; the process of this model is of latent variables"
         require(self.observed is None or self.vae is None, "observe", msg)
-        _ = self._plan
+        _ = self._planned
 
     @cached_property
     def _conditioning(self) -> Conditioning | None:
         return None if self.observed is None else self.observed.of(self.space, self.score.device)
 
     @cached_property
-    def _plan(self) -> Plan:
+    def _planned(self) -> tuple[Plan, Denoise]:
         # Guidance counts, so that the plan is made for a guided score.
         planned = self.score if self.guidance == 1 else self._given(0)
         return make_plan(planned, self.sampling, None, self._conditioning, self._data_shape)
@@ -217,7 +246,7 @@ class ImageSampler:
     @property
     def t_end(self) -> float:
         """Time at which sampling ends."""
-        return float(self._plan.times[-1])
+        return float(self._planned[0].times[-1])
 
     def recipe(self) -> dict[str, object]:
         """Everything that the images depend on besides weights and seeds, in JSON types."""
@@ -250,8 +279,9 @@ class ImageSampler:
 
     def start(self, seeds: Sequence[int]) -> Start:
         """Draw the random numbers with which the sampling of a batch starts."""
-        noise, sde, first = SampleNoise(seeds), self._plan.process.sde, self._plan.times[0]
-        state = noise.start(sde, self._data_shape, device=self.score.device, t=float(first))
+        noise, (plan, _) = SampleNoise(seeds), self._planned
+        first, device = float(plan.times[0]), self.score.device
+        state = noise.start(plan.process.sde, self._data_shape, device=device, t=first)
         return noise, state
 
     def draw(
@@ -261,13 +291,14 @@ class ImageSampler:
 
         ``start`` may have been made ahead by the method `start`, for one call.
         """
-        plan, space, vae, observed = self._plan, self.space, self.vae, self._conditioning
+        (plan, denoise), observed = self._planned, self._conditioning
+        space, vae = self.space, self.vae
         noise, state = self.start(seeds) if start is None else start
         if label is not None:
             score = self._given(label)
             sde = plan.process.sde
             plan = plan.with_score(score if observed is None else observed.score(score, sde))
-        denoise, half = self.sampling.denoise, _HALVES.get(self.precision)
+        half = _HALVES.get(self.precision)
         # Around the whole solve: its own arithmetic is elementwise, which autocast leaves alone.
         cast = torch.autocast(self.score.device.type, dtype=half) if half else nullcontext()
         with torch.no_grad(), cast:

@@ -95,6 +95,13 @@ def test_other_methods_take_their_own_steps():
     assert all((a != b).any() for a, b in combinations(found, 2))
 
 
+def test_the_recommended_solver_of_an_observed_picture_is_the_multistep_solver():
+    image = observed("mask")
+    named = dataclasses.replace(SHORT, solver="multistep-2-sde", grid="root")
+    chosen = dataclasses.replace(SHORT, solver="recommended", grid=None)
+    assert torch.equal(*(sampled(image, range(2), recipe).images for recipe in (named, chosen)))
+
+
 def test_steps_on_which_dps_diverges_are_rejected_by_a_rule():
     """The same pixels: the posterior is lost above the limit, and kept below."""
 

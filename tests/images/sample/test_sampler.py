@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cldsde import CLD, VPSDE, ReverseProcess, solvers
+from cldsde import CLD, VESDE, VPSDE, ReverseProcess, solvers
 from cldsde.errors import SettingError
 from cldsde.images import Run, as_pictures
 from cldsde.images.config import SamplingConfig
@@ -23,8 +23,16 @@ from cldsde.images.model import KIND, MODEL, ImageSpace, load_model, model_notes
 from cldsde.images.runs import RunFolder
 from cldsde.images.sample import outputs
 from cldsde.images.sample.outputs import SampleRequest, alone, check_output, draw_to
-from cldsde.images.sample.sampler import ImageSampler, ahead, changed_recipe, make_solver, time_grid
+from cldsde.images.sample.sampler import (
+    ImageSampler,
+    ahead,
+    changed_recipe,
+    make_solver,
+    solver_for,
+    time_grid,
+)
 from cldsde.images.tensor_files import save_tensors
+from cldsde.solvers.recommended import recommended_plan
 from image_data import PixelScore
 from tolerances import standard_error
 
@@ -434,6 +442,32 @@ def test_other_fields_and_options_are_kept_but_another_solver_has_its_own_defaul
     options = {"merge": False, "score_step": "midpoint"}
     assert changed == SamplingConfig(solver="sscs", nfe=9, options=options)
     assert changed_recipe(MERGED, solver="em") == SamplingConfig(solver="euler-maruyama", nfe=7)
+
+
+@pytest.mark.parametrize("sde", [VPSDE(), CLD(), VESDE(sigma_max=10.0)], ids=repr)
+@pytest.mark.parametrize("nfe", [2, 5, 7, 20])
+def test_the_recommended_recipe_is_that_of_sample(sde, nfe):
+    score = PixelScore(sde)
+    sampler = ImageSampler(score, SPACE, SamplingConfig(nfe=nfe))
+    found, denoise = sampler._planned
+    process = ReverseProcess(sde, score)
+    recipe, expected = recommended_plan(process, nfe=nfe, shape=SPACE.shape)
+    assert (found.solver, denoise) == (expected.solver, recipe.denoise)
+    assert torch.equal(found.times, expected.times)
+    early = ImageSampler(score, SPACE, SamplingConfig(nfe=nfe, t_end=0.1))
+    assert early.t_end == pytest.approx(0.1, rel=1e-12)
+    assert solver_for(score, SamplingConfig(nfe=nfe)) == expected.solver
+
+
+@pytest.mark.parametrize("changes", [{"grid": "root"}, {"denoise": False}])
+def test_the_recommended_solver_leaves_no_choice(changes):
+    with pytest.raises(SettingError, match=f"{next(iter(changes))}: needs a solver by name"):
+        changed_recipe(SamplingConfig(), **changes)
+    with pytest.raises(SettingError, match="set: needs a solver by name"):
+        changed_recipe(SamplingConfig(), {"order": 2})
+    named = changed_recipe(SamplingConfig(), solver="sscs", **changes)
+    assert named.grid == "root"
+    assert changed_recipe(named, solver="recommended") == SamplingConfig()
 
 
 def test_code_that_a_recipe_names_is_not_run_unless_the_caller_names_it():

@@ -26,7 +26,8 @@ def test_digests_know_every_digit_of_a_process(diffusers_model):
 
 def test_images_are_those_of_the_same_steps_of_solvers(diffusers_model):
     model = of_diffusers(diffusers_model, ProcessConfig(name="CLD"))
-    sampler = ImageSampler.of(model, changed_recipe(model.sampling, nfe=6), label=0)
+    recipe = changed_recipe(model.sampling, solver="multistep-2-sde", nfe=6)
+    sampler = ImageSampler.of(model, recipe, label=0)
     found = sampler.sample([2, 3, 4]).images
     sde = CLD()
     score = DenoiserScore(pretrained.from_diffusers(diffusers_model), sde)
