@@ -277,10 +277,10 @@ def check_regular(sde: LinearSDE, times: Tensor, solver: str) -> None:
     """Raise ValueError if a grid starts too near a time at which drift and diffusion diverge."""
     end, until = float(times.max()), sde.regular_until
     # Allow for times rounded to float32 or to the digits that an error message shows.
-    if end - until > 1e-2 * (sde.T - until):
+    if end - until > 1e-2 * (1 - until):
         raise ValueError(
             f"times must not reach t = {end:.15g} for {solver}, because drift and diffusion "
-            f"diverge at t = {sde.T:g}; take t ≤ {until:.15g}, or ExponentialMultistep"
+            f"diverge at t = 1; take t ≤ {until:.15g}, or ExponentialMultistep"
         )
 
 

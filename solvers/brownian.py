@@ -101,7 +101,7 @@ class BrownianPath(NoiseSource):
         device: torch.device | str = "cpu",
     ) -> None:
         check_process(sde)
-        given = as_times(times, "times", sde.T)
+        given = as_times(times, "times")
         if given.ndim != 1 or len(given) < 2:
             msg = f"times must be a tensor (n + 1,), n ≥ 1; got shape {tuple(given.shape)}"
             raise ValueError(msg)

@@ -324,7 +324,7 @@ class SampleNoise(NoiseSource):
 
 def start_root(sde: LinearSDE, t: float | None, data_variance: float = 1.0) -> Tensor:
     """Root of the initial states' covariance: of the prior, or at time t for Gaussian data."""
-    if t is None or t == sde.T:
+    if t is None or t == 1:
         return sde.prior.root
     initial = sde.initial_covariance.clone()
     initial[0, 0] = initial[0, 0] + data_variance

@@ -190,15 +190,7 @@ class Plan:
 def plan(process: ReverseProcess, solver: Solver, times: Tensor) -> Plan:
     """Precompute everything that depends on process, solver and grid alone, for many solves.
 
-    Parameters
-    ----------
-    process, solver, times
-        See `solve`.
-
-    Returns
-    -------
-    Plan
-        Call its `Plan.solve` for each batch.
+    Call `Plan.solve` of the result for each batch. The arguments are those of `solve`.
 
     Raises
     ------
@@ -211,7 +203,7 @@ def plan(process: ReverseProcess, solver: Solver, times: Tensor) -> Plan:
     check_solver(solver)
     # Leave inference mode, so that the plan's tensors can be used outside of it, too.
     with torch.inference_mode(False), torch.no_grad():
-        grid = as_grid_times(times, "times", process.sde.T).clone()
+        grid = as_grid_times(times, "times").clone()
         if grid[0] < grid[-1] and not solver.facts.encodes:
             kind = "stochastic" if solver.facts.ode_order is None else "for decreasing grids only"
             raise ValueError(

@@ -127,7 +127,7 @@ def recommended_plan(
     if solver is not None:
         recipes = (Recipe(solver, denoise=True), Recipe(solver, denoise="step"))
     if times is not None:
-        grid = as_grid_times(times, "times", process.sde.T)
+        grid = as_grid_times(times, "times")
         if grid[0] < grid[-1]:
             raise ValueError("times must decrease, from the noise to the data")
         if grid[-1] == 0:  # no noise is left at t = 0

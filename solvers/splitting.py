@@ -153,7 +153,7 @@ def _stationary_variances(sde: LinearSDE) -> Tensor:
             f"{type(sde).__name__} has {sde.components} components"
             f"{'. Use SSCS' if stationary else ' and none. Use StochasticHeun'}"
         )
-    noise = sde.accumulated_noise(0.0, sde.T)
+    noise = sde.accumulated_noise(0.0, 1.0)
     scale = max(float(covariance.abs().max()), 1.0)
     if float(covariance[0, 1].abs()) > 1e-12 * scale or float(noise[0, 1]) != 0:
         raise ValueError(

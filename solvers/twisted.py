@@ -195,7 +195,7 @@ def sample_posterior(
     check_observation(observation)
     one_of(method, _Twist, "method")
     sde = process.sde
-    grid = as_grid_times(times, "times", sde.T)
+    grid = as_grid_times(times, "times")
     for name, count in (("particles", particles), ("chunk", 1 if chunk is None else chunk)):
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise ValueError(f"{name} must be an integer of at least 1; got {count!r}")

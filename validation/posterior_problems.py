@@ -54,7 +54,7 @@ class PosteriorProblem:
         """
         smallest = float(torch.linalg.eigvalsh(self.posterior.covariances).min())
         end = times_of_log_snr(sde, -0.5 * math.log(_END_LEVEL**2 * smallest))
-        return root_times(sde.T, float(end), steps)
+        return root_times(1.0, float(end), steps)
 
     def observe(self, generator: torch.Generator) -> tuple[Tensor, PosteriorProblem]:
         """Draw data ``(1, D)`` and the same problem with an observation of them."""

@@ -60,7 +60,7 @@ def _integrate(
 
 def _coefficients(sde: LinearSDE, t: float) -> tuple[Array, Array]:
     """F and GGᵀ at a time."""
-    at = torch.tensor(min(max(t, 0.0), sde.T), dtype=torch.float64, device="cpu")
+    at = torch.tensor(min(max(t, 0.0), 1.0), dtype=torch.float64, device="cpu")
     F, G = sde.drift(at).numpy(), sde.diffusion(at).numpy()
     return F, G @ G.T
 

@@ -17,7 +17,7 @@ Parameter = float | Tensor
 MatrixLike = Tensor | Sequence[Sequence[Parameter]]
 
 
-def as_times(value: TimeLike, name: str, end: float) -> Tensor:
+def as_times(value: TimeLike, name: str, end: float = 1.0) -> Tensor:
     """Convert times to float64 on the CPU; raise if one lies outside [0, end].
 
     Raises
@@ -47,7 +47,7 @@ def as_times(value: TimeLike, name: str, end: float) -> Tensor:
     return times
 
 
-def as_grid_times(times: object, name: str, end: float, *, least: int = 2) -> Tensor:
+def as_grid_times(times: object, name: str, end: float = 1.0, *, least: int = 2) -> Tensor:
     """Convert a monotonic grid of times in [0, end] to float64 on the CPU; raise otherwise.
 
     Raises

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -21,6 +20,13 @@ from cldsde.linear.blocks import block_product, lower_factor, safe_sqrt, stack_f
 from cldsde.linear.checks import MatrixLike, Parameter, as_matrix
 from cldsde.linear.reprs import constructor_repr
 from cldsde.linear.schedule import Schedule
+from cldsde.linear.series import (
+    balancing_scale,
+    eliminate,
+    legendre_moments,
+    polynomials,
+    powers,
+)
 
 
 class Dynamics(ABC):
@@ -204,7 +210,7 @@ class TimeChangedDynamics(Dynamics):
             return self._single_transition(s, t, initial_root)
         scale = self._scale
         h, halvings, taylor = self._halved(s, t)
-        psi = _polynomials(taylor, h)
+        psi = polynomials(taylor, h)
         Q_root = self.Q_root / scale.unsqueeze(1)
         start = Q_root.new_zeros(self.components, 0)
         if initial_root is not None:
@@ -262,7 +268,7 @@ class TimeChangedDynamics(Dynamics):
             h = self._clock(s, t, float(self.A.detach().abs()))
             return (self.A * h[..., None, None]).exp()
         h, halvings, taylor = self._halved(s, t)
-        psi = _polynomials(taylor, h)
+        psi = polynomials(taylor, h)
         for i in range(_most(halvings)):
             psi = torch.where(i < halvings, block_product(psi, psi), psi)
         return self._in_units(psi, s.shape)
@@ -283,7 +289,7 @@ class TimeChangedDynamics(Dynamics):
         """Noise root over unhalved intervals ``(k, k, n)``: tri √h [C_0, C_1, …]."""
         moments = legendre_moments(self._DEGREES, self._TAYLOR_TERMS)
         columns = torch.einsum("ijp,jr,pq->irqp", taylor, Q_root, moments)
-        return lower_factor(_polynomials(columns.flatten(1, 2), h) * safe_sqrt(h))
+        return lower_factor(polynomials(columns.flatten(1, 2), h) * safe_sqrt(h))
 
     def _eliminated_root(
         self,
@@ -296,7 +302,7 @@ class TimeChangedDynamics(Dynamics):
         """Noise root with eliminated leading terms, joined with Ψ ``start`` if ``early``."""
         r = Q_root.shape[1]
         inputs, scales = _distinct_columns(torch.cat([Q_root, start], dim=1))
-        series = torch.einsum("ijp,jb->ibp", taylor, inputs).unsqueeze(-1) * _powers(
+        series = torch.einsum("ijp,jb->ibp", taylor, inputs).unsqueeze(-1) * powers(
             h, self._TAYLOR_TERMS
         )
         # An input that only the start has is one column, whatever the power.
@@ -336,28 +342,8 @@ class TimeChangedDynamics(Dynamics):
         return TimeChangedDynamics(reversed_A, self.Q_root, self.schedule)
 
 
-def _polynomials(coefficients: Tensor, x: Tensor) -> Tensor:
-    """Evaluate polynomials with coefficients ``(*, p)``, lowest first, at ``(n,)``: ``(*, n)``.
-
-    Horner's scheme is used, because a matrix product with the powers of x would wake the thread
-    pool.
-    """
-    *lower, value = coefficients.unsqueeze(-1).unbind(-2)
-    for coefficient in reversed(lower):
-        value = torch.addcmul(coefficient, value, x)
-    return value
-
-
 def _most(halvings: Tensor) -> int:
     return int(halvings.max()) if len(halvings) else 0
-
-
-def _powers(x: Tensor, n: int) -> Tensor:
-    """Powers 0 … n−1 of a vector, ``(n, len(x))``, in log₂ n products."""
-    powers = torch.stack([torch.ones_like(x), x])
-    while len(powers) < n:
-        powers = torch.cat([powers, powers * (powers[-1] * x)])
-    return powers[:n]
 
 
 def _leads_coincide(taylor: Tensor, inputs: Tensor) -> bool:
@@ -380,66 +366,3 @@ def _distinct_columns(columns: Tensor) -> tuple[Tensor, Tensor]:
     scales = columns.new_zeros(distinct.shape[1], len(size))
     scales[which, torch.arange(len(size), device="cpu")] = size
     return distinct, scales
-
-
-def eliminate(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Factor rows ``(k, m, n)`` as M E by Gaussian elimination with column pivoting.
-
-    M ``(k, k, n)`` is unit lower triangular. In each column that holds the largest entry of a row
-    of E, the rows below are zero. Entries do not grow, because a multiplier times the row is no
-    larger than the entry that it removes.
-    """
-    k, _, n = rows.shape
-    eye = torch.eye(k, dtype=rows.dtype, device="cpu")
-    multipliers = [eye[:, j, None].expand(k, n) for j in range(k)]
-    for i in range(k - 1):
-        lead = rows[i].detach().abs().argmax(0)
-        pivot = rows[i].gather(0, lead.unsqueeze(0))
-        blank = pivot == 0
-        where = lead.expand(k - i - 1, 1, n)
-        below = rows[i + 1 :].gather(1, where)
-        factor = torch.where(blank, 0.0, below.squeeze(1) / torch.where(blank, 1.0, pivot))
-        rest = rows[i + 1 :] - factor.unsqueeze(1) * rows[i]
-        # Set the eliminated entries to zero, because their rounding error may exceed the next term.
-        rest = rest.scatter(1, where, torch.where(blank, below, 0.0))
-        rows = torch.cat([rows[: i + 1], rest])
-        multipliers[i] = torch.cat([multipliers[i][: i + 1], factor])
-    return torch.stack(multipliers, dim=1), rows
-
-
-@lru_cache
-def legendre_moments(degrees: int, n: int) -> Tensor:
-    """∫ x^p P_j(x) dx over [0, 1] for orthonormal Legendre polynomials, ``(n, degrees)``.
-
-    The value is √(2j+1) p!² / ((p−j)! (p+j+1)!) for j ≤ p, and zero for j > p.
-    """
-    f = math.factorial
-    rows = [
-        [
-            math.sqrt(2 * j + 1) * f(p) ** 2 / (f(p - j) * f(p + j + 1)) if j <= p else 0.0
-            for j in range(degrees)
-        ]
-        for p in range(n)
-    ]
-    return torch.tensor(rows, dtype=torch.float64, device="cpu")
-
-
-def balancing_scale(A: Tensor) -> Tensor:
-    """Powers of two d for which D⁻¹AD has rows and columns of similar norms (Osborne 1960)."""
-    k = len(A)
-    size = A.abs().tolist()
-    scale = [1.0] * k
-    for _ in range(8):
-        balanced = True
-        for i in range(k):
-            row = sum(size[i][j] for j in range(k) if j != i)
-            column = sum(size[j][i] for j in range(k) if j != i)
-            factor = 2.0 ** round(math.log2(row / column) / 2) if row > 0 and column > 0 else 1.0
-            balanced = balanced and factor == 1.0
-            scale[i] *= factor
-            for j in range(k):
-                size[i][j] /= factor
-                size[j][i] *= factor
-        if balanced:
-            break
-    return torch.tensor(scale, dtype=torch.float64, device="cpu")

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from cldsde.linear.blocks import block_product
-from cldsde.linear.dynamics import Dynamics, balancing_scale
+from cldsde.linear.dynamics import Dynamics
 from cldsde.linear.schedule import gauss_legendre
+from cldsde.linear.series import balancing_scale
 
 RootAt = Callable[[Tensor], Tensor]
 """Function of times that returns the root L of the distribution given the start."""

@@ -11,9 +11,10 @@ from typing_extensions import override
 
 from cldsde.linear.blocks import block_product, lower_factor, safe_sqrt, stack_first
 from cldsde.linear.checks import check_callable
-from cldsde.linear.dynamics import Dynamics, driven_rows, eliminate, legendre_moments
+from cldsde.linear.dynamics import Dynamics, driven_rows
 from cldsde.linear.panels import Function, OverTimes, at_nodes, partition, time_rounding
 from cldsde.linear.reprs import shown
+from cldsde.linear.series import eliminate, legendre_moments
 from cldsde.linear.taylor import TERMS, legendre, taylor, transition_series, without_rounding
 
 _AT_ONCE = 512  # largest number of pieces whose series are in memory
@@ -25,7 +26,7 @@ _DEGREES = 14
 class FunctionDynamics(Dynamics):
     r"""Dynamics with F(t) and G(t) given by functions of time, which need not commute.
 
-    [0, end] is divided into panels with ‖F‖h ≤ 2 on which F and G are polynomials to rounding.
+    [0, 1] is divided into panels with ‖F‖h ≤ 2 on which F and G are polynomials to rounding.
     Panels are shorter if the functions vary quickly, and enclose jumps. On a panel, or on a part of
     it, Ψ(end, τ) G(τ) is a Taylor series. Its terms have full relative accuracy however short the
     part is. Gaussian elimination of common leading terms then keeps the digits of each row of the
@@ -40,8 +41,6 @@ class FunctionDynamics(Dynamics):
         Function of a time (0-dimensional float64 tensor) that returns F, ``(k, k)``.
     diffusion
         Function of a time that returns G, ``(k, r)``.
-    end
-        Largest time at which the functions are evaluated.
 
     Raises
     ------
@@ -52,13 +51,13 @@ class FunctionDynamics(Dynamics):
     """
 
     def __init__(
-        self, drift: Callable[[Tensor], Tensor], diffusion: Callable[[Tensor], Tensor], end: float
+        self, drift: Callable[[Tensor], Tensor], diffusion: Callable[[Tensor], Tensor]
     ) -> None:
         for name, function in (("drift", drift), ("diffusion", diffusion)):
             check_callable(function, name, "a function of a time")
         self._drift = OverTimes(drift)
         self._diffusion = OverTimes(diffusion)
-        self._grid = grid = torch.linspace(0, end, 257, device="cpu", dtype=torch.float64)
+        self._grid = grid = torch.linspace(0, 1, 257, device="cpu", dtype=torch.float64)
         F, G = self._drift(grid), self._diffusion(grid)
         for name, values in (("drift", F), ("diffusion", G)):
             if values.ndim != 3 or values.shape[0] != len(grid):
@@ -66,7 +65,7 @@ class FunctionDynamics(Dynamics):
                 raise ValueError(msg)
             if not bool(values.detach().isfinite().all()):
                 bad = grid[~values.detach().isfinite().all(-1).all(-1)][0]
-                msg = f"{name} must be finite on [0, {end:g}]; got NaN or infinity at t = {bad:g}"
+                msg = f"{name} must be finite on [0, 1]; got NaN or infinity at t = {bad:g}"
                 raise ValueError(msg)
         if F.shape[1] != F.shape[2]:
             raise ValueError(f"drift must return square matrices; got shape {tuple(F.shape[1:])}")

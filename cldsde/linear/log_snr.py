@@ -14,7 +14,7 @@ _BETA_MIN, _BETA_MAX = 0.1, 20.0  # of the default `VPSDE`
 
 
 def times_of_log_snr(
-    sde: LinearSDE, log_snr: Tensor | float, T: float | None = None, eps: float = 1e-9
+    sde: LinearSDE, log_snr: Tensor | float, T: float = 1.0, eps: float = 1e-9
 ) -> Tensor:
     """Times at which a process has given values of κ, half the log of the signal-to-noise ratio.
 
@@ -28,7 +28,7 @@ def times_of_log_snr(
     log_snr
         Values of κ (`LinearSDE.log_snr`), a number or a tensor of any shape.
     T, eps
-        Ends of the search interval, 0 < ε ≤ T; T defaults to the end of the process.
+        Ends of the search interval, 0 < ε ≤ T ≤ 1.
 
     Returns
     -------
@@ -51,8 +51,7 @@ def times_of_log_snr(
     3.22 0.0086
     """
     check_process(sde)
-    T = sde.T if T is None else as_number(T, "T")
-    eps = as_number(eps, "eps")
+    T, eps = as_number(T, "T"), as_number(eps, "eps")
     try:
         log_snr = as_float64(log_snr).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
@@ -60,8 +59,8 @@ def times_of_log_snr(
         raise TypeError(msg) from error
     if bool(log_snr.isnan().any()):
         raise ValueError(f"log_snr must not be NaN; got {log_snr.tolist()}")
-    if not 0 < eps <= T <= sde.T:
-        msg = f"eps and T must have 0 < eps ≤ T ≤ {sde.T:g}; got eps = {eps:g}, T = {T:g}"
+    if not 0 < eps <= T <= 1:
+        msg = f"eps and T must have 0 < eps ≤ T ≤ 1; got eps = {eps:g}, T = {T:g}"
         raise ValueError(msg)
     target = log_snr.flatten()
     points = torch.linspace(math.log(eps), math.log(T), 513, dtype=torch.float64, device="cpu")

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from cldsde.linear.checks import as_float64
-from cldsde.linear.dynamics import balancing_scale
 from cldsde.linear.schedule import gauss_legendre
+from cldsde.linear.series import balancing_scale
 from cldsde.linear.taylor import (
     NODES,
     basis,

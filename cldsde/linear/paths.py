@@ -150,7 +150,7 @@ class NoisePath:
         TypeError
             If ``sde`` is not a process.
         ValueError
-            If it has several components, or not 0 < ``start`` < T.
+            If it has several components, or not 0 < ``start`` < 1.
         """
         check_process(sde)
         if sde.components != 1:
@@ -158,12 +158,12 @@ class NoisePath:
                 f"sde must have one component; got {sde!r} with {sde.components}. Use a "
                 "MixedScore, or a score(z, t), for a network that was trained with it"
             )
-        if not 0 < start < sde.T:
-            raise ValueError(f"start must lie between 0 and {sde.T:g}; got {start:g}")
+        if not 0 < start < 1:
+            raise ValueError(f"start must lie between 0 and 1; got {start:g}")
         return cls(
             partial(_process_signal, sde),
             partial(_process_noise, sde),
-            interval=(start, sde.T),
+            interval=(start, 1.0),
             inverse=partial(times_of_log_snr, sde, eps=start),
             rates=partial(_process_rates, sde),
         )

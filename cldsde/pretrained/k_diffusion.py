@@ -250,7 +250,7 @@ def _check_reached(sde: LinearSDE, log_snr: Tensor) -> None:
     """Raise ValueError if a process has less noise than the first level, unless it is all noise."""
 
     def noisiest(process: LinearSDE) -> float:
-        return float(process.log_snr(process.T))
+        return float(process.log_snr(1.0))
 
     wanted, reach = float(log_snr[0]), noisiest(sde)
     if wanted == -math.inf or wanted >= reach - _ROUNDING:

@@ -206,7 +206,7 @@ def _score_sde_vp(
     if how.levels is None:
         return _LAST_LABEL * t, -1 / sde.marginal(t).root[..., 0, 0], torch.zeros_like(t)
     # β/N at the two ends, as DDPM has them; drift is −β/2.
-    ends = torch.tensor([0.0, sde.T], dtype=torch.float64, device="cpu")
+    ends = torch.tensor([0.0, 1.0], dtype=torch.float64, device="cpu")
     low, high = (-2 * sde.drift(ends)[:, 0, 0] / how.levels).tolist()
     betas = torch.linspace(low, high, how.levels, dtype=torch.float64, device="cpu")
     deviations = (-torch.log1p(-betas).cumsum(0).expm1()).sqrt()
@@ -222,8 +222,8 @@ def _score_sde_ve(
     if how.levels is None:
         deviation = sde.marginal(t).root[..., 0, 0]
         return deviation / 2, 1 / deviation, torch.zeros_like(t)
-    label = ((how.levels - 1) * (sde.T - t)).round()
-    at = sde.T - label / (how.levels - 1)
+    label = ((how.levels - 1) * (1 - t)).round()
+    at = 1 - label / (how.levels - 1)
     return label, 1 / sde.marginal(at).root[..., 0, 0], torch.zeros_like(t)
 
 

@@ -347,7 +347,7 @@ class Conversion:
             - The target is the full score, and float64 has too few digits for it.
         """
         check_process(sde)
-        times = as_times(t, "t", sde.T)
+        times = as_times(t, "t")
         one_of(source, Prediction, "source")
         one_of(target, Prediction, "target")
         one_of(conditioning, Conditioning, "conditioning")

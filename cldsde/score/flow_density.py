@@ -168,7 +168,7 @@ def flow_log_prob(
         ) from error
     latent, integral = states[-1], integrals[-1]
     # Before T the prior is the distribution of the noise at that time.
-    prior = sde.prior if T == sde.T else Gaussian(sde.marginal(T).root)
+    prior = sde.prior if T == 1 else Gaussian(sde.marginal(T).root)
     return FlowDensity(prior.log_prob(latent) + integral, latent, integral, flow.nfev)
 
 
@@ -178,7 +178,7 @@ _ADAPTIVE = ("dopri5", "dopri8", "bosh3", "adaptive_heun")
 
 def _end(sde: LinearSDE) -> float:
     """Time at which the distribution of the states is replaced by the prior."""
-    return sde.T if sde.regular_until == sde.T else float(times_of_log_snr(sde, -10.0))
+    return 1.0 if sde.regular_until == 1 else float(times_of_log_snr(sde, -10.0))
 
 
 def _worst_sample(y: tuple[Tensor, Tensor]) -> Tensor:

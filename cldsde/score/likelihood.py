@@ -142,7 +142,7 @@ def log_likelihood(
     check_generator(generator)
     sde = process.sde
     mean = sde.embed(x0)
-    check_between(t_min, 1e-300, sde.T * (1 - 1e-9), "t_min")
+    check_between(t_min, 1e-300, 1 - 1e-9, "t_min")
     one_of(start, Start, "start")
     one_of(divergence, Divergence, "divergence")
     as_integer(samples, 1, "samples")

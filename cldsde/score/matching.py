@@ -204,10 +204,10 @@ class PerturbedData:
             )
         output = output.to(self.noise.dtype)
         if weighting == "likelihood":
-            diverges = self.sde.regular_until < self.sde.T and bool((self.t == self.sde.T).any())
+            diverges = self.sde.regular_until < 1 and bool((self.t == 1).any())
             if diverges and prediction != "data":
                 raise ValueError(
-                    f"t must be below {self.sde.T:g} with weighting='likelihood', because the "
+                    "t must be below 1 with weighting='likelihood', because the "
                     "diffusion of this process diverges there; draw earlier times or use "
                     "prediction='data'"
                 )
@@ -336,7 +336,7 @@ def optimal_loss(
     """
     check_process(sde)
     check_positive(data_variance, "data_variance")
-    times = as_times(t, "t", sde.T)
+    times = as_times(t, "t")
     kernel = conditional_kernel(sde, times, conditioning)
     whitened = whiten(sde, kernel, times)
     U = math.sqrt(data_variance) * kernel.mean[..., :1]
@@ -358,7 +358,7 @@ def likelihood_rows(sde: LinearSDE, whitened: WhitenedKernel) -> Tensor:
     # G of an interpolant diverges at t = 1. An error that is α times an error of the data is zero
     # there for any finite matrix. `PerturbedData.loss` raises for the other predictions.
     t, end = whitened.times, sde.regular_until
-    finite = torch.where((t == sde.T) & (end < sde.T), end, t)
+    finite = torch.where((t == 1) & (end < 1), end, t)
     G = sde.diffusion(finite)[..., list(sde.driven), :]
     return (triangular_inverse(whitened.driven_root()) @ G).mT
 

@@ -90,15 +90,15 @@ class ScoreDenoiser(Denoiser):
         self.score = as_score(score)
         own = self.score.sde if sde is None else sde
         self.sde = check_process(own)
-        if not 0 < start < self.sde.T:
-            raise ValueError(f"start must lie between 0 and {self.sde.T:g}; got {start:g}")
+        if not 0 < start < 1:
+            raise ValueError(f"start must lie between 0 and 1; got {start:g}")
         self.start = start
         self.seed = seed
         self._kept: tuple[object, Tensor] | None = None
         self.fills = fill and self.sde.components > 1
         self.depends_on_place = self.fills or self.score.depends_on_place
         self.shared_conditions = self.score.shared_conditions
-        ends = torch.tensor([start, self.sde.T], dtype=torch.float64, device="cpu")
+        ends = torch.tensor([start, 1.0], dtype=torch.float64, device="cpu")
         low, high = (-self.sde.log_snr(ends)).exp().tolist()
         known = self.score.noise_levels or (low, high)
         self.noise_levels: tuple[float, float] = max(low, known[0]), min(high, known[1])

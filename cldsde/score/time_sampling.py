@@ -191,7 +191,7 @@ def log_snr_density(
 
 
 def _log_snr_normal(t: Tensor, sde: LinearSDE, mean: float, std: float) -> Tensor:
-    times = as_times(t, "t", sde.T)
+    times = as_times(t, "t")
     return normal_log_snr(sde, whiten(sde, sde.marginal(times), times), mean, std)
 
 
@@ -228,7 +228,7 @@ def logit_normal_density(*, mean: float = 0.0, std: float = 1.0) -> Callable[[Te
 
 
 def _logit_normal(t: Tensor | float, mean: float, std: float) -> Tensor:
-    times = as_times(t, "t", 1.0).clamp(1e-12, 1 - 1e-12)
+    times = as_times(t, "t").clamp(1e-12, 1 - 1e-12)
     return _normal(times.logit(), mean, std) / (times * (1 - times))
 
 
@@ -264,7 +264,7 @@ def mode_density(scale: float = 1.29) -> Callable[[Tensor], Tensor]:
 
 
 def _mode(t: Tensor | float, scale: float) -> Tensor:
-    times = as_times(t, "t", 1.0)
+    times = as_times(t, "t")
     low, high = torch.zeros_like(times), torch.ones_like(times)
     for _ in range(60):  # bisection; t decreases with u
         u = (low + high) / 2

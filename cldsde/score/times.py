@@ -174,7 +174,7 @@ def score_times(
     else:
         if isinstance(t, Tensor) and t.ndim == 1 and t.stride() == (0,) and len(t) == len(z) > 0:
             t = t[0]
-        times = as_float64(t).detach().cpu() if levels else as_times(t, "t", 1.0)
+        times = as_float64(t).detach().cpu() if levels else as_times(t, "t")
     if times.shape not in (torch.Size([]), torch.Size([len(z)])):
         name, what = ("sigma", "one level") if levels else ("t", "one time")
         msg = f"{name} must be {what} or have shape ({len(z)},); got {tuple(times.shape)}"

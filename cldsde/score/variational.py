@@ -214,7 +214,7 @@ def cross_entropy(
         weight = weight.to(losses)
     dimension = math.prod(pair.x0.shape[1:])
     divergence = _prior_divergence(sde, pair.x0, prior or sde.prior)
-    diffusion = dimension * (sde.T - t_min) * weight * losses
+    diffusion = dimension * (1 - t_min) * weight * losses
     entropy = 0.5 * math.log(2 * math.pi * math.e)  # of a standard normal number
     if of == "data":
         last = entropy - sde.log_snr(t_min)
@@ -226,12 +226,11 @@ def cross_entropy(
 
 
 def _check_times(pair: PerturbedData, weight: Tensor | float, t_min: float) -> None:
-    check_between(t_min, 1e-300, pair.sde.T * (1 - 1e-9), "t_min")
+    check_between(t_min, 1e-300, 1 - 1e-9, "t_min")
     times = pair.t
     # A time in single precision may round below the smallest.
     if times.numel() and float(times.min()) < t_min * (1 - 1e-6):
-        T = pair.sde.T
-        msg = f"t must lie in [t_min, T] = [{t_min:g}, {T:g}]; got {float(times.min()):g}"
+        msg = f"t must lie in [t_min, T] = [{t_min:g}, 1]; got {float(times.min()):g}"
         raise ValueError(msg)
     fitting = (torch.Size([]), torch.Size([len(pair.x0)]))
     if isinstance(weight, Tensor) and weight.shape not in fitting:
@@ -269,7 +268,7 @@ def _gaussian_diffusion(pair: PerturbedData, mean: Tensor, variance: float, t_mi
     function of I.
     """
     sde, x0 = pair.sde, pair.x0
-    ends = torch.tensor([t_min, sde.T], dtype=torch.float64, device="cpu")
+    ends = torch.tensor([t_min, 1.0], dtype=torch.float64, device="cpu")
     first, last = 1 + variance * (2 * sde.log_snr(ends)).exp()
     square = flatten_data((x0 - mean).unsqueeze(1)).squeeze(1).square().sum(1)
     dimension = math.prod(x0.shape[1:])
@@ -284,7 +283,7 @@ def _prior_divergence(sde: LinearSDE, x0: Tensor, prior: Gaussian) -> Tensor:
     if prior.root.shape != (k, k):
         msg = f"prior must have the {k} components of {sde!r}; got {tuple(prior.root.shape)}"
         raise ValueError(msg)
-    kernel = sde.marginal(sde.T)
+    kernel = sde.marginal(1.0)
     inverse = triangular_inverse(prior.root)
     spread = (inverse @ kernel.root).square().sum()
     log_det = 2 * (prior.root.diagonal().log() - kernel.root.diagonal().log()).sum()

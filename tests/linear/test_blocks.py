@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cldsde.linear.blocks import apply_blocks, block_exp, block_solve, lower_factor, safe_sqrt
-from cldsde.linear.dynamics import eliminate
+from cldsde.linear.series import eliminate
 from probes import normals
 from strategies import dtypes, seeds, shapes
 from tolerances import EPS, rounding
