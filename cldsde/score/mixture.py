@@ -17,7 +17,9 @@ from cldsde.linear.kernel import check_density
 from cldsde.linear.random import check_generator, standard_normal
 from cldsde.linear.reprs import constructor_repr
 from cldsde.linear.sde import LinearSDE, check_process
-from cldsde.score.observation import Observation, check_observation
+from cldsde.score.conditioning import conditioned
+from cldsde.score.dense_mixture import DenseMarginal
+from cldsde.score.observation import Observation
 from cldsde.score.operators import Copies
 from cldsde.score.protocol import Score
 from cldsde.score.times import PlannedTime, coefficients_at, score_times
@@ -42,15 +44,6 @@ class _Marginal(NamedTuple):
 
     def to(self, like: Tensor) -> _Marginal:
         return _Marginal(*(field.to(like) for field in self))
-
-
-class _DenseMarginal(NamedTuple):
-    """The same with matrices over all k·D numbers of a state, ordered component by component."""
-
-    mean: Tensor  # (*, n, k D, 1)
-    whitening: Tensor  # (*, n, k D, k D)
-    log_scale: Tensor  # (*, n, 1)
-    pull: Tensor  # (*, d D, n k D), from whitened residuals to the score
 
 
 class GaussianMixture:
@@ -228,10 +221,6 @@ class GaussianMixture:
             `ReverseProcess` needs. ``"all"``: all components. ``"auxiliary"``: all but the data,
             which is the conditional score ∂ log p_t(v, … | x)/∂(v, …).
 
-        Returns
-        -------
-        MixtureScore
-
         Raises
         ------
         ValueError
@@ -271,7 +260,7 @@ class GaussianMixture:
         >>> data.condition(seen).means
         tensor([[0.8000, 0.6400]], dtype=torch.float64)
         """
-        log_evidence, means, covariances = self._conditioned(observation)
+        log_evidence, means, covariances = conditioned(self.means, self.covariances, observation)
         # Weights must be positive, so a weight that underflows is set to the smallest number.
         weights = (self.weights.log() + log_evidence).softmax(0)
         return GaussianMixture(
@@ -279,58 +268,9 @@ class GaussianMixture:
         )
 
     def log_evidence(self, observation: Observation) -> float:
-        """Log-evidence log p(y) of a linear observation of the data, in nats.
-
-        Parameters
-        ----------
-        observation
-            See `condition`.
-        """
-        log_evidence, _, _ = self._conditioned(observation)
+        """Log-evidence log p(y) in nats of an observation; see `condition`."""
+        log_evidence, _, _ = conditioned(self.means, self.covariances, observation)
         return float((self.weights.log() + log_evidence).logsumexp(0))
-
-    def _conditioned(self, observation: Observation) -> tuple[Tensor, Tensor, Tensor]:
-        r"""Log-evidence ``(n,)``, means and covariances of the modes given y = A x + s n.
-
-        .. math::
-            S = A C A^⊤ + s^2 I, \quad K = C A^⊤ S^{-1}, \quad m' = m + K (y − A m), \quad
-            C' = (I − K A) C (I − K A)^⊤ + s^2 K K^⊤
-
-        This is Joseph's form of C', which stays positive semi-definite for small s. Without noise,
-        y has no density if rows of A are linearly dependent or zero on the data.
-        """
-        shape = check_observation(observation).shape or (self.dimension,)
-        if math.prod(shape) != self.dimension:
-            raise ValueError(
-                f"observation must be of data of {self.dimension} numbers, the mixture's "
-                f"dimension; got data of shape {tuple(shape)}"
-            )
-        observation.check(shape, dtype=torch.float64)
-        A = observation.dense(shape)
-        y = observation.y.to("cpu", torch.float64).flatten()
-        if len(y) != len(A):
-            raise ValueError(
-                f"observation must hold one y of {len(A)} numbers to condition on; "
-                f"got shape {tuple(observation.y.shape)}"
-            )
-        means, covariances = self.means.detach().cpu(), self.covariances.cpu()
-        noise_std, eye = observation.noise_std, partial(torch.eye, dtype=A.dtype, device="cpu")
-        cross = covariances @ A.mT
-        roots, faults = torch.linalg.cholesky_ex(A @ cross + noise_std**2 * eye(len(A)))
-        if bool(faults.any()):
-            raise ValueError(
-                f"noise_std of the observation must be larger, because y has no density under the "
-                f"mixture; got {noise_std:g}"
-            )
-        residual = y - means @ A.mT
-        whitened = torch.linalg.solve_triangular(roots, residual.unsqueeze(-1), upper=False)
-        volume = roots.diagonal(dim1=1, dim2=2).log().sum(1) + 0.5 * len(A) * math.log(2 * math.pi)
-        gain = torch.cholesky_solve(cross.mT, roots).mT
-        rest = eye(A.shape[1]) - gain @ A
-        moved = means + (gain @ residual.unsqueeze(-1)).squeeze(-1)
-        shrunk = rest @ covariances @ rest.mT + noise_std**2 * gain @ gain.mT
-        log_evidence = -0.5 * whitened.square().sum((1, 2)) - volume
-        return log_evidence, moved, (shrunk + shrunk.mT) / 2
 
     def _flat_state(self, sde: LinearSDE, z: Tensor) -> Tensor:
         flat = flatten_data(check_state(z, sde.components))
@@ -369,13 +309,9 @@ class GaussianMixture:
         whitened = torch.einsum("...njkl,...nlj->...nkj", marginal.whitening, residual)
         return whitened, marginal.log_scale - 0.5 * whitened.square().sum((-2, -1))
 
-    def _dense_marginal(self, sde: LinearSDE, rows: list[int], t: Tensor) -> _DenseMarginal:
-        marginal = self._marginal(sde, t)
-        whitening = torch.einsum("...njkl,nij->...nkjli", marginal.whitening, self._axes)
-        pull = -whitening[..., rows, :].flatten(-2).flatten(-4, -2).mT
-        mean = marginal.mean.flatten(-2).unsqueeze(-1)
-        whole = whitening.flatten(-2).flatten(-3, -2)
-        return _DenseMarginal(mean, whole, marginal.log_scale.unsqueeze(-1), pull)
+    def _dense_marginal(self, sde: LinearSDE, rows: list[int], t: Tensor) -> DenseMarginal:
+        _, mean, whitening, log_scale, _ = self._marginal(sde, t)
+        return DenseMarginal.rotated(mean, whitening, log_scale, self._axes, rows)
 
     def _score(self, flat: Tensor, rows: list[int], marginal: _Marginal) -> Tensor:
         whitened, log_terms = self._terms(flat, marginal)
@@ -392,20 +328,6 @@ class GaussianMixture:
         if torch.is_grad_enabled() and any(x.requires_grad for x in parts):
             return None
         return tuple(0 if x.is_inference() else x._version for x in parts)
-
-
-def _dense_score(flat: Tensor, marginal: _DenseMarginal) -> Tensor:
-    """Score ``(B, d D)`` of states ``(B, k, D)`` that share a time.
-
-    The batch is the last axis, because sums and softmaxes over few entries are much faster if the
-    long axis is contiguous.
-    """
-    whitened = marginal.whitening @ (flat.flatten(1).mT - marginal.mean)
-    if len(whitened) > 1:
-        log_terms = marginal.log_scale - 0.5 * whitened.square().sum(1)
-        whitened = whitened * log_terms.softmax(0).unsqueeze(1)
-    score: Tensor = (marginal.pull @ whitened.flatten(0, 1)).mT
-    return score
 
 
 def _rows(sde: LinearSDE, rows: Rows) -> list[int]:
@@ -459,7 +381,7 @@ class MixtureScore(Score):
             make = partial(data._dense_marginal, self.sde, rows)
         with torch.autocast(z.device.type, enabled=False):
             table = coefficients_at(self, t, z, make, flat.dtype, planned=planned, version=version)
-            score = _dense_score(flat, table) if dense else data._score(flat, rows, table)
+            score = table.score(flat) if dense else data._score(flat, rows, table)
         return score.to(z.dtype).reshape(len(z), len(rows), *z.shape[2:])
 
     def data_prediction(self, z: Tensor, t: TimeLike, **options: Any) -> Tensor:
