@@ -9,21 +9,17 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from cldsde.linear.blocks import block_solve
 from cldsde.linear.checks import check_at_least, one_of
-from cldsde.linear.covariance import triangular_inverse
 from cldsde.linear.log_snr import vp_time
-from cldsde.linear.moves import by_steps, carried_roots, marginal_factors, moves_to_end
-from cldsde.linear.schedule import gauss_legendre
 from cldsde.linear.sde import LinearSDE
 from cldsde.score import Conversion, ReverseProcess
 
 from .base import DATA_DETERMINED, Facts, GridSolver, Memory, ScoreAt
 from .combine import Block, add_to, as_blocks, combine
 from .level_noise import LevelNoise
+from .multistep_coefficients import Steps, data_steps, lagrange, noise_steps
 from .noise import NoiseSource
 
-_NODES = 16
 _LEAST_LOG_SNR = -8.0  # below it a float32 score determines three digits of the data prediction
 
 Prediction = Literal["data", "noise"]
@@ -48,16 +44,6 @@ class _Tables(NamedTuple):
     noise: list[Block]  # k×k, or no columns if the step is deterministic
     weights: list[list[Block]]  # of the predictions, newest first, k×m each
     corrector: list[list[Block]]  # of the predictions at the step's end and before
-
-
-class _Steps(NamedTuple):
-    """Coefficients of the steps before the polynomials are chosen."""
-
-    nodes: Tensor  # quadrature times along each step, (n, q); q = 0 if no step needs them
-    move: Tensor  # (n, k, k)
-    noise: Tensor  # (n, k, k), or no columns if the steps are deterministic
-    total: Tensor  # weights of a constant prediction, (n, k, m)
-    slope: Tensor  # their integrand at the nodes, times the quadrature weight, (n, q, k, m)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,9 +196,9 @@ class ExponentialMultistep(GridSolver):
         # The weights of a single prediction need no quadrature.
         along = self.order > 1 or self._corrects(1)
         if self.prediction == "data":
-            steps = _data_steps(sde, times, self.stochasticities(sde, times[:-1]), along=along)
+            steps = data_steps(sde, times, self.stochasticities(sde, times[:-1]), along=along)
         else:
-            steps, inverse = _noise_steps(sde, times, along=along)
+            steps, inverse = noise_steps(sde, times, along=along)
             psi = sde.transition_matrix(torch.zeros_like(times[:-1]), times[:-1])[..., :1]
             state, score = inverse - inverse @ psi @ state, -inverse @ psi @ score
         x = [_VARIABLES[self.variable](sde, t) for t in (times, steps.nodes)]
@@ -319,7 +305,7 @@ class ExponentialMultistep(GridSolver):
         return levels
 
     def _weights(
-        self, steps: _Steps, variable: Sequence[Tensor], *, offset: int
+        self, steps: Steps, variable: Sequence[Tensor], *, offset: int
     ) -> list[list[Block]]:
         """Weights of the predictions at times i + offset, i + offset − 1, … for each step i.
 
@@ -344,75 +330,10 @@ class ExponentialMultistep(GridSolver):
                 half = (H / (2 * spacing))[:, None, None] * total
                 parts = [half, total - half] if offset else [total + half, -half]
             else:
-                basis = _lagrange(points, nodes[which])  # (steps, q, count)
+                basis = lagrange(points, nodes[which])  # (steps, q, count)
                 parts = list(torch.einsum("nqj,nqkm->jnkm", basis, steps.slope[which]))
                 # The weights add up to the weights of a constant, which need no quadrature.
                 parts[0] = total - sum(parts[1:], torch.zeros_like(total))
             rows = [as_blocks(part) for part in parts]
             blocks += [[row[i] for row in rows] for i in range(len(which))]
         return blocks
-
-
-def _lagrange(points: Tensor, at: Tensor) -> Tensor:
-    """Lagrange polynomials through ``points (n, m)`` at ``(n, q)``, shape ``(n, q, m)``."""
-    distance = at[:, :, None] - points[:, None]
-    spacing = points[:, :, None] - points[:, None]
-    factors = distance[:, :, None] / spacing[:, None]  # (n, q, m, m)
-    factors.diagonal(dim1=2, dim2=3).fill_(1.0)
-    return factors.prod(-1)
-
-
-def _stops(times: Tensor, *, along: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Start, nodes and end of each step, ``(n, q + 2)``, and nodes and signed weights ``(n, q)``.
-
-    The rule is Gauss–Legendre in log t; q is 0 unless ``along``.
-    """
-    x, w = gauss_legendre(_NODES) if along else torch.empty(2, 0, dtype=torch.float64, device="cpu")
-    start, end = times[:-1].unsqueeze(1), times[1:].unsqueeze(1)
-    length = torch.log1p((end - start) / start)
-    nodes = start * torch.exp(length * x)
-    return torch.cat([start, nodes, end], dim=1), nodes, length * w * nodes
-
-
-def _data_steps(sde: LinearSDE, times: Tensor, levels: Tensor, *, along: bool) -> _Steps:
-    """Coefficients Φ_λ, the noise root and the weights of x̂₀, for data predictions."""
-    stops, nodes, weights = _stops(times, along=along)
-    mean, root = marginal_factors(sde, stops)
-    moves, noise = moves_to_end(sde, stops, root, levels)
-    psi = mean[..., :1]
-    G, whitening = sde.diffusion(nodes), triangular_inverse(root[:, 1:-1])
-    pull = G @ (G.mT @ whitening.mT) @ (whitening @ psi[:, 1:-1])
-    factor = -0.5 * (1 + levels.square())[:, None] * weights
-    return _Steps(
-        nodes,
-        moves[:, 0],
-        noise,
-        psi[:, -1] - moves[:, 0] @ psi[:, 0],
-        factor[..., None, None] * (moves[:, 1:] @ pull),
-    )
-
-
-def _noise_steps(sde: LinearSDE, times: Tensor, *, along: bool) -> tuple[_Steps, Tensor]:
-    """Coefficients Ψ(u, t) and the weights of n = −Rᵀs, and R⁻¹ at the start of each step."""
-    stops, nodes, weights = _stops(times, along=along)
-    _, triangular = marginal_factors(sde, stops)
-    root, inverse = carried_roots(sde, stops, triangular)
-
-    def to_end(stops: Tensor) -> tuple[Tensor]:
-        if times[0] < times[-1]:
-            return (sde.transition_matrix(stops[:, :-1], stops[:, -1:]),)
-        psi = sde.transition_matrix(stops[:, -1:], stops[:, :-1])
-        eye = torch.eye(sde.components, dtype=torch.float64, device="cpu")
-        return (block_solve(psi, eye),)
-
-    (moves,) = by_steps(to_end, stops)
-    G = sde.diffusion(nodes)
-    pull = G @ (inverse[:, 1:-1] @ G).mT
-    steps = _Steps(
-        nodes,
-        moves[:, 0],
-        moves[:, 0, :, :0],
-        root[:, -1] - moves[:, 0] @ root[:, 0],
-        0.5 * weights[..., None, None] * (moves[:, 1:] @ pull),
-    )
-    return steps, inverse[:, 0]

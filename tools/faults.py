@@ -45,7 +45,7 @@ FAULTS = [
     ),
     Fault(
         "noise × 1.001 in a multistep method",
-        "solvers/exponential_multistep.py",
+        "solvers/multistep_coefficients.py",
         "        noise,\n        psi[:, -1]",
         "        1.001 * noise,\n        psi[:, -1]",
         ORDERS,
