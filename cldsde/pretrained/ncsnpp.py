@@ -19,17 +19,25 @@ only, or ``"skip"``, the sum over all levels.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from cldsde.linear.checks import check_at_least, check_positive
+from cldsde.pretrained.ncsnpp_layers import (
+    Attention,
+    Block,
+    Down,
+    Embedding,
+    Up,
+    attentions,
+    conv,
+    nearest,
+    norm,
+)
 from cldsde.pretrained.resampling import Double, FilteredConv, Halve
 
 InputsEnter = Literal["once", "skip", "residual"]
@@ -37,7 +45,6 @@ InputsEnter = Literal["once", "skip", "residual"]
 OutputsLeave = Literal["once", "skip"]
 """Levels that contribute to the output."""
 
-_SCALE = 1 / math.sqrt(2)
 _NEARLY_ZERO = 1e-5  # the published initial variance is 1e-10 times the Glorot variance
 
 
@@ -123,13 +130,13 @@ class NCSNpp(nn.Module):
             check_positive(fourier_scale, "fourier_scale")
         if inputs_enter == "residual" and not fir:
             raise ValueError("fir must be True if inputs_enter is 'residual'")
-        self.embedding = _Embedding(channels[0], fourier_scale)
+        self.embedding = Embedding(channels[0], fourier_scale)
         #: Added to the embedding of the clock: maps labels ``(B,)`` to ``(B, 4·channels[0])``.
         self.class_embedding: nn.Module | None = None
         self.conv_in = nn.Conv2d(inputs, channels[0], 3, padding=1)
 
-        def block(of: int, to: int, resample: nn.Module | None = None) -> _Block:
-            made = _Block(of, to, 4 * channels[0], dropout, resample)
+        def block(of: int, to: int, resample: nn.Module | None = None) -> Block:
+            made = Block(of, to, 4 * channels[0], dropout, resample)
             made.recomputes = gradient_checkpointing
             return made
 
@@ -138,8 +145,8 @@ class NCSNpp(nn.Module):
         entering = inputs
         for level, of in enumerate(channels):
             attends = heights[level] in attention
-            row = _Down(block(n, of) for n in (skips[-1], *[of] * (blocks - 1)))
-            row.attentions = _attentions(of, blocks if attends else 0)
+            row = Down(block(n, of) for n in (skips[-1], *[of] * (blocks - 1)))
+            row.attentions = attentions(of, blocks if attends else 0)
             skips += [of] * blocks
             if level < last:
                 row.shrink = block(of, of, Halve() if fir else nn.AvgPool2d(2))
@@ -151,18 +158,18 @@ class NCSNpp(nn.Module):
                 skips.append(of)
             self.down.append(row)
         of = channels[-1]
-        self.middle = nn.ModuleList([block(of, of), _Attention(of), block(of, of)])
+        self.middle = nn.ModuleList([block(of, of), Attention(of), block(of, of)])
         for level in reversed(range(len(channels))):
             attends, to = heights[level] in attention, channels[level]
-            row_up = _Up(block(n + skips.pop(), to) for n in (of, *[to] * blocks))
+            row_up = Up(block(n + skips.pop(), to) for n in (of, *[to] * blocks))
             of = to
-            row_up.attentions = _attentions(of, int(attends))
+            row_up.attentions = attentions(of, int(attends))
             if outputs_leave == "skip" or level == 0:
-                row_up.leave = nn.Sequential(_norm(of), nn.SiLU(), _conv(of, outputs))
+                row_up.leave = nn.Sequential(norm(of), nn.SiLU(), conv(of, outputs))
             if outputs_leave == "skip" and level < last:
-                row_up.enlarge = Double() if fir else _nearest()
+                row_up.enlarge = Double() if fir else nearest()
             if level:
-                row_up.grow = block(of, of, Double() if fir else _nearest())
+                row_up.grow = block(of, of, Double() if fir else nearest())
             self.up.append(row_up)
         self._initialise()
 
@@ -221,7 +228,7 @@ class NCSNpp(nn.Module):
                 nn.init.zeros_(module.bias)
         with torch.no_grad():
             for module in self.modules():
-                if isinstance(module, _Block | _Attention):
+                if isinstance(module, Block | Attention):
                     module.last.weight.mul_(_NEARLY_ZERO)
         rows: list[Any] = [*self.up]
         for row in rows:
@@ -229,192 +236,10 @@ class NCSNpp(nn.Module):
                 nn.init.zeros_(row.leave[-1].weight)
 
 
-class _Embedding(nn.Module):
-    """Embedding of the clock ``(B,)`` as ``(B, 4·width)``."""
-
-    frequencies: Tensor | None
-    rates: Tensor
-
-    def __init__(self, width: int, fourier_scale: float | None) -> None:
-        super().__init__()
-        fourier, device = fourier_scale is not None, torch.get_default_device()
-        drawn = None
-        if fourier_scale is not None:
-            drawn = fourier_scale * torch.randn(width, device=device)
-        self.register_buffer("frequencies", drawn)
-        half = width // 2
-        rates = torch.exp(-math.log(10_000) / (half - 1) * torch.arange(half, device=device))
-        self.register_buffer("rates", None if fourier else rates, persistent=False)
-        self.linear_1 = nn.Linear(width * (2 if fourier else 1), 4 * width)
-        self.linear_2 = nn.Linear(4 * width, 4 * width)
-
-    def forward(self, clock: Tensor) -> Tensor:
-        clock = clock.unsqueeze(1)
-        if self.frequencies is None:
-            phase = clock * self.rates
-        else:
-            phase = clock * self.frequencies * (2 * math.pi)
-        features = torch.cat([phase.sin(), phase.cos()], dim=1)
-        out: Tensor = self.linear_2(F.silu(self.linear_1(features)))
-        return out
-
-
-class _Block(nn.Module):
-    """BigGAN's residual block."""
-
-    def __init__(
-        self, of: int, to: int, width: int, dropout: float, resample: nn.Module | None
-    ) -> None:
-        super().__init__()
-        self.norm_1, self.conv = _norm(of), _conv(of, to)
-        self.clock = nn.Linear(width, to)
-        self.norm_2, self.dropout, self.last = _norm(to), nn.Dropout(dropout), _conv(to, to)
-        plain = of == to and resample is None
-        self.shortcut = None if plain else nn.Conv2d(of, to, 1)
-        self.resample = resample
-        self.recomputes = False
-
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        if self.recomputes and torch.is_grad_enabled():
-            out: Tensor = checkpoint(self._run, x, embedding, use_reentrant=False)
-            return out
-        return self._run(x, embedding)
-
-    def _run(self, x: Tensor, embedding: Tensor) -> Tensor:
-        h = F.silu(self.norm_1(x))
-        if self.resample is not None:
-            h, x = self.resample(h), self.resample(x)
-        h = self.conv(h) + self.clock(F.silu(embedding))[:, :, None, None]
-        h = self.last(self.dropout(F.silu(self.norm_2(h))))
-        out: Tensor = _SCALE * ((x if self.shortcut is None else self.shortcut(x)) + h)
-        return out
-
-
-class _Attention(nn.Module):
-    """Attention of one head over all pixels."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm = _norm(width)
-        self.query, self.key, self.value, self.last = (nn.Conv2d(width, width, 1) for _ in range(4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.norm(x)
-        q, k, v = (
-            layer(h).flatten(2).mT.unsqueeze(1) for layer in (self.query, self.key, self.value)
-        )
-        found = F.scaled_dot_product_attention(q, k, v).squeeze(1).mT.reshape(x.shape)
-        out: Tensor = _SCALE * (x + self.last(found))
-        return out
-
-
-class _Row(nn.Module):
-    """Blocks of one level, and attention after some of them."""
-
-    def __init__(self, blocks: Iterator[_Block]) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-        self.attentions = nn.ModuleList()
-
-
-class _Down(_Row):
-    """A level on the way down."""
-
-    def __init__(self, blocks: Iterator[_Block]) -> None:
-        super().__init__(blocks)
-        self.shrink: nn.Module | None = None
-        self.filter: nn.Module | None = None
-        self.enter: nn.Module | None = None
-
-    def forward(self, features: list[Tensor], entering: Tensor, embedding: Tensor) -> Tensor:
-        """Append the level's features; return the input of the next level's ``filter``."""
-        for number, block in enumerate(self.blocks):
-            h = block(features[-1], embedding)
-            features.append(self.attentions[number](h) if self.attentions else h)
-        if self.shrink is None:
-            return entering
-        h = self.shrink(features[-1], embedding)
-        if self.filter is not None:
-            entering = self.filter(entering)
-            if self.enter is not None:
-                h = self.enter(entering) + h
-            else:
-                h = entering = _SCALE * (entering + h)
-        features.append(h)
-        return entering
-
-    def published_layers(self) -> Iterator[tuple[str, nn.Module]]:
-        for number, block in enumerate(self.blocks):
-            yield "", block
-            if self.attentions:
-                yield "", self.attentions[number]
-        if self.shrink is not None:
-            yield "", self.shrink
-        if self.enter is not None:
-            yield "Conv_0.", self.enter
-        elif self.filter is not None:
-            yield "Conv2d_0.", self.filter.get_submodule("conv")
-
-
-class _Up(_Row):
-    """A level on the way up."""
-
-    def __init__(self, blocks: Iterator[_Block]) -> None:
-        super().__init__(blocks)
-        self.grow: nn.Module | None = None
-        self.leave: nn.Sequential | None = None
-        self.enlarge: nn.Module | None = None
-
-    def forward(
-        self, h: Tensor, features: list[Tensor], out: Tensor | None, embedding: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """Features at the next level, and the output so far."""
-        for block in self.blocks:
-            h = block(torch.cat([h, features.pop()], dim=1), embedding)
-        for attention in self.attentions:
-            h = attention(h)
-        if self.leave is not None:
-            own = self.leave(h)
-            out = own if out is None or self.enlarge is None else self.enlarge(out) + own
-        if self.grow is not None:
-            h = self.grow(h, embedding)
-        return h, out
-
-    def published_layers(self) -> Iterator[tuple[str, nn.Module]]:
-        """The layers, except for the output at full resolution, which comes last."""
-        yield from (("", layer) for layer in (*self.blocks, *self.attentions))
-        if self.grow is not None:
-            if self.leave is not None:
-                yield from (("", self.leave[i]) for i in (0, 2))
-            yield "", self.grow
-
-
 def check_dropout(dropout: float) -> None:
     """Raise a ValueError unless a dropout probability lies in [0, 1)."""
     if not check_at_least(dropout, 0, "dropout") < 1:
         raise ValueError(f"dropout must lie in [0, 1); got {dropout}")
-
-
-def _norm(width: int) -> nn.GroupNorm:
-    groups = min(width // 4, 32)
-    if width % groups:
-        raise ValueError(
-            "channels must make equal groups: a layer of more than 128 channels has 32 groups; got "
-            f"a layer of {width}, the channels of two neighbouring blocks together"
-        )
-    return nn.GroupNorm(groups, width, eps=1e-6)
-
-
-def _conv(of: int, to: int) -> nn.Conv2d:
-    return nn.Conv2d(of, to, 3, padding=1)
-
-
-def _nearest() -> nn.Module:
-    return nn.Upsample(scale_factor=2, mode="nearest")
-
-
-def _attentions(width: int, count: int) -> nn.ModuleList:
-    return nn.ModuleList(_Attention(width) for _ in range(count))
 
 
 def _heights(

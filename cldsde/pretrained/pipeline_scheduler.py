@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import diffusers
 import torch
 from diffusers import ConfigMixin, SchedulerMixin
 from diffusers.utils import BaseOutput
@@ -27,6 +25,7 @@ from cldsde.pretrained.descriptions import (
     solver_of,
 )
 from cldsde.pretrained.noise import GeneratorNoise, streams_of
+from cldsde.pretrained.pipeline_config import check_described, replaced_class
 from cldsde.pretrained.pipeline_levels import (
     levels_of_grid,
     levels_of_scheduler,
@@ -34,6 +33,7 @@ from cldsde.pretrained.pipeline_levels import (
     number_of_steps,
     window,
 )
+from cldsde.pretrained.pipeline_prediction import DataPrediction
 from cldsde.pretrained.stepping import PathSteps, check_steppable, recommended_steps
 from cldsde.solvers import SamplerSettings
 from cldsde.solvers.base import Solver
@@ -41,11 +41,6 @@ from cldsde.solvers.noise import NoiseSource
 
 Grid = Literal["root_times", "scheduler"]
 
-_CLIPS = ("thresholding", "clip_sample")
-# Schedulers that have an option to clip and do not read it.
-_NEVER_CLIP = ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler")
-# Schedulers that keep the network's noise prediction when they clip the data prediction.
-_KEEPS_NOISE = ("DDIMScheduler", "DDIMParallelScheduler")
 _IGNORED = ("prev_timestep", "use_clipped_model_output")
 _OWN = ("scheduler", "process", "solver", "start", "end", "grid", "settings")
 
@@ -140,10 +135,9 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         if isinstance(scheduler, PipelineScheduler):
             scheduler = scheduler.replaced
         if not isinstance(scheduler, SchedulerMixin):
-            raise TypeError(
-                "scheduler must be the pipeline's scheduler, such as pipe.scheduler; got "
-                f"{type(scheduler).__name__}"
-            )
+            kind = type(scheduler).__name__
+            msg = f"scheduler must be the pipeline's scheduler, such as pipe.scheduler; got {kind}"
+            raise TypeError(msg)
         one_of(grid, Grid, "grid")
         #: Copy of the scheduler that this one replaces.
         self.replaced: Any = copy.deepcopy(scheduler)
@@ -165,10 +159,7 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             if given is not None and self._window is None:
                 owner = "settings" if grid == "root_times" else "grid='scheduler'"
                 raise ValueError(f"{name} must be None with {owner}, which has its own ends")
-        # A configuration may hold keys of other schedulers, which its class does not read.
-        read = inspect.signature(type(self.replaced).__init__).parameters
-        names = () if type(self.replaced).__name__ in _NEVER_CLIP else _CLIPS
-        self._clips = [x for x in names if x in read and self.replaced.config.get(x)]
+        self._predict = DataPrediction(self.replaced, self._convention)
         #: Steps on the levels of `set_timesteps`.
         self.steps: PathSteps | None = None
         self.num_inference_steps: int | None = None
@@ -181,9 +172,7 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             type(self.replaced).__name__,
             described_process(self.sde),
             None if self.solver is None else described_solver(self.solver),
-            start,
-            end,
-            grid,
+            *(start, end, grid),
             None if self.settings is None else asdict(self.settings),
         )
         self.register_to_config(**kept, **dict(zip(_OWN, own, strict=True)))
@@ -209,14 +198,8 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     ) -> None:
         """Set the noise levels before a run; pipelines call it.
 
-        Parameters
-        ----------
-        num_inference_steps
-            Number of steps.
-        device
-            Device of ``timesteps``.
-        timesteps, sigmas, mu
-            Arguments of the replaced scheduler, for ``grid="scheduler"``.
+        ``timesteps``, ``sigmas`` and ``mu`` are arguments of the replaced scheduler, for
+        ``grid="scheduler"``; ``device`` is the device of `timesteps`.
 
         Raises
         ------
@@ -225,21 +208,17 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         """
         given = {"timesteps": timesteps, "sigmas": sigmas, "mu": mu}
         given = {name: x for name, x in given.items() if x is not None}
-        convention = self._convention
+        convention, n = self._convention, num_inference_steps
         theirs = self._window is None and self.settings is None
-        n = num_inference_steps
-        if self.settings is not None:
-            n = number_of_steps(n, given)
-            levels, times = levels_of_settings(self.settings, convention, n)
-        elif self._window is not None:
+        if theirs:
+            levels, times = levels_of_scheduler(self.replaced, convention, n, given)
+        elif self.settings is not None:
+            levels, times = levels_of_settings(self.settings, convention, number_of_steps(n, given))
+        else:
             n = number_of_steps(n, given)
             levels, times = levels_of_grid(self.sde, convention, self._window, n)
-        else:
-            levels, times = levels_of_scheduler(self.replaced, convention, n, given)
         signal, noise = convention.scales(levels)
-        self._signal = signal.tolist()
-        pairs = zip(self._signal[:-1], noise[:-1].tolist(), strict=True)
-        self._estimates = [convention.estimate(*pair) for pair in pairs]
+        self._predict.set_levels(signal.tolist(), noise.tolist())
         if self.steps is None or not torch.equal(levels, self._levels):
             self.steps = recommended_steps(self.sde, self.solver, levels, signal, noise)
         self.steps.reset()
@@ -321,54 +300,26 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
                 )
         i = self._index(timestep)
         assert self.steps is not None
-        predicted = self._data_prediction(i, model_output, sample)
-        data, x = self._clipped(predicted), sample
-        ours = others.get("use_clipped_model_output") or not self.steps.solver.facts.state_on_grid
-        if self._clips and type(self.replaced).__name__ in _KEEPS_NOISE and not ours:
-            x = x + self._signal[i] * (data - predicted)  # of the clipped data and the noise before
+        on_grid = self.steps.solver.facts.state_on_grid
+        keeps_noise = on_grid and not others.get("use_clipped_model_output")
+        data, x = self._predict(i, model_output, sample, keeps_noise=keeps_noise)
         if generator is None and self._streams is None:
             self._streams = streams_of(sample)
         noise = self._streams if generator is None else GeneratorNoise(generator)
         assert noise is not None
-        found = self.steps.step(i, x, data, noise).to(sample.dtype)
-        data = data.to(sample.dtype)
+        found, data = self.steps.step(i, x, data, noise).to(sample.dtype), data.to(sample.dtype)
         self._step_index = i + 1
         if not return_dict:
             return found, data
         return PipelineSchedulerOutput(prev_sample=found, pred_original_sample=data)
 
-    def _data_prediction(self, i: int, output: Tensor, x: Tensor) -> Tensor:
-        """Data prediction at level i."""
-        learned = str(self.replaced.config.get("variance_type")).startswith("learned")
-        if learned and output.ndim > 1 and output.shape[1] == 2 * x.shape[1]:
-            output = output[:, : x.shape[1]]
-        if output.shape != x.shape:
-            raise ValueError(
-                f"model_output must have the shape of sample, {tuple(x.shape)}; got "
-                f"{tuple(output.shape)}"
-            )
-        exact = torch.promote_types(x.dtype, torch.float32)
-        of_x, of_output = self._estimates[i]
-        data = of_output * output.to(exact)
-        return data.add_(x.to(exact), alpha=of_x) if of_x else data
-
-    def _clipped(self, data: Tensor) -> Tensor:
-        """Data prediction clipped as the replaced scheduler clips it."""
-        theirs = self.replaced
-        if "thresholding" in self._clips:
-            return theirs._threshold_sample(data)  # type: ignore[no-any-return]
-        if "clip_sample" in self._clips:
-            return data.clamp(*(sign * theirs.config.clip_sample_range for sign in (-1, 1)))
-        return data
-
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Latents α x_0 + σ n at times of the scheduler, one or one per sample."""
         exact = torch.promote_types(original_samples.dtype, torch.float32)
         times = torch.as_tensor(timesteps, device=original_samples.device).flatten()
-        signal, spread = (
-            scale.to(exact).reshape(-1, *(1,) * (original_samples.ndim - 1))
-            for scale in self._convention.scales(self._convention.log_snr(times))
-        )
+        scales = self._convention.scales(self._convention.log_snr(times))
+        shape = (-1, *(1,) * (original_samples.ndim - 1))
+        signal, spread = (scale.to(exact).reshape(shape) for scale in scales)
         return (signal * original_samples + spread * noise).to(original_samples.dtype)
 
     def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -425,14 +376,7 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             If another scheduler made the configuration. It does not say by itself how the network
             was trained: pass the scheduler to the constructor.
         """
-        kind: Any = getattr(diffusers, str(config.get("scheduler")), None)
-        known = inspect.isclass(kind) and issubclass(kind, SchedulerMixin)
-        if not known:
-            raise ValueError(
-                "config must come from a PipelineScheduler; got the configuration of "
-                f"{config.get('_class_name', 'another scheduler')}. Pass the scheduler itself: "
-                "PipelineScheduler(pipe.scheduler)"
-            )
+        kind = replaced_class(config)
         own = {name: config[name] for name in _OWN[1:] if name in config}
         own |= {name: kwargs.pop(name) for name in _OWN[1:] if name in kwargs}
         kept = {name: x for name, x in config.items() if name not in (*_OWN, "_class_name")}
@@ -448,15 +392,7 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             If names and options do not determine the process, the solver or the scheduler.
         """
         parts = {"process": self.sde, "solver": None if self.settings else self.solver}
-        for name, part in parts.items():
-            if part is not None and self.config[name] is None:
-                raise ValueError(
-                    f"{name} cannot be saved: {part!r} is not determined by the name of a class of "
-                    "cldsde and options of JSON"
-                )
-        if getattr(diffusers, self.config.scheduler, None) is not type(self.replaced):
-            msg = f"scheduler cannot be saved: {self.config.scheduler} is no class of diffusers"
-            raise ValueError(msg)
+        check_described(self.config, parts, self.replaced)
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
 
 

@@ -130,7 +130,7 @@ def test_every_parameter_of_an_untrained_network_learns_once_its_output_does(fou
 def test_attention_is_at_the_requested_heights_and_in_the_middle(name, heights):
     network, seen = make(name, **{**ATTENTIVE[name], "attention": (4,)}), []
     for module in network.modules():
-        if isinstance(module, Attention | ncsnpp._Attention):
+        if isinstance(module, Attention | ncsnpp.Attention):
             module.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[-2]))
     network(*states())
     assert seen == heights
