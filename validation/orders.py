@@ -105,10 +105,6 @@ def weak_order(
     samples, generator
         For mixtures: number of samples, and their random generator.
 
-    Returns
-    -------
-    OrderEstimate
-
     Raises
     ------
     TypeError
@@ -247,10 +243,6 @@ def ode_order(
     samples, generator
         Otherwise the number of start states, and their random generator.
 
-    Returns
-    -------
-    OrderEstimate
-
     Raises
     ------
     ValueError
@@ -322,10 +314,6 @@ def strong_order(
         Paths over the finest grid, if they have been computed already.
     samples, generator
         Otherwise the number of paths, and their random generator.
-
-    Returns
-    -------
-    OrderEstimate
 
     Raises
     ------
