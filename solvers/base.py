@@ -152,15 +152,7 @@ class Solver(ABC):
     def noise_roots(self, tables: Any) -> Sequence[Block] | None:
         """Noise roots L of Gaussian steps z' = m + L ξ with a mean m independent of ξ.
 
-        Parameters
-        ----------
-        tables
-            Result of `prepare`.
-
-        Returns
-        -------
-        sequence of blocks or None
-            One k×r block per step; None if the steps do not have this form.
+        One k×r block per step, from the tables of `prepare`; None if steps have another form.
         """
         return None
 

@@ -108,19 +108,8 @@ def log_snr_times(sde: LinearSDE, T: float, eps: float, n: int) -> Tensor:
     """Grid uniform in κ(t), half the log of the signal-to-noise ratio (`LinearSDE.log_snr`).
 
     For VP it is the grid of DPM-Solver (Lu et al. 2022). Under CLD it is more accurate than
-    `root_times` for Gaussian data, and less accurate for the probability flow of several modes.
-
-    Parameters
-    ----------
-    sde
-        The forward process.
-    T, eps, n
-        See `uniform_times`; ε > 0.
-
-    Returns
-    -------
-    Tensor
-        ``(n + 1,)`` float64, decreasing.
+    `root_times` for Gaussian data, and less accurate for the probability flow of several modes. See
+    `uniform_times` for the other arguments and the result.
 
     Raises
     ------
@@ -148,8 +137,6 @@ def karras_times(sde: LinearSDE, T: float, eps: float, n: int, rho: float = 7.0)
 
     Parameters
     ----------
-    sde
-        The forward process.
     rho
         ρ > 0; larger values put more steps near the data.
 
@@ -183,8 +170,6 @@ def logistic_times(
 
     Parameters
     ----------
-    sde
-        The forward process.
     center
         κ₀, at which steps in κ are shortest. The default is for data with a standard deviation of
         about 1.

@@ -230,14 +230,8 @@ def ode_order(
     ----------
     solver
         A deterministic solver.
-    problem
-        The reference problem.
-    steps
-        Numbers of steps, increasing.
-    grid
-        Function of (T, ε, n) that returns a grid.
-    tolerance
-        Largest shortfall from the declared order.
+    problem, steps, grid, tolerance
+        See `weak_order`.
     case
         Start states and their exact end states, if they have been computed already.
     samples, generator
@@ -302,14 +296,12 @@ def strong_order(
     ----------
     solver
         A solver with ``path_noise``.
-    problem
-        The reference problem.
+    problem, tolerance
+        See `weak_order`.
     steps
         Numbers of steps, increasing, each a divisor of the last.
     grid
         Function of (T, ε, n) that returns the finest grid; the others are subsets of it.
-    tolerance
-        Largest shortfall from the declared order.
     case
         Paths over the finest grid, if they have been computed already.
     samples, generator

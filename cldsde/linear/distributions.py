@@ -17,9 +17,8 @@ from cldsde.linear.reprs import shown
 class Distributions:
     """Distributions of a process at all times, from its dynamics and its initial covariance.
 
-    Times are numbers or floating-point tensors in [0, 1]; two times broadcast. Results are float64
-    on the CPU. All methods raise TypeError for a time of another type, ValueError for a time beyond
-    [0, 1], and OverflowError if a number is beyond the range of float64.
+    `cldsde.LinearSDE` is its only subclass, and says which times are valid. Results are float64 on
+    the CPU.
 
     Attributes
     ----------

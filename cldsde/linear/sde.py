@@ -65,6 +65,10 @@ class LinearSDE(Distributions):
 
     Notes
     -----
+    Times are numbers or floating-point tensors in [0, 1], `LinearSDE.T`; two times broadcast.
+    Methods raise TypeError for a time of another type, ValueError for a time beyond [0, 1], and
+    OverflowError if a number is beyond the range of float64.
+
     Kernels are differentiable in tensors that the process is made of. To learn such a parameter,
     make the process anew in each training step. A process that is used after a change of its
     parameters raises RuntimeError. Only rates β that are learnt themselves, and parameters of

@@ -156,7 +156,7 @@ class GaussianMixture:
         return self.means.to(noise)[which] + torch.einsum("bij,bj->bi", roots[which], noise)
 
     def log_prob(self, sde: LinearSDE, z: Tensor, t: TimeLike) -> Tensor:
-        """Log-density of the state, log p_t(z).
+        """Log-density of the state, log p_t(z), ``(B,)`` nats in the dtype of ``z``.
 
         Parameters
         ----------
@@ -166,11 +166,6 @@ class GaussianMixture:
             ``(B, k, *D)`` with D numbers per component.
         t
             One time or ``(B,)``, at which the distribution has a density; t > 0 always has one.
-
-        Returns
-        -------
-        Tensor
-            ``(B,)`` nats, in the dtype of ``z``.
 
         Raises
         ------
@@ -237,12 +232,7 @@ class GaussianMixture:
         Parameters
         ----------
         observation
-            One observation of data of D numbers.
-
-        Returns
-        -------
-        GaussianMixture
-            Posterior with the same number of modes, in the same order.
+            One observation of data of D numbers. Modes keep their order.
 
         Raises
         ------
