@@ -32,11 +32,11 @@ nfe = 4
 """
 
 
-def train_digits(folder: Path) -> Path:
+def train_digits(folder: Path, *options: str) -> Path:
     """Train on scikit-learn's digits by the command; the configuration is beside the run."""
     config = folder.with_name("tiny.toml")
     config.write_text(DIGITS)
-    assert main(["train", str(config), "--out", str(folder), "--device", "cpu"]) == 0
+    assert main(["train", str(config), "--out", str(folder), "--device", "cpu", *options]) == 0
     return folder
 
 

@@ -85,11 +85,11 @@ def data_of(path: Path | None, source: Path) -> DataSet:
 def process_config(options: Namespace) -> ProcessConfig:
     """The process that the options name; CLD if they name none."""
     from cldsde.images.config import ProcessConfig
-    from cldsde.images.schema import from_dict, parse_overrides
+    from cldsde.images.schema import parse_overrides
 
     changes = parse_overrides(options.process_set, "beta=8.0", "process_set")
-    values = {"name": options.process or "CLD", "options": changes}
-    return from_dict(ProcessConfig, values, "process")
+    with setting("process"):
+        return ProcessConfig(name=options.process or "CLD", options=changes)
 
 
 def recipes_of(

@@ -91,9 +91,11 @@ class Configuration:
     """A section that is a whole file, from and to plain types."""
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+    def from_dict(cls, values: object) -> Self:
         """Check and build a configuration from plain types."""
-        return from_dict(cls, values)
+        msg = f"must be a section; got {values!r}"
+        require(isinstance(values, Mapping), "the configuration", msg)
+        return cls(**{str(key): value for key, value in cast(Any, values).items()})
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration in JSON types, defaults included."""
@@ -103,14 +105,6 @@ class Configuration:
     def to_toml(self) -> str:
         """The configuration as a TOML file; the word ``"none"`` stands for None."""
         return tomli_w.dumps(_replaced(self.to_dict(), None, "none"))
-
-
-def from_dict(kind: type[T], values: object, prefix: str = "") -> T:
-    """Make a section from a mapping; its place in the file, ``prefix``, is named in errors."""
-    if not isinstance(values, Mapping):
-        raise SettingError(prefix or "the configuration", f"must be a section; got {values!r}")
-    with setting(prefix):
-        return kind(**{str(key): value for key, value in values.items()})
 
 
 def _setting_error(error: ValidationError, kind: type[Any]) -> SettingError:

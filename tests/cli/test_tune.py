@@ -1,6 +1,7 @@
 """The command ``cldsde tune``."""
 
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -13,10 +14,24 @@ from cldsde.images.data import to_levels
 from cldsde.images.model import load_model
 from cldsde.solvers import SamplerSettings, fitting
 from command import rejected
+from tiny_runs import train_digits
 
 pytestmark = pytest.mark.usefixtures("untrained_classifier")
 # The fewest tries, of few images: the search is tested beside the solvers.
 SHORT = ["--nfe", 3, "--tries", 34, "--images", 16, "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def digits_run(tmp_path_factory):
+    """A run with VP, whose plans take the least time: the search makes one for each try."""
+    options = ("--set", "process.name=VPSDE", "--set", "sampling.solver=multistep-2")
+    return train_digits(tmp_path_factory.mktemp("tuned") / "run", *options)
+
+
+@pytest.fixture
+def run(digits_run, tmp_path):
+    """A copy of that run, which a test may change."""
+    return shutil.copytree(digits_run, tmp_path / "run")
 
 
 def tune(*arguments):

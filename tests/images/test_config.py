@@ -67,7 +67,7 @@ ALLOWED = {
 }
 
 
-@settings(max_examples=max(60, 4 * settings().max_examples - 120))  # more than 1,000 if deep
+@settings(max_examples=max(40, 4 * settings().max_examples - 120))  # more than 1,000 if deep
 @given(st.data())
 def test_malformed_configurations_are_rejected_naming_the_key(data):
     """One fault in a valid configuration: a wrong value, an unknown key or a missing one."""
