@@ -330,6 +330,35 @@ def _undocumented(app, env):
                     logger.warning("%s.%s.%s has no docstring", layer, name, member)
 
 
+# Words that people search for, and the page that must be the first result. Entries of the index
+# with an exclamation mark come before all other results.
+SEARCHES = {
+    "scheduler": "how-to/sample-in-a-pipeline",
+    "stable diffusion": "how-to/sample-in-a-pipeline",
+    "comfyui": "how-to/sample-in-comfyui",
+    "few steps": "how-to/tune-a-sampler",
+    "tune": "how-to/tune-a-sampler",
+    "inpainting": "how-to/inpaint",
+    "noise schedule": "how-to/declare-a-process",
+    "pretrained": "how-to/bring-your-model",
+    "edm": "how-to/bring-your-model",
+    "convergence order": "tutorials/validate-a-solver",
+}
+
+
+def _searched(app, env):
+    """Warn, which fails the build, of searches that another page or none answers."""
+    found = {}
+    for page, entries in env.domaindata["index"]["entries"].items():
+        for _, words, _, importance, _ in entries:
+            if importance == "main":
+                found.setdefault(words.lower(), set()).add(page)
+    for words, page in SEARCHES.items():
+        if found.get(words) != {page}:
+            message = "a search for '%s' should lead to %s, not to %s"
+            logging.getLogger(__name__).warning(message, words, page, found.get(words))
+
+
 def _offer_notebook(app, pagename, templatename, context, doctree):
     """Let readers download a page with code cells as a notebook."""
     notebook = Path(app.outdir).parent / "jupyter_execute" / f"{pagename}.ipynb"
@@ -451,6 +480,7 @@ def setup(app):
         app.connect("html-collect-pages", _sourceless, priority=100)
     app.connect("missing-reference", _public_reference)
     app.connect("env-check-consistency", _undocumented)
+    app.connect("env-check-consistency", _searched)
     app.connect("build-finished", _pictured)
     app.add_directive("config-keys", ConfigKeys)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
