@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 from collections import Counter, defaultdict
@@ -44,6 +45,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             values[name] |= own
         if PROFILE == "deep" and is_hypothesis_test(getattr(item, "obj", None)):
             item.add_marker("slow")
+
+
+def pytest_collection_finish() -> None:
+    """Leave the objects of imported libraries out of garbage collections, which they slow down."""
+    gc.freeze()
 
 
 @pytest.fixture

@@ -204,26 +204,17 @@ def test_images_are_those_of_ddim_from_pure_noise(process):
 
 def transformer(kind="FluxTransformer2DModel"):
     """The smallest transformer of a family, of which only the configuration matters."""
-    shape = {"num_attention_heads": 2, "attention_head_dim": 8}
-    own = {
-        "FluxTransformer2DModel": {
-            "axes_dims_rope": (2, 2, 4),
-            "num_single_layers": 0,
-            "in_channels": 4,
-            "joint_attention_dim": 8,
-            "pooled_projection_dim": 8,
-        },
-        "AuraFlowTransformer2DModel": {"num_mmdit_layers": 1, "num_single_dit_layers": 0},
-        "Lumina2Transformer2DModel": {"hidden_size": 16, "axes_dim_rope": (2, 2, 4)},
+    head, layer = {"attention_head_dim": 8}, {"num_layers": 1}
+    flux = {"axes_dims_rope": (2, 2, 4), "num_single_layers": 0, "in_channels": 4}
+    flux |= {"joint_attention_dim": 8, "pooled_projection_dim": 8}
+    lumina = {"hidden_size": 16, "axes_dim_rope": (2, 2, 4), "num_refiner_layers": 1}
+    shapes = {
+        "SD3Transformer2DModel": head | layer,
+        "FluxTransformer2DModel": head | layer | flux,
+        "AuraFlowTransformer2DModel": head | {"num_mmdit_layers": 1, "num_single_dit_layers": 0},
+        "Lumina2Transformer2DModel": layer | lumina | {"num_kv_heads": 1, "cap_feat_dim": 8},
     }
-    if kind in own:
-        shape |= own[kind]
-    if kind != "AuraFlowTransformer2DModel":
-        shape["num_layers"] = 1
-    if kind == "Lumina2Transformer2DModel":
-        del shape["attention_head_dim"]
-        shape |= {"num_refiner_layers": 1, "num_kv_heads": 1, "cap_feat_dim": 8}
-    return getattr(diffusers, kind)(**shape)
+    return getattr(diffusers, kind)(num_attention_heads=2, **shapes[kind])
 
 
 FLOW = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)

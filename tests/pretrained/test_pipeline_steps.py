@@ -22,6 +22,7 @@ CLOSE = 1e-5
 NEAR = 0.01
 TABLE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 V = {**TABLE, "prediction_type": "v_prediction"}
+TRAILING = {"timestep_spacing": "trailing"}
 DDIM, DDPM = diffusers.DDIMScheduler, diffusers.DDPMScheduler
 FLOW = diffusers.FlowMatchEulerDiscreteScheduler
 PLAIN = DDIM(**TABLE, clip_sample=False)
@@ -60,52 +61,33 @@ def multistep(**options):
     return diffusers.DPMSolverMultistepScheduler(**{"lower_order_final": False, **options})
 
 
-REPLACED = {
-    "DDIM, to one": (DDIM(**TABLE, clip_sample=False), FIRST),
-    "DDIM, to index 0": (
-        DDIM(**TABLE, clip_sample=False, set_alpha_to_one=False, steps_offset=1),
-        FIRST,
-    ),
-    "DDIM, no length at index 0": (
-        DDIM(**TABLE, clip_sample=False, set_alpha_to_one=False),
-        FIRST,
-    ),
-    "DDIM, clipped": (DDIM(**TABLE, clip_sample=True, clip_sample_range=0.5), FIRST),
-    "DDIM, thresholded": (DDIM(**V, thresholding=True, sample_max_value=1.5), FIRST),
+DDIMS = {
+    "to one": {},
+    "to index 0": {"set_alpha_to_one": False, "steps_offset": 1},
+    "no length at index 0": {"set_alpha_to_one": False},
+    "clipped": {"clip_sample": True, "clip_sample_range": 0.5},
+    "thresholded": {**V, "thresholding": True, "sample_max_value": 1.5},
     # Its last entry, 2e-9, is no level without signal.
-    "DDIM, cosine": (
-        DDIM(
-            beta_schedule="squaredcos_cap_v2",
-            prediction_type="sample",
-            clip_sample=False,
-            timestep_spacing="trailing",
-        ),
-        FIRST,
-    ),
+    "cosine": {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "sample", **TRAILING},
+    "v": V,
+    "no signal": {**V, "rescale_betas_zero_snr": True, **TRAILING},
+    "data": {"prediction_type": "sample"},
+}
+EULERS = [{}, {"use_karras_sigmas": True}, {"timestep_spacing": "leading", "steps_offset": 1}]
+OF_FLOWS = {"use_flow_sigmas": True, "flow_shift": 2.0, "prediction_type": "flow_prediction"}
+REPLACED = {
+    **{
+        f"DDIM, {name}": (DDIM(**{**TABLE, "clip_sample": False, **options}), FIRST)
+        for name, options in DDIMS.items()
+    },
     # It has the option to clip, and does not read it.
     "CogVideoX": (diffusers.CogVideoXDDIMScheduler(prediction_type="v_prediction"), FIRST),
-    "DDIM, v": (DDIM(**V, clip_sample=False), FIRST),
-    "DDIM, no signal": (
-        DDIM(**V, clip_sample=False, rescale_betas_zero_snr=True, timestep_spacing="trailing"),
-        FIRST,
-    ),
-    "DDIM, data": (DDIM(**TABLE, clip_sample=False, prediction_type="sample"), FIRST),
-    "Euler": (diffusers.EulerDiscreteScheduler(**TABLE), FIRST),
-    "Euler, Karras": (diffusers.EulerDiscreteScheduler(**TABLE, use_karras_sigmas=True), FIRST),
-    "Euler, leading": (
-        diffusers.EulerDiscreteScheduler(**TABLE, timestep_spacing="leading", steps_offset=1),
-        FIRST,
-    ),
+    **{f"Euler{x}": (diffusers.EulerDiscreteScheduler(**TABLE, **x), FIRST) for x in EULERS},
     "DPM-Solver, order 1": (multistep(**TABLE, solver_order=1), FIRST),
     "DPM-Solver++": (multistep(**TABLE), SECOND),
     "DPM-Solver++, to its least level": (multistep(**TABLE, final_sigmas_type="sigma_min"), SECOND),
     "flow": (FLOW(shift=3.0), FIRST),
-    "flow, DPM-Solver++": (
-        multistep(
-            use_flow_sigmas=True, flow_shift=2.0, prediction_type="flow_prediction", solver_order=1
-        ),
-        FIRST,
-    ),
+    "flow, DPM-Solver++": (multistep(**OF_FLOWS, solver_order=1), FIRST),
 }
 
 

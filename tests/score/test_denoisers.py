@@ -190,25 +190,6 @@ def test_gradients_of_the_state():
     torch.testing.assert_close(*gradients, rtol=lost, atol=lost)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_states_in_lower_precision(dtype):
-    """Within a few roundings of the state's dtype of what the score is in double precision."""
-    z = states(CRITICAL, DATA, 0.5).to(dtype)
-    found = DenoiserScore(exact, CRITICAL)(z, 0.5)
-    assert found.dtype == dtype
-    wanted = DATA.score(CRITICAL)(z.double(), 0.5)
-    # û and the residual each take k products, of entries up to the size of the score's.
-    assert (found - wanted).abs().max() <= 16 * torch.finfo(dtype).eps * wanted.abs().max()
-
-
-def test_conditions_reach_the_network():
-    told = {}
-    network = lambda x, t, **conditions: told.update(conditions) or x  # noqa: E731
-    score = DenoiserScore(PredictionDenoiser(network, NoisePath.linear()), VP)
-    score(torch.zeros(4, 1, 2), 0.5, class_labels=torch.arange(4))
-    assert told["class_labels"].tolist() == [0, 1, 2, 3]
-
-
 class TestScoreDenoiser:
     @pytest.mark.parametrize("process", PROCESSES)
     def test_the_denoiser_of_an_exact_score(self, process):

@@ -58,6 +58,7 @@ def forms(name, t, x, x0):
         return {kind: float(value) for kind, value in values.items()}, float(alpha / sigma)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("t", [1e-3, 0.05, 0.4, 0.9, 1.0])
 @every_case
 def test_every_form_follows_from_every_other(name, t):

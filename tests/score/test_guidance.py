@@ -115,9 +115,3 @@ def test_guidance_where_a_state_tells_nothing_of_the_data():
     solver = solvers.ExponentialMultistep(order=2)
     found = solvers.solve(ReverseProcess(sde, guided), solver, z, torch.tensor([1.0, 0.5, 0.1]))
     assert found.success
-
-
-def test_noise_levels_are_those_of_both_scores():
-    levels = [(0.01, 50.0), (0.1, 80.0)]
-    scores = (DenoiserScore(Counting(), VPSDE(), noise_levels=x) for x in levels)
-    assert GuidedScore(*scores, 2.0).noise_levels == (0.1, 50.0)

@@ -103,6 +103,7 @@ class TestTargets:
             found = maps.covariance(maps.T, maps.T, 1e3)
             assert_close(found, mp.eye(len(sde.driven)), rounding(32, conditions(sde, t)))
 
+    @pytest.mark.one_in(3)
     @every_conditioning
     @pytest.mark.parametrize(("t", "variance"), [(0.02, 0.25), (0.3, 4.0)])
     def test_the_best_prediction_is_the_score_of_the_marginal(
@@ -146,6 +147,7 @@ class TestLosses:
                 lost = 16 * score_rounding(sde, single) * conditions(sde, single)
                 assert abs(found[i] - expected[i]) <= lost * (1 + float(expected[i])) + KERNEL
 
+    @pytest.mark.one_in(3)
     @every_conditioning
     @pytest.mark.parametrize("axes", [(), (2, 3)])
     @every_process
@@ -209,6 +211,7 @@ def closed_form(sde, t, variance, conditioning):
 @every_conditioning
 @every_process
 class TestOptimalLoss:
+    @pytest.mark.one_in(5)
     @pytest.mark.parametrize(("t", "variance"), [(1e-6, 0.25), (0.01, 9.0), (1.0, 1.0)])
     def test_with_likelihood_weights_it_is_the_closed_form(self, name, t, variance, conditioning):
         sde, options = PROCESSES[name], {"conditioning": conditioning, "weighting": "likelihood"}
@@ -221,6 +224,7 @@ class TestOptimalLoss:
         expected = closed_form(sde, t, variance, conditioning)
         assert float(found) == pytest.approx(expected, rel=tolerance, abs=0)
 
+    @pytest.mark.one_in(3)
     @pytest.mark.parametrize("t", [0.02, 1.0])
     def test_it_is_the_variance_of_the_unpredictable_noise(
         self, name, t, conditioning, monkeypatch

@@ -126,6 +126,7 @@ class Spy(nn.Module):
         return self.zeros(z, clock)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("t", [1e-3, 0.3, 1.0])
 @every_process
 class TestNetworkInputs:

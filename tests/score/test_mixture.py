@@ -165,6 +165,7 @@ class TestNumbers:
 
 
 class TestKnownTimes:
+    @pytest.mark.one_in(5)
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     @pytest.mark.parametrize("rows", ["driven", "all", "auxiliary"])
     @pytest.mark.parametrize("name", AUXILIARY)
@@ -180,6 +181,7 @@ class TestKnownTimes:
             lost = score_rounding(sde, t) * rounding(1, dtype=dtype) / EPS
             assert (found - expected).abs().max() <= lost * expected.abs().max()
 
+    @pytest.mark.one_in(5)
     @pytest.mark.parametrize("count", [0, 1, 21])
     @pytest.mark.parametrize("modes", [1, 3])
     @pytest.mark.parametrize("dimension", [1, 3, 20])  # 20 has no matrix for all numbers

@@ -230,4 +230,4 @@ def test_gradients_reach_process_model_and_data_and_agree_with_differences(case)
 
     values = torch.tensor([*values, 1.3, 0.1], dtype=torch.float64, requires_grad=True)
     options = {"eps": STEP, "rtol": DIFFERENCES, "atol": DIFFERENCES}
-    assert torch.autograd.gradcheck(bound, values, **options)
+    assert torch.autograd.gradcheck(bound, values, **options, fast_mode=True)

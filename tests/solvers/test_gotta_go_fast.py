@@ -142,7 +142,7 @@ def test_a_run_is_the_published_algorithm(name, mode):
 def test_a_trial_step_out_of_the_domain_is_repeated_with_a_fifth_of_its_length():
     inner, factors = cases.mixture().score(CLD()), [1.0, math.nan]
     recorded = Recording(lambda z, t: inner(z, t) * (factors.pop(0) if factors else 1.0))
-    assert run(CLD(), recorded, start(CLD())).success
+    assert run(CLD(), recorded, start(CLD()), end=0.9).success
     again = 1 - ten_bits(0.2 * ten_bits(0.01))
     assert recorded.times[3].tolist() == pytest.approx([again] * 3, rel=rounding(), abs=0)
 

@@ -87,6 +87,7 @@ def test_the_known_part_has_its_distribution_and_the_rest_has_the_solver_s_bits(
     assert found.nfev == alone.nfev
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("name", ["EM", "SSCS", "Heun"])
 @pytest.mark.parametrize("known", [KNOWN, torch.stack([KNOWN, -KNOWN])], ids=["one", "each"])
 @pytest.mark.parametrize("mask", [MASK, torch.tensor(True)], ids=["some", "all"])
@@ -145,6 +146,7 @@ def test_colours_independent_of_the_grey_are_the_solver_s(name):
     close(*(torch.einsum("ij,bjhw->bihw", BASIS[1:], x) for x in (found, alone)))
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("jump", [1, 4, 10])
 @pytest.mark.parametrize(("name", "resample"), [("SSCS", 1), ("SSCS", 3), ("Heun", 3)])
 def test_the_score_is_evaluated_at_the_announced_times(name, resample, jump):

@@ -70,7 +70,7 @@ def linear_flow(exact, predicted, z, ends, stochasticity=0.0):
 
 # The covariance of HOLD given the data grades like t^2, t^4, t^6: below 1e-2 its inverse and the
 # reference's is of little use.
-@pytest.mark.one_in(5)
+@pytest.mark.one_in(7)
 @pytest.mark.parametrize(
     ("name", "steps", "end"),
     [("VP", 5, 1e-3), ("CLD, linear", 1, 1e-3), ("PSLD", 5, 1e-3), ("HOLD", 1, 1e-2)],

@@ -177,20 +177,19 @@ def test_a_denoiser_that_completes_states_is_a_function():
         torch.testing.assert_close(guided, plain, **SINGLE)
 
 
-def test_a_process_whose_noise_does_not_hide_the_data_is_pointed_out():
-    slow = LinearSDE.from_matrices([[0, 1], [-4, -1.2]], [[0.5, 0], [0, 1.5]])
-    assert slow.log_snr(1.0) > -2
-    wanted = (
-        r"noise level is 0\.8\d+ there, and should be 7\.39 or more\. Use a larger noise schedule"
-    )
-    with pytest.warns(UserWarning, match=wanted):
-        cldsde.sample(slow, DATA.score(slow), (3, 2), nfe=6)
+SLOW = LinearSDE.from_matrices([[0, 1], [-4, -1.2]], [[0.5, 0], [0, 1.5]])
 
 
-def test_a_process_that_leaves_noise_is_pointed_out():
-    noisy = cldsde.VESDE(1.0, 50.0)
-    with pytest.warns(UserWarning, match=r"ends at the noise level 1, because process or score"):
-        cldsde.sample(noisy, DATA.score(noisy), (3, 2), nfe=6)
+@pytest.mark.parametrize(
+    ("sde", "message"),
+    [
+        (SLOW, r"is 0\.8\d+ there, and should be 7\.39 or more\. Use a larger noise schedule"),
+        (cldsde.VESDE(1.0, 50.0), "ends at the noise level 1, because process or score"),
+    ],
+)
+def test_a_process_with_too_little_noise_first_or_too_much_last_is_pointed_out(sde, message):
+    with pytest.warns(UserWarning, match=message):
+        cldsde.sample(sde, DATA.score(sde), (3, 2), nfe=6)
 
 
 @pytest.mark.covering
@@ -216,21 +215,6 @@ def denoiser(u, sigma, variance):
     return u * (variance / (variance + sigma**2)).unsqueeze(1)
 
 
-@pytest.mark.parametrize("guided", [False, True], ids=["conditional", "guided"])
-def test_conditions_of_samples_follow_them_into_their_batches(guided):
-    sde = VPSDE()
-    base = DenoiserScore(denoiser, sde)
-    score = ConditionalScore(base, variance=torch.linspace(0.01, 4, 10))
-    if guided:
-        score = GuidedScore(score, ConditionalScore(base, variance=torch.ones(10)), 2.0)
-        score = GuidedScore(ConditionalScore(score), score, 1.5)  # scores may be nested
-    whole = cldsde.sample(sde, score, (10, 3), nfe=12)
-    parts = cldsde.sample(sde, score, (10, 3), nfe=12, batch=4)
-    torch.testing.assert_close(parts, whole, **SINGLE)
-    with pytest.raises(ValueError, match=r"condition variance .* one row per sample, 12; got 10"):
-        cldsde.sample(sde, score, (12, 3), nfe=12, batch=5)
-
-
 def test_a_solver_that_leaves_samples_out_needs_conditions_for_all():
     """Samples with larger variances finish at other times, and their conditions would be lost."""
     sde = VPSDE()
@@ -251,7 +235,10 @@ def per_sample(kind, sde):
     seen = cldsde.Observation(lambda x: x[:, MASK], Y, 0.3)
     known = torch.randn(10, 3, generator=generator())
     imputation = partial(solvers.Imputation, solvers.SSCS(), known)
+    guided = GuidedScore(score, ConditionalScore(base, variance=torch.ones(10)), 2.0)
     return {
+        "conditional": (score, None),
+        "guided, nested": (GuidedScore(ConditionalScore(guided), guided, 1.5), None),
         "observations": (PosteriorScore(ConditionalScore(base, variance=ONE), seen), None),
         "observations of conditional": (PosteriorScore(score, seen), None),
         "observations, in another": (ConditionalScore(PosteriorScore(score, seen)), None),
@@ -263,6 +250,8 @@ def per_sample(kind, sde):
 @pytest.mark.parametrize(
     "kind",
     [
+        "conditional",
+        "guided, nested",
         "observations",
         "observations of conditional",
         "observations, in another",
@@ -273,16 +262,23 @@ def per_sample(kind, sde):
 def test_everything_of_a_sample_follows_it_into_its_batch(kind):
     sde = CLD()
     score, solver = per_sample(kind, sde)
-    options = {"nfe": 3, "solver": solver}
+    options = {"nfe": 12 if "guided" in kind else 3, "solver": solver}
     whole = cldsde.sample(sde, score, (10, 3), **options)
     parts = cldsde.sample(sde, score, (10, 3), batch=4, **options)
     torch.testing.assert_close(parts, whole, **SINGLE)
 
 
-def test_observations_of_other_samples_are_rejected():
-    score, _ = per_sample("observations", CLD())
-    with pytest.raises(ValueError, match=r"y must hold one row per sample, \d+; got 10"):
-        cldsde.sample(CLD(), score, (12, 3), nfe=6, batch=5)
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("observations", r"y must hold one row per sample, \d+; got 10"),
+        ("conditional", "condition variance .* one row per sample, 12; got 10"),
+        ("guided, nested", "condition variance .* one row per sample, 12; got 10"),
+    ],
+)
+def test_rows_of_other_samples_are_rejected(kind, message):
+    with pytest.raises(ValueError, match=message):
+        cldsde.sample(CLD(), per_sample(kind, CLD())[0], (12, 3), nfe=12, batch=5)
 
 
 def test_a_grid_beyond_the_levels_of_a_score_is_rejected_before_the_first_evaluation():

@@ -120,7 +120,7 @@ def propagate(exact, word, times, shared_score, score_time):
     return mean, covariance
 
 
-@pytest.mark.one_in(5)
+@pytest.mark.one_in(7)
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("at", ["start", "end"])
 @pytest.mark.parametrize("name", PROCESSES)
