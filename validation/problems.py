@@ -143,7 +143,9 @@ def problems() -> dict[str, Problem]:
     gaussian = GaussianMixture([1.0], [[0.3]], [[[0.25]]])
     stationary = GaussianMixture([1.0], [[0.3]], [[[1.0]]])
     vp, cld, flow = VPSDE(0.1, 8.0), CLD(), RectifiedFlow()
-    slow = {"checks": ("weak order", "strong order")}  # flows of general processes take minutes
+    slow: dict[str, Any] = {
+        "checks": ("weak order", "strong order")
+    }  # flows of general processes take minutes
     measured = (*_ORDERS, "NFE per step", "work and precision")
     plain: dict[str, Any] = {"checks": measured, "quick": True, "quick_ode_orders": (0, 4)}
     modes: dict[str, Any] = {"checks": ("distribution", *_ORDERS), "ode_orders": (0, math.inf)}

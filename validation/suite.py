@@ -65,7 +65,7 @@ def checks(
     """
     if kernels:
         for name, make in forward_processes().items():
-            yield checked("kernel", name, "transition", lambda make=make: kernel_check(make()))
+            yield checked("kernel", name, "transition", partial(kernel_check, make()))
     shared = _Cases(quick=quick, seed=seed)
     for name, solver in chosen.items():
         fault = facts_fault(solver)

@@ -69,7 +69,8 @@ def prepare(options: Namespace) -> Callable[[], None]:
         # The data of another run must not get the name that the classifier of a run's own data has.
         kept, other = source / CLASSIFIER, folder / f"classifier-{source.stem}.safetensors"
         classifier = kept if kept.exists() else other
-    data, seed = source and data_of(options.data, source), (options.seed or range(1))[0]
+    data = None if source is None else data_of(options.data, source)
+    seed = (options.seed or range(1))[0]
     tuning = Tuning(model, data, classifier, options.features, options.images, seed, device)
     for nfe in files:
         tuning.check(nfe, options.tries)

@@ -210,13 +210,13 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         given = {name: x for name, x in given.items() if x is not None}
         convention, n = self._convention, num_inference_steps
         theirs = self._window is None and self.settings is None
-        if theirs:
-            levels, times = levels_of_scheduler(self.replaced, convention, n, given)
-        elif self.settings is not None:
+        if self.settings is not None:
             levels, times = levels_of_settings(self.settings, convention, number_of_steps(n, given))
-        else:
+        elif self._window is not None:
             n = number_of_steps(n, given)
             levels, times = levels_of_grid(self.sde, convention, self._window, n)
+        else:
+            levels, times = levels_of_scheduler(self.replaced, convention, n, given)
         signal, noise = convention.scales(levels)
         self._predict.set_levels(signal.tolist(), noise.tolist())
         if self.steps is None or not torch.equal(levels, self._levels):

@@ -303,7 +303,9 @@ class ImageSampler:
         cast = torch.autocast(self.score.device.type, dtype=half) if half else nullcontext()
         with torch.no_grad(), cast:
             if observed is not None and observed.particles:
-                data, evaluations = observed.sample(plan, seeds, denoise=denoise, chunk=self.batch)
+                data, evaluations = observed.sample(
+                    plan, seeds, denoise=self.sampling.denoise, chunk=self.batch
+                )
             else:
                 found = plan.solve(state, noise=noise, denoise=denoise, warn=False)
                 if not found.success:
