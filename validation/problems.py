@@ -143,9 +143,7 @@ def problems() -> dict[str, Problem]:
     gaussian = GaussianMixture([1.0], [[0.3]], [[[0.25]]])
     stationary = GaussianMixture([1.0], [[0.3]], [[[1.0]]])
     vp, cld, flow = VPSDE(0.1, 8.0), CLD(), RectifiedFlow()
-    slow: dict[str, Any] = {
-        "checks": ("weak order", "strong order")
-    }  # flows of general processes take minutes
+    slow = ("weak order", "strong order")  # flows of general processes take minutes
     measured = (*_ORDERS, "NFE per step", "work and precision")
     plain: dict[str, Any] = {"checks": measured, "quick": True, "quick_ode_orders": (0, 4)}
     modes: dict[str, Any] = {"checks": ("distribution", *_ORDERS), "ode_orders": (0, math.inf)}
@@ -161,8 +159,8 @@ def problems() -> dict[str, Problem]:
         Problem("CLD, overdamped", CLD(friction=3.0), gaussian),
         Problem("PSLD", PSLD(), gaussian),
         Problem("HOLD", HOLD(), gaussian),
-        Problem("four components", _four_components(), gaussian, **slow),
-        Problem("non-commuting", _non_commuting(), gaussian, **slow),
+        Problem("four components", _four_components(), gaussian, checks=slow),
+        Problem("non-commuting", _non_commuting(), gaussian, checks=slow),
         Problem("rectified flow", flow, gaussian, start=0.95, quick=True),
         Problem("rectified flow, three modes", flow, _three_modes(), start=0.95, **modes),
         Problem("CLD, stiff end", cld, gaussian, end=1e-3, checks=("error at 100 steps",)),
