@@ -279,7 +279,9 @@ class ConfigKeys(SphinxDirective):
         fields = []
         for field in dataclasses.fields(section):
             fields.append(field)
-            meaning = section.__pydantic_fields__[field.name].description
+            own = [getattr(base, "__pydantic_fields__", {}) for base in section.__mro__]
+            texts = (one[field.name].description for one in own if field.name in one)
+            meaning = next(filter(None, texts), None)  # pydantic keeps none of a base class
             if meaning is None:  # the text below is about this key, too
                 continue
             if not (kind == "Run" and field.name == "sampling"):  # they have own tables

@@ -40,7 +40,7 @@ class ImportedModel:
         Raises a SettingError if it holds another run that must not be overwritten, or other files.
         """
         config, weights = self.config.to_dict(), self.model.state_dict()
-        check_folder(out, config, free=list(config))
+        check_folder(out, config, free=[*config])
         if not (out / CONFIG).is_file():
             return False
         same = json.loads((out / CONFIG).read_text()) == config

@@ -151,12 +151,9 @@ def read_comparison(file: Path) -> dict[str, Any]:
         found: Any = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{file} is damaged ({error}); delete it to have it made again") from error
-    kind = found.get("format") if isinstance(found, dict) else None
-    if kind != FORMAT:
-        older = str(kind).startswith(FORMAT.partition(",")[0])
-        advice = "delete it to have it made again" if older else "choose another folder"
-        raise ValueError(f"{file} is not {FORMAT}; {advice}")
-    return found  # type: ignore[no-any-return]
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        raise ValueError(f"{file} is not {FORMAT}; choose another folder")
+    return found
 
 
 def write_report(folder: Path) -> None:

@@ -40,7 +40,7 @@ class Posterior(NamedTuple):
 
     def sample(self, generator: Generators | None = None) -> Tensor:
         """Sample z = μ + σ n; several generators each serve an even share of the batch."""
-        kind: dict[str, Any] = {"dtype": self.mean.dtype, "device": self.mean.device}
+        kind: Any = {"dtype": self.mean.dtype, "device": self.mean.device}
         noise = standard_normal(self.mean.shape, generator=generator, **kind)
         return self.mean + self.log_std.exp() * noise
 

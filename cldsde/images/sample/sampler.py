@@ -250,15 +250,9 @@ class ImageSampler:
 
     def recipe(self) -> dict[str, object]:
         """Everything that the images depend on besides weights and seeds, in JSON types."""
-        return {
-            "sampling": dataclasses.asdict(self.sampling),
-            "batch": self.batch,
-            "label": self.label,
-            "guidance": self.guidance,
-            "observed": None if self.observed is None else self.observed.recipe(),
-            # Left out in single precision, so that older samples can be resumed.
-            **({} if self.precision == "fp32" else {"precision": self.precision}),
-        }
+        own = {name: getattr(self, name) for name in ("batch", "label", "guidance", "precision")}
+        observed = None if self.observed is None else self.observed.recipe()
+        return {"sampling": dataclasses.asdict(self.sampling), "observed": observed, **own}
 
     def batches(self, seeds: Sequence[int]) -> list[tuple[int | None, list[int]]]:
         """Classes and seeds of batches of one class each.

@@ -170,8 +170,8 @@ class Learner:
         within = {id(p) for core in self.cores for p in core.network.parameters()}
         self.unshared = [p for p in self.model.parameters() if id(p) not in within]
         self.meter = Meter(engine, list(self.parts))
-        names = ["average", *(f"average{i}" for i in range(1, len(self.averages)))]
-        self.modules = {"model": self.model, **dict(zip(names, self.averages, strict=True))}
+        self.modules = {f"average{i}": average for i, average in enumerate(self.averages)}
+        self.modules["model"] = self.model
 
     def step(self, step: int, parts: list[Part]) -> None:
         """Update the weights, and meter this process's mean losses and the gradients' norms."""

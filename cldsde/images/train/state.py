@@ -146,7 +146,7 @@ def keep_snapshot(
     save(folder / name)
     # A run may be resumed with another metric, in which files from before have no value.
     known[name] = metrics
-    values = {x: m.get(by, math.inf) if isinstance(m, dict) else math.inf for x, m in known.items()}
+    values = {x: m.get(by, math.inf) for x, m in known.items()}
     kept = sorted(known, key=lambda x: (values[x], x))[:count]
     run.write_json(f"{SNAPSHOTS}/values.json", {name: known[name] for name in sorted(kept)})
     for file in folder.glob("*.safetensors"):
