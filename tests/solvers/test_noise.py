@@ -107,8 +107,11 @@ def test_starts_have_the_prior():
 
 
 def test_at_a_time_they_have_the_marginal_of_data_of_variance_one_that_share_a_part():
-    """As images share their brightness: two of their numbers have the covariance 0.52² ψψᵀ."""
-    sde, t, count, D = CLD(), 0.5, 2500, 50
+    """As images share their brightness: two of their numbers have the covariance 0.52² ψψᵀ.
+
+    Early, when the data are most of a state.
+    """
+    sde, t, count, D = CLD(), 0.05, 2500, 50
     z = SampleNoise(range(count)).start(sde, (D,), dtype=torch.float64, t=t)
     total = sde.marginal(t, initial(sde, 1.0)).covariance
     own = torch.einsum("bid,bjd->ij", z, z) / (count * D)
