@@ -12,9 +12,9 @@ from typing import Annotated, Any
 from pydantic import Field, Strict
 
 from cldsde.errors import SettingError, require, setting
-from cldsde.images.config import Grid, RunConfig, SamplingConfig, StartTime, Time
+from cldsde.images.config import Grid, RunConfig, SamplingConfig, StartTime
 from cldsde.images.data import DataSet
-from cldsde.images.evaluate.evaluation import METRICS, Measurements
+from cldsde.images.evaluate.measurements import METRICS, Measurements
 from cldsde.images.sample.sampler import make_plan, make_solver
 from cldsde.images.schema import (
     Configuration,
@@ -27,6 +27,7 @@ from cldsde.images.schema import (
     with_overrides,
 )
 from cldsde.images.train.engine import check_run
+from cldsde.images.training_config import Time
 from cldsde.solvers.named import canonical_name
 
 PRESETS = {
@@ -112,7 +113,7 @@ class ComparisonConfig(Measurements, Configuration):
     seed: Annotated[int, Strict(), Field(ge=0, lt=2**32 // _IMAGES)] = 0
     """Seed of weights and training of all models; the seed of each image follows from it."""
     metrics: tuple[str, ...] = ("fd", "bpd")
-    """Some of `cldsde.images.evaluate.evaluation.METRICS`."""
+    """Some of `cldsde.images.evaluate.measurements.METRICS`."""
     base: Mapping[str, Any] = field(default_factory=dict)
     """Sections of a `RunConfig` that all models share."""
     models: Mapping[str, Mapping[str, Any]]

@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import cache, cached_property, partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import Field, InstanceOf
-from torch import Tensor, distributed
+from pydantic import InstanceOf
+from torch import Tensor
 
 from cldsde.errors import require, setting
 from cldsde.images.config import SamplingConfig
@@ -38,6 +38,7 @@ from cldsde.images.evaluate.distances import (
     images_sha256,
     load_features,
 )
+from cldsde.images.evaluate.measurements import METRICS, Measurements, of_each, place, shared
 from cldsde.images.evaluate.results import (
     Result,
     add_results,
@@ -46,46 +47,16 @@ from cldsde.images.evaluate.results import (
     read_results,
 )
 from cldsde.images.model import ImageModel, TrainedModel
-from cldsde.images.sample.sampler import ImageSampler, Samples, solver_for
-from cldsde.images.schema import Count, check_name, plain, section
+from cldsde.images.sample.sampler import ImageSampler, solver_for
+from cldsde.images.schema import check_name, plain, section
 from cldsde.progress import progress_bar
 from cldsde.score.flow_density import UnsolvedFlowError
-
-METRICS = ("fd", "fid", "kid", "isc", "prc", "bpd")
-"""Fréchet distance in features that fit the data; FID, KID, Inception score, precision and recall
-in Inception's; bits per dim."""
 
 _INCEPTION = {"fid", "kid", "isc", "prc"}
 _CACHE = "inception"  # folder of what is kept of a data set in the features of Inception
 Reports = dict[str, dict[str, Any]]
 """Numbers by metric, with everything that they depend on."""
 _FAILURES = (FloatingPointError, UnsolvedFlowError, likelihoods.UndefinedLikelihoodError)
-
-
-@section
-class Measurements:
-    """Metrics, and the numbers of images and the features that they need."""
-
-    samples: Annotated[Count, Field(ge=2)] = 1000
-    """Images per repeat; in a comparison, of each cell of the table."""
-    repeats: Count = 1
-    """Sets of images with seeds of their own, whose spread is reported."""
-    batch: Count = 64
-    """Images per batch."""
-    metrics: tuple[str, ...] = ("fd",)
-    """Some of `cldsde.images.evaluate.evaluation.METRICS`."""
-    features: str = "classifier"
-    """Features of the Fréchet distance: ``"classifier"``, of a classifier trained on the data's
-    classes; ``"random"``, of one with random weights, also used for data without classes; or
-    ``module:attribute`` of the user's own network."""
-    weights: Path | None = None
-    """Inception weights, for fid, kid, isc and prc."""
-    likelihood_images: Count = 64
-    """Held-out images whose likelihood is computed."""
-
-    def measurements(self) -> dict[str, Any]:
-        """These settings by their names."""
-        return {one.name: getattr(self, one.name) for one in dataclasses.fields(Measurements)}
 
 
 @section
@@ -202,7 +173,7 @@ class Evaluation(Measurements):
         if isinstance(images, Tensor):
             count, parts = len(images), images.split(self.batch)  # type: ignore[no-untyped-call]
             images = progress_bar(parts, shown=self.progress, desc="features")
-        if _place()[0]:  # samples for the first process
+        if place()[0]:  # samples for the first process
             return {metric: {} for some in images for metric in metrics}
         shape = (count, *self.data.train.shape)
         others, sums = [metric for metric in metrics if metric != "fd"], {}
@@ -240,9 +211,9 @@ class Evaluation(Measurements):
         ``measure`` returns reports of metrics, and the cost of the images. ``own`` are fields that
         all results share.
         """
-        if _place()[0]:
+        if place()[0]:
             with suppress(*_FAILURES):
-                if names := _of_each(None)[0]:
+                if names := of_each(None)[0]:
                     measure(names)
             return []
         found = read_results(file, model)
@@ -250,7 +221,7 @@ class Evaluation(Measurements):
         wanted = [Result(metric=name, against=self._against(name), **own) for name in metrics]
         new = [one for one in wanted if one.key not in found]
         missing = [dataclasses.replace(one, **self._conditions(one.metric)) for one in new]
-        _of_each([one.metric for one in missing])
+        of_each([one.metric for one in missing])
         if missing:
             # Before any sampling.
             check_comparable([*found.values(), *missing], file)
@@ -292,7 +263,7 @@ class Evaluation(Measurements):
 
         def batches() -> Iterator[Tensor]:
             began = time.monotonic()
-            for some, drawn in _shared(sampler(), seeds):
+            for some, drawn in shared(sampler(), seeds):
                 self.bar.update(len(some))
                 if some == [*range(self.first_seed, self.first_seed + len(some))]:
                     self.first_images[name] = drawn.images
@@ -306,7 +277,7 @@ class Evaluation(Measurements):
 
     def _bits(self, model: ImageModel) -> dict[str, Any]:
         """Bits per dim of a model, with everything that they depend on."""
-        if _place()[0]:
+        if place()[0]:
             return {}
         if model.t_min is None:
             raise likelihoods.UndefinedLikelihoodError("bpd needs a run under its own process")
@@ -399,41 +370,6 @@ class Evaluation(Measurements):
         images = self.data.held_out
         assert images is not None
         return images.load(torch.arange(min(len(images), self.likelihood_images), device="cpu"))
-
-
-def _place() -> tuple[int, int]:
-    """Number of this process, 0 for the one with the results, and of all that share its work."""
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return 0, 1
-    return distributed.get_rank(), distributed.get_world_size()
-
-
-def _of_each(own: Any) -> list[Any]:
-    """An object of each process, in the order of their numbers; all processes must call it."""
-    found = [own] * _place()[1]
-    if len(found) > 1:
-        distributed.all_gather_object(found, own)
-    return found
-
-
-def _shared(sampler: ImageSampler, seeds: range) -> Iterator[tuple[list[int], Samples]]:
-    """Batches of `ImageSampler.stream` in its order, of which each process samples its share."""
-    rank, processes = _place()
-    if processes == 1:
-        yield from sampler.stream(seeds)
-        return
-    mine = sampler.stream(seeds, take=slice(rank, None, processes))
-    for _ in range(-(-len(sampler.batches(seeds)) // processes)):
-        own: Any
-        try:
-            own = next(mine, None)
-        except FloatingPointError as error:  # raised by all processes, which wait for each other
-            own = error
-        for made in _of_each(own):
-            if isinstance(made, FloatingPointError):
-                raise made
-            if made is not None:
-                yield made
 
 
 def _reported(wanted: Result, report: dict[str, Any], cost: dict[str, float]) -> Result:

@@ -23,9 +23,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from cldsde.images.config import RunConfig, TrainingConfig
+from cldsde.images.config import RunConfig
 from cldsde.images.latent.bound import Batch, bit_per_dim, negative_evidence_lower_bound
 from cldsde.images.model import DiffusionModel
+from cldsde.images.training_config import TrainingConfig
 from cldsde.linear.random import Generators
 from cldsde.pretrained.published_score import PublishedScore
 from cldsde.score import (
