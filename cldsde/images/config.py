@@ -29,7 +29,6 @@ from cldsde.images.schema import (
     check_keys,
     check_name,
     checked_options,
-    leaves,
     read_file,
     section,
     with_overrides,
@@ -219,6 +218,18 @@ class SamplingConfig:
             object.__setattr__(self, "grid", "root")
 
 
+_ADDED: dict[str, dict[str, Any]] = {
+    "data": {"crop": 1.0},
+    "score": {"code": "cldsde", "mixed": False, "numerical_eps": 0, "levels": None},
+    "training": {
+        "reduction": "mean",
+        "optimiser": "AdamW",
+        "optimiser_options": {},
+        "ema_decays": [],
+    },
+}  # settings that version 0.2 did not have, and the values that it had in effect
+
+
 _PLACE = ("path", "workers", "download", "cache", "cache_gib")
 """Options of the data that do not change the images."""
 
@@ -283,12 +294,31 @@ class RunConfig(Configuration):
 
     def training_digest(self) -> str:
         """Digest of all settings that the weights depend on: those that are not `FREE`."""
-        return _sha256(leaves(self.to_dict(), without=self.FREE))
+        values = self._digested()
+        for path in self.FREE:
+            *outer, last = path.split(".")
+            place = values
+            for key in outer:
+                place = place[key]
+            place.pop(last, None)
+        return _sha256(values)
 
     def model_digest(self) -> str:
         """Digest of process, networks, reference, data (not their place) and smallest time."""
-        others = (*self.FREE, "seed", "training")
-        return _sha256({**leaves(self.to_dict(), without=others), "t_min": self.training.t_min})
+        values = self._digested()
+        names = ("process", "network", "score", "latent", "data")
+        parts = {name: values[name] for name in names} | {"t_min": self.training.t_min}
+        for key in _PLACE:
+            parts["data"]["options"].pop(key, None)
+        return _sha256(parts)
+
+    def _digested(self) -> dict[str, Any]:
+        """Plain types without settings that older runs did not have, unless they are in use."""
+        values = self.to_dict()
+        for name, added in _ADDED.items():
+            unused = [key for key, default in added.items() if values[name][key] == default]
+            values[name] = {key: x for key, x in values[name].items() if key not in unused}
+        return values
 
 
 def _sha256(values: dict[str, Any]) -> str:

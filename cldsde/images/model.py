@@ -209,8 +209,10 @@ def make_model(
 
 def model_notes(config: RunConfig, space: ImageSpace, images_seen: int) -> dict[str, str]:
     """Notes that weights have in a file."""
-    notes = {"space": json.dumps(dataclasses.astuple(space)), "images_seen": str(images_seen)}
-    return notes | {"config": config.model_digest(), "training": config.training_digest()}
+    shape, *others = dataclasses.astuple(space)
+    notes = {"shape": json.dumps(shape), "space": json.dumps(others)}
+    notes |= {"images_seen": str(images_seen), "config": config.model_digest()}
+    return notes | {"training": config.training_digest()}
 
 
 def weights_of(path: Path | str) -> tuple[Path, Path]:
@@ -282,9 +284,11 @@ def read_model(file: Path, config: RunConfig, device: torch.device | str = "cpu"
         if metadata["config"] != config.model_digest():
             msg = "it was written for another process, other networks or data than those configured"
             raise ValueError(msg)
-        if metadata["training"] != config.training_digest():
+        own = config.training_digest()
+        if metadata.get("training", own) != own:
             raise ValueError("it belongs to another run, with another seed or other training")
-        space = ImageSpace.from_json(json.loads(metadata["space"]))
+        shape, others = (json.loads(metadata[name]) for name in ("shape", "space"))
+        space = ImageSpace.from_json([shape, *others])
         model = make_model(config, space)
         model.load_state_dict(tensors)
         seen = int(metadata["images_seen"])

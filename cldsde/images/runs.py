@@ -6,12 +6,13 @@ import json
 import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 from cldsde.errors import SettingError, require
 from cldsde.files import PARTIAL, check_writable, file_lock, new_folder, write_whole
+from cldsde.images.config import RunConfig
 from cldsde.images.schema import leaves
 
 CONFIG = "config.json"
@@ -129,6 +130,8 @@ def _problem(path: Path, config: Mapping[str, Any], free: Sequence[str]) -> str 
         return f"{file} is not valid JSON ({error})"
     if not isinstance(found, dict):
         return f"{file} is no configuration of cldsde"
+    with suppress(SettingError):  # an older one gets the defaults of what it lacks
+        found = RunConfig.from_dict(found).to_dict()
     wanted, there = leaves(config, without=free), leaves(found, without=free)
     others = [key for key in {**wanted, **there} if wanted.get(key) != there.get(key)]
     return f"{path} holds a run with other settings ({', '.join(others)})" if others else None

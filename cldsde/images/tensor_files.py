@@ -47,7 +47,9 @@ def load_tensors(file: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, st
     try:
         with safe_open(file, framework="pt") as source:
             tensors = {key: source.get_tensor(key) for key in source.keys()}  # noqa: SIM118
-            notes: dict[str, str] = json.loads((source.metadata() or {}).get(_NOTES, "{}"))
+            entries: dict[str, str] = source.metadata() or {}
+        # Older files have an entry for each note.
+        notes: dict[str, str] = json.loads(entries[_NOTES]) if _NOTES in entries else entries
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{file} is damaged or no safetensors file ({brief(error)})") from error
     if notes.get("kind") != kind:

@@ -53,6 +53,14 @@ def prepare(values):
     check_run(config, config.data.load())
 
 
+def test_runs_of_version_0_2_keep_their_digests():
+    """The start of the digests that version 0.2.0 writes for these settings."""
+    values = {"seed": 3, "data": {"name": "digits"}, "process": {"name": "CLD"}}
+    config = RunConfig.from_dict({**values, "training": {"images": 64, "batch": 32}})
+    found = [digest[:16] for digest in (config.model_digest(), config.training_digest())]
+    assert found == ["f182bccd18ef8cc0", "e48e264e4bb51ebb"]
+
+
 WRONG = st.sampled_from([None, {}, [], [[1.0]], "", "x", math.nan, -math.inf, -1, 2.5, True])
 # Of the values above, one may be right for a key.
 ALLOWED = {

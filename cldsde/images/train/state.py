@@ -97,7 +97,8 @@ def load_state(learner: Learner, run: RunFolder) -> tuple[int, float]:
     settings = learner.config.training
     try:
         tensors, metadata = load_tensors(run / STATE, STATE_KIND)
-        if metadata["training"] != learner.config.training_digest():
+        # States of 0.2 have no other digest.
+        if metadata.get("training", metadata["config"]) != learner.config.training_digest():
             raise ValueError("it was written for other settings than this run's")
         for name, value in learner.statistics._asdict().items():
             if not torch.equal(tensors[name], value):
@@ -146,7 +147,7 @@ def keep_snapshot(
     save(folder / name)
     # A run may be resumed with another metric, in which files from before have no value.
     known[name] = metrics
-    values = {x: m.get(by, math.inf) for x, m in known.items()}
+    values = {x: m.get(by, math.inf) if isinstance(m, dict) else math.inf for x, m in known.items()}
     kept = sorted(known, key=lambda x: (values[x], x))[:count]
     run.write_json(f"{SNAPSHOTS}/values.json", {name: known[name] for name in sorted(kept)})
     for file in folder.glob("*.safetensors"):
