@@ -94,7 +94,7 @@ class TestFlow:
     def test_the_mean_over_all_signs_is_the_trace(self, name, data):
         # Two driven numbers have two pairs of opposite vectors, and opposite ones one value.
         # Vectors for more components, or drawn anew on the path, would give more values.
-        sde, t, tol = PROCESSES[name], 0.05, 1e-5
+        sde, t, tol = PROCESSES[name], 0.2, 1e-5
         z, process = states(sde, data, t, n=1), ReverseProcess(sde, data.score(sde))
         exact = flow_log_prob(process, z, t, rtol=tol, atol=tol)
         options = {"divergence": "hutchinson", "rtol": tol, "atol": tol}

@@ -260,7 +260,7 @@ COMPOSED = {
 }
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", COMPOSED)
 def test_composed_scores_copy_nothing_from_the_host_at_an_evaluation(name, device):
     """Conditions and observations of the CPU move once; a longer solve copies no more."""
