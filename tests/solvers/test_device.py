@@ -32,12 +32,14 @@ SOLVERS["imputation"] = solvers.Imputation(
     SOLVERS["sscs"], torch.tensor([0.5, 0.1]), torch.tensor([True, False])
 )
 HOME = [(name, "VP" if name.startswith("edm") else "CLD") for name in OWN]
-# One solver of each class with a score of the package, and some on other processes.
-CLASSES = {type(OWN[name]): (name, process) for name, process in HOME}.values()
+# One solver of each class, every third of them with a score of the package, and some on other
+# processes; the other pairs are slow.
+CLASSES = list({type(OWN[name]): (name, process) for name, process in HOME}.values())
 SOME = ["euler-maruyama", "reverse-diffusion", "multistep-2-sde", "gotta-go-fast", "sscs"]
 CASES = [(SOME[i], ("PSLD", "VP")[i % 2], "function") for i in range(len(SOME))]
-CASES += [(*case, "mixture") for case in CLASSES]
-CASES += [pytest.param(*case, "function", marks=pytest.mark.slow) for case in HOME]
+CASES += [(*case, "function" if i % 3 else "mixture") for i, case in enumerate(CLASSES)]
+REST = [(*case, "mixture") for case in CLASSES] + [(*case, "function") for case in HOME]
+CASES += [pytest.param(*case, marks=pytest.mark.slow) for case in REST if case not in CASES]
 
 every_process = pytest.mark.parametrize("process", PROCESSES)
 
