@@ -35,7 +35,8 @@ class Problem:
     start
         Time at which solvers start, from the exact distribution.
     checks
-        Kinds of checks that a validation makes on the problem; see `Check`.
+        Kinds of checks that a validation makes on the problem: see ``kind`` of
+        ``cldsde.validation.checks.Check``.
     quick
         Whether it belongs to a quick validation.
     ode_orders, quick_ode_orders

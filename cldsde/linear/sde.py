@@ -65,7 +65,7 @@ class LinearSDE(Distributions):
 
     Notes
     -----
-    Times are numbers or floating-point tensors in [0, 1], `LinearSDE.T`; two times broadcast.
+    Times are numbers or floating-point tensors in [0, 1], and ``T`` is 1; two times broadcast.
     Methods raise TypeError for a time of another type, ValueError for a time beyond [0, 1], and
     OverflowError if a number is beyond the range of float64.
 

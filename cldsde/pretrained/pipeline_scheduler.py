@@ -199,7 +199,7 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         """Set the noise levels before a run; pipelines call it.
 
         ``timesteps``, ``sigmas`` and ``mu`` are arguments of the replaced scheduler, for
-        ``grid="scheduler"``; ``device`` is the device of `timesteps`.
+        ``grid="scheduler"``; ``device`` is the device of ``timesteps``.
 
         Raises
         ------
