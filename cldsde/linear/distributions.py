@@ -107,6 +107,7 @@ class Distributions:
 
         Examples
         --------
+        >>> from cldsde import LinearSDE
         >>> kernel = LinearSDE.from_matrices([[-1.0]], [[2**0.5]]).transition(0.0, 1.0)
         >>> f"{kernel.mean.item():.4f} {kernel.covariance.item():.4f}"  # e^{-1}, 1 − e^{-2}
         '0.3679 0.8647'
@@ -238,6 +239,7 @@ class Distributions:
 
         Examples
         --------
+        >>> from cldsde import LinearSDE
         >>> sde = LinearSDE.from_matrices([[-0.5]], [[1.0]], (0.1, 20.0))
         >>> step = sde.posterior(0.4, 0.5)
         >>> step.state.item(), step.root.item()
