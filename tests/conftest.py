@@ -52,6 +52,14 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.fixture(autouse=True, scope="session")
+def files_in_memory() -> Iterator[None]:
+    """No test survives a failure of the machine, so that none waits for its disk."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        yield
+
+
 @pytest.fixture
 def defaults() -> Iterator[None]:
     """The test may change torch's default device and dtype."""

@@ -145,8 +145,9 @@ def make_plan(
     try:
         if solver is None:
             nfe, start, end = sampling.nfe, sampling.t_start, sampling.t_end
-            with setting("t_end"):
-                window(process, start, end, shape=shape, nfe=nfe)
+            if (start, end) != (None, None):
+                with setting("t_end"):
+                    window(process, start, end, shape=shape, nfe=nfe)
             with setting("nfe"):
                 chosen, made = recommended_plan(process, nfe=nfe, shape=shape, start=start, end=end)
             return made, chosen.denoise
