@@ -29,6 +29,12 @@ def test_import_loads_no_plotting_library_no_integrator_no_compiler_and_no_image
     assert not unwanted & set(loaded)
 
 
+def test_the_files_that_contributing_names_are_there():
+    named = re.findall(r"^\d+\. `(\S+\.py)`", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    assert len(named) > 10
+    assert [name for name in named if not (ROOT / name).is_file()] == []
+
+
 def test_layers_import_only_the_layers_below():
     layers = ["linear", "score", "solvers", "validation", "pretrained", "images", "cli"]
     package = Path(cldsde.__file__).parent

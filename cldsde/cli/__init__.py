@@ -27,7 +27,7 @@ _FILES = {**{name: name for name in _NAMES}, "import": "import_published"}
 _COMMANDS = {name: import_module(f"cldsde.cli.{file}") for name, file in _FILES.items()}
 _INTERRUPTED = {
     "tune": "interrupted; the best settings so far are kept",
-    "validate": "interrupted; results so far are in the file of --json and the page of --out",
+    "validate": "interrupted; results so far are in the file of --json and the folder of --out",
     **dict.fromkeys(("import", "export"), "interrupted; nothing was written"),
 }
 

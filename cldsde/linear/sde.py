@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import ClassVar, Literal, TypedDict
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
-from typing_extensions import Unpack
 
 from cldsde.linear.blocks import apply_blocks
 from cldsde.linear.checks import MatrixLike, Parameter, TimeLike, as_matrix
@@ -21,14 +20,6 @@ from cldsde.linear.random import Generators, check_generator, standard_normal
 from cldsde.linear.reprs import constructor_repr, shown
 from cldsde.linear.schedule import Schedule
 from cldsde.linear.signal_noise import OfTime, SignalNoiseDynamics
-
-
-class Covariances(TypedDict, total=False):
-    """Covariances that a `LinearSDE` may be given, each ``(k, k)``."""
-
-    initial_covariance: MatrixLike | None
-    stationary_covariance: MatrixLike | None
-    prior_covariance: MatrixLike | None
 
 
 class LinearSDE(Distributions):
@@ -141,7 +132,10 @@ class LinearSDE(Distributions):
         A: MatrixLike,
         Q_root: MatrixLike,
         schedule: Schedule | Parameter | Sequence[Parameter] = 1.0,
-        **covariances: Unpack[Covariances],
+        *,
+        initial_covariance: MatrixLike | None = None,
+        stationary_covariance: MatrixLike | None = None,
+        prior_covariance: MatrixLike | None = None,
     ) -> LinearSDE:
         """Create a process from constant matrices: F(t) = β(t) A, G(t) = √β(t) Q_root.
 
@@ -153,9 +147,8 @@ class LinearSDE(Distributions):
             ``(k, r)``.
         schedule
             β: a number, a pair (β(0), β(1)) for a linear schedule, or a `Schedule`.
-        covariances
-            ``initial_covariance``, ``stationary_covariance`` and ``prior_covariance`` of
-            `LinearSDE`.
+        initial_covariance, stationary_covariance, prior_covariance
+            See `LinearSDE`.
 
         Raises
         ------
@@ -168,14 +161,22 @@ class LinearSDE(Distributions):
         >>> sde.transition(0.2, 0.7).root.shape
         torch.Size([1, 1])
         """
-        return LinearSDE(TimeChangedDynamics(A, Q_root, schedule), **covariances)
+        return LinearSDE(
+            TimeChangedDynamics(A, Q_root, schedule),
+            initial_covariance=initial_covariance,
+            stationary_covariance=stationary_covariance,
+            prior_covariance=prior_covariance,
+        )
 
     @classmethod
     def from_functions(
         cls,
         drift: Callable[[Tensor], Tensor],
         diffusion: Callable[[Tensor], Tensor],
-        **covariances: Unpack[Covariances],
+        *,
+        initial_covariance: MatrixLike | None = None,
+        stationary_covariance: MatrixLike | None = None,
+        prior_covariance: MatrixLike | None = None,
     ) -> LinearSDE:
         """Create a process from functions F(t) and G(t), which need not commute.
 
@@ -186,16 +187,14 @@ class LinearSDE(Distributions):
             jump, and must be smooth in t between jumps.
         diffusion
             Function of a time that returns G, ``(k, r)``; it may jump, too.
-        covariances
-            ``initial_covariance``, ``stationary_covariance`` and ``prior_covariance`` of
-            `LinearSDE`.
+        initial_covariance, stationary_covariance, prior_covariance
+            See `LinearSDE`.
 
         Raises
         ------
         ValueError
-            If a function returns matrices that do not fit or values that are not finite, if the
-            diffusion is zero at all times, or if a function nearly diverges or varies too quickly
-            somewhere; the message names the time.
+            If a function returns matrices that do not fit or values that are not finite, nearly
+            diverges or varies too quickly at a time, which is named; or if all diffusion is zero.
 
         Notes
         -----
@@ -210,7 +209,12 @@ class LinearSDE(Distributions):
         >>> f"{sde.transition_matrix(0.0, 1.0).item():.6f}"  # e^{-3/2}
         '0.223130'
         """
-        return LinearSDE(FunctionDynamics(drift, diffusion), **covariances)
+        return LinearSDE(
+            FunctionDynamics(drift, diffusion),
+            initial_covariance=initial_covariance,
+            stationary_covariance=stationary_covariance,
+            prior_covariance=prior_covariance,
+        )
 
     @classmethod
     def from_signal_noise(cls, signal: OfTime, noise: OfTime) -> LinearSDE:

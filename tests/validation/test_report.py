@@ -111,6 +111,12 @@ def test_the_text_has_a_line_for_each_solver_and_kind():
     assert failures[1] == f"fifth, bias on {POINTS}: E|x| is off"
 
 
+def test_a_kernel_check_without_a_result_is_in_the_table():
+    broken = Check("kernel", "own", "transition", 1e-10, None, FAIL, "ValueError: no", 0.1)
+    line = Report((broken,), []).to_text().splitlines()[1]
+    assert line.split() == ["kernels", "≤", "1e-10", "1", "processes", "FAIL"]
+
+
 def test_the_folder_has_the_table_and_a_plot_of_each_order_and_diagram(tmp_path):
     points = tuple(WorkPrecisionPoint("first", n, 0.1, math.inf, 0.0) for n in (10, 20))
     report = Report(DIVERSE, [WorkPrecision("CLD, ring", "moments", points)], complete=False)

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from pydantic import Field, Strict
 
 from cldsde.errors import SettingError, require, setting
-from cldsde.images.config import Grid, RunConfig, SamplingConfig, StartTime
+from cldsde.images.config import RECOMMENDED, Grid, RunConfig, SamplingConfig, StartTime
 from cldsde.images.data import DataSet
 from cldsde.images.evaluate.measurements import METRICS, Measurements
 from cldsde.images.sample.sampler import make_plan, make_solver
@@ -52,10 +52,10 @@ class RowConfig:
     """Name of the row; the name of the solver if empty."""
     grid: Grid | None = None
     t_start: StartTime = None
-    t_end: Time = 1e-3
+    t_end: Time | None = None
     denoise: Flag = True
     options: Mapping[str, Any] = field(default_factory=dict)
-    """See `SamplingConfig`. ``t_end`` is a number, 1e-3 by default."""
+    """See `SamplingConfig`. ``t_end`` is 1e-3 by default for a solver by name."""
     nfe: tuple[Count, ...] = ()
     """Budgets of score evaluations per image, for solvers on a grid."""
     tolerances: tuple[Positive, ...] = ()
@@ -67,6 +67,8 @@ class RowConfig:
         object.__setattr__(self, "solver", canonical_name(self.solver))
         object.__setattr__(self, "label", self.label or self.solver)
         needed, other = "nfe", "tolerances"
+        if self.t_end is None and self.solver != RECOMMENDED:
+            object.__setattr__(self, "t_end", 1e-3)
         recipe = self._recipe()
         object.__setattr__(self, "grid", recipe.grid)
         solver = make_solver(recipe)

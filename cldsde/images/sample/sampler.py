@@ -64,7 +64,7 @@ def make_solver(sampling: SamplingConfig) -> Solver | None:
         msg = "needs a solver by name; 'recommended' chooses grid, end and options itself"
         require(sampling.grid is None, "grid", msg)
         require(sampling.denoise, "denoise", msg)
-        require(not sampling.options, "set", msg)
+        require(not sampling.options, "options", msg)
         return None
     if sampling.solver == FITTED:
         return _settings(sampling).solver
@@ -97,7 +97,8 @@ def changed_recipe(
     require(named, "solver", f"{msg}or take another")
     kept = {} if "solver" in changes else recipe.options
     if changes.get("solver") == RECOMMENDED:
-        changes = {"grid": None, "denoise": True, **changes}
+        own = {"grid": None, "t_start": None, "t_end": None, "denoise": True}
+        changes = {**own, **changes}
     changed = dataclasses.replace(recipe, **changes, options={**kept, **(options or {})})
     solver = make_solver(changed)
     msg = f"{changed.solver} is adaptive; set its options rtol and atol instead"
@@ -145,11 +146,13 @@ def make_plan(
     try:
         if solver is None:
             nfe, start, end = sampling.nfe, sampling.t_start, sampling.t_end
-            if (start, end) != (None, None):
+            how: dict[str, Any] = {"shape": shape, "start": start, "end": end, "nfe": nfe}
+            try:
+                chosen, made = recommended_plan(process, **how)
+            except ValueError:
                 with setting("t_end"):
-                    window(process, start, end, shape=shape, nfe=nfe)
-            with setting("nfe"):
-                chosen, made = recommended_plan(process, nfe=nfe, shape=shape, start=start, end=end)
+                    window(process, **how)  # raises if the ends are the reason
+                raise
             return made, chosen.denoise
         if observed is not None:
             fits = sampling.solver != FITTED
@@ -251,7 +254,9 @@ class ImageSampler:
 
     def recipe(self) -> dict[str, object]:
         """Everything that the images depend on besides weights and seeds, in JSON types."""
-        own = {name: getattr(self, name) for name in ("batch", "label", "guidance", "precision")}
+        own = {name: getattr(self, name) for name in ("batch", "label", "guidance")}
+        if self.precision != "fp32":  # left out, so that older samples can be resumed
+            own["precision"] = self.precision
         observed = None if self.observed is None else self.observed.recipe()
         return {"sampling": dataclasses.asdict(self.sampling), "observed": observed, **own}
 

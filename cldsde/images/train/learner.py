@@ -170,7 +170,7 @@ class Learner:
         within = {id(p) for core in self.cores for p in core.network.parameters()}
         self.unshared = [p for p in self.model.parameters() if id(p) not in within]
         self.meter = Meter(engine, list(self.parts))
-        self.modules = {f"average{i}": average for i, average in enumerate(self.averages)}
+        self.modules = {f"average{i or ''}": average for i, average in enumerate(self.averages)}
         self.modules["model"] = self.model
 
     def step(self, step: int, parts: list[Part]) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from cldsde.images.compare import config as configs
 from cldsde.images.compare.config import PRESETS, ComparisonConfig, RowConfig, load_comparison
-from cldsde.images.config import RunConfig
+from cldsde.images.config import RunConfig, SamplingConfig
 from cldsde.images.sample.sampler import make_solver
 from comparisons import TINY, tiny
 
@@ -66,6 +66,13 @@ def test_a_tolerance_sets_both_but_those_that_options_set(options, atol):
 def test_wrong_keys_and_values_are_rejected_by_name(changes, message):
     with pytest.raises(ValueError, match=message):
         ComparisonConfig.from_dict(tiny(**changes))
+
+
+def test_the_recommended_row_ends_where_sample_ends():
+    recommended, named = ({"model": "CLD", "solver": x, "nfe": [5]} for x in ("recommended", "em"))
+    rows = ComparisonConfig.from_dict(tiny(rows=[recommended, named])).rows
+    assert rows[0].recipes() == [SamplingConfig(nfe=5)]
+    assert (rows[1].grid, rows[1].t_end) == ("root", 1e-3)
 
 
 @pytest.mark.parametrize(

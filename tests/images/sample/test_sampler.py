@@ -463,9 +463,9 @@ def test_the_recommended_recipe_is_that_of_sample(sde, nfe):
 def test_the_recommended_solver_leaves_no_choice(changes):
     with pytest.raises(SettingError, match=f"{next(iter(changes))}: needs a solver by name"):
         changed_recipe(SamplingConfig(), **changes)
-    with pytest.raises(SettingError, match="set: needs a solver by name"):
+    with pytest.raises(SettingError, match="options: needs a solver by name"):
         changed_recipe(SamplingConfig(), {"order": 2})
-    named = changed_recipe(SamplingConfig(), solver="sscs", **changes)
+    named = changed_recipe(SamplingConfig(), solver="sscs", t_start=0.9, t_end=0.1, **changes)
     assert named.grid == "root"
     assert changed_recipe(named, solver="recommended") == SamplingConfig()
 

@@ -17,9 +17,10 @@ from cldsde.errors import SettingError
 from cldsde.images.config import RunConfig
 from cldsde.images.data import digits
 from cldsde.images.evaluate.evaluation import Evaluation
-from cldsde.images.model import MODEL, load_model
+from cldsde.images.model import MODEL, STATE_KIND, load_model
 from cldsde.images.runs import STATE, RunFolder
 from cldsde.images.sample.sampler import ImageSampler
+from cldsde.images.tensor_files import load_tensors
 from cldsde.images.train import check_run, loop, summary
 from cldsde.images.train.state import StopRequest, keep_snapshot
 from tiny_runs import NETWORK, SHORT
@@ -101,6 +102,9 @@ def test_a_training_starts_from_the_weights_of_a_run_or_of_a_diffusers_folder(fi
     assert isinstance(UNet2DModel.from_pretrained(tmp_path / "net" / "unet"), UNet2DModel)
     settings = config(images=8, learning_rate=1e-30, init_from=str(finished), ema_decays=[0.5])
     trained(tmp_path / "averages", settings)
+    state, _ = load_tensors(tmp_path / "averages" / STATE, STATE_KIND)
+    # Names of version 0.2, whose runs can be trained further.
+    assert {"average", "average1", "model"} <= {name.partition(".")[0] for name in state}
     first = load_model(finished).score.network.state_dict()
     average = load_model(tmp_path / "averages" / "ema-0.5.safetensors").score.network.state_dict()
     for name, value in first.items():
