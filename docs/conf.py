@@ -191,7 +191,6 @@ _foreign = [
 nitpick_ignore_regex = [
     ("py:.*", rf"({'|'.join(map(re.escape, _foreign))})(\..*)?"),
     ("py:.*", r"Tensor|Generator|(dict|list|tuple)\[.*"),  # as docstrings write them
-    ("py:class", r"typing_extensions\.Unpack|cldsde\.linear\.sde\.Covariances"),
     ("py:.*", r"PILImage|Path|Recipe|Scale"),  # as annotations write them
     # Types inside the layers, whose reference has the public names alone
     (

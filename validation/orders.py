@@ -240,8 +240,8 @@ def ode_order(
     Raises
     ------
     ValueError
-        If the solver is adaptive and cannot take steps of one length, it does not apply to the
-        problem, or steps are not positive and increasing.
+        If the solver declares a weak or strong order, it is adaptive and cannot take steps of one
+        length, it does not apply to the problem, or steps are not positive and increasing.
 
     Examples
     --------
@@ -252,9 +252,11 @@ def ode_order(
     """
     check_problem(problem)
     _check_steps(steps)
+    facts = solver.facts
+    if not facts.adaptive and (facts.weak_order, facts.strong_order) != (None, None):
+        raise ValueError(f"solver must be deterministic; {solver!r} has a weak or strong order")
     g = generator if generator is not None else torch.Generator().manual_seed(0)
     flow = case if case is not None else FlowCase(problem, samples, g)
-    facts = solver.facts
 
     errors = []
     for n in steps:

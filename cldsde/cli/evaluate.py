@@ -106,6 +106,10 @@ def prepare(options: Namespace) -> Callable[[], None]:
     return work
 
 
+_OF_SAMPLING = ("solver", "nfe", "grid", "t_start", "t_end", "denoise", "set", "settings")
+_OF_SAMPLING += ("process", "process_set")
+
+
 def _places(options: Namespace) -> tuple[Path, Path]:
     """The run or configuration whose data to compare with, and the file of results."""
     from cldsde.images.checks import output_place
@@ -123,6 +127,10 @@ def _places(options: Namespace) -> tuple[Path, Path]:
     require(not is_run or reference is None, "reference", msg)
     msg = "is missing: the run or configuration whose data to compare with"
     require(is_run or reference is not None, "reference", msg)
+    if not is_run and options.model is None:
+        for name in _OF_SAMPLING:
+            left_out = getattr(options, name) in (None, [])
+            require(left_out, name, "must be left out for samples, which are there already")
     place, process = _named(target or Path("model")), f"-{options.process}" * bool(options.process)
     default = place.with_name(f"{place.name}-evaluation.jsonl")
     of_file = "" if weights.name == MODEL else f"-{weights.stem}"

@@ -70,7 +70,7 @@ OPTIONS = (
 # Options that a pipeline decides by itself.
 _NOT_FOR_PIPELINES = (
     *("grid", "t_start", "t_end", "denoise", "set", "settings", "known", "observe"),
-    *("precision", "compile_mode", "channels_last"),
+    *("method", "noise_std", "particles", "precision", "compile_mode", "channels_last"),
 )
 
 
@@ -114,7 +114,8 @@ def _pipeline_request(options: Namespace, seeds: range, device: Any) -> Any:
 
     for name in _NOT_FOR_PIPELINES:
         given = getattr(options, name)
-        allowed = given in (None, False, [], {}) or (name, given) == ("precision", "fp32")
+        unset = given in (None, [], {}) or (name, given) == ("channels_last", False)
+        allowed = unset or (name, given) == ("precision", "fp32")
         require(allowed, name, "must be left out for a pipeline of diffusers")
     names = ("prompt", "negative_prompt", "label", "guidance", "nfe", "batch")
     how: dict[str, Any] = {name: getattr(options, name) for name in names}

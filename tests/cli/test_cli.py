@@ -146,6 +146,7 @@ def here(published, tmp_path, monkeypatch):
         ("evaluate RUN --features torch:flatten", "fails for images (2, 1, 8, 8) (TypeError"),
         ("evaluate RUN --part test", "--part: must be"),
         ("evaluate RUN --reference RUN", "--reference: is for samples"),
+        ("evaluate one.npz --reference RUN --t-end 0.1", "--t-end: must be left out for samples"),
         ("evaluate RUN --solver sscs,ssc", "--solver: solver must be"),
         ("evaluate RUN --nfe 3,x", "--nfe: must be integers with commas; got"),
         ("evaluate RUN --out file/x.json", "file cannot be made"),

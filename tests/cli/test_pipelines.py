@@ -44,6 +44,8 @@ def sampled(folders, tmp_path):
         words += [*options, "--device", "cpu", "--overwrite", "--out", out]
         assert main(list(map(str, words))) == 0
         with np.load(out) as found:
+            # Both pipelines are guided by default, with two evaluations a step.
+            assert (found["evaluations"] == 6).all()
             return found["images"]
 
     return images
@@ -76,6 +78,9 @@ BAD = [
     ("SD", [], "prompt", "needed for a StableDiffusionPipeline"),
     ("SD", [*TEXT, "--class", "1"], "--class", "must be left out for a StableDiffusionPipeline"),
     ("SD", [*TEXT, "--grid", "quadratic"], "--grid", "must be left out for a pipeline"),
+    ("SD", [*TEXT, "--denoise", "false"], "--denoise", "must be left out for a pipeline"),
+    ("SD", [*TEXT, "--particles", "3"], "--particles", "must be left out for a pipeline"),
+    ("SD", [*TEXT, "--guidance", "nan"], "--guidance", "must be finite and at least 0; got nan"),
     ("SD", [*TEXT, "--solver", "sscs"], "--solver", "evaluate the score only at the start"),
     ("DiT", ["--prompt", "red"], "prompt", "must be left out for a DiTPipeline"),
     ("SD/unet", [], "--model", "a network with a condition; give the folder of its whole pipeline"),

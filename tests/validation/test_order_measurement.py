@@ -242,6 +242,7 @@ REJECTED: list[Any] = [
     (weak_order, SSCS(), "CLD, three modes", {}, TypeError, "shared Brownian paths"),
     (weak_order, SSCS(), "VE", {}, ValueError, "SSCS needs"),
     (ode_order, solvers.GottaGoFast(), "CLD", {}, ValueError, "steps of one length"),
+    (ode_order, EM, "CLD", {}, ValueError, "must be deterministic"),
     # Over 30 steps there is no grid of the 128 cells.
     (strong_order, EM, "VP", {"steps": (30, 64, 128), "samples": 20}, ValueError, "30"),
     (weak_order, EM, MODES, {"samples": 5}, ValueError, "at least 20"),

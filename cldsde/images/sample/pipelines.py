@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,6 +101,8 @@ class PipelineSampler:
         pipeline.to(device).set_progress_bar_config(disable=True)
         require(nfe is None or nfe > 0, "nfe", f"must be at least 1; got {nfe}")
         require(batch is None or batch > 0, "batch", f"must be at least 1; got {batch}")
+        fits = guidance is None or 0 <= guidance < math.inf
+        require(fits, "guidance", f"must be finite and at least 0; got {guidance}")
         return cls(pipeline, process, arguments, guidance, nfe or _STEPS, batch or _BATCH)
 
     def batches(self, seeds: Sequence[int]) -> list[tuple[int | None, list[int]]]:
@@ -115,14 +118,25 @@ class PipelineSampler:
         given = {name: [x] * len(seeds) for name, x in self.arguments.items()}
         if self.guidance is not None:
             given["guidance_scale"] = self.guidance  # type: ignore[assignment]
-        made = self.pipeline(
-            **given,
-            num_inference_steps=self.nfe,
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-            output_type="np",
-        ).images
+        rows: list[int] = []
+
+        def count(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            noisy = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+            rows.append(len(noisy))
+
+        network = getattr(self.pipeline, "unet", None) or self.pipeline.transformer
+        hook = network.register_forward_pre_hook(count, with_kwargs=True)
+        try:
+            made = self.pipeline(
+                **given,
+                num_inference_steps=self.nfe,
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+                output_type="np",
+            ).images
+        finally:
+            hook.remove()
         images = torch.as_tensor(made, device="cpu").movedim(-1, 1)
-        evaluations = torch.full((len(seeds),), self.nfe, device="cpu")
+        evaluations = torch.full((len(seeds),), sum(rows) // len(seeds), device="cpu")
         return Samples((images.clamp(0, 1) * 255).round().to(torch.uint8), evaluations)
 
     @property

@@ -61,7 +61,7 @@ def make_solver(sampling: SamplingConfig) -> Solver | None:
     Raises a SettingError for an unknown name or option.
     """
     if sampling.solver == RECOMMENDED:
-        msg = "needs a solver by name; 'recommended' chooses grid, end and options itself"
+        msg = "needs a solver by name; 'recommended' chooses grid and options itself"
         require(sampling.grid is None, "grid", msg)
         require(sampling.denoise, "denoise", msg)
         require(not sampling.options, "options", msg)
