@@ -106,8 +106,10 @@ def prepare(options: Namespace) -> Callable[[], None]:
     return work
 
 
-_OF_SAMPLING = ("solver", "nfe", "grid", "t_start", "t_end", "denoise", "set", "settings")
-_OF_SAMPLING += ("process", "process_set")
+_OF_SAMPLING = (
+    *("solver", "nfe", "grid", "t_start", "t_end", "denoise", "set", "settings"),
+    *("process", "process_set"),
+)
 
 
 def _places(options: Namespace) -> tuple[Path, Path]:
