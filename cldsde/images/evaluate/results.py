@@ -144,7 +144,7 @@ def markdown_table(results: Collection[Result]) -> str:
         nfe = f"{statistics.mean(spent):.4g}" if spent else str(recipe.get("nfe", ""))
         sizes = dict.fromkeys(str(x.about["samples"]) for x in row if "samples" in x.about)
         values = [[_named(x)[name] for x in row if name in _named(x)] for name in names]
-        changed = {} if recipe["solver"] == "fitted" else recipe["options"]
+        changed = {} if recipe["solver"] == "fitted" else recipe.get("options", {})
         solver = ", ".join([recipe["solver"], *(f"{key}={x}" for key, x in changed.items())])
         line = [Entry(solver, number=False), Entry(nfe)]
         line += [Entry(times, number=False), Entry(", ".join(sizes))]

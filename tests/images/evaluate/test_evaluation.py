@@ -189,14 +189,15 @@ def test_a_failure_is_a_result_that_is_not_repeated_and_does_not_end_the_others(
 
     monkeypatch.setattr(NoiseSampler, "stream", failing)
     for _ in range(2):
-        recipes = [SamplingConfig(solver="sscs", nfe=nfe) for nfe in (4, 5)]
+        recipes = [SamplingConfig(solver="sscs", nfe=4)]
+        recipes += [SamplingConfig(solver="sscs", nfe=5, options={"merge": False})]
         failed, fine = evaluation().of_run(MODEL, recipes, tmp_path / "results.jsonl")
         assert failed.failed == "sscs failed: not finite"
         assert fine.numbers["fd"] > 0
     assert calls == [4, 5]
     lines = markdown_table(read_results(tmp_path / "results.jsonl").values()).splitlines()
-    found = [[word.strip() for word in line.split("|")[2:5]] for line in lines[2:]]
-    assert found == [["4", "root", ""], ["5", "root", "20"]]
+    found = [[word.strip() for word in line.split("|")[1:5]] for line in lines[2:]]
+    assert found == [["sscs", "4", "root", ""], ["sscs, merge=False", "5", "root", "20"]]
 
 
 def test_a_run_has_one_bar_with_a_total(tmp_path, capsys, monkeypatch, digits_run):
