@@ -71,8 +71,15 @@ pairs = pytest.mark.parametrize(
 
 
 @functools.cache
-def shared(name, method):
+def tables(name, method):
     return made(PROCESSES[name], SOLVERS[method])
+
+
+def shared(name, method):
+    """Steps with the tables of other tests, and without the states that these left."""
+    steps, scales, times = tables(name, method)
+    steps.reset()
+    return steps, scales, times
 
 
 @pytest.mark.one_in(3)
