@@ -149,10 +149,10 @@ def make_plan(
             how: dict[str, Any] = {"shape": shape, "start": start, "end": end, "nfe": nfe}
             try:
                 chosen, made = recommended_plan(process, **how)
-            except ValueError:
+            except ValueError as error:
                 with setting("t_end"):
                     window(process, **how)  # raises if the ends are the reason
-                raise
+                raise SettingError("nfe", str(error)) from error
             return made, chosen.denoise
         if observed is not None:
             fits = sampling.solver != FITTED

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cldsde import CLD, VESDE, VPSDE, ReverseProcess, solvers
+from cldsde import CLD, VESDE, VPSDE, GuidedScore, ReverseProcess, solvers
 from cldsde.errors import SettingError
 from cldsde.images import Run, as_pictures
 from cldsde.images.config import SamplingConfig
@@ -27,6 +27,7 @@ from cldsde.images.sample.sampler import (
     ImageSampler,
     ahead,
     changed_recipe,
+    make_plan,
     make_solver,
     solver_for,
     time_grid,
@@ -468,6 +469,15 @@ def test_the_recommended_solver_leaves_no_choice(changes):
     named = changed_recipe(SamplingConfig(), solver="sscs", t_start=0.9, t_end=0.1, **changes)
     assert named.grid == "root"
     assert changed_recipe(named, solver="recommended") == SamplingConfig()
+
+
+def test_what_the_recommended_solver_cannot_do_names_its_setting():
+    guided = GuidedScore(PixelScore(CLD()), PixelScore(CLD()), 2.0)
+    with pytest.raises(SettingError, match="nfe: 3 evaluations are too few"):
+        make_plan(guided, SamplingConfig(nfe=3))
+    late = SamplingConfig(t_start=0.1, t_end=0.2)
+    with pytest.raises(SettingError, match="t_end: the range of times"):
+        make_plan(PixelScore(CLD()), late)
 
 
 def test_code_that_a_recipe_names_is_not_run_unless_the_caller_names_it():
