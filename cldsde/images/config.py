@@ -205,7 +205,7 @@ class SamplingConfig:
     t_start: StartTime = None
     t_end: Time | None = None
     """Times at which sampling starts and ends (ε). None: as for `cldsde.sample`. κ, half the log of
-    the signal-to-noise ratio, is then −3.3, or less for large images, and 3.3. At most 5 evaluations
+    the signal-to-noise ratio, is then −3.3, or less for large images, and 3.3. Up to 5 evaluations
     of the recommended solver go from −3.0, or less, to 2.35."""
     denoise: Flag = True
     """Return the data prediction at ε instead of the state there."""
