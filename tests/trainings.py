@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,8 @@ def configured(base: Mapping[str, Any], **sections: Any) -> RunConfig:
 
 
 def trained(folder: Path, settings: RunConfig, data: DataSet = DATA) -> DiffusionModel:
-    run = RunFolder(folder, settings.to_dict(), free=settings.FREE)
-    return train(settings, data, run, device="cpu")
+    with closing(RunFolder(folder, settings.to_dict(), free=settings.FREE)) as run:
+        return train(settings, data, run, device="cpu")
 
 
 class StopTrainingError(Exception):
@@ -46,8 +47,11 @@ def interrupt(folder: Path, settings: RunConfig, seen: int) -> None:
             if record["images"] == seen:
                 raise StopTrainingError
 
-    with pytest.raises(StopTrainingError):
-        train(settings, DATA, InterruptedRun(folder, settings.to_dict()), device="cpu")
+    with (
+        closing(InterruptedRun(folder, settings.to_dict())) as run,
+        pytest.raises(StopTrainingError),
+    ):
+        train(settings, DATA, run, device="cpu")
 
 
 def metrics(folder: Path) -> list[dict[str, float]]:

@@ -12,6 +12,7 @@ import os
 import sys
 from argparse import Namespace
 from collections.abc import Callable
+from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,8 @@ def prepare(options: Namespace) -> Callable[[], None]:
     def work() -> None:
         if state.is_main_process:
             print(facts, file=sys.stderr)
-        training.train(config, data, run, device=device, statistics=statistics, progress=True)
+        with closing(run):
+            training.train(config, data, run, device=device, statistics=statistics, progress=True)
         if state.is_main_process:
             seen = config.training.steps * config.training.batch
             print(f"Trained on {seen:,} images. The run is in {out.resolve()}")

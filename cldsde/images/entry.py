@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,9 +72,9 @@ class Run(TrainedModel):
         out = Path(out).expanduser()
         check_folder(out, config.to_dict(), free=config.FREE)
         statistics = check_run(config, data, device=device, run=out, progress=progress)
-        folder = RunFolder(out, config.to_dict(), free=config.FREE)
-        train(config, data, folder, device=device, statistics=statistics, progress=progress)
-        return cls.load(folder.path, "cpu" if device == "auto" else device, trust=True)
+        with closing(RunFolder(out, config.to_dict(), free=config.FREE)) as folder:
+            train(config, data, folder, device=device, statistics=statistics, progress=progress)
+        return cls.load(out, "cpu" if device == "auto" else device, trust=True)
 
     def sample(
         self,

@@ -34,13 +34,15 @@ class RunFolder:
     Opening it checks everything before anything is written: a folder of another configuration, or
     with other files, is an error and not changed. A folder of the same configuration is continued;
     its file keeps the settings that may change, ``free``, as they were. ``known`` are arguments of
-    `check_folder`.
+    `check_folder`. No other process can open it until ``close()``, or the end of the object.
     """
 
     def __init__(
         self, path: Path, config: Mapping[str, Any], *, shared: bool = False, **known: Any
     ) -> None:
         self.path = path
+        lock = ExitStack()
+        self.close = weakref.finalize(self, lock.close)
         if shared:
             return
         check_folder(path, config, **known)
@@ -48,9 +50,7 @@ class RunFolder:
             with new_folder(path):
                 if not (path / CONFIG).exists():
                     self.write_json(CONFIG, config)
-                lock = ExitStack()
                 lock.enter_context(file_lock(path / CONFIG, wait=False))
-                weakref.finalize(self, lock.close)
                 # Left by a killed process. Runs in folders below have locks of their own.
                 for folder in (path, *(path / name for name in _FOLDERS)):
                     for left in folder.glob(f"{PARTIAL}*"):

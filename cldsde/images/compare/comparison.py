@@ -86,6 +86,8 @@ class Comparison:
         finally:
             if (self.folder / RESULTS).exists():
                 write_report(self.folder.path)
+            for folder in (self.folder, *self.runs.values()):
+                folder.close()
 
     def _evaluate(self, name: str, model: TrainedModel) -> None:
         """Measure a model's rows, then its bits per dim."""

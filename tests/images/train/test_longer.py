@@ -229,6 +229,16 @@ def test_a_run_is_trained_loaded_and_sampled_from_python(tmp_path):
         run.sample(label=1)
 
 
+def test_a_training_can_go_on_while_its_error_is_at_hand(tmp_path, monkeypatch):
+    """As in a notebook, which keeps the last error, and the run folder with it."""
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "StopRequest", None)
+        with pytest.raises(TypeError) as held:
+            images.Run.train(config(), DATA, tmp_path / "run", device="cpu", progress=False)
+    images.Run.train(config(), DATA, tmp_path / "run", device="cpu", progress=False)
+    del held
+
+
 def test_a_signal_is_acknowledged_and_obeyed_between_two_batches_of_a_grid(finished, capsys):
     model = load_model(finished)
     sampler = ImageSampler(model.score, model.space, model.config.sampling, batch=2)
