@@ -68,7 +68,10 @@ def rounded(race: dict[str, Any]) -> dict[str, Any]:
 
 def table(found: dict[str, Any], topic: str | None = None) -> str:
     """One row for each rival: time, ratio of the first rival's time to its time, target."""
-    lines = ["| comparison | program | time | first / this | target |", "| --- | --- | ---: | ---: | --- |"]
+    lines = [
+        "| comparison | program | time | first / this | target |",
+        "| --- | --- | ---: | ---: | --- |",
+    ]
     for race in found["races"]:
         if topic not in (None, race["topic"]):
             continue
