@@ -14,7 +14,7 @@ p̃(y | z_ε), as their number grows.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -215,12 +215,7 @@ def sample_posterior(
         process.score, observation, method, gradient=gradient, data_variance=data_variance, sde=sde
     )
     tables = plan(process, ExponentialMultistep(order=2, stochasticity=1.0), grid).tables
-    # L⁻¹Bⱼ of each step map shifts D_y − D to q.
-    roots = triangular_inverse(torch.tensor(tables.noise, dtype=torch.float64, device="cpu"))
-    tilts = [
-        as_blocks(root @ torch.tensor(blocks, dtype=torch.float64, device="cpu"))
-        for root, blocks in zip(roots, tables.weights, strict=True)
-    ]
+    tilts = _tilts(tables)
     like = torch.empty(runs * particles, sde.components, *data_shape, dtype=dtype, device=device)
     at_once = len(like) if chunk is None else chunk
     whole = (len(like), *data_shape)
@@ -228,14 +223,7 @@ def sample_posterior(
         raise ValueError("score must have one condition for all particles, because they are mixed")
     if at_once < len(like) and process.score.depends_on_place:
         raise ValueError("chunk must be None for a score that depends on the place in the batch")
-    known, moved = KnownTimes(grid), score_argument(grid, like)
-
-    def guide(z: Tensor, i: int) -> Guided:
-        parts = []
-        for few in torch.split(z, at_once):
-            at = PlannedTime(known, i, moved[i].expand(len(few)))
-            parts.append(guided.guide(few, at.argument, planned=at))
-        return Guided(*(torch.cat(part) for part in zip(*parts, strict=True)))
+    guide = _guide_in_chunks(guided, grid, like, at_once)
 
     def normals() -> Tensor:
         return standard_normal(like.shape, generator=generators, dtype=dtype, device=device)
@@ -253,18 +241,40 @@ def sample_posterior(
             z, change = _step(tables, tilts[i], i, z, history, normals())
             history = [guide(z, i + 1), history[0]]
             weights.add(history[0].log_likelihood - history[1].log_likelihood + change)
-    log_weights = weights.log_evidence + weights.log_weights
-    evidence = log_weights.logsumexp(1) - math.log(particles)
-    mean = evidence.logsumexp(0) - math.log(runs)
-    spread = float((evidence - mean).exp().std()) if runs > 1 else math.nan
+    log_evidence, log_evidence_std = weights.evidence()
     return PosteriorSamples(
         samples=history[0].data + history[0].shift if denoise else z[:, 0].clone(),
-        log_weights=log_weights.flatten(),
-        log_evidence=float(mean),
-        log_evidence_std=spread / math.sqrt(runs),
+        log_weights=weights.total.flatten(),
+        log_evidence=log_evidence,
+        log_evidence_std=log_evidence_std,
         ess=torch.stack(weights.ess, 1),
         nfev=int(guided.evaluations(grid).sum()),
     )
+
+
+def _tilts(tables: Any) -> list[Block]:
+    """L⁻¹Bⱼ of each step, which map shifts D_y − D to q."""
+    roots = triangular_inverse(torch.tensor(tables.noise, dtype=torch.float64, device="cpu"))
+    return [
+        as_blocks(root @ torch.tensor(blocks, dtype=torch.float64, device="cpu"))
+        for root, blocks in zip(roots, tables.weights, strict=True)
+    ]
+
+
+def _guide_in_chunks(
+    guided: PosteriorScore, grid: Tensor, like: Tensor, chunk: int
+) -> Callable[[Tensor, int], Guided]:
+    """Function guide(z, i) of particles at ``grid[i]``, for states of the type of ``like``."""
+    known, moved = KnownTimes(grid), score_argument(grid, like)
+
+    def guide(z: Tensor, i: int) -> Guided:
+        parts = []
+        for few in torch.split(z, chunk):
+            at = PlannedTime(known, i, moved[i].expand(len(few)))
+            parts.append(guided.guide(few, at.argument, planned=at))
+        return Guided(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+    return guide
 
 
 def _step(
@@ -287,6 +297,19 @@ class _Weights:
         # Estimate from the weights that resampling has set to 1.
         self.log_evidence = torch.zeros(runs, 1, dtype=torch.float64, device="cpu")
         self.ess: list[Tensor] = []
+
+    @property
+    def total(self) -> Tensor:
+        """Log-weights since the start, ``(runs, K)``."""
+        return self.log_evidence + self.log_weights
+
+    def evidence(self) -> tuple[float, float]:
+        """Estimate of log p(y) from all runs, and its standard error."""
+        runs, count = self.log_weights.shape
+        each = self.total.logsumexp(1) - math.log(count)
+        mean = each.logsumexp(0) - math.log(runs)
+        spread = float((each - mean).exp().std()) if runs > 1 else math.nan
+        return float(mean), spread / math.sqrt(runs)
 
     def add(self, change: Tensor) -> None:
         """Add to the log-weights, and record the effective sample sizes."""

@@ -106,6 +106,18 @@ class Dynamics(ABC):
         """Dynamics of the time reversal of the stationary process, or None."""
 
 
+class NonStationaryDynamics(Dynamics):
+    """Dynamics without a known stationary distribution."""
+
+    @override
+    def stationary_covariance(self) -> None:
+        return None
+
+    @override
+    def stationary_reversal(self, covariance: Tensor) -> None:
+        return None
+
+
 def driven_rows(*roots: Tensor) -> tuple[int, ...]:
     """Components that noise enters: rows of G with an entry that is not zero."""
     stacked = torch.cat([root.detach().reshape(-1, *root.shape[-2:]) for root in roots])

@@ -8,12 +8,12 @@ from typing_extensions import override
 
 from cldsde.linear.blocks import safe_sqrt
 from cldsde.linear.covariance import joint_root
-from cldsde.linear.dynamics import Dynamics
+from cldsde.linear.dynamics import NonStationaryDynamics
 from cldsde.linear.elementary import exponential_rest
 from cldsde.linear.schedule import Schedule
 
 
-class SubVPDynamics(Dynamics):
+class SubVPDynamics(NonStationaryDynamics):
     """Dynamics of sub-VP: F = −β/2 and GGᵀ = β (1 − e^{−2B(0,t)})."""
 
     components = 1
@@ -52,11 +52,3 @@ class SubVPDynamics(Dynamics):
         b, since = 2 * self.schedule.integral(s, t), 2 * self._clock(s)
         squared = 0.5 * (exponential_rest(b) + torch.expm1(-since) * torch.expm1(-b))
         return safe_sqrt(squared)[..., None, None]
-
-    @override
-    def stationary_covariance(self) -> None:
-        return None
-
-    @override
-    def stationary_reversal(self, covariance: Tensor) -> None:
-        return None
