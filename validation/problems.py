@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 from typing import Any
@@ -13,9 +13,12 @@ from torch import Tensor
 
 from cldsde.errors import SettingError
 from cldsde.linear import CLD, HOLD, PSLD, VESDE, VPSDE, LinearSDE, RectifiedFlow, SubVPSDE
+from cldsde.linear.checks import as_number, check_between, check_positive, one_of
+from cldsde.linear.sde import check_process
 from cldsde.score import GaussianMixture, ReverseProcess
 
 _ORDERS = ("ODE order", "weak order", "strong order")
+_OTHERS = ("NFE per step", "distribution", "work and precision", "bias", "error at 100 steps")
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +46,13 @@ class Problem:
         Declared ODE orders that the problem can measure: above the first number and at most the
         second. A quick validation measures each order on few problems.
 
+    Raises
+    ------
+    TypeError
+        If an argument has the wrong type.
+    ValueError
+        If not 0 < end < start ≤ 1, a kind of check is unknown, or orders fall.
+
     Examples
     --------
     >>> problems()["CLD"].gaussian
@@ -61,6 +71,24 @@ class Problem:
     # orders above 5.
     ode_orders: tuple[float, float] = (0, 5)
     quick_ode_orders: tuple[float, float] = (0, 0)
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        check_process(self.sde)
+        for name, kind in (("name", str), ("data", GaussianMixture), ("quick", bool)):
+            if not isinstance(value := getattr(self, name), kind):
+                raise TypeError(f"{name} must be a {kind.__name__}; got {value!r}")
+        if not check_positive(self.end, "end") < check_between(self.start, 0, 1, "start"):
+            raise ValueError(f"end must be below start, {self.start}; got {self.end}")
+        if isinstance(self.checks, str) or not isinstance(self.checks, Collection):
+            raise TypeError(f"checks must be a collection of kinds; got {self.checks!r}")
+        for kind in self.checks:
+            one_of(kind, _ORDERS + _OTHERS, "checks")
+        for name in ("ode_orders", "quick_ode_orders"):
+            value = getattr(self, name)
+            if not (isinstance(value, Sequence) and len(value) == 2):
+                raise TypeError(f"{name} must be two numbers; got {value!r}")
+            check_between(value[0], 0, as_number(value[1], name), name)
 
     @property
     def gaussian(self) -> bool:

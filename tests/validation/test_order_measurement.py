@@ -1,5 +1,6 @@
 """Measured orders, exact moments and their references, against closed forms and sampling."""
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -254,6 +255,28 @@ REJECTED: list[Any] = [
 def test_impossible_measurements_are_rejected(measure, solver, problem, options, error, words):
     with pytest.raises(error, match=words):
         measure(solver, PROBLEMS[problem], **options)
+
+
+ARGUMENTS: list[Any] = [
+    ({"name": 3}, TypeError, "name must be a str; got 3"),
+    ({"sde": CLD}, TypeError, r"sde must be a LinearSDE; got CLD \(write it with parentheses"),
+    ({"data": [0.3]}, TypeError, r"data must be a GaussianMixture; got \[0.3\]"),
+    ({"end": "1e-3"}, TypeError, "end must be a real number; got '1e-3'"),
+    ({"end": 0.0}, ValueError, "end must be finite and positive; got 0.0"),
+    ({"start": 2}, ValueError, r"start must lie in \[0, 1\]; got 2"),
+    ({"end": 0.5, "start": 0.5}, ValueError, "end must be below start, 0.5; got 0.5"),
+    ({"checks": "weak order"}, TypeError, "checks must be a collection of kinds; got 'weak order'"),
+    ({"checks": ["order"]}, ValueError, "checks must be one of 'ODE order', .*; got 'order'"),
+    ({"quick": 1}, TypeError, "quick must be a bool; got 1"),
+    ({"ode_orders": 5}, TypeError, "ode_orders must be two numbers; got 5"),
+    ({"quick_ode_orders": (5, 4)}, ValueError, r"quick_ode_orders must lie in \[0, 4\]; got 5"),
+]
+
+
+@pytest.mark.parametrize(("changed", "error", "words"), ARGUMENTS)
+def test_a_problem_names_an_argument_that_does_not_fit(changed, error, words):
+    with pytest.raises(error, match=words):
+        dataclasses.replace(PROBLEMS["CLD"], **changed)
 
 
 # Exact moments of solvers with Gaussian data, against recursions from matrix exponentials
