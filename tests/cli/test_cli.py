@@ -104,6 +104,7 @@ def here(published, tmp_path, monkeypatch):
         ("sample RUN --solver sscz", "'sscz'; did you mean sscs?"),
         ("sample RUN --nfe 1", "--nfe: must be"),
         ("sample RUN --solver probability-flow --nfe 9", "--nfe: probability-flow is adaptive;"),
+        ("sample RUN --solver probability-flow --grid root", "--grid: probability-flow is adapt"),
         *((f"sample RUN --seeds {x}", "--seeds: must be A-B") for x in ("5-3", "x")),
         ("sample RUN --seed 3-9", "--seed: must be an integer from 0 to 2^32 - 1; got '3-9'"),
         ("sample RUN --seeds 0-3 --seed 5", "--seed: --seeds is an alternative; got both"),

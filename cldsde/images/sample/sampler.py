@@ -89,8 +89,9 @@ def changed_recipe(
 ) -> SamplingConfig:
     """Change fields of a recipe, and options of its solver; another solver has its own defaults.
 
-    Raises a SettingError for a value that is not allowed, for a budget of an adaptive solver, and
-    for a solver outside of cldsde that the recipe names: code is run only if the caller names it.
+    Raises a SettingError for a value that is not allowed, for a budget or grid of an adaptive
+    solver, and for a solver outside of cldsde that the recipe names: its code is run only if the
+    caller names it.
     """
     msg = f"the run's own, {recipe.solver}, is code outside of cldsde; name it here to run it, "
     named = "solver" in changes or ":" not in recipe.solver
@@ -102,7 +103,8 @@ def changed_recipe(
     changed = dataclasses.replace(recipe, **changes, options={**kept, **(options or {})})
     solver = make_solver(changed)
     msg = f"{changed.solver} is adaptive; set its options rtol and atol instead"
-    require("nfe" not in changes or solver is None or not solver.facts.adaptive, "nfe", msg)
+    for name in ("nfe", "grid"):
+        require(name not in changes or solver is None or not solver.facts.adaptive, name, msg)
     return changed
 
 
