@@ -63,7 +63,6 @@ def prepare(options: Namespace) -> Callable[[], None]:
         with setting("out"):
             SamplerSettings.load(file)  # --overwrite replaces nothing but settings
     folder = out.parent if single else out
-    check_writable(folder)
     classifier = folder / CLASSIFIER
     if source is not None and source != folder:
         # The data of another run must not get the name that the classifier of a run's own data has.
@@ -74,6 +73,7 @@ def prepare(options: Namespace) -> Callable[[], None]:
     tuning = Tuning(model, data, classifier, options.features, options.images, seed, device)
     for nfe in files:
         tuning.check(nfe, options.tries)
+    check_writable(folder)  # makes it, when nothing else can be rejected
 
     def work() -> None:
         for nfe, file in files.items():

@@ -108,8 +108,10 @@ def test_an_interrupted_search_keeps_its_best_settings(run, monkeypatch, capsys)
     ],
 )
 def test_bad_arguments_are_rejected_before_any_work(digits_run, arguments, option, message, capsys):
-    error = rejected(capsys, "tune", digits_run, *SHORT, *arguments)
+    out = digits_run.with_name("few")
+    error = rejected(capsys, "tune", digits_run, *SHORT, "--out", out, *arguments)
     assert f"{option}: {message}" in error
+    assert not out.exists()
     assert not (digits_run / "classifier.safetensors").exists()
 
 
