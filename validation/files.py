@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from cldsde.errors import SettingError
+from cldsde.errors import SettingError, require
 from cldsde.files import check_target, new_folder
 from cldsde.messages import in_words
 
 from .plots import canvas
 from .posterior_suite import PosteriorReport
-from .report import TABLE, Report
+from .report import TABLE, Report, earlier_files
 
 AnyReport = Report | PosteriorReport
 
@@ -19,11 +19,14 @@ AnyReport = Report | PosteriorReport
 class ReportFiles:
     """Files of a report: all numbers in ``json``; a table and plots in the folder ``out``.
 
-    An error of one does not keep the other from being written.
+    An error of one does not keep the other from being written. Table and plots of an earlier report
+    are removed with ``overwrite``, and are an error without it.
     """
 
-    def __init__(self, json: Path | None = None, out: Path | None = None) -> None:
-        self._json, self._out = json, out
+    def __init__(
+        self, json: Path | None = None, out: Path | None = None, *, overwrite: bool = False
+    ) -> None:
+        self._json, self._out, self._overwrite = json, out, overwrite
         self._warned = False
 
     def check(self) -> None:
@@ -35,6 +38,8 @@ class ReportFiles:
             with new_folder(out or Path()):
                 if out is not None:
                     check_target(out / TABLE)
+                    msg = f"{out} holds an earlier validation; name another folder, or set "
+                    require(self._overwrite or not earlier_files(out), key, f"{msg}overwrite=True")
                 key = "json"
                 if self._json is not None:
                     check_target(self._json)

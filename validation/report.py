@@ -223,7 +223,7 @@ class Report:
         return rows
 
     def write_plots(self, folder: Path) -> None:
-        """Write the table and plots into an existing folder.
+        """Write the table and plots into an existing folder, in place of those of earlier reports.
 
         The plots are a diagram of work and precision for each problem that has one, and the errors
         of each solver against the step.
@@ -233,6 +233,8 @@ class Report:
         ImportError
             If matplotlib is not installed; it comes with the extra ``validation``.
         """
+        for file in earlier_files(folder):
+            file.unlink()
         text = self.to_text() + "\n"
         write_whole(folder / TABLE, lambda path: path.write_text(text, encoding="utf-8"))
         for table in self.tables:
@@ -242,6 +244,12 @@ class Report:
             if own:
                 figure = order_curves(subject, own)
                 write_whole(folder / _file_name("orders", subject), figure.savefig)
+
+
+def earlier_files(folder: Path) -> list[Path]:
+    """Files of a folder that have names of the table and plots of a report."""
+    patterns = TABLE, "orders-*.svg", "work-and-precision-*.svg"
+    return [file for pattern in patterns for file in folder.glob(pattern) if file.is_file()]
 
 
 def _grouped(pairs: Iterable[tuple[Any, str]]) -> list[tuple[Any, str]]:

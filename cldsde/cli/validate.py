@@ -35,6 +35,7 @@ OPTIONS = (
     several("--problem NAME", "name of a problem (default: all problems)"),
     option("--json FILE", Path, "file for all numbers, as JSON"),
     option("--out DIR", Path, "folder for the table and plots"),
+    flag("--overwrite", "replace the table and plots of an earlier validation"),
     option("--seed N", SEED, "random seed of all samples", default=0),
     flag("--posterior", "measure posterior samplers of inverse problems instead of solvers"),
     several("--sampler MODULE:FUNCTION", "your own posterior sampler for --posterior"),
@@ -43,7 +44,8 @@ OPTIONS = (
 
 def prepare(options: Namespace) -> Callable[[], None]:
     """Check the options and return a function that does the work."""
-    made, files = _reports(options), ReportFiles(options.json, options.out)
+    made = _reports(options)
+    files = ReportFiles(options.json, options.out, overwrite=options.overwrite)
     files.check()
 
     def validate() -> None:

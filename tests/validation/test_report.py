@@ -265,3 +265,19 @@ def test_a_file_that_cannot_be_written_does_not_keep_the_other_away(tmp_path):
     files.save(report)  # is retried at the end only
     assert [error.key for error in files.finish(report)] == ["json"]
     assert (tmp_path / "page" / "report.txt").is_file()
+
+
+def test_files_of_an_earlier_report_are_replaced_if_that_is_asked_for(tmp_path):
+    for name in ("orders-third.svg", "work-and-precision-VP.svg", "mine.svg"):
+        (tmp_path / name).touch()
+        if name != "mine.svg":
+            with pytest.raises(SettingError, match=r"out: .*an earlier validation; .*overwrite"):
+                ReportFiles(out=tmp_path).check()
+    files = ReportFiles(out=tmp_path, overwrite=True)
+    files.check()
+    assert files.finish(Report(DIVERSE[2:3])) == []
+    assert {file.name for file in tmp_path.iterdir()} == {
+        "report.txt",
+        "orders-first.svg",
+        "mine.svg",
+    }
