@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.metadata import version
 from io import TextIOWrapper
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -24,6 +24,9 @@ __all__ = ["main"]
 
 _NAMES = ["demo", "train", "sample", "evaluate", "compare", "tune", "validate", "import", "export"]
 _FILES = {**{name: name for name in _NAMES}, "import": "import_published"}
+# Keys of settings with the options that give them, or their beginning.
+_GIVEN_BY = {"process.name": "process", "process.options": "process_set", "options": "set"}
+_GIVEN_BY |= {"training.init_from": "init_from"}
 _COMMANDS = {name: import_module(f"cldsde.cli.{file}") for name, file in _FILES.items()}
 _INTERRUPTED = {
     "tune": "interrupted; the best settings so far are kept",
@@ -90,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{command.prog}: {interrupted}", file=sys.stderr)
         return 130
     except (ValueError, OSError, ArithmeticError, ImportError) as error:
-        _complain(command.prog, _in_options(error, command.names))
+        _complain(command.prog, _in_options(error, command.names, vars(options)))
         return code
     except (MemoryError, RuntimeError) as error:
         # On the CPU torch has no exception class for a failed allocation.
@@ -102,10 +105,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _in_options(error: Exception, names: Mapping[str, str]) -> str:
-    """An error with the option of a setting in place of its key, if there is one."""
+def _in_options(error: Exception, names: Mapping[str, str], given: Mapping[str, Any]) -> str:
+    """An error with options in place of a setting's key, and of flags ``name=True`` to set."""
     if isinstance(error, SettingError):
-        return f"{names.get(error.key, error.key)}: {error.reason}"
+        key = names.get(error.key, error.key)
+        for start, option in _GIVEN_BY.items():
+            if given.get(option) and f"{key}.".startswith(f"{start}."):
+                key = f"{names[option]} {key[len(start) + 1 :]}".strip()
+        reason = re.sub(r"(\w+)=True", lambda x: names.get(x[1], x[0]), error.reason)
+        return f"{key}: {reason}"
     if isinstance(error, ModuleNotFoundError):
         extra = "tune" if error.name == "cma" else "images"
         return f"{error.name} is missing; install the extra: pip install 'cldsde[{extra}]'"

@@ -265,8 +265,8 @@ def load_model(
     except (ValueError, OSError, RecursionError) as error:
         msg = f"{run / CONFIG} is no configuration of an image model ({error})"
         raise ValueError(msg) from error
-    msg = f"the network of {run}, {config.network.name}, is code outside of cldsde; set trust if "
-    require(trust or ":" not in config.network.name, "trust", f"{msg}you trust the code")
+    msg = f"the network of {run}, {config.network.name}, is code outside of cldsde; set trust=True "
+    require(trust or ":" not in config.network.name, "trust", f"{msg}if you trust the code")
     return read_model(file, config, device)
 
 

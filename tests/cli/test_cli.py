@@ -13,6 +13,7 @@ from PIL import Image
 
 import cldsde
 from cldsde.cli import main, validate
+from cldsde.errors import SettingError
 from command import rejected
 from comparisons import feature_module, tiny
 from published_data import CLD_SGM, SCORE_SDE, save_checkpoint
@@ -95,6 +96,7 @@ def here(published, tmp_path, monkeypatch):
         ("train CONFIG --set sampling.nfe=1000000000000", "sampling.nfe: must be less than"),
         ("train CONFIG --set network.options.channels=[9]", "network.options: groups must divide"),
         ("train CONFIG --set data.name=folder", "data.options.path: is missing"),
+        ("train CONFIG --init-from nowhere", "--init-from: there is no folder nowhere"),
         ("train CONFIG --resume", "--resume: out holds no run to resume"),
         ("train CONFIG --set training.batch=32 --out RUN", "other settings (training.batch)"),
         ("train CONFIG --seed -1", "--seed: must be"),
@@ -111,7 +113,7 @@ def here(published, tmp_path, monkeypatch):
         ("sample RUN --grid cubic", "--grid: must be 'uniform'"),
         ("sample RUN --t-end 0", "--t-end: must be"),
         ("sample RUN --set rtol", "--set: takes"),
-        ("sample RUN --set order=3", "options.order: unknown key"),
+        ("sample RUN --set order=3", "--set order: unknown key"),
         ("sample RUN --class 1", "--class: the network was not trained with classes"),
         ("sample RUN --known x.png", "--known: needs observe"),
         ("sample RUN --precision fp8", "--precision: must be 'fp32', 'bf16' or 'fp16'; got 'fp8'"),
@@ -127,8 +129,8 @@ def here(published, tmp_path, monkeypatch):
             "--compile: must be default, reduce-overhead (CUDA graphs) or max-auto",
         ),
         *((f"sample {x}", "a run or --model is needed") for x in ("", "RUN --model MODEL")),
-        ("sample --model MODEL --process CLDD", "process.name"),
-        ("sample --model MODEL --process CLD --process-set bet=3", "bet"),
+        ("sample --model MODEL --process CLDD", "--process: must be one of CLD"),
+        ("sample --model MODEL --process CLD --process-set bet=3", "--process-set bet: unknown"),
         ("sample --model nowhere", "nowhere is no folder"),
         ("sample --model MODEL --t-start 2", "--t-start"),
         ("sample --model MODEL --t-start 1.0 --nfe 4", "trained on, 0.01"),
@@ -212,6 +214,24 @@ def test_wrong_arguments_are_rejected_before_any_work(
     assert words in message.partition(": error: ")[2]
     left = [file for file in here.rglob("*") if "__pycache__" not in str(file)]
     assert {file: file.is_file() and file.read_bytes() for file in left} == before
+
+
+@pytest.mark.parametrize(
+    ("given", "key", "shown"),
+    [
+        ("--process CLDD", "process.name", "--process"),
+        ("--process-set bet=3", "process.options.bet", "--process-set bet"),
+        ("--set order=7", "options", "--set"),
+        ("--solver em", "options", "options"),  # of the run
+    ],
+)
+def test_an_error_names_the_option_that_was_given(capsys, monkeypatch, given, key, shown):
+    def prepare(_):
+        raise SettingError(key, "is wrong; or set overwrite=True")
+
+    monkeypatch.setattr("cldsde.cli.sample.prepare", prepare)
+    error = rejected(capsys, "sample", "run", *given.split())
+    assert error == f"cldsde sample: error: {shown}: is wrong; or set --overwrite\n"
 
 
 def test_a_lack_of_memory_is_one_line(capsys, monkeypatch):

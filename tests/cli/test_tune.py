@@ -65,7 +65,7 @@ def test_settings_are_kept_in_the_run_and_measured_with_new_seeds(run, capsys):
     # Nothing is replaced without being asked, nor before any work.
     error = rejected(capsys, "tune", run, *SHORT)
     assert "--out: " in error
-    assert "sampler-3.json is there already" in error
+    assert "sampler-3.json is there already; name another place, or set --overwrite" in error
     assert SamplerSettings.load(run / "sampler-3.json") == found
 
 
