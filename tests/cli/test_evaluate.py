@@ -46,7 +46,11 @@ def test_a_run_is_measured_and_finished_results_are_kept(run, tmp_path, capsys):
     assert out.read_text() == before
     options = ["--process", "VPSDE", "--samples", 6, "--nfe", 4, "--part", "held_out"]
     assert evaluate(run, *options) == 0
-    assert (run / "evaluation-VPSDE.jsonl").is_file()
+    [one] = results(run / "evaluation-VPSDE.jsonl")
+    assert (one.times["grid"], one.recipe["grid"]) == ("fitted", None)
+    shown = capsys.readouterr().out
+    assert f"| recommended | 4 | fitted, {one.times['t_end']:.4g} | 6 | " in shown
+    assert f"\nrecommended, 4 evaluations: {one.solver} from t = " in shown
     raw = run / "training.safetensors"
     assert evaluate(raw, "--samples", 6, "--nfe", 4, "--part", "held_out") == 0
     assert (run / "evaluation-training.jsonl").is_file()

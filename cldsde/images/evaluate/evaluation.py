@@ -47,7 +47,7 @@ from cldsde.images.evaluate.results import (
     read_results,
 )
 from cldsde.images.model import ImageModel, TrainedModel
-from cldsde.images.sample.sampler import ImageSampler, solver_for
+from cldsde.images.sample.sampler import ImageSampler, chosen_for
 from cldsde.images.schema import check_name, plain, section
 from cldsde.progress import progress_bar
 from cldsde.score.flow_density import UnsolvedFlowError
@@ -143,7 +143,9 @@ class Evaluation(Measurements):
 
     def of_recipe(self, model: ImageModel, recipe: SamplingConfig, file: Path) -> list[Result]:
         """Measure images of a recipe; see `of_run`."""
-        own = {"recipe": plain(recipe), "solver": repr(solver_for(model.score, recipe))}
+        shape = model.space.shape if model.vae is None else model.vae.latent_shape
+        solver, times = chosen_for(model.score, recipe, shape)
+        own = {"recipe": plain(recipe), "solver": repr(solver), "times": times}
         # One for all repetitions, made if something is missing.
         sampler = cache(lambda: ImageSampler.of(model, recipe, batch=self.batch))
         found: list[Result] = []

@@ -20,6 +20,7 @@ import torch
 from pydantic import TypeAdapter
 
 from cldsde.files import file_lock, writing
+from cldsde.images.config import RECOMMENDED
 from cldsde.images.evaluate.distances import package_versions
 from cldsde.messages import one_line
 from cldsde.tables import Entry, Table, mean_and_spread
@@ -36,6 +37,7 @@ class Result:
     recipe: Mapping[str, Any] = field(default_factory=dict)  # sampling settings in JSON types
     seeds: tuple[int, int] | None = None  # of the first and the last image
     solver: str = ""  # with all its options, because recipes omit defaults, which may change
+    times: Mapping[str, Any] = field(default_factory=dict)  # grid and ends, if recommended
     metric: str
     against: str  # name of what the metric compares with: features and part of the data
     features: str = ""  # their name, with a hash of their weights
@@ -123,7 +125,8 @@ def markdown_table(results: Collection[Result]) -> str:
     """Table of recipes and numbers of images against means over repetitions, with their spread.
 
     NFE is the mean number of score evaluations of an image, if it was measured. Results of a solver
-    whose defaults have changed since are left out.
+    whose defaults have changed since are left out, and those that share seeds with others. What the
+    recommended solver chose is below the table.
     """
     solvers = {json.dumps(result.recipe): result.solver for result in results}
     rows: dict[tuple[str, int], list[Result]] = {}
@@ -132,25 +135,45 @@ def markdown_table(results: Collection[Result]) -> str:
         if result.recipe and result.solver == solvers[name]:
             rows.setdefault((name, last - first), []).append(result)
     names = dict.fromkeys(name for row in rows.values() for one in row for name in _named(one))
-    lines = []
+    lines, remarks = [], dict[str, None]()
     for row in rows.values():
-        recipe = row[0].recipe
+        times = next((x.times for x in row if x.times), {})
+        recipe = {**row[0].recipe, **times}
+        if recipe["solver"] == RECOMMENDED:
+            ends = " from t = {t_start:.4g} to {t_end:.4g}".format_map(times) if times else ""
+            remarks[f"{RECOMMENDED}, {recipe['nfe']} evaluations: {row[0].solver}{ends}."] = None
         end = recipe.get("t_end")
-        end = None if end is None else f"{end:g}"
+        end = None if end is None else f"{end:.4g}"
         times = ", ".join(filter(None, (recipe.get("grid"), end)))
         if recipe["solver"] == "fitted":
             times = "κ " + ", ".join(f"{x:.2f}" for x in recipe["options"]["log_snr"])
         spent = [result.nfe for result in row if result.nfe is not None]
         nfe = f"{statistics.mean(spent):.4g}" if spent else str(recipe.get("nfe", ""))
         sizes = dict.fromkeys(str(x.about["samples"]) for x in row if "samples" in x.about)
-        values = [[_named(x)[name] for x in row if name in _named(x)] for name in names]
+        values = []
+        for name in names:
+            found = [x for x in row if name in _named(x)]
+            values.append([_named(x)[name] for x in _apart(found)])
+            if len(values[-1]) < len(found):
+                remarks["Of repetitions that share seeds, those of the lowest seeds count."] = None
         changed = {} if recipe["solver"] == "fitted" else recipe.get("options", {})
         solver = ", ".join([recipe["solver"], *(f"{key}={x}" for key, x in changed.items())])
         line = [Entry(solver, number=False), Entry(nfe)]
         line += [Entry(times, number=False), Entry(", ".join(sizes))]
         lines.append([*line, *(Entry(mean_and_spread(x, 3)) for x in values)])
     head = ["solver", "NFE", "grid, ε", "images", *names]
-    return Table("", head, lines, []).markdown() if lines else ""
+    return Table("", head, lines, list(remarks)).markdown() if lines else ""
+
+
+def _apart(results: Iterable[Result]) -> list[Result]:
+    """Results that share no seeds with one of lower seeds."""
+    kept, last = list[Result](), -1
+    for one in sorted(results, key=lambda x: x.seeds or ()):
+        first, end = one.seeds or (0, 0)
+        if first > last:
+            kept.append(one)
+            last = end
+    return kept
 
 
 def bits_text(bits: Mapping[str, Any]) -> str:

@@ -31,7 +31,7 @@ from cldsde.score.protocol import as_score
 from cldsde.solvers import Imputation, Plan, SampleNoise, SamplerSettings, find_solver, grids, plan
 from cldsde.solvers.authoring import Solver
 from cldsde.solvers.planning import Denoise
-from cldsde.solvers.recommended import fit_grid, recommended_plan, window
+from cldsde.solvers.recommended import Recipe, fit_grid, recommended_plan, window
 
 _ELSEWHERE = {"ddim": "multistep-1", "dpm-solver++": "multistep-2", "dpmpp_2m": "multistep-2"}
 Item = TypeVar("Item")
@@ -80,8 +80,34 @@ def make_solver(sampling: SamplingConfig) -> Solver | None:
 
 def solver_for(score: Score, sampling: SamplingConfig) -> Solver:
     """The solver with which a configuration samples a score."""
+    return chosen_for(score, sampling, (1,))[0]
+
+
+def chosen_for(
+    score: Score, sampling: SamplingConfig, shape: Sequence[int]
+) -> tuple[Solver, dict[str, Any]]:
+    """The solver of a configuration, and grid and ends if it is the recommended one."""
     solver = make_solver(sampling)
-    return make_plan(score, sampling)[0].solver if solver is None else solver
+    if solver is not None:
+        return solver, {}
+    recipe, made = _recommended(ReverseProcess(score.sde, score), sampling, shape)
+    start, *_, end = made.times.tolist()
+    grid = recipe.grid.__name__.removesuffix("_times")
+    return made.solver, {"grid": grid, "t_start": start, "t_end": end}
+
+
+def _recommended(
+    process: ReverseProcess, sampling: SamplingConfig, shape: Sequence[int]
+) -> tuple[Recipe, Plan]:
+    """Recipe and plan of the recommended solver."""
+    nfe, start, end = sampling.nfe, sampling.t_start, sampling.t_end
+    how: dict[str, Any] = {"shape": shape, "start": start, "end": end, "nfe": nfe}
+    try:
+        return recommended_plan(process, **how)
+    except ValueError as error:
+        with setting("t_end"):
+            window(process, **how)  # raises if the ends are the reason
+        raise SettingError("nfe", str(error)) from error
 
 
 def changed_recipe(
@@ -147,14 +173,7 @@ def make_plan(
     solver = make_solver(sampling)
     try:
         if solver is None:
-            nfe, start, end = sampling.nfe, sampling.t_start, sampling.t_end
-            how: dict[str, Any] = {"shape": shape, "start": start, "end": end, "nfe": nfe}
-            try:
-                chosen, made = recommended_plan(process, **how)
-            except ValueError as error:
-                with setting("t_end"):
-                    window(process, **how)  # raises if the ends are the reason
-                raise SettingError("nfe", str(error)) from error
+            chosen, made = _recommended(process, sampling, shape)
             return made, chosen.denoise
         if observed is not None:
             fits = sampling.solver != FITTED
