@@ -30,6 +30,11 @@ from .work_precision import WorkPrecision
 TABLE = "report.txt"
 """Name of the file with the table in a folder of plots."""
 
+_ADVICE = (
+    "Measure these orders in Python with more numbers of steps, or a longer range of them, such as "
+    "weak_order(solver, problem, steps=(64, 128, …)) of cldsde.validation."
+)
+
 
 @dataclass(frozen=True)
 class Report:
@@ -101,17 +106,20 @@ class Report:
         return "\n\n".join(filter(None, parts))
 
     def unconfirmed(self) -> list[str]:
-        """Reasons why no problem confirms a declared order, one line each."""
+        """Reasons why no problem confirms a declared order, one line each, and what to do."""
         passed = {(c.subject, c.kind) for c in self.checks if c.verdict is Verdict.PASS}
         doubtful = [
-            ((c.subject, c.kind, c.message), c.problem)
+            c
             for c in self.checks
             if c.verdict is Verdict.INCONCLUSIVE and (c.subject, c.kind) not in passed
         ]
-        return [
+        lines = [
             f"{subject}, {kind} on {names}: {message}"
-            for (subject, kind, message), names in _grouped(doubtful)
+            for (subject, kind, message), names in _grouped(
+                ((c.subject, c.kind, c.message), c.problem) for c in doubtful
+            )
         ]
+        return [*lines, _ADVICE] if any(c.estimate for c in doubtful) else lines
 
     def judgement(self, names: Sequence[str] = ()) -> tuple[list[str], list[str]]:
         """Lines about the checks, and complaints if the validation did not succeed.

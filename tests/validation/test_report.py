@@ -102,6 +102,7 @@ def test_the_text_has_a_line_for_each_solver_and_kind():
     table, reasons, closing = Report(DIVERSE).to_text().split("\n\n")
     assert closing == "2 of 6 pass."
     assert reasons.startswith("third, weak order on VP: An order needs")
+    assert reasons.endswith("weak_order(solver, problem, steps=(64, 128, …)) of cldsde.validation.")
     lines = [line.split("  ")[0] for line in table.splitlines()[1:]]
     kinds = "first: weak order, first: strong order, second: weak order, third: weak order"
     kinds += ", third: error at 100 steps, fourth: error at 100 steps, fifth: bias"
