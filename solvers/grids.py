@@ -5,13 +5,12 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from numbers import Integral
 from typing import Any, ParamSpec
 
 import torch
 from torch import Tensor
 
-from cldsde.linear.checks import check_positive
+from cldsde.linear.checks import as_integer, check_positive
 from cldsde.linear.log_snr import log_snr_of_vp_time, times_of_log_snr, vp_time
 from cldsde.linear.sde import LinearSDE
 
@@ -237,15 +236,12 @@ def _between(fractions: Tensor, ends: Tensor) -> Tensor:
 
 
 def _fractions(T: float, eps: float, n: int) -> Tensor:
-    if isinstance(n, bool) or not isinstance(n, Integral):
-        raise TypeError(f"n must be an integer number of steps; got {n!r}")
-    if n < 1:
-        raise ValueError(f"n must be at least 1 step; got {n}")
+    n = as_integer(n, 1, "n")
     if not (math.isfinite(T) and T > 0):
         raise ValueError(f"T must be finite and positive; got {T:g}")
     if not 0 <= eps < T:
         raise ValueError(f"eps must lie in [0, T) with T = {T:g}; got {eps:g}")
-    return torch.arange(int(n) + 1, dtype=torch.float64, device="cpu") / int(n)
+    return torch.arange(n + 1, dtype=torch.float64, device="cpu") / n
 
 
 def _with_ends(times: Tensor, T: float, eps: float) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from cldsde.linear.checks import check_positive, one_of
+from cldsde.linear.checks import as_integer, check_positive, one_of
 from cldsde.score import ReverseProcess
 
 from .base import (
@@ -75,8 +75,7 @@ class Langevin:
 
     def __post_init__(self) -> None:
         check_positive(self.snr, "snr")
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
-            raise ValueError(f"steps must be a positive integer; got {self.steps!r}")
+        as_integer(self.steps, 1, "steps")
         one_of(self.norm, Norm, "norm")
 
     def correct(

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from cldsde.linear.blocks import apply_blocks
-from cldsde.linear.checks import as_grid_times, check_between, one_of
+from cldsde.linear.checks import as_grid_times, as_integer, check_between, one_of
 from cldsde.linear.covariance import triangular_inverse
 from cldsde.linear.random import check_generator, standard_normal
 from cldsde.progress import progress_bar
@@ -197,8 +197,7 @@ def sample_posterior(
     sde = process.sde
     grid = as_grid_times(times, "times")
     for name, count in (("particles", particles), ("chunk", 1 if chunk is None else chunk)):
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise ValueError(f"{name} must be an integer of at least 1; got {count!r}")
+        as_integer(count, 1, name)
     check_between(threshold, 0.0, 1.0, "threshold")
     if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype must be a floating-point type of torch; got {dtype!r}")

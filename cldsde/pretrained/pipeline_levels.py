@@ -5,12 +5,12 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Mapping
-from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from cldsde.linear.checks import as_integer
 from cldsde.linear.log_snr import log_snr_range, times_of_log_snr
 from cldsde.linear.sde import LinearSDE
 from cldsde.pretrained.conventions import LEAST_LOG_SNR, Convention
@@ -91,11 +91,7 @@ def number_of_steps(n: int | None, given: Mapping[str, Any]) -> int:
                 f"only; got {values.tolist()}. Use grid='scheduler'"
             )
         n = len(values)
-    if isinstance(n, bool) or not isinstance(n, Integral):
-        raise TypeError(f"num_inference_steps must be an integer; got {n!r}")
-    if n < 1:
-        raise ValueError(f"num_inference_steps must be at least 1; got {n}")
-    return int(n)
+    return as_integer(n, 1, "num_inference_steps")
 
 
 def levels_of_grid(

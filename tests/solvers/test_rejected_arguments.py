@@ -52,8 +52,8 @@ CASES = [
         row
         for make in (*PLAIN, *ON_CLD)
         for row in (
-            *bad(V, "n must be at least 1 step; got", partial(make, 1.0, 1e-3), 0, -100),
-            *bad(T, "n must be an integer number", partial(make, 1.0, 1e-3), 2.0, "2", True),
+            *bad(V, "n must be at least 1; got", partial(make, 1.0, 1e-3), 0, -100),
+            *bad(T, "n must be an integer", partial(make, 1.0, 1e-3), 2.0, "2", True),
             *bad(V, r"eps must lie in \[0, T\) with", partial(make, 1.0, n=9), 1.0, -1e-9, NAN),
             *bad(V, "T must|times? must", partial(make, eps=1e-3, n=9), 0.0, -0.5, NAN, INF),
             (partial(make, 1.0, 1 - 4 * EPS, 1000), V, "1000 steps .* below the resolution"),
@@ -284,8 +284,8 @@ CASES += [
     (lambda: sample(score=lambda z, t: z * NAN, nfe=4), FloatingPointError, "not finite"),
     # HOLD reaches σ = 22 only.
     (lambda: sample(HOLD(), IDENTITY), V, "range of times .* is empty"),
-    (lambda: posterior(particles=0), V, "particles must be an integer"),
-    (lambda: posterior(chunk=0), V, "chunk must be an integer"),
+    (lambda: posterior(particles=0), V, "particles must be at least 1"),
+    (lambda: posterior(chunk=0), V, "chunk must be at least 1"),
     (lambda: posterior(threshold=1.5), V, "threshold must lie in"),
     (lambda: posterior(method="dps"), V, "method must be one of"),
     (lambda: posterior(seeds=[1], generator=torch.Generator()), V, "alternatives"),
