@@ -251,7 +251,7 @@ def sample_posterior(
     )
 
 
-def _tilts(tables: Any) -> list[Block]:
+def _tilts(tables: Any) -> list[list[Block]]:
     """L⁻¹Bⱼ of each step, which map shifts D_y − D to q."""
     roots = triangular_inverse(torch.tensor(tables.noise, dtype=torch.float64, device="cpu"))
     return [

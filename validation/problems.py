@@ -82,8 +82,8 @@ class Problem:
             raise ValueError(f"end must be below start, {self.start}; got {self.end}")
         if isinstance(self.checks, str) or not isinstance(self.checks, Collection):
             raise TypeError(f"checks must be a collection of kinds; got {self.checks!r}")
-        for kind in self.checks:
-            one_of(kind, _ORDERS + _OTHERS, "checks")
+        for check in self.checks:
+            one_of(check, _ORDERS + _OTHERS, "checks")
         for name in ("ode_orders", "quick_ode_orders"):
             value = getattr(self, name)
             if not (isinstance(value, Sequence) and len(value) == 2):

@@ -137,10 +137,10 @@ def markdown_table(results: Collection[Result]) -> str:
     names = dict.fromkeys(name for row in rows.values() for one in row for name in _named(one))
     lines, remarks = [], dict[str, None]()
     for row in rows.values():
-        times = next((x.times for x in row if x.times), {})
-        recipe = {**row[0].recipe, **times}
+        chosen = next((x.times for x in row if x.times), {})
+        recipe = {**row[0].recipe, **chosen}
         if recipe["solver"] == RECOMMENDED:
-            ends = " from t = {t_start:.4g} to {t_end:.4g}".format_map(times) if times else ""
+            ends = " from t = {t_start:.4g} to {t_end:.4g}".format_map(chosen) if chosen else ""
             remarks[f"{RECOMMENDED}, {recipe['nfe']} evaluations: {row[0].solver}{ends}."] = None
         end = recipe.get("t_end")
         end = None if end is None else f"{end:.4g}"

@@ -90,7 +90,7 @@ def chosen_for(
     solver = make_solver(sampling)
     if solver is not None:
         return solver, {}
-    recipe, made = _recommended(ReverseProcess(score.sde, score), sampling, shape)
+    recipe, made = _recommended(ReverseProcess(check_process(score.sde), score), sampling, shape)
     start, *_, end = made.times.tolist()
     grid = recipe.grid.__name__.removesuffix("_times")
     return made.solver, {"grid": grid, "t_start": start, "t_end": end}
