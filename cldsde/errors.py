@@ -1,7 +1,7 @@
 """Errors as data: which setting or argument is at fault, and why.
 
 Layers name settings by their keys in a configuration or by the names of arguments. A front end
-renders the key in its own language, such as the option of a command line.
+renders the key, and arguments in backquotes, in its own language, such as options of a command.
 """
 
 from __future__ import annotations

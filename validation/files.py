@@ -39,7 +39,7 @@ class ReportFiles:
                 if out is not None:
                     check_target(out / TABLE)
                     msg = f"{out} holds an earlier validation; name another folder, or set "
-                    require(self._overwrite or not earlier_files(out), key, f"{msg}overwrite=True")
+                    require(self._overwrite or not earlier_files(out), key, f"{msg}`overwrite`")
                 key = "json"
                 if self._json is not None:
                     check_target(self._json)

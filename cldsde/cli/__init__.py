@@ -106,13 +106,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _in_options(error: Exception, names: Mapping[str, str], given: Mapping[str, Any]) -> str:
-    """An error with options in place of a setting's key, and of flags ``name=True`` to set."""
+    """An error with options in place of a setting's key, and of arguments in backquotes."""
     if isinstance(error, SettingError):
         key = names.get(error.key, error.key)
         for start, option in _GIVEN_BY.items():
             if given.get(option) and f"{key}.".startswith(f"{start}."):
                 key = f"{names[option]} {key[len(start) + 1 :]}".strip()
-        reason = re.sub(r"(\w+)=True", lambda x: names.get(x[1], x[0]), error.reason)
+        reason = re.sub(r"`(\w+)`", lambda x: names.get(x[1], x[0]), error.reason)
         return f"{key}: {reason}"
     if isinstance(error, ModuleNotFoundError):
         extra = "tune" if error.name == "cma" else "images"

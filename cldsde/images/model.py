@@ -265,7 +265,7 @@ def load_model(
     except (ValueError, OSError, RecursionError) as error:
         msg = f"{run / CONFIG} is no configuration of an image model ({error})"
         raise ValueError(msg) from error
-    msg = f"the network of {run}, {config.network.name}, is code outside of cldsde; set trust=True "
+    msg = f"the network of {run}, {config.network.name}, is code outside of cldsde; set `trust` "
     require(trust or ":" not in config.network.name, "trust", f"{msg}if you trust the code")
     return read_model(file, config, device)
 

@@ -50,7 +50,7 @@ class ImportedModel:
         with suppress(ValueError, FileNotFoundError):  # damaged or missing
             found, _ = load_tensors(out / MODEL, KIND)
         same = same and tensors_digest(found) == tensors_digest(weights)
-        msg = f"{out} holds another model or settings; choose another folder, or set overwrite=True"
+        msg = f"{out} holds another model or settings; choose another folder, or set `overwrite`"
         require(same or overwrite, "out", msg)
         return same
 

@@ -115,7 +115,7 @@ def here(published, tmp_path, monkeypatch):
         ("sample RUN --set rtol", "--set: takes"),
         ("sample RUN --set order=3", "--set order: unknown key"),
         ("sample RUN --class 1", "--class: the network was not trained with classes"),
-        ("sample RUN --known x.png", "--known: needs observe"),
+        ("sample RUN --known x.png", "--known: needs --observe, too"),
         ("sample RUN --precision fp8", "--precision: must be 'fp32', 'bf16' or 'fp16'; got 'fp8'"),
         ("sample RUN --denoise maybe", "--denoise: must be true or false; got 'maybe'"),
         ("sample RUN --t-start x", "--t-start: must be a number; got 'x'"),
@@ -227,7 +227,7 @@ def test_wrong_arguments_are_rejected_before_any_work(
 )
 def test_an_error_names_the_option_that_was_given(capsys, monkeypatch, given, key, shown):
     def prepare(_):
-        raise SettingError(key, "is wrong; or set overwrite=True")
+        raise SettingError(key, "is wrong; or set `overwrite`")
 
     monkeypatch.setattr("cldsde.cli.sample.prepare", prepare)
     error = rejected(capsys, "sample", "run", *given.split())

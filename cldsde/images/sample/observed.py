@@ -91,12 +91,12 @@ class ObservedImage:
         """
         options = {key: x for key, x in options.items() if x is not None}
         if known is None and observe is None:
-            msg = "needs known and observe: the picture, how it was observed"
+            msg = "needs `known` and `observe`: the picture, how it was observed"
             require(not options, next(iter(options), ""), msg)
             return None
         if known is None or observe is None:
             key, missing = ("observe", "known") if known is None else ("known", "observe")
-            raise SettingError(key, f"needs {missing}, too: the picture, and how it was observed")
+            raise SettingError(key, f"needs `{missing}`, too: the picture, and how it was observed")
         channels, height, width = space.shape
         made = f"{channels} channels, levels {space.levels}"
         msg = f"needs a model of pictures; this one makes {made}"
@@ -190,7 +190,7 @@ class Conditioning:
         variance = (-2 * levels[:-1]).exp()
         gain = -torch.expm1(-levels.diff()) * 1 / ((1 + variance) * (1 + 1 / variance))
         least = math.sqrt(float(gain.max()) / _LARGEST_GAIN)
-        msg = f"'dps' diverges with {len(gain)} steps if noise_std is below {least:.2g}; got "
+        msg = f"'dps' diverges with {len(gain)} steps if `noise_std` is below {least:.2g}; got "
         msg += f"{self.observed.noise_std:g}. Use 'moments' or 'pigdm', which do not, or more steps"
         require(self.observed.noise_std >= least, "method", msg)
 

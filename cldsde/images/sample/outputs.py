@@ -79,13 +79,13 @@ def check_output(out: Path, request: SampleRequest, *, overwrite: bool = False) 
     elif out.exists() and out.is_dir() == bool(out.suffix):
         problem = f"{out} is there already, as another kind of file"
     elif out.is_file() and not overwrite:
-        problem = f"{out} is there already; name another file, or set overwrite=True"
+        problem = f"{out} is there already; name another file, or set `overwrite`"
     elif out.is_dir() and any(out.iterdir()) and not _is_done(out, request):
         problem = f"{out} holds files already; name another folder"
     others = [x for x in _all_parts(out) if x != _parts_folder(out, request) and any(x.iterdir())]
     if problem is None and others and not overwrite:
         problem = f"{others[0]} holds finished samples for {out} with other settings, which would "
-        problem += "be deleted. Repeat that call, name another output, or set overwrite=True"
+        problem += "be deleted. Repeat that call, name another output, or set `overwrite`"
     if problem is not None:
         raise SettingError("out", problem)
     check_writable(out.parent)

@@ -161,7 +161,7 @@ def test_pictures_are_read_from_files(tmp_path):
     )
     assert ObservedImage.read(known, "gray", SPACE, noise_std=STD).operator == "grey"
     assert ObservedImage.read(None, None, SPACE) is None
-    with pytest.raises(SettingError, match="noise_std: needs known and observe"):
+    with pytest.raises(SettingError, match="noise_std: needs `known` and `observe`"):
         ObservedImage.read(None, None, SPACE, method=None, noise_std=STD)
 
 
@@ -216,8 +216,8 @@ def test_files_that_are_no_pictures_are_rejected(tmp_path, monkeypatch):
     for known, observe, message in (
         ("text.png", "grey", r"known: .* cannot be decoded"),
         ("right.png", "nothing.png", r"observe: .*nothing\.png"),
-        (None, "grey", "observe: needs known"),
-        ("right.png", None, "known: needs observe"),
+        (None, "grey", "observe: needs `known`"),
+        ("right.png", None, "known: needs `observe`"),
     ):
         with pytest.raises(SettingError, match=message):
             ObservedImage.read(known, observe, SPACE)
