@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cldsde.errors import require
+from cldsde.linear.checks import described
 
 Scale = int | tuple[float, float]
 """Number of grey levels, or the range of continuous numbers."""
@@ -18,7 +19,7 @@ def check_values(images: object, levels: Scale) -> Tensor:
     """Return images if they are uint8 below ``levels``, or numbers in their range; or raise."""
     if not isinstance(levels, int):
         if not isinstance(images, Tensor) or not images.is_floating_point():
-            raise TypeError(f"images must be a floating-point tensor; got {kind_of(images)}")
+            raise TypeError(f"images must be a floating-point tensor; got {described(images)}")
         least, most = map(float, images.aminmax()) if images.numel() else levels
         # Images are float32, and so are the ends of their range. A comparison with NaN is false.
         low, high = torch.tensor(levels, dtype=torch.float32, device="cpu").tolist()
@@ -27,23 +28,20 @@ def check_values(images: object, levels: Scale) -> Tensor:
             raise ValueError(f"{msg}{least:g} to {most:g}")
         return images
     if not isinstance(images, Tensor) or images.dtype != torch.uint8:
-        raise TypeError(f"images must be a uint8 tensor; got {kind_of(images)}")
+        raise TypeError(f"images must be a uint8 tensor; got {described(images)}")
     # A byte cannot exceed 256 levels, and reading from an accelerator would wait for it.
     if levels < 256 and images.numel() and int(images.max()) >= levels:
         raise ValueError(f"images must have values in 0 … {levels - 1}; got {int(images.max())}")
     return images
 
 
-def kind_of(value: object) -> object:
-    """Data type of a tensor, or name of another type."""
-    return value.dtype if isinstance(value, Tensor) else type(value).__name__
-
-
 def check_images(images: object, name: str, *, least: int = 1) -> Tensor:
     """Return at least ``least`` images ``(N, C, H, W)``, uint8 or floats, on the CPU, or raise."""
     allowed = (torch.uint8, torch.float16, torch.float32, torch.float64)
     if not (isinstance(images, Tensor) and images.is_cpu and images.dtype in allowed):
-        raise TypeError(f"{name} must be a uint8 or float tensor on the CPU; got {kind_of(images)}")
+        raise TypeError(
+            f"{name} must be a uint8 or float tensor on the CPU; got {described(images)}"
+        )
     if images.ndim != 4 or 0 in images.shape[1:]:
         raise ValueError(f"{name} must have shape (N, C, H, W); got {tuple(images.shape)}")
     if len(images) < least:
@@ -54,7 +52,7 @@ def check_images(images: object, name: str, *, least: int = 1) -> Tensor:
 def check_labels(labels: object, count: int, classes: int | None = None) -> int:
     """Check one class per image; return the number of classes, one more than the largest."""
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():
-        raise TypeError(f"labels must be a tensor of integers; got {kind_of(labels)}")
+        raise TypeError(f"labels must be a tensor of integers; got {described(labels)}")
     if labels.shape != (count,):
         msg = f"labels must have shape ({count},), one class per image; got {tuple(labels.shape)}"
         raise ValueError(msg)

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from cldsde.errors import SettingError, require, setting
-from cldsde.images.checks import check_images, check_same_shape, kind_of
+from cldsde.images.checks import check_images, check_same_shape
+from cldsde.linear.checks import described
 from cldsde.messages import imported, in_words
 from cldsde.progress import progress_bar
 
@@ -70,7 +71,7 @@ def check_features(features: FeatureNetwork, images: Tensor) -> None:
 def checked_features(values: object, count: int) -> Tensor:
     """Features in float64 on the CPU if they are finite ``(count, F)``; raise otherwise."""
     if not isinstance(values, Tensor) or not values.is_floating_point():
-        got = kind_of(values)
+        got = described(values)
         raise TypeError(f"features must return a floating-point tensor (B, F); got {got}")
     if values.ndim != 2 or len(values) != count or values.shape[1] < 1:
         got = f"{tuple(values.shape)} for {count} images"

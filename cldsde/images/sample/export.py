@@ -25,7 +25,7 @@ from cldsde.images.model import (
     make_model,
 )
 from cldsde.images.networks import CLOCK_SCALE
-from cldsde.images.sample.sampler import changed_recipe, make_plan, solver_for
+from cldsde.images.sample.sampler import changed_recipe, chosen_for, make_plan
 from cldsde.images.schema import plain
 from cldsde.images.tensor_files import tensors_digest
 from cldsde.linear.blocks import apply_blocks
@@ -162,7 +162,7 @@ def check_export(run: TrainedModel, folder: Path) -> RunScheduler:
     values = plain(dataclasses.astuple(space))
     scheduler: RunScheduler = RunScheduler(config.to_dict(), values, *statistics, run.images_seen)
     with setting("solver"):
-        check_steppable(solver_for(run.score, run.sampling))
+        check_steppable(chosen_for(run.score, run.sampling)[0])
     scheduler.set_timesteps(run.sampling.nfe)
     return scheduler
 

@@ -78,15 +78,10 @@ def make_solver(sampling: SamplingConfig) -> Solver | None:
     return made
 
 
-def solver_for(score: Score, sampling: SamplingConfig) -> Solver:
-    """The solver with which a configuration samples a score."""
-    return chosen_for(score, sampling, (1,))[0]
-
-
 def chosen_for(
-    score: Score, sampling: SamplingConfig, shape: Sequence[int]
+    score: Score, sampling: SamplingConfig, shape: Sequence[int] = (1,)
 ) -> tuple[Solver, dict[str, Any]]:
-    """The solver of a configuration, and grid and ends if it is the recommended one."""
+    """The solver that samples a score, and grid and ends if it is the recommended one."""
     solver = make_solver(sampling)
     if solver is not None:
         return solver, {}

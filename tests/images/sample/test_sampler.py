@@ -27,9 +27,9 @@ from cldsde.images.sample.sampler import (
     ImageSampler,
     ahead,
     changed_recipe,
+    chosen_for,
     make_plan,
     make_solver,
-    solver_for,
     time_grid,
 )
 from cldsde.images.tensor_files import save_tensors
@@ -457,7 +457,7 @@ def test_the_recommended_recipe_is_that_of_sample(sde, nfe):
     assert torch.equal(found.times, expected.times)
     early = ImageSampler(score, SPACE, SamplingConfig(nfe=nfe, t_end=0.1))
     assert abs(early.t_end - 0.1) <= rounding(scale=0.1)
-    assert solver_for(score, SamplingConfig(nfe=nfe)) == expected.solver
+    assert chosen_for(score, SamplingConfig(nfe=nfe))[0] == expected.solver
 
 
 @pytest.mark.parametrize("changes", [{"grid": "root"}, {"denoise": False}])
