@@ -443,6 +443,8 @@ def test_other_fields_and_options_are_kept_but_another_solver_has_its_own_defaul
     options = {"merge": False, "score_step": "midpoint"}
     assert changed == SamplingConfig(solver="sscs", nfe=9, options=options)
     assert changed_recipe(MERGED, solver="em") == SamplingConfig(solver="euler-maruyama", nfe=7)
+    with pytest.raises(SettingError, match="grid: probability-flow is adaptive"):
+        changed_recipe(MERGED, solver="probability-flow", grid="root")
 
 
 @pytest.mark.parametrize("sde", [VPSDE(), CLD(), VESDE(sigma_max=10.0)], ids=repr)
