@@ -5,11 +5,18 @@ from __future__ import annotations
 import math
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, DynamoBackend, GradientAccumulationPlugin
+from accelerate.utils import (
+    DistributedType,
+    DynamoBackend,
+    FullyShardedDataParallelPlugin,
+    GradientAccumulationPlugin,
+    parse_flag_from_env,
+)
 
 from cldsde.errors import SettingError, require
 from cldsde.images.config import RunConfig
@@ -28,7 +35,8 @@ from cldsde.images.sample.sampler import make_plan
 from cldsde.images.schema import check_name
 
 _BLOCK = 8  # largest number of images that share generators; processes share blocks
-_SHARDED = {DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM}
+_FSDP = "ACCELERATE_USE_FSDP"  # the variable by which `accelerate launch --use_fsdp` asks for it
+_UNSUPPORTED = {DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM}
 _PATIENCE = timedelta(hours=12)  # of processes that wait for the one that writes
 
 
@@ -64,6 +72,9 @@ def check_run(
     require(not shared, "device", f"{device} cannot be shared by {processes} processes")
     fits = settings.precision != "fp16" or gpu
     require(fits, "training.precision", "'fp16' needs a GPU; use 'fp32' or 'bf16'")
+    sharded = processes > 1 and parse_flag_from_env(_FSDP)
+    fits = config.score.mixing is None or not sharded
+    require(fits, "score.mixing", "learnt weights are not supported with FSDP; leave mixing out")
     available = [str(kind) for kind in get_available_trackers()]
     for name in settings.trackers:
         check_name(name, available, "training.trackers")
@@ -93,7 +104,17 @@ def make_engine(config: RunConfig, device: str) -> Accelerator:
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
     )
     msg = f"{engine.distributed_type.value} is not supported: start processes with torchrun"
-    require(engine.distributed_type not in _SHARDED, "training", msg)
+    require(engine.distributed_type not in _UNSUPPORTED, "training", msg)
+    state: Any = engine.state
+    if state.distributed_type == DistributedType.MULTI_CPU and parse_flag_from_env(_FSDP):
+        # accelerate 1.15 reads its settings of FSDP on GPUs alone.
+        state.distributed_type = DistributedType.FSDP
+        state.fsdp_plugin = FullyShardedDataParallelPlugin()
+    if state.distributed_type == DistributedType.FSDP:
+        msg = "FSDP needs its version 2: accelerate launch --use_fsdp --fsdp_version 2"
+        require(state.fsdp_plugin.fsdp_version == 2, "training", msg)
+        # The network alone has another precision, by autocast, as without FSDP.
+        state.fsdp_plugin.mixed_precision_policy = None
     # accelerate chooses a device once per process.
     msg = f"this process already uses {engine.device}; {device!r} needs a new one"
     require(device.partition(":")[0] in {"auto", engine.device.type}, "device", msg)

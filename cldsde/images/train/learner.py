@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
@@ -20,6 +21,7 @@ from cldsde.images.model import ImageSpace, Statistics, make_model
 from cldsde.images.streams import image_order, stream, stream_seed
 from cldsde.images.train.engine import shares
 from cldsde.images.train.objectives import make_objective
+from cldsde.images.train.shards import networks, own, shard, whole
 from cldsde.score import TimeSampler
 
 
@@ -129,7 +131,9 @@ class _Core(NamedTuple):
 class Learner:
     """Model, average and optimiser of one process of a training.
 
-    ``parts`` are the parts of the model with losses and learning rates of their own.
+    ``parts`` are the parts of the model with losses and learning rates of their own. If they are
+    ``sharded`` (FSDP), each process has a share of weights, averages, gradients and moments, and
+    all processes must call the networks together.
     """
 
     def __init__(
@@ -145,15 +149,16 @@ class Learner:
             for _ in self.decays
         ]
         self.average = self.averages[0]
+        self.sharded = engine.distributed_type == DistributedType.FSDP
+        for model in (self.model, *self.averages) if self.sharded else ():
+            shard(engine, model)
         self.objective = make_objective(self.model, config)
         place = {"process": engine.process_index, "processes": engine.num_processes}
         feed = (config, data.train, self.space.classes, self.objective.samplers)
         self.feed = Feed(*feed, **place)
         score, vae = self.model.score, self.model.vae
-        places: list[tuple[nn.Module, str]] = [(score, "network")]
         self.parts: dict[str, nn.Module] = {"score": score}
         if vae is not None:
-            places += [(vae, "encoder"), (vae, "decoder")]
             self.parts["autoencoder"] = vae
         groups = [{"params": list(part.parameters())} for part in self.parts.values()]
         options = self.settings.optimiser_options
@@ -163,8 +168,8 @@ class Learner:
         optimiser = self.settings.make_optimiser(groups, **({"fused": True} if fused else {}))
         self.optimiser = engine.prepare_optimizer(optimiser)
         self.cores = [
-            _Core(owner, name, network, engine.prepare_model(network))
-            for owner, name in places
+            _Core(owner, name, network, engine.prepare_model(network, evaluation_mode=self.sharded))
+            for owner, name in networks(self.model)
             for network in [getattr(owner, name)]
         ]
         within = {id(p) for core in self.cores for p in core.network.parameters()}
@@ -191,7 +196,8 @@ class Learner:
             torch.manual_seed(stream_seed(seed, "dropout", step, part.first))
             batch = self._to_device(part.batch)
             with ExitStack() as together:
-                for core in self.cores if part is not parts[-1] else ():
+                # Shares of gradients take less memory than what is not shared yet.
+                for core in self.cores if part is not parts[-1] and not self.sharded else ():
                     together.enter_context(self.engine.no_sync(core.wrapped))
                 losses = self.objective.losses(self.model, batch, noise, step, self._frozen_score)
                 for name, some in losses:
@@ -207,15 +213,15 @@ class Learner:
         # One bound for all parts would let the encoder rescale the step of the score.
         bound = math.inf if self.settings.clip is None else self.settings.clip
         clip = nn.utils.clip_grad_norm_
-        norms = {name: clip(part.parameters(), bound) for name, part in self.parts.items()}
+        norms = {name: whole(clip(part.parameters(), bound)) for name, part in self.parts.items()}
         self.meter.add(totals, norms)
         self.optimiser.step()
         done = step_of_stage(self.config, step) + 1
         for decay, average in zip(self.decays, self.averages, strict=True):
             update = get_ema_multi_avg_fn(min(decay, done / (done + 9)))  # type: ignore[no-untyped-call]
-            update(list(average.parameters()), list(self.model.parameters()), None)
-            for own, current in zip(average.buffers(), self.model.buffers(), strict=True):
-                own.copy_(current)
+            update(*([own(x) for x in each.parameters()] for each in (average, self.model)), None)
+            for kept, current in zip(average.buffers(), self.model.buffers(), strict=True):
+                kept.copy_(current)
 
     @contextmanager
     def _frozen_score(self) -> Iterator[None]:
@@ -224,9 +230,13 @@ class Learner:
         [core] = [core for core in self.cores if core.owner is score]
         core.use(core.network)
         score.requires_grad_(requires_grad=False)
+        before = [(x, x.grad) for x in score.parameters()]
+        score.zero_grad()
         try:
             yield
         finally:
+            for x, gradient in before:  # FSDP makes gradients of constants, too
+                x.grad = gradient
             score.requires_grad_(requires_grad=True)
             core.use(core.wrapped)
 

@@ -36,15 +36,17 @@ from cldsde.images.model import (
     DiffusionModel,
     Statistics,
     copy_weights,
+    make_model,
     model_notes,
     read_model,
 )
-from cldsde.images.runs import CONFIG, METRICS, STATE, RunFolder
+from cldsde.images.runs import CONFIG, METRICS, SNAPSHOTS, STATE, RunFolder
 from cldsde.images.sample.sampler import ImageSampler, ahead
 from cldsde.images.schema import leaves
 from cldsde.images.tensor_files import save_tensors
 from cldsde.images.train.engine import check_run, make_engine
 from cldsde.images.train.learner import Learner, learning_rates
+from cldsde.images.train.shards import load, on_cpu, own
 from cldsde.images.train.state import StopRequest, keep_snapshot, load_state, save_state
 from cldsde.images.train.summary import measure_steps
 from cldsde.progress import progress_bar
@@ -108,6 +110,8 @@ class _Trainer:
         self.learner, self.folder = learner, run
         self.config, self.engine = learner.config, learner.engine
         self.settings, self.space = learner.config.training, learner.space
+        # Whether this process samples and measures; networks with shared weights are called by all.
+        self.busy = learner.sharded or learner.engine.is_main_process
         self.done, seconds = self._start()
         self.saved = self.done
         self.began = time.monotonic() - seconds
@@ -127,8 +131,10 @@ class _Trainer:
                 self._save()
             return self._stored(self.engine.device)[0]
         if self.done == 0 and settings.init_from is not None:
-            for model in (self.learner.model, *self.learner.averages):
-                copy_weights(model, Path(settings.init_from).expanduser())
+            first = make_model(self.config, self.space, self.learner.statistics)
+            copy_weights(first, Path(settings.init_from).expanduser())
+            for model in self.learner.modules.values():
+                load(model, first.state_dict())
         if is_main:
             with self._writing(METRICS):
                 self.folder.forget_metrics_after(self.seen)
@@ -248,6 +254,7 @@ class _Trainer:
         means = self.learner.meter.means()
         self.learner.meter.sums.zero_()
         self._check_finite(means["loss"])
+        held_out = self.learner.held_out(self.done - 1) if self.busy else None
         if not self.engine.is_main_process:
             return {}
         loss, norm = means.pop("loss"), means.pop("gradient_norm")
@@ -255,7 +262,6 @@ class _Trainer:
             means = {}
         elif self.done <= self.config.pretraining_steps:  # the score is not trained in this stage
             means = {key: x for key, x in means.items() if not key.startswith("score_")}
-        held_out = self.learner.held_out(self.done - 1)
         held = {} if held_out is None else {"held_out_loss": held_out}
         rate = {"learning_rate": learning_rates(self.config, self.done - 1)[0]}
         self._record({"loss": loss, **held, "gradient_norm": norm, **means, **rate})
@@ -271,23 +277,25 @@ class _Trainer:
 
     def _save_model(self, file: Path, average: DiffusionModel | None = None) -> None:
         weights = (average or self.learner.average).state_dict()
-        save_tensors(file, KIND, weights, model_notes(self.config, self.space, self.seen))
+        weights = on_cpu(weights, kept=self.engine.is_main_process)
+        if self.engine.is_main_process:
+            file.parent.mkdir(exist_ok=True)
+            save_tensors(file, KIND, weights, model_notes(self.config, self.space, self.seen))
 
     def _save(self) -> None:
         """Save state and model, in this order: a run resumes from its state alone."""
         sums = self.learner.meter.shared()
         self._check_finite(self.learner.meter.means()["loss"])
-        if self.engine.is_main_process:
-            try:
-                if self.done < self.settings.steps or self.settings.keep_state:
-                    seconds = time.monotonic() - self.began
-                    save_state(self.learner, self.folder, self.done, seconds, sums)
-                names = [MODEL, *(f"ema-{x}.safetensors" for x in self.settings.ema_decays)]
-                for name, average in reversed([*zip(names, self.learner.averages, strict=True)]):
-                    self._save_model(self.folder / name, average)
-            except OSError as error:
-                msg = f"not all of the state of {self.seen} images could be saved ({error}); "
-                raise OSError(f"{msg}{self._last_state()}") from error
+        try:
+            if self.done < self.settings.steps or self.settings.keep_state:
+                seconds = time.monotonic() - self.began
+                save_state(self.learner, self.folder, self.done, seconds, sums)
+            names = [MODEL, *(f"ema-{x}.safetensors" for x in self.settings.ema_decays)]
+            for name, average in reversed([*zip(names, self.learner.averages, strict=True)]):
+                self._save_model(self.folder / name, average)
+        except OSError as error:
+            msg = f"not all of the state of {self.seen} images could be saved ({error}); "
+            raise OSError(f"{msg}{self._last_state()}") from error
         self.saved = self.done
         self.engine.wait_for_everyone()
 
@@ -295,18 +303,22 @@ class _Trainer:
         """Measure the averaged model, and keep it if it is among the best."""
         settings, samples = self.settings, self.settings.measure_samples
         metrics = {"last": -float(self.seen)}
-        if self.engine.is_main_process and settings.measure == "fd":
+        drawn, is_main = None, self.engine.is_main_process
+        if self.busy and settings.measure == "fd":
             drawn = self._sample(range(_FIRST_SEED, _FIRST_SEED + samples), stop)
+        if is_main and drawn is not None:
             found = self.evaluation.measure(measured(drawn, self.space.levels), ["fd"])["fd"]
             metrics[f"fd of {samples}"] = found["frechet_distance"]
             self._record({"fd": found["frechet_distance"]})
-        if self.engine.is_main_process and settings.snapshots:
-            if settings.snapshots_by == "held_out_loss":
+        if settings.snapshots:
+            if self.busy and settings.snapshots_by == "held_out_loss":
                 metrics["held_out_loss"] = cast(float, self.learner.held_out(self.done - 1))
             by = f"fd of {samples}" if settings.snapshots_by == "fd" else settings.snapshots_by
-            with self._writing("snapshots"):
-                where = (self.folder, self._save_model, self.seen)
-                keep_snapshot(*where, metrics, by, settings.snapshots)
+            name = f"{self.seen:012d}.safetensors"
+            with self._writing(SNAPSHOTS):
+                self._save_model(self.folder / SNAPSHOTS / name)
+                if is_main:
+                    keep_snapshot(self.folder, name, metrics, by, settings.snapshots)
         self.engine.wait_for_everyone()
 
     @cached_property
@@ -322,7 +334,8 @@ class _Trainer:
 
     def _check_finite(self, loss: float) -> None:
         """Raise before weights that are not finite reach a file."""
-        finite = torch.stack([x.isfinite().all() for x in self.learner.average.parameters()])
+        weights = map(own, self.learner.average.parameters())
+        finite = torch.stack([x.isfinite().all() for x in weights])
         if not (math.isfinite(loss) and bool(finite.all())):
             what = "a weight is not finite" if math.isfinite(loss) else f"the loss became {loss}"
             msg = f"{what} before {self.seen} images; "
@@ -335,8 +348,11 @@ class _Trainer:
     def _draw(self, stop: StopRequest) -> None:
         """Write a grid of samples, if it is not there."""
         name, levels = f"samples/{self.seen:010d}.png", self.space.levels
-        if self.engine.is_main_process and not (self.folder / name).exists():
+        new = not (self.folder / name).exists()
+        sheet = None
+        if self.busy and new:
             sheet = self._sample(range(self.settings.sample_grid), stop)
+        if self.engine.is_main_process and sheet is not None:
             with self._writing(name):
                 (self.folder / "samples").mkdir(exist_ok=True)
                 file = self.folder.write(name, lambda file: save_grid(file, sheet, levels))

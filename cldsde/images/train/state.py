@@ -7,8 +7,7 @@ import math
 import signal
 import sys
 import threading
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from cldsde.images.model import STATE_KIND, model_notes
 from cldsde.images.runs import SNAPSHOTS, STATE, RunFolder
 from cldsde.images.tensor_files import load_tensors, save_tensors
 from cldsde.images.train.learner import Learner
+from cldsde.images.train.shards import like, load, on_cpu
 from cldsde.messages import one_line
 
 
@@ -71,6 +71,8 @@ class StopRequest:
 def save_state(learner: Learner, run: RunFolder, step: int, seconds: float, sums: Tensor) -> None:
     """Write the state of a training after so many steps and seconds, with `Meter.shared`.
 
+    All processes must call it; the first one writes.
+
     Random numbers need no state: they are functions of the seed and of the images seen.
     """
     tensors = {
@@ -81,6 +83,9 @@ def save_state(learner: Learner, run: RunFolder, step: int, seconds: float, sums
     for index, values in learner.optimiser.state_dict()["state"].items():
         kept = {name: x for name, x in values.items() if isinstance(x, Tensor)}
         tensors |= {f"optimiser.{index}.{name}": x for name, x in kept.items()}
+    tensors = on_cpu(tensors, kept=learner.engine.is_main_process)
+    if not tensors:
+        return
     tensors |= {"meter": sums, **learner.statistics._asdict()}
     scaler = None if learner.engine.scaler is None else learner.engine.scaler.state_dict()
     metadata = {"step": str(step), "seconds": str(seconds), "scaler": json.dumps(scaler)}
@@ -115,6 +120,7 @@ def load_state(learner: Learner, run: RunFolder) -> tuple[int, float]:
 
 def _take(learner: Learner, tensors: Mapping[str, Tensor], scaler: dict[str, float] | None) -> None:
     optimiser = learner.optimiser.state_dict()
+    trained = [x for group in learner.optimiser.param_groups for x in group["params"]]
     weights: dict[str, dict[str, Tensor]] = {name: {} for name in learner.modules}
     for key, x in tensors.items():
         part, _, name = key.partition(".")
@@ -122,9 +128,9 @@ def _take(learner: Learner, tensors: Mapping[str, Tensor], scaler: dict[str, flo
             weights[part][name] = x
         elif part == "optimiser":
             index, name = name.split(".")
-            optimiser["state"].setdefault(int(index), {})[name] = x
+            optimiser["state"].setdefault(int(index), {})[name] = like(x, trained[int(index)])
     for part, module in learner.modules.items():
-        module.load_state_dict(weights[part])
+        load(module, weights[part])
     learner.optimiser.load_state_dict(optimiser)
     if learner.engine.scaler is not None and scaler is not None:
         learner.engine.scaler.load_state_dict(scaler)
@@ -132,19 +138,12 @@ def _take(learner: Learner, tensors: Mapping[str, Tensor], scaler: dict[str, flo
 
 
 def keep_snapshot(
-    run: RunFolder,
-    save: Callable[[Path], object],
-    seen: int,
-    metrics: Mapping[str, float],
-    by: str,
-    count: int,
+    run: RunFolder, name: str, metrics: Mapping[str, float], by: str, count: int
 ) -> None:
-    """Write the weights with their metrics, and keep the files with the smallest metric ``by``."""
-    folder, name = run / SNAPSHOTS, f"{seen:012d}.safetensors"
-    folder.mkdir(exist_ok=True)
+    """Add a file of weights with its metrics; keep the files with the smallest metric ``by``."""
+    folder = run / SNAPSHOTS
     record = folder / "values.json"
     known = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
-    save(folder / name)
     # A run may be resumed with another metric, in which files from before have no value.
     known[name] = metrics
     values = {x: m.get(by, math.inf) if isinstance(m, dict) else math.inf for x, m in known.items()}

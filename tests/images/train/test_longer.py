@@ -154,7 +154,9 @@ def test_snapshots_and_raw_weights_are_loaded_by_their_file(tmp_path):
 def test_snapshots_of_another_metric_make_room(tmp_path):
     run = RunFolder(tmp_path / "run", {})
     for seen, (by, value) in enumerate([("last", -9.0), ("loss", 0.5), ("loss", 0.4)]):
-        keep_snapshot(run, Path.touch, seen, {by: value}, by, count=1)
+        (run / "snapshots").mkdir(exist_ok=True)
+        (run / "snapshots" / f"{seen:012d}.safetensors").touch()
+        keep_snapshot(run, f"{seen:012d}.safetensors", {by: value}, by, count=1)
         assert [int(file.stem) for file in (run / "snapshots").glob("*.safetensors")] == [seen]
 
 

@@ -464,6 +464,14 @@ def test_settings_that_do_not_fit_the_machine_are_rejected(changes, processes, k
         check_run(config(**changes), DATA, device="cpu", processes=processes)
 
 
+def test_settings_that_do_not_go_with_shared_weights_are_rejected(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    mixed = configured(CONFIG, score={"mixing": -3.0})
+    with pytest.raises(SettingError, match=r"score\.mixing: .*not supported with FSDP"):
+        check_run(mixed, DATA, device="cpu", processes=2)
+    check_run(mixed, DATA, device="cpu")
+
+
 def test_further_averages_are_files_of_the_run(stopped, whole):
     """An average without memory has the weights of the last step."""
     assert_finishes(stopped, whole)
@@ -499,9 +507,10 @@ def test_a_compiled_network_trains_to_the_same_losses(tmp_path):
     assert found[0] == pytest.approx(found[1], rel=CONFIG["training"]["learning_rate"], abs=0)
 
 
-def start(folder, *arguments: object, processes: int = 1) -> subprocess.Popen:
+def start(folder, *arguments: object, processes: int = 1, program=("-m", "cldsde")):
+    """A process of the command, or of another program with its arguments."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    words = [sys.executable, *(launcher if processes > 1 else []), "-m", "cldsde"]
+    words = [sys.executable, *(launcher if processes > 1 else []), *program]
     # In the repository `python -m` would take the folder cldsde/ for the whole package.
     options = {"cwd": folder, "stdout": subprocess.DEVNULL}
     with (folder / "stderr.txt").open("w") as errors:
@@ -510,8 +519,8 @@ def start(folder, *arguments: object, processes: int = 1) -> subprocess.Popen:
         )
 
 
-def run(folder, *arguments: object, processes: int = 1) -> None:
-    code = start(folder, *arguments, processes=processes).wait(timeout=300)
+def run(folder, *arguments: object, **options) -> None:
+    code = start(folder, *arguments, **options).wait(timeout=300)
     assert code == 0, (folder / "stderr.txt").read_text()[-3000:]
 
 
@@ -564,6 +573,79 @@ def test_two_processes_train_sample_and_evaluate_as_one(tmp_path):
     first, second = (sorted((tmp_path / f"samples-{n}").iterdir()) for n in (1, 2))
     assert len(first) == 21
     assert [a.read_bytes() for a in first] == [b.read_bytes() for b in second]
+
+
+# Stops after a state if the file `stop` is there, and writes what a process holds.
+SHARED = """
+import json, os, sys
+from pathlib import Path
+from cldsde.cli import main
+from cldsde.images.train import loop
+
+save = loop.save_state
+
+def saved(learner, *rest):
+    save(learner, *rest)
+    moments = [x for state in learner.optimiser.state.values() for x in state.values() if x.dim()]
+    gradients = [x.grad for x in learner.model.parameters()]
+    groups = learner.model.parameters(), learner.average.parameters(), moments, gradients
+    held = [sum(loop.own(x).numel() for x in group) for group in groups]
+    Path(f"held-{learner.engine.process_index}.json").write_text(json.dumps(held))
+    if Path("stop").exists():
+        learner.engine.wait_for_everyone()
+        os._exit(9)
+
+loop.save_state = saved
+sys.exit(main())
+"""
+
+
+@pytest.mark.slow
+def test_shared_weights_train_resume_and_are_saved_as_whole_ones(tmp_path, monkeypatch):
+    more = {"snapshots": 1, "snapshots_by": "held_out_loss", "ema_decays": [0.0]}
+    file = write_config(tmp_path, **more)
+    values = json.loads(file.read_text())
+    values["network"]["options"]["dropout"] = 0.0  # masks depend on the number of processes
+    file.write_text(json.dumps(values))
+    (tmp_path / "shared.py").write_text(SHARED)
+    shared = {"processes": 2, "program": ("shared.py",)}
+    run(tmp_path, "train", file, "--out", tmp_path / "whole", processes=2)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    monkeypatch.setenv("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP")
+    monkeypatch.setenv("FSDP_TRANSFORMER_CLS_TO_WRAP", "ResnetBlock2D")
+    (tmp_path / "stop").touch()
+    out, single = tmp_path / "shared", tmp_path / "single"
+    assert start(tmp_path, "train", file, "--out", out, **shared).wait(timeout=300) != 0
+    held = [json.loads((tmp_path / f"held-{i}.json").read_text()) for i in range(2)]
+    model = load_model(tmp_path / "whole")
+    size = sum(x.numel() for x in model.model.parameters())
+    assert [sum(pair) for pair in zip(*held, strict=True)] == [size, size, 2 * size, size]
+    begin = models.make_model(model.config, model.space).parameters()
+    begin = nn.utils.parameters_to_vector(begin).detach()
+    # All weights but those of one row are cut in halves.
+    uncut = sum(x.numel() for x in model.model.parameters() if len(x) == 1)
+    for first, second in zip(*held, strict=True):
+        assert second <= first <= second + 2 * uncut
+    (tmp_path / "stop").unlink()
+    shutil.copytree(out, single)
+    run(tmp_path, "train", file, "--out", out, **shared)
+    run(tmp_path, "train", file, "--out", single)
+    for folder in (out, single):
+        names = sorted(x.relative_to(folder) for x in folder.rglob("*.safetensors"))
+        assert names == sorted(
+            x.relative_to(tmp_path / "whole") for x in (tmp_path / "whole").rglob("*.safetensors")
+        )
+        for first, second in zip(metrics(folder), metrics(tmp_path / "whole"), strict=True):
+            for name in ("loss", "held_out_loss", "gradient_norm"):
+                assert first[name] == pytest.approx(second[name], rel=12 * SUMS, abs=0)
+        for name in names:
+            found, expected = (
+                nn.utils.parameters_to_vector(load_model(x / name).model.parameters())
+                for x in (folder, tmp_path / "whole")
+            )
+            change = float((expected - begin).norm())
+            assert float((found - expected).norm()) < ROUNDED_STEPS * change
 
 
 @pytest.mark.slow
