@@ -116,12 +116,13 @@ def _places(options: Namespace) -> tuple[Path, Path]:
     """The run or configuration whose data to compare with, and the file of results."""
     from cldsde.images.checks import output_place
     from cldsde.images.model import MODEL, weights_of
+    from cldsde.images.power_averages import wanted_width
     from cldsde.images.runs import CONFIG
 
     target, reference = options.target, options.reference
     if target is None and options.model is None:
         raise ValueError("a run, samples or --model is needed")
-    if target is not None and not target.exists():
+    if target is not None and not target.exists() and wanted_width(target) is None:
         raise ValueError(f"there is no run and no file {target}")
     run, weights = weights_of(target or Path())
     is_run = options.model is None and (run / CONFIG).is_file()

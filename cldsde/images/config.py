@@ -227,6 +227,7 @@ _ADDED: dict[str, dict[str, Any]] = {
         "optimiser": "AdamW",
         "optimiser_options": {},
         "ema_decays": [],
+        "power_averages": False,
     },
 }  # settings that version 0.2 did not have, and the values that it had in effect
 

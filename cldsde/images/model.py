@@ -19,6 +19,7 @@ from cldsde.images.config import RunConfig, SamplingConfig
 from cldsde.images.data import Images, channel_statistics
 from cldsde.images.latent import VAE
 from cldsde.images.networks import NETWORKS, parameter_count
+from cldsde.images.power_averages import combined, wanted_width
 from cldsde.images.runs import CONFIG, SNAPSHOTS, STATE
 from cldsde.images.streams import stream_seed
 from cldsde.images.tensor_files import load_tensors
@@ -254,7 +255,7 @@ def load_model(
     if not (run / CONFIG).is_file():
         state = "is no folder" if not run.is_dir() else f"holds no {CONFIG}"
         raise ValueError(f"{run} is no run of cldsde train: it {state}")
-    if not file.is_file():
+    if not file.is_file() and wanted_width(file) is None:
         name = file.relative_to(run)
         msg = f"{run} has no {name} (yet): its training has not reached that checkpoint"
         if (run / "models").is_dir():
@@ -273,10 +274,16 @@ def load_model(
 def read_model(file: Path, config: RunConfig, device: torch.device | str = "cpu") -> TrainedModel:
     """Load a model file that was written for a configuration; runs no code of the file.
 
+    A file ``power-0.075.safetensors`` of a run need not be there; see `power_averages.combined`.
     A training state has the raw weights, without average, of its last step.
     """
     raw = file.name == STATE
-    tensors, metadata = load_tensors(file, STATE_KIND if raw else KIND)
+    width, training = wanted_width(file), config.training
+    if width is None:
+        tensors, metadata = load_tensors(file, STATE_KIND if raw else KIND)
+    else:
+        stage = config.pretraining_steps
+        tensors, metadata = combined(file.parent, KIND, width, training.batch, stage)
     if raw:
         start = "model."
         tensors = {k.removeprefix(start): x for k, x in tensors.items() if k.startswith(start)}

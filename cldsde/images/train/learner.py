@@ -18,6 +18,7 @@ from cldsde.images.config import RunConfig
 from cldsde.images.data import DataSet, Images, augment
 from cldsde.images.latent.bound import Batch, Times
 from cldsde.images.model import ImageSpace, Statistics, make_model
+from cldsde.images.power_averages import WIDTHS, power
 from cldsde.images.streams import image_order, stream, stream_seed
 from cldsde.images.train.engine import shares
 from cldsde.images.train.objectives import make_objective
@@ -144,9 +145,10 @@ class Learner:
         self.space = ImageSpace.of(data.train, config)
         self.model = make_model(config, self.space, statistics).to(engine.device)
         self.decays = (self.settings.ema_decay, *self.settings.ema_decays)
+        self.powers = [power(x) for x in WIDTHS] if self.settings.power_averages else []
         self.averages = [
             copy.deepcopy(self.model).eval().requires_grad_(requires_grad=False)
-            for _ in self.decays
+            for _ in (*self.decays, *self.powers)
         ]
         self.average = self.averages[0]
         self.sharded = engine.distributed_type == DistributedType.FSDP
@@ -217,11 +219,13 @@ class Learner:
         self.meter.add(totals, norms)
         self.optimiser.step()
         done = step_of_stage(self.config, step) + 1
-        for decay, average in zip(self.decays, self.averages, strict=True):
-            update = get_ema_multi_avg_fn(min(decay, done / (done + 9)))  # type: ignore[no-untyped-call]
+        kept = [min(decay, done / (done + 9)) for decay in self.decays]
+        kept += [(1 - 1 / done) ** (gamma + 1) for gamma in self.powers]
+        for share, average in zip(kept, self.averages, strict=True):
+            update = get_ema_multi_avg_fn(share)  # type: ignore[no-untyped-call]
             update(*([own(x) for x in each.parameters()] for each in (average, self.model)), None)
-            for kept, current in zip(average.buffers(), self.model.buffers(), strict=True):
-                kept.copy_(current)
+            for copied, current in zip(average.buffers(), self.model.buffers(), strict=True):
+                copied.copy_(current)
 
     @contextmanager
     def _frozen_score(self) -> Iterator[None]:

@@ -40,6 +40,7 @@ from cldsde.images.model import (
     model_notes,
     read_model,
 )
+from cldsde.images.power_averages import WIDTHS
 from cldsde.images.runs import CONFIG, METRICS, SNAPSHOTS, STATE, RunFolder
 from cldsde.images.sample.sampler import ImageSampler, ahead
 from cldsde.images.schema import leaves
@@ -286,12 +287,16 @@ class _Trainer:
         """Save state and model, in this order: a run resumes from its state alone."""
         sums = self.learner.meter.shared()
         self._check_finite(self.learner.meter.means()["loss"])
+        names = [MODEL, *(f"ema-{x}.safetensors" for x in self.settings.ema_decays)]
+        power = [f"{SNAPSHOTS}/power-{x}-{self.seen:012d}.safetensors" for x in WIDTHS]
+        power = power if self._due(self.settings.save_every) else []
         try:
+            for name, average in zip(power, self.learner.averages[len(names) :], strict=False):
+                self._save_model(self.folder / name, average)
             if self.done < self.settings.steps or self.settings.keep_state:
                 seconds = time.monotonic() - self.began
                 save_state(self.learner, self.folder, self.done, seconds, sums)
-            names = [MODEL, *(f"ema-{x}.safetensors" for x in self.settings.ema_decays)]
-            for name, average in reversed([*zip(names, self.learner.averages, strict=True)]):
+            for name, average in reversed([*zip(names, self.learner.averages, strict=False)]):
                 self._save_model(self.folder / name, average)
         except OSError as error:
             msg = f"not all of the state of {self.seen} images could be saved ({error}); "

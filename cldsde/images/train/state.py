@@ -149,6 +149,6 @@ def keep_snapshot(
     values = {x: m.get(by, math.inf) if isinstance(m, dict) else math.inf for x, m in known.items()}
     kept = sorted(known, key=lambda x: (values[x], x))[:count]
     run.write_json(f"{SNAPSHOTS}/values.json", {name: known[name] for name in sorted(kept)})
-    for file in folder.glob("*.safetensors"):
+    for file in folder.glob("[0-9]*.safetensors"):
         if file.name not in kept:
             file.unlink()

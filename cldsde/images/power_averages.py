@@ -1,0 +1,73 @@
+"""Averages of weights with power-function profiles, combined after a training.
+
+The profile of an average of the weights of t steps is (γ + 1) τ^γ / t^(γ+1). Its relative width σ
+is its standard deviation over t. The linear combination of saved averages whose profile is closest
+to that of another width, in the least squares, approximates its average. Karras et al. (2024,
+arXiv:2312.02696), §3.1 and appendix C.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from cldsde.errors import require
+from cldsde.images.runs import SNAPSHOTS
+from cldsde.images.tensor_files import load_tensors, tensors_digest
+
+WIDTHS = (0.05, 0.10)
+"""Relative widths of the averages that a training saves."""
+
+
+def wanted_width(file: Path) -> float | None:
+    """The width in the name of a file that is made when it is read: ``power-0.075.safetensors``."""
+    found = re.fullmatch(r"power-(0\.\d+)\.safetensors", file.name)
+    return None if found is None else float(found[1])
+
+
+def power(width: float) -> float:
+    """γ of a relative width: σ² = (γ + 1) / ((γ + 2)² (γ + 3))."""
+    inverse = width**-2
+    return float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max())
+
+
+def combination(steps: Sequence[float], widths: Sequence[float], width: float) -> list[float]:
+    """Coefficients, of sum 1, of averages whose combination has a width after the last step."""
+    t, gamma = np.array([*steps, max(steps)]), np.array([power(x) for x in (*widths, width)])
+    s, delta = t[:, None], gamma[:, None]
+    earlier, later = np.minimum(s, t), np.maximum(s, t)
+    inner = (delta + 1) * (gamma + 1) / (delta + gamma + 1) / later  # products of two profiles
+    inner *= (earlier / s) ** delta * (earlier / t) ** gamma
+    found = np.linalg.lstsq(inner[:-1, :-1], inner[:-1, -1], rcond=None)[0]
+    return [float(x) for x in found / found.sum()]
+
+
+def combined(
+    run: Path, kind: str, width: float, batch: int, first: int
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Weights of a width after the last saved step, and the notes of their files.
+
+    Averages of the ``first`` steps, which are a stage of their own, are combined with no others.
+    """
+    files = sorted((run / SNAPSHOTS).glob("power-*-*.safetensors"), key=lambda x: x.stem[-12:])
+    require(bool(files), "training.power_averages", f"{run} has saved no averages to combine")
+    require(0.05 <= width <= 0.25, "width", f"must be in [0.05, 0.25]; got {width}")
+    steps = [int(file.stem[-12:]) / batch for file in files]
+    start = first if steps[-1] > first else 0
+    kept = [(file, t - start) for file, t in zip(files, steps, strict=True) if t > start]
+    widths = [float(file.stem.split("-")[1]) for file, _ in kept]
+    base, notes = load_tensors(files[-1], kind)
+    sums = {name: x.double() for name, x in base.items()}
+    for (file, _), share in zip(
+        kept, combination([t for _, t in kept], widths, width), strict=True
+    ):
+        weights, own = load_tensors(file, kind)
+        require(own["training"] == notes["training"], "run", f"{file} is of another training")
+        for name, x in weights.items():  # differences, so that constants keep their bits
+            sums[name] += share * (x.double() - base[name].double())
+    found = {name: x.to(base[name].dtype) for name, x in sums.items()}
+    return found, {**notes, "sha256": tensors_digest(found, notes)}
