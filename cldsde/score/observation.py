@@ -18,8 +18,8 @@ from cldsde.score.linearity import check_linear, operator_norm
 from cldsde.score.operators import Copies, block_means, correlation, matrix_product, selection
 
 # Largest ratio of the state's noise at the end of sampling to the noise of the observation. At 0.3
-# the variance of exact samples in an observed direction is 9 % too large under VP, and about 30 %
-# under CLD, because the position alone has more noise than the best estimate from the state.
+# the variance of exact samples in an observed direction is 9 % too large under VP. It is about
+# 30 % too large under CLD, whose position has more noise than the best estimate from the state.
 _END_LEVEL = 0.3
 
 
