@@ -38,12 +38,16 @@ def check_density(root: Tensor, times: Tensor, name: str) -> None:
         Name of the times in the message.
     """
     flat = (root.diagonal(dim1=-2, dim2=-1) <= 0).flatten(times.ndim).any(-1)
-    if bool(flat.any()):
+    if not bool(flat.any()):
+        return
+    last = float(times.detach()[flat].max())
+    reason = f"the distribution given the start has no density at {name} = {last:g}"
+    if last > 0:
         raise ValueError(
-            f"{name} must be above 0: the distribution given the start has no density at {name} = "
-            f"{float(times.detach()[flat].min()):g}; take {name} > 0, and a process whose noise "
-            "reaches every component"
+            f"{reason}, because its covariance is singular; take later times, or a process whose "
+            "noise reaches every component"
         )
+    raise ValueError(f"{name} must be above 0: {reason}, because no noise has been added yet")
 
 
 def log_density(residual: Tensor, root: Tensor) -> Tensor:

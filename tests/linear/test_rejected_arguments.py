@@ -168,8 +168,10 @@ sde, sub_vp = CLD(), SubVPSDE()
 posterior, flow = sde.posterior, partial(sde.posterior, stochasticity=0.0)
 ONE_TIME = [f for p in (sub_vp, sde) for f in (p.drift, p.diffusion, p.marginal)]
 TWO_TIMES: list[Any] = [sde.transition, sde.transition_matrix, posterior, flow, sub_vp.transition]
-AT_START, NUMBER = "has no density at ", "must be a floating-point tensor or a real number"
+AT_START = "must be above 0: .* has no density at "
+NUMBER = "must be a floating-point tensor or a real number"
 PAIR = torch.zeros(2), torch.ones(3)
+unreached, UNREACHED = matrices([[-0.5, 0], [0, -2]], [[0], [1]]), [0.5, tensor([0.5, 0.0])]
 LEVEL, at_level = "stochasticity must be ", partial(posterior, 0.1, 0.5)
 NO_LEVELS: list[Any] = [None, "1", True, torch.tensor(1), torch.tensor([1, 2])]
 BROADCAST = partial(posterior, tensor([0.1, 0.2]), 0.5)
@@ -185,6 +187,7 @@ TIMES: Rows = [
     (ValueError, r"broadcast; .*\(2,\) and \(3,\)", calls(TWO_TIMES, PAIR[:1], PAIR[1:])),
     (ValueError, AT_START + "t = 0", calls(sde.probability_flow_root, [0.0])),
     (ValueError, AT_START + "t = 0", calls([posterior, flow], [0.0], [0.0, tensor([0.5, 0.0])])),
+    (ValueError, "^the .* no density at t = 0.5, .* later", calls(unreached.log_snr, UNREACHED)),
     (ValueError, AT_START + "s = 0", calls(posterior, [0.0], [0.5], stochasticity=[0.0, 0.5, 2.0])),
     (TypeError, LEVEL, calls(at_level, stochasticity=NO_LEVELS)),
     (ValueError, LEVEL + "finite", calls(at_level, stochasticity=[NAN, INF, tensor([-1e-9])])),

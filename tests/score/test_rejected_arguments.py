@@ -211,7 +211,7 @@ ROWS = [
     *each(NOISES, stochasticity=[-0.1, NAN, INF]),
     *each(CONVERTED, source=UNKNOWN, target=UNKNOWN),
     *each(partial(CONVERTED, t=DOUBLE * 0), "no density at t = 0", sde=STARTS),
-    *each(partial(CONVERTED, t=0.0, source="data"), "take t > 0", sde=STARTS),
+    *each(partial(CONVERTED, t=0.0, source="data"), "t must be above 0", sde=STARTS),
     *each(FORGOTTEN, "nothing of x_0 is left", source=["score", "full_score"]),
     *each(AT_THE_END, r"nothing of x_0 is left .* ≤ 0\.9933", target=["data", *BOTH]),
     # So early that float64 holds no digit of the full score.
