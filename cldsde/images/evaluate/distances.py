@@ -31,8 +31,14 @@ others of its kind, for example by a hash of its weights."""
 def load_features(name: str) -> FeatureNetwork:
     """Load a feature network by its name, ``module:attribute``.
 
-    A class is instantiated without arguments; any other callable is taken as it is. PyTorch modules
-    are put into evaluation mode.
+    A feature network is a callable from uint8 images ``(B, C, H, W)`` on the CPU to features
+    ``(B, F)``. A class is instantiated without arguments; any other callable is taken as it is.
+    PyTorch modules are put into evaluation mode.
+
+    Raises
+    ------
+    ValueError
+        If the name cannot be imported, or is no callable.
 
     Examples
     --------
@@ -148,24 +154,20 @@ def package_versions(*packages: str) -> dict[str, str]:
 
 @dataclass(frozen=True, eq=False)
 class FeatureStatistics:
-    """Mean and covariance of the features of a set of images.
+    """Mean and covariance of the features of a set of images."""
 
-    ``features`` is the name of the network, see `feature_name`; ``data_sha256`` is a hash of the
-    images, see `images_sha256`; the covariance is divided by count − 1.
-    """
-
-    mean: Tensor  # (F,) float64
-    covariance: Tensor  # (F, F) float64
-    count: int
-    features: str
-    data_sha256: str
-    rows: Tensor | None = None  # features of each image, (N, ≥ F) float32, if they are kept
+    mean: Tensor  #: ``(F,)`` float64.
+    covariance: Tensor  #: ``(F, F)`` float64, divided by ``count`` − 1.
+    count: int  #: Number of images.
+    features: str  #: Name of the feature network. Only statistics in the same features compare.
+    data_sha256: str  #: Hash of the images, or an empty string.
+    rows: Tensor | None = None  #: Features of each image, ``(N, ≥ F)`` float32, if they are kept.
 
     @classmethod
     def of(
         cls, images: Tensor, features: FeatureNetwork, *, batch: int = 256, progress: bool = False
     ) -> FeatureStatistics:
-        """Compute statistics of uint8 images batch by batch in float64; see `frechet`."""
+        """Compute statistics batch by batch, in float64; for the arguments see `frechet`."""
         check_images(images, "images", least=2)
         require(batch >= 1, "batch", f"must be at least 1; got {batch}")
         parts = images.split(batch)  # type: ignore[no-untyped-call]
@@ -227,7 +229,13 @@ class FeatureSums:
 
 
 def frechet_of(first: FeatureStatistics, second: FeatureStatistics) -> float:
-    """Fréchet distance between the Gaussians of two sets; see `frechet_distance`."""
+    """Fréchet distance between the Gaussians of two sets, from their statistics.
+
+    Raises
+    ------
+    ValueError
+        If the statistics are of different features.
+    """
     if first.features != second.features or first.mean.shape != second.mean.shape:
         own, other = (f"{x.features!r} ({len(x.mean)})" for x in (first, second))
         raise ValueError(f"statistics must be of the same features; got {own} and {other}")
@@ -250,11 +258,12 @@ def frechet(
     Parameters
     ----------
     images
-        ``(N, C, H, W)``, as `FeatureNetwork` takes them, at least two.
+        uint8 ``(N, C, H, W)``, or float32 from −1 to 1 for continuous data; at least two.
     reference
         ``(M, C, H, W)``, or their `FeatureStatistics` in the same features.
     features
-        Feature network, see `load_features`.
+        Feature network, see `load_features`. An attribute ``name``, a string, identifies it in the
+        result.
     batch, progress
         Images per batch; whether to show progress bars on stderr.
 
