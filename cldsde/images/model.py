@@ -277,13 +277,11 @@ def read_model(file: Path, config: RunConfig, device: torch.device | str = "cpu"
     A file ``power-0.075.safetensors`` of a run need not be there; see `power_averages.combined`.
     A training state has the raw weights, without average, of its last step.
     """
-    raw = file.name == STATE
-    width, training = wanted_width(file), config.training
+    raw, width = file.name == STATE, wanted_width(file)
     if width is None:
         tensors, metadata = load_tensors(file, STATE_KIND if raw else KIND)
     else:
-        stage = config.pretraining_steps
-        tensors, metadata = combined(file.parent, KIND, width, training.batch, stage)
+        tensors, metadata = combined(file.parent, width, KIND, config)
     if raw:
         start = "model."
         tensors = {k.removeprefix(start): x for k, x in tensors.items() if k.startswith(start)}

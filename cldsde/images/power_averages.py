@@ -16,6 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from cldsde.errors import require
+from cldsde.images.config import RunConfig
 from cldsde.images.runs import SNAPSHOTS
 from cldsde.images.tensor_files import load_tensors, tensors_digest
 
@@ -39,34 +40,31 @@ def combination(steps: Sequence[float], widths: Sequence[float], width: float) -
     """Coefficients, of sum 1, of averages whose combination has a width after the last step."""
     t, gamma = np.array([*steps, max(steps)]), np.array([power(x) for x in (*widths, width)])
     s, delta = t[:, None], gamma[:, None]
-    earlier, later = np.minimum(s, t), np.maximum(s, t)
-    inner = (delta + 1) * (gamma + 1) / (delta + gamma + 1) / later  # products of two profiles
-    inner *= (earlier / s) ** delta * (earlier / t) ** gamma
+    inner = (delta + 1) * (gamma + 1) / (delta + gamma + 1) / np.maximum(s, t)
+    inner *= np.minimum(1, t / s) ** delta * np.minimum(1, s / t) ** gamma  # of two profiles
     found = np.linalg.lstsq(inner[:-1, :-1], inner[:-1, -1], rcond=None)[0]
     return [float(x) for x in found / found.sum()]
 
 
 def combined(
-    run: Path, kind: str, width: float, batch: int, first: int
+    run: Path, width: float, kind: str, config: RunConfig
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Weights of a width after the last saved step, and the notes of their files.
-
-    Averages of the ``first`` steps, which are a stage of their own, are combined with no others.
-    """
-    files = sorted((run / SNAPSHOTS).glob("power-*-*.safetensors"), key=lambda x: x.stem[-12:])
-    require(bool(files), "training.power_averages", f"{run} has saved no averages to combine")
+    """Weights of a width after the last saved step, and the notes of their files."""
+    saved = []
+    for file in sorted((run / SNAPSHOTS).glob("power-*-*.safetensors"), key=lambda x: x.stem[-12:]):
+        _, own, seen = file.stem.split("-")
+        saved.append((file, int(seen) / config.training.batch, float(own)))
+    require(bool(saved), "training.power_averages", f"{run} has saved no averages to combine")
     require(0.05 <= width <= 0.25, "width", f"must be in [0.05, 0.25]; got {width}")
-    steps = [int(file.stem[-12:]) / batch for file in files]
-    start = first if steps[-1] > first else 0
-    kept = [(file, t - start) for file, t in zip(files, steps, strict=True) if t > start]
-    widths = [float(file.stem.split("-")[1]) for file, _ in kept]
+    first = config.pretraining_steps  # a stage of its own
+    if saved[-1][1] > first:
+        saved = [(file, t - first, own) for file, t, own in saved if t > first]
+    files, steps, widths = zip(*saved, strict=True)
     base, notes = load_tensors(files[-1], kind)
     sums = {name: x.double() for name, x in base.items()}
-    for (file, _), share in zip(
-        kept, combination([t for _, t in kept], widths, width), strict=True
-    ):
-        weights, own = load_tensors(file, kind)
-        require(own["training"] == notes["training"], "run", f"{file} is of another training")
+    for file, share in zip(files, combination(steps, widths, width), strict=True):
+        weights, others = load_tensors(file, kind)
+        require(others["training"] == notes["training"], "run", f"{file} is of another training")
         for name, x in weights.items():  # differences, so that constants keep their bits
             sums[name] += share * (x.double() - base[name].double())
     found = {name: x.to(base[name].dtype) for name, x in sums.items()}

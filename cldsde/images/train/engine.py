@@ -8,15 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate import Accelerator, FullyShardedDataParallelPlugin, InitProcessGroupKwargs
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import (
-    DistributedType,
-    DynamoBackend,
-    FullyShardedDataParallelPlugin,
-    GradientAccumulationPlugin,
-    parse_flag_from_env,
-)
+from accelerate.utils import DistributedType, DynamoBackend, GradientAccumulationPlugin
+from accelerate.utils.environment import parse_flag_from_env
 
 from cldsde.errors import SettingError, require
 from cldsde.images.config import RunConfig
@@ -72,8 +67,7 @@ def check_run(
     require(not shared, "device", f"{device} cannot be shared by {processes} processes")
     fits = settings.precision != "fp16" or gpu
     require(fits, "training.precision", "'fp16' needs a GPU; use 'fp32' or 'bf16'")
-    sharded = processes > 1 and parse_flag_from_env(_FSDP)
-    fits = config.score.mixing is None or not sharded
+    fits = config.score.mixing is None or processes == 1 or not parse_flag_from_env(_FSDP)
     require(fits, "score.mixing", "learnt weights are not supported with FSDP; leave mixing out")
     available = [str(kind) for kind in get_available_trackers()]
     for name in settings.trackers:
@@ -103,13 +97,13 @@ def make_engine(config: RunConfig, device: str) -> Accelerator:
         # Given, so that it is not taken from the environment: micro-batches are counted here.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
     )
-    msg = f"{engine.distributed_type.value} is not supported: start processes with torchrun"
-    require(engine.distributed_type not in _UNSUPPORTED, "training", msg)
     state: Any = engine.state
     if state.distributed_type == DistributedType.MULTI_CPU and parse_flag_from_env(_FSDP):
         # accelerate 1.15 reads its settings of FSDP on GPUs alone.
         state.distributed_type = DistributedType.FSDP
         state.fsdp_plugin = FullyShardedDataParallelPlugin()
+    msg = f"{engine.distributed_type.value} is not supported: start processes with torchrun"
+    require(engine.distributed_type not in _UNSUPPORTED, "training", msg)
     if state.distributed_type == DistributedType.FSDP:
         msg = "FSDP needs its version 2: accelerate launch --use_fsdp --fsdp_version 2"
         require(state.fsdp_plugin.fsdp_version == 2, "training", msg)

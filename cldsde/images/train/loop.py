@@ -353,9 +353,8 @@ class _Trainer:
     def _draw(self, stop: StopRequest) -> None:
         """Write a grid of samples, if it is not there."""
         name, levels = f"samples/{self.seen:010d}.png", self.space.levels
-        new = not (self.folder / name).exists()
         sheet = None
-        if self.busy and new:
+        if self.busy and not (self.folder / name).exists():
             sheet = self._sample(range(self.settings.sample_grid), stop)
         if self.engine.is_main_process and sheet is not None:
             with self._writing(name):

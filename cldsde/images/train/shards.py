@@ -16,11 +16,8 @@ from cldsde.images.model import DiffusionModel
 
 def networks(model: DiffusionModel) -> list[tuple[nn.Module, str]]:
     """Networks of a model: the module that each belongs to, and its name there."""
-    vae = model.vae
-    return [
-        (model.score, "network"),
-        *((vae, x) for x in ("encoder", "decoder") if vae is not None),
-    ]
+    of_vae = [] if model.vae is None else [(model.vae, x) for x in ("encoder", "decoder")]
+    return [(model.score, "network"), *of_vae]
 
 
 def shard(engine: Accelerator, model: DiffusionModel) -> None:
