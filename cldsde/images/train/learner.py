@@ -10,7 +10,6 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
@@ -147,13 +146,11 @@ class Learner:
         self.decays = (self.settings.ema_decay, *self.settings.ema_decays)
         self.powers = [power(x) for x in WIDTHS] if self.settings.power_averages else []
         self.averages = [
-            copy.deepcopy(self.model).eval().requires_grad_(requires_grad=False)
+            shard(engine, copy.deepcopy(self.model).eval().requires_grad_(requires_grad=False))
             for _ in (*self.decays, *self.powers)
         ]
-        self.average = self.averages[0]
-        self.sharded = engine.distributed_type == DistributedType.FSDP
-        for model in (self.model, *self.averages) if self.sharded else ():
-            shard(engine, model)
+        self.average, self.sharded = self.averages[0], engine.is_fsdp2
+        shard(engine, self.model)
         self.objective = make_objective(self.model, config)
         place = {"process": engine.process_index, "processes": engine.num_processes}
         feed = (config, data.train, self.space.classes, self.objective.samplers)

@@ -20,12 +20,13 @@ def networks(model: DiffusionModel) -> list[tuple[nn.Module, str]]:
     return [(model.score, "network"), *of_vae]
 
 
-def shard(engine: Accelerator, model: DiffusionModel) -> None:
-    """Leave this process a share of the weights; each pass gathers them, as all processes must."""
-    for owner, name in networks(model):
+def shard(engine: Accelerator, model: DiffusionModel) -> DiffusionModel:
+    """The model itself; with FSDP, with a share of its weights, which each pass gathers."""
+    for owner, name in networks(model) if engine.is_fsdp2 else ():
         network = fsdp2_prepare_model(engine, getattr(owner, name))
         if not model.training:  # no backward pass frees the gathered weights
             network.register_forward_hook(_free)
+    return model
 
 
 def _free(network: nn.Module, *_: object) -> None:
