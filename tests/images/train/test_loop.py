@@ -470,6 +470,8 @@ def test_settings_that_do_not_go_with_shared_weights_are_rejected(monkeypatch):
     with pytest.raises(SettingError, match=r"score\.mixing: .*not supported with FSDP"):
         check_run(mixed, DATA, device="cpu", processes=2)
     check_run(mixed, DATA, device="cpu")
+    with pytest.raises(SettingError, match=r"training\.optimiser: 'Adafactor' is not supported"):
+        check_run(config(optimiser="Adafactor"), DATA, device="cpu", processes=2)
 
 
 def test_further_averages_are_files_of_the_run(stopped, whole):
