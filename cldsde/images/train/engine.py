@@ -112,6 +112,9 @@ def make_engine(config: RunConfig, device: str) -> Accelerator:
         require(state.fsdp_plugin.fsdp_version == 2, "training", msg)
         # The network alone has another precision, by autocast, as without FSDP.
         state.fsdp_plugin.mixed_precision_policy = None
+        # Each process makes the same weights. This loading, which `accelerate launch` sets, rejects
+        # networks with buffers.
+        state.fsdp_plugin.cpu_ram_efficient_loading = False
     # accelerate chooses a device once per process.
     msg = f"this process already uses {engine.device}; {device!r} needs a new one"
     require(device.partition(":")[0] in {"auto", engine.device.type}, "device", msg)
