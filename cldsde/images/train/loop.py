@@ -338,9 +338,10 @@ class _Trainer:
         return writing(self.folder / name, self._last_state())
 
     def _check_finite(self, loss: float) -> None:
-        """Raise before weights that are not finite reach a file."""
+        """Raise, in all processes, before weights that are not finite reach a file."""
         weights = map(own, self.learner.average.parameters())
-        finite = torch.stack([x.isfinite().all() for x in weights])
+        finite = torch.stack([x.isfinite().all() for x in weights]).all()
+        finite = self.engine.gather(finite[None])
         if not (math.isfinite(loss) and bool(finite.all())):
             what = "a weight is not finite" if math.isfinite(loss) else f"the loss became {loss}"
             msg = f"{what} before {self.seen} images; "
