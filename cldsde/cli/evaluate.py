@@ -122,7 +122,7 @@ def _places(options: Namespace) -> tuple[Path, Path]:
     target, reference = options.target, options.reference
     if target is None and options.model is None:
         raise ValueError("a run, samples or --model is needed")
-    if target is not None and not target.exists() and wanted_width(target) is None:
+    if target is not None and not (target.parent if wanted_width(target) else target).exists():
         raise ValueError(f"there is no run and no file {target}")
     run, weights = weights_of(target or Path())
     is_run = options.model is None and (run / CONFIG).is_file()

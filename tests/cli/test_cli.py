@@ -128,6 +128,7 @@ def here(published, tmp_path, monkeypatch):
             "sample RUN --compile fast",
             "--compile: must be default, reduce-overhead (CUDA graphs) or max-auto",
         ),
+        ("evaluate nowhere/power-0.1.safetensors", "there is no run and no file nowhere/power"),
         *((f"sample {x}", "a run or --model is needed") for x in ("", "RUN --model MODEL")),
         ("sample --model MODEL --process CLDD", "--process: must be one of CLD"),
         ("sample --model MODEL --process CLD --process-set bet=3", "--process-set bet: unknown"),
