@@ -196,8 +196,8 @@ def sample_posterior(
     one_of(method, _Twist, "method")
     sde = process.sde
     grid = as_grid_times(times, "times")
-    for name, count in (("particles", particles), ("chunk", 1 if chunk is None else chunk)):
-        as_integer(count, 1, name)
+    particles = as_integer(particles, 1, "particles")
+    chunk = None if chunk is None else as_integer(chunk, 1, "chunk")
     check_between(threshold, 0.0, 1.0, "threshold")
     if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype must be a floating-point type of torch; got {dtype!r}")

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -68,7 +69,7 @@ def test_the_evidence_of_a_mixture_is_within_its_error():
 def test_runs_do_not_depend_on_the_other_seeds_and_chunks():
     options = {"particles": 20, "steps": 10}
     together = sample(*wide_mixture(), seeds=[3, 4, 5], **options)
-    for chunk in (None, 7):
+    for chunk in (None, np.int64(7)):
         alone = sample(*wide_mixture(), seeds=[4], chunk=chunk, **options)
         close = {"rtol": BATCHES, "atol": BATCHES}
         torch.testing.assert_close(together.samples[20:40], alone.samples, **close)
