@@ -110,8 +110,11 @@ def _in_options(error: Exception, names: Mapping[str, str], given: Mapping[str, 
     if isinstance(error, SettingError):
         key = names.get(error.key, error.key)
         for start, option in _GIVEN_BY.items():
-            if given.get(option) and f"{key}.".startswith(f"{start}."):
-                key = f"{names[option]} {key[len(start) + 1 :]}".strip()
+            value, name = given.get(option), key[len(start) + 1 :]
+            if isinstance(value, list) and name:  # of key=value; the key may be a run's own
+                value = any(x.partition("=")[0] == name for x in value)
+            if value and f"{key}.".startswith(f"{start}."):
+                key = f"{names[option]} {name}".strip()
         reason = re.sub(r"`(\w+)`", lambda x: names.get(x[1], x[0]), error.reason)
         return f"{key}: {reason}"
     if isinstance(error, ModuleNotFoundError):

@@ -14,7 +14,7 @@ from diffusers import UNet2DModel
 from torch import Tensor, nn
 
 from cldsde.errors import SettingError, require, setting
-from cldsde.images.checks import Scale
+from cldsde.images.checks import Scale, listed
 from cldsde.images.config import RunConfig, SamplingConfig
 from cldsde.images.data import Images, channel_statistics
 from cldsde.images.latent import VAE
@@ -257,7 +257,8 @@ def load_model(
         raise ValueError(f"{run} is no run of cldsde train: it {state}")
     if not file.is_file() and wanted_width(file) is None:
         name = file.relative_to(run)
-        msg = f"{run} has no {name} (yet): its training has not reached that checkpoint"
+        there = sorted(x.name for x in run.glob("*.safetensors"))
+        msg = f"{run} has no {name}; it has {listed(there)}"
         if (run / "models").is_dir():
             msg = f"{run} is of a comparison; see {run / 'models'}"
         raise ValueError(msg)
@@ -281,7 +282,7 @@ def read_model(file: Path, config: RunConfig, device: torch.device | str = "cpu"
     if width is None:
         tensors, metadata = load_tensors(file, STATE_KIND if raw else KIND)
     else:
-        tensors, metadata = combined(file.parent, width, KIND, config)
+        tensors, metadata = combined(file, width, KIND, config)
     if raw:
         start = "model."
         tensors = {k.removeprefix(start): x for k, x in tensors.items() if k.startswith(start)}

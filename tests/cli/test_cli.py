@@ -223,7 +223,9 @@ def test_wrong_arguments_are_rejected_before_any_work(
         ("--process CLDD", "process.name", "--process"),
         ("--process-set bet=3", "process.options.bet", "--process-set bet"),
         ("--set order=7", "options", "--set"),
-        ("--solver em", "options", "options"),  # of the run
+        ("--set order=7", "options.order", "--set order"),
+        ("--set order=7", "options.snr", "options.snr"),  # of the run
+        ("--solver em", "options", "options"),
     ],
 )
 def test_an_error_names_the_option_that_was_given(capsys, monkeypatch, given, key, shown):

@@ -67,7 +67,7 @@ def check_run(
     require(not shared, "device", f"{device} cannot be shared by {processes} processes")
     fits = settings.precision != "fp16" or gpu
     require(fits, "training.precision", "'fp16' needs a GPU; use 'fp32' or 'bf16'")
-    whole = processes == 1 or not parse_flag_from_env(_FSDP)
+    whole = (processes == 1 and not gpu) or not parse_flag_from_env(_FSDP)
     fits = whole or config.score.mixing is None
     require(fits, "score.mixing", "learnt weights are not supported with FSDP; leave mixing out")
     fits = whole or settings.optimiser != "Adafactor"  # torch 2.13 cannot shard its moments

@@ -14,8 +14,6 @@ from cldsde.images.model import ImageSpace, check_model
 from cldsde.images.sample.sampler import ahead
 from cldsde.images.train.learner import Learner
 
-# MiB of weight, average, gradient and Adam's two moments of a parameter, in single precision.
-_MEMORY = 5 * 4 / 2**20
 _REHEARSAL = 2.0  # seconds of steps, or of decoding, that are measured at least
 
 
@@ -34,10 +32,10 @@ def outlook(config: RunConfig) -> list[str]:
     count = check_model(config, space)
     unknown = config.network.conditional and space.classes is None
     more = " without the embedding of the classes" if unknown else ""
-    kept = "weights, average, gradients and moments, and activations"
+    kept = "weights, averages, gradients and moments, and activations"
     return [
         f"parameters: {count:,}{more}, images of {'×'.join(map(str, space.shape))}",
-        f"memory: {_MEMORY * count:,.0f} MiB for {kept}",
+        f"memory: {_memory(config, count)} for {kept}",
         "images per second, peak memory: cldsde train --dry-run measures them",
     ]
 
@@ -59,8 +57,14 @@ def summary(config: RunConfig, data: DataSet, device: str) -> list[str]:
         *(f"skipped: {reason}" for reason in train.skipped),
         f"model: {config.process.name}, {config.network.name}, {count:,} parameters",
         f"training: {settings.images:,} images in {settings.steps:,} steps of {settings.batch}",
-        f"device: {device}, {settings.precision}, {_MEMORY * count:,.0f} MiB and activations",
+        f"device: {device}, {settings.precision}, {_memory(config, count)} and activations",
     ]
+
+
+def _memory(config: RunConfig, count: int) -> str:
+    """MiB of weights, averages, gradients and Adam's two moments, in single precision."""
+    averages = 1 + len(config.training.ema_decays) + 2 * config.training.power_averages
+    return f"{(4 + averages) * 4 * count / 2**20:,.0f} MiB"
 
 
 def rehearsal(data: DataSet) -> tuple[DataSet, float]:

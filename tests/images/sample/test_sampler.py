@@ -411,7 +411,7 @@ def test_folders_without_a_whole_model_are_rejected(run, tmp_path):
             load_model(tmp_path)
 
     (tmp_path / "config.json").write_text(json.dumps(run.config.to_dict()))
-    assert_rejected(r"has no model\.safetensors \(yet\)")
+    assert_rejected(r"has no model\.safetensors; it has ")
     (tmp_path / "models").mkdir()
     assert_rejected(r"is of a comparison; see .*/models")
     (tmp_path / MODEL).write_bytes(b"junk")

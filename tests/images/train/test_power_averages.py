@@ -52,7 +52,7 @@ def test_saved_averages_combine_to_that_of_a_width(width):
     walk = torch.randn(480, 200, dtype=torch.float64, generator=generator()).cumsum(0)
     saved = [(n, w, direct(walk[:n], w)) for n in range(40, 481, 40) for w in WIDTHS]
     steps, widths, averages = zip(*saved, strict=True)
-    shares = torch.tensor(combination(steps, widths, width), dtype=torch.float64)
+    shares = torch.tensor(combination(steps, widths, width)[0], dtype=torch.float64)
     expected = direct(walk, width)
     error = float((shares @ torch.stack(averages) - expected).norm())
     # A width that was saved is found up to rounding, with the condition of the products.
@@ -112,9 +112,22 @@ def test_an_interrupted_run_saves_the_same_averages(run, tmp_path):
         ).read_bytes()
 
 
+def test_too_few_checkpoints_are_rejected(run, tmp_path):
+    few = tmp_path / "few"
+    early = [f"power-*-{n:012d}.safetensors" for n in range(16, 176, 16)]
+    shutil.copytree(run, few, ignore=shutil.ignore_patterns(*early))
+    with pytest.raises(ValueError, match=r"power-0\.25.*: 2 checkpoints cannot give .*error .*%"):
+        load_model(few / "power-0.25.safetensors")
+    (few / "snapshots/power-0.1-000000000192.safetensors").unlink()
+    with pytest.raises(ValueError, match="lacks the average of the other width"):
+        load_model(few / "power-0.06.safetensors")
+    (few / "power-0.25.safetensors").write_bytes((run / "model.safetensors").read_bytes())
+    assert torch.equal(weights(few / "power-0.25.safetensors"), weights(run))
+
+
 def test_widths_out_of_reach_and_runs_without_averages_are_rejected(run, tmp_path):
     for width in ("0.01", "0.3"):
-        with pytest.raises(SettingError, match=rf"width: must be in \[0.05, 0.25\]; got {width}"):
+        with pytest.raises(ValueError, match=rf"power-{width}.*must lie in \[0.05, 0.25\]"):
             load_model(run / f"power-{width}.safetensors")
     bare = tmp_path / "bare"
     shutil.copytree(run, bare, ignore=shutil.ignore_patterns("power-*"))
