@@ -92,6 +92,7 @@ def test_a_folder_and_a_checkpoint_with_a_missing_weight_are_rejected(tmp_path, 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_another_run_is_overwritten_only_on_request(tmp_path, capsys):
     file, run = save_checkpoint("cld_fourier", tmp_path), tmp_path / "run"
     options = ["--as", "cld-sgm", "--out", str(run)]

@@ -89,6 +89,7 @@ def test_a_width_is_loaded_from_the_snapshots_of_a_run(run):
         assert torch.equal(value, second.model.get_buffer(name)), name
 
 
+@pytest.mark.slow
 def test_commands_take_a_width(tmp_path):
     folder = train_digits(tmp_path / "run", "--set", "training.power_averages=true")
     file, out = folder / "power-0.08.safetensors", tmp_path / "samples.png"
@@ -100,6 +101,7 @@ def test_commands_take_a_width(tmp_path):
     assert not file.exists()
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_saves_the_same_averages(run, tmp_path):
     interrupt(tmp_path / "run", configured(CONFIG), 96)
     assert load_tensors(tmp_path / "run" / STATE, STATE_KIND)[1]["step"] == "5"
