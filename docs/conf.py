@@ -388,6 +388,22 @@ def _offer_notebook(app, pagename, templatename, context, doctree):
     context["body"] += f'<p class="notebook-download">{links}</p>'
 
 
+_trees = {}
+
+
+def _share_tree(app, pagename, templatename, context, doctree):
+    """Make the tree of pages once for all pages of source that are equally deep in folders."""
+    if pagename.startswith("_modules/"):
+        make, depth = context["toctree"], pagename.count("/")
+
+        def tree(**options):
+            if depth not in _trees:
+                _trees[depth] = make(**options)
+            return _trees[depth]
+
+        context["toctree"] = tree
+
+
 def _pictured(app, error):
     """Fail if a page that draws figures shows none."""
     if error is not None or app.builder.name != "html" or app.config.nb_execution_mode == "off":
@@ -477,6 +493,7 @@ def setup(app):
     app.connect("autodoc-before-process-signature", _plain_types)
     app.connect("object-description-transform", _readable)
     app.connect("html-page-context", _offer_notebook)
+    app.connect("html-page-context", _share_tree, priority=400)  # before the theme reads it
     app.connect("source-read", _with_address)
     if not _repository:
         app.connect("html-collect-pages", _sourceless, priority=100)
