@@ -21,7 +21,8 @@ from cldsde.messages import counted
 from cldsde.solvers.named import find_solver
 
 _RUN = (
-    "run of cldsde train, or a file in it: snapshots/N.safetensors, ema-DECAY.safetensors, or "
+    "run of cldsde train, or a file in it: snapshots/N.safetensors, ema-DECAY.safetensors, "
+    "power-WIDTH.safetensors (if the training has power_averages), or "
     "training.safetensors for the weights without average"
 )
 _OUT = "FILE.npz, a picture of a grid (FILE.png), or a folder for one picture per image"
