@@ -21,11 +21,14 @@ from cldsde.images.data import to_levels
 from cldsde.images.evaluate.evaluation import Evaluation
 from cldsde.images.model import ImageModel, load_model
 from cldsde.progress import progress_bar
+from cldsde.solvers import ExponentialMultistep
 
 DYNAMICS = {"VP": VPSDE, "CLD": CLD, "PSLD": PSLD, "HOLD": HOLD}
 BUDGETS = (5, 7, 10, 20, 50)
 SEEDS = (0, 1, 2)
 SAMPLES = 500
+# One solver for all cells: the choice of `sample` depends on the process and the evaluations.
+SOLVER = ExponentialMultistep(order=2, stochasticity=1.0)
 
 
 def main() -> None:
@@ -73,7 +76,7 @@ def generate(model: ImageModel, dynamics: str, nfe: int, seed: int) -> torch.Ten
     sde = DYNAMICS[dynamics]()
     score = DenoiserScore(model.score.denoiser, sde)
     shape = (SAMPLES, *model.space.shape)
-    data = sample(sde, score, shape, nfe=nfe, seed=seed, batch=250)
+    data = sample(sde, score, shape, nfe=nfe, seed=seed, solver=SOLVER, batch=250)
     return to_levels(data, model.space.levels, dequantised=model.space.dequantised)
 
 
