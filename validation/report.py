@@ -6,7 +6,7 @@ import json
 import math
 import platform
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -231,8 +231,9 @@ class Report:
         return rows
 
     def write_plots(self, folder: Path) -> None:
-        """Write the table and plots into an existing folder, in place of those of earlier reports.
+        """Write the table and plots into an existing folder.
 
+        Afterwards files of earlier reports are removed from it, see `earlier_files`.
         The plots are a diagram of work and precision for each problem that has one, and the errors
         of each solver against the step.
 
@@ -241,17 +242,22 @@ class Report:
         ImportError
             If matplotlib is not installed; it comes with the extra ``validation``.
         """
-        for file in earlier_files(folder):
-            file.unlink()
+        left = set(earlier_files(folder))
         text = self.to_text() + "\n"
-        write_whole(folder / TABLE, lambda path: path.write_text(text, encoding="utf-8"))
+        files: dict[Path, Callable[[Path], object]] = {
+            folder / TABLE: lambda path: path.write_text(text, encoding="utf-8")
+        }
         for table in self.tables:
-            write_whole(folder / _file_name("work and precision", table.problem), table.plot)
+            files[folder / _file_name("work and precision", table.problem)] = table.plot
         for subject in self.summary():
             own = [check for check in self._own(subject) if drawable(check)]
             if own:
                 figure = order_curves(subject, own)
-                write_whole(folder / _file_name("orders", subject), figure.savefig)
+                files[folder / _file_name("orders", subject)] = figure.savefig
+        for file, writer in files.items():
+            write_whole(file, writer)
+        for file in left - {*files}:
+            file.unlink()
 
 
 def earlier_files(folder: Path) -> list[Path]:
