@@ -134,7 +134,7 @@ def from_diffusers(
     if isinstance(source, str | Path):
         network, found = _load(Path(source).expanduser(), str(source), download=download)
     else:
-        network, found = _parts(source)
+        network, found = network_and_scheduler(source)
     scheduler = found if scheduler is None else scheduler
     if scheduler is None:
         raise ValueError(
@@ -186,7 +186,7 @@ class _Network(nn.Module):
         return out.to(x.dtype)
 
 
-def _parts(source: Any) -> tuple[Any, Any]:
+def network_and_scheduler(source: Any) -> tuple[Any, Any]:
     """Network and scheduler of a pipeline, or a model alone."""
     import diffusers
 

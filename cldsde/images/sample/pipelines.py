@@ -19,6 +19,7 @@ from cldsde.images.model import ImageSpace
 from cldsde.images.sample.sampler import Samples
 from cldsde.images.schema import plain
 from cldsde.images.tensor_files import tensors_digest
+from cldsde.pretrained.diffusers_models import network_and_scheduler
 from cldsde.solvers.base import Solver
 
 # Networks of a pipeline besides the one that `from_diffusers` reads.
@@ -124,7 +125,7 @@ class PipelineSampler:
             noisy = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
             rows.append(len(noisy))
 
-        network = getattr(self.pipeline, "unet", None) or self.pipeline.transformer
+        network, _ = network_and_scheduler(self.pipeline)
         hook = network.register_forward_pre_hook(count, with_kwargs=True)
         try:
             made = self.pipeline(
