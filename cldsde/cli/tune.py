@@ -58,7 +58,7 @@ def prepare(options: Namespace) -> Callable[[], None]:
     name = "sampler" if weights.name == MODEL_FILE else f"sampler-{weights.stem}"
     files = {nfe: out if single else out / f"{name}-{nfe}.json" for nfe in options.nfe}
     for file in filter(Path.exists, files.values()):
-        msg = f"{file} is there already; name another place, or set --overwrite"
+        msg = f"{file} is there already; name another place, or set `overwrite`"
         require(options.overwrite, "out", msg)
         with setting("out"):
             SamplerSettings.load(file)  # --overwrite replaces nothing but settings

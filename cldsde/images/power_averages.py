@@ -1,9 +1,9 @@
 """Averages of weights with power-function profiles, combined after a training.
 
 The profile of an average of the weights of t steps is (γ + 1) τ^γ / t^(γ+1). Its relative width σ
-is its standard deviation over t. The linear combination of saved averages whose profile is closest
-to that of another width, in the least squares, approximates its average. Karras et al. (2024,
-arXiv:2312.02696), §3.1 and appendix C.
+is its standard deviation over t. A linear combination of saved averages approximates the average
+of another width. Its coefficients minimise the squared error of the profile. See Karras et al.
+(2024, arXiv:2312.02696), §3.1 and appendix C.
 """
 
 from __future__ import annotations

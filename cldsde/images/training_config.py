@@ -81,7 +81,7 @@ class TrainingConfig:
     ema_decays: tuple[Share, ...] = ()
     """Decays of further averages, each in a file of the run, such as ``ema-0.999.safetensors``."""
     power_averages: Flag = False
-    """Save averages with power-function profiles, too, from which those of any width are made."""
+    """Also save two averages with power-function profiles, to be combined to other widths."""
     reduction: Literal["mean", "sum"] = "mean"
     """``"mean"`` or ``"sum"`` of the squared error over the numbers of an image: the scale of the
     gradients that ``clip`` limits."""

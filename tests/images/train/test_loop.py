@@ -628,7 +628,7 @@ def test_shared_weights_train_resume_and_are_saved_as_whole_ones(tmp_path, monke
     assert [sum(pair) for pair in zip(*held, strict=True)] == [size, size, 2 * size, size]
     begin = models.make_model(model.config, model.space).parameters()
     begin = nn.utils.parameters_to_vector(begin).detach()
-    # All weights but those of one row are cut in halves.
+    # Each process holds half of a weight, except of weights with one row.
     uncut = sum(x.numel() for x in model.model.parameters() if len(x) == 1)
     for first, second in zip(*held, strict=True):
         assert second <= first <= second + 2 * uncut
