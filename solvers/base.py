@@ -170,9 +170,9 @@ class Solver(ABC):
         Raises
         ------
         ValueError
-            If the solver is not adaptive.
+            If the method has no such steps, which is the default.
         """
-        raise ValueError(f"solver must be adaptive to take steps of one length; got {self!r}")
+        raise ValueError(f"solver must define with_step to take steps of one length; got {self!r}")
 
 
 class GridSolver(Solver):
