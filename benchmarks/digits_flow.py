@@ -14,7 +14,8 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+
+from cldsde.images.evaluate.results import read_results
 
 SAMPLES, BUDGETS = 1000, (10, 20)
 SCAN = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5)
@@ -26,7 +27,7 @@ ENDS = {"flow": 0.04, "importance": 0.04, "vp": 0.01}
 def distances(run: Path, level: float, end: float) -> dict[str, float]:
     """Distances of one run at each budget, by ``cldsde evaluate``."""
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "found.json"
+        out = Path(folder) / "found.jsonl"
         command = [
             *(sys.executable, "-m", "cldsde", "evaluate", str(run)),
             *("--solver", "multistep-2", "--set", f"stochasticity={level}"),
@@ -34,13 +35,8 @@ def distances(run: Path, level: float, end: float) -> dict[str, float]:
             *("--samples", str(SAMPLES), "--device", "cpu", "--out", str(out)),
         ]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        recipes: list[dict[str, Any]] = json.loads(out.read_text())["recipes"]
-    found = {}
-    for recipe in recipes:
-        (cell,) = recipe["cells"].values()
-        value = cell["fd classifier train"]["frechet_distance"]
-        found[str(recipe["sampling"]["nfe"])] = round(value, 4)
-    return found
+        results = read_results(out).values()
+    return {str(one.recipe["nfe"]): round(one.numbers["fd"], 4) for one in results}
 
 
 def main(runs: Path, out: Path) -> None:
