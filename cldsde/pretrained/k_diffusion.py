@@ -108,7 +108,7 @@ def sample_k_diffusion(
     - Prefer levels with even steps in log σ near the data, such as those of Karras et al. (2022).
       ComfyUI's "normal" levels of Stable Diffusion end with a step by a factor of 6 (30 levels) to
       13 (10 levels). After it, samplers of order 2 make Gaussian data of standard deviation 0.5 too
-      wide: with 30 levels by 4 to 15 % under VP, and by 9 to 21 % under CLD.
+      wide: with 30 levels and λ from 0 to 1 by 3 to 15 % under VP, and by 9 to 22 % under CLD.
     - Between two parts of ``sigmas``, only x is kept. The second part draws velocities again, with
       the right distribution given x.
 
