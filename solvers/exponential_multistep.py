@@ -68,8 +68,8 @@ class ExponentialMultistep(GridSolver):
     - ancestral sampling: order 1, λ = 1
     - DPM-Solver++(2M) and its SDE form: order 2, λ = 0 or 1, ``variable="log_snr"``,
       ``weights="published"``
-    - UniPC: with the corrector
-    - SA-Solver: λ as a function of time
+    - UniPC of order 1 or 2: the same two options, with the corrector
+    - SA-Solver of order 1 or 2: λ as a function of time, ``variable="log_snr"``
 
     For k > 1 and λ = 0 it is gDDIM.
 
