@@ -69,9 +69,9 @@ class ExponentialMultistep(GridSolver):
     - DPM-Solver++(2M) and its SDE form: order 2, λ = 0 or 1, ``variable="log_snr"``,
       ``weights="published"``
     - UniPC of order 1 or 2: the same two options, with the corrector
-    - SA-Solver of order 1 or 2: λ as a function of time, ``variable="log_snr"``
+    - SA-Solver's predictor of order 1 or 2: λ as a function of time, ``variable="log_snr"``
 
-    For k > 1 and λ = 0 it is gDDIM.
+    For k > 1, λ = 0 and ``prediction="noise"`` it is gDDIM.
 
     Parameters
     ----------
