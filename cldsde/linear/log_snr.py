@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -62,7 +63,14 @@ def times_of_log_snr(
     if not 0 < eps <= T <= 1:
         msg = f"eps and T must have 0 < eps ≤ T ≤ 1; got eps = {eps:g}, T = {T:g}"
         raise ValueError(msg)
-    target = log_snr.flatten()
+    return first_times(sde.log_snr, log_snr, T, eps)
+
+
+def first_times(
+    function: Callable[[Tensor], Tensor], target: Tensor, T: float = 1.0, eps: float = 1e-9
+) -> Tensor:
+    """Times in [ε, T] at which a function of times first falls to each value, or the nearer end."""
+    shape, target = target.shape, target.flatten()
     points = torch.linspace(math.log(eps), math.log(T), 513, dtype=torch.float64, device="cpu")
     points = points.unsqueeze(1)  # the first points are the same for all values
     # Distances of the next points to the time that the secant proposes, relative to the bracket.
@@ -70,8 +78,8 @@ def times_of_log_snr(
     steps = 2 * 0.25 ** torch.arange(1, 14, dtype=torch.float64, device="cpu").unsqueeze(1)
     offsets = torch.cat([-steps, torch.zeros_like(steps[:1]), steps.flip(0)])
     for _ in range(60):
-        # κ decreases with t, so that larger values come first.
-        values = sde.log_snr(points.exp().clamp(eps, T)).expand(-1, len(target))
+        # Larger values come first: the function decreases with t until it first falls so far.
+        values = function(points.exp().clamp(eps, T)).cummin(0)[0].expand(-1, len(target))
         points = points.expand(-1, len(target))
         bracket = (values[1:-1] > target).sum(0, keepdim=True)
         low, high = points.gather(0, bracket), points.gather(0, bracket + 1)
@@ -82,7 +90,7 @@ def times_of_log_snr(
         share = ((first - target) / (first - last)).nan_to_num(0.5).clamp(0, 1)
         inner = (low + width * (share + offsets)).clamp(low, high)
         points = torch.cat([low, inner, high])
-    return ((low + high) / 2).exp().clamp(eps, T).reshape(log_snr.shape)
+    return ((low + high) / 2).exp().clamp(eps, T).reshape(shape)
 
 
 def log_snr_range(sde: LinearSDE) -> tuple[float, float]:

@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 
 from cldsde.linear.checks import as_integer, check_at_least, check_callable
-from cldsde.linear.log_snr import times_of_log_snr
+from cldsde.linear.log_snr import first_times
 from cldsde.linear.sde import LinearSDE
 from cldsde.score.linearity import check_linear, operator_norm
 from cldsde.score.operators import Copies, block_means, correlation, matrix_product, selection
 
-# Largest ratio of the state's noise at the end of sampling to the noise of the observation. At 0.3
-# the variance of exact samples in an observed direction is 9 % too large under VP. It is about
-# 30 % too large under CLD, whose position has more noise than the best estimate from the state.
+# Largest ratio of the samples' noise at the end of sampling to the noise of the observation. At 0.3
+# the variance of exact samples in an observed direction is 9 % too large if the data vary widely.
 _END_LEVEL = 0.3
 
 
@@ -82,8 +81,7 @@ class Observation:
         if not bool(self.y.isfinite().all()):
             raise ValueError("y must be finite; got NaN or infinity")
         object.__setattr__(self, "_y", Copies(self.y))
-        std = check_at_least(self.noise_std, 0.0, "noise_std")
-        object.__setattr__(self, "noise_std", std)
+        object.__setattr__(self, "noise_std", check_at_least(self.noise_std, 0.0, "noise_std"))
 
     def __repr__(self) -> str:
         return f"Observation(y={tuple(self.y.shape)}, noise_std={self.noise_std:g})"
@@ -243,9 +241,8 @@ class Observation:
     def end_time(self, sde: LinearSDE, shape: Sequence[int]) -> float:
         """Latest end time of sampling; a later end blurs the posterior.
 
-        The state at time t determines the data up to an error of standard deviation σ = e^{−κ(t)},
-        with κ = ½ log SNR (`LinearSDE.log_snr`). If the norm of A times σ is above 0.3 s, samples
-        are visibly wider than the posterior.
+        The data component at time t is ψ x_0 plus noise of variance Σ (`LinearSDE.marginal`). If
+        the norm of A times √Σ/ψ is above 0.3 s, samples are visibly wider than the posterior.
 
         Parameters
         ----------
@@ -266,7 +263,12 @@ class Observation:
             )
         norm = operator_norm(self.forward, self.adjoint, shape)
         level = math.log(norm / (_END_LEVEL * self.noise_std))
-        return float(times_of_log_snr(sde, level))
+
+        def log_snr(t: Tensor) -> Tensor:
+            kernel = sde.marginal(t)
+            return (kernel.mean[..., 0, 0] / kernel.root[..., 0, 0]).log()
+
+        return float(first_times(log_snr, torch.tensor(level, dtype=torch.float64, device="cpu")))
 
     def check(
         self,

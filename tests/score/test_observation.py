@@ -1,11 +1,9 @@
 """Linear observations of data."""
 
-import math
-
 import pytest
 import torch
 
-from cldsde import CLD, VPSDE, GaussianMixture
+from cldsde import CLD, HOLD, VPSDE, GaussianMixture
 from cldsde.score import Observation
 from probes import generator
 from tolerances import EPS32, rounding
@@ -56,15 +54,24 @@ def test_a_mean_over_blocks_is_average_pooling():
     assert series.forward(torch.zeros(3, 1, 20)).shape == (3, 1, 5)
 
 
-def test_at_the_end_time_the_state_has_less_noise_than_y():
-    for sde in (VPSDE(), CLD()):
+def test_at_the_end_time_the_data_component_has_less_noise_than_y():
+    for sde in (VPSDE(), CLD(), HOLD()):
         seen = Observation.mask(torch.ones(3, dtype=torch.bool), torch.zeros(3), 0.2)
-        level = float(sde.log_snr(seen.end_time(sde, (3,))))
-        assert math.exp(-level) == pytest.approx(0.3 * 0.2, rel=INVERTED, abs=0)
+        kernel = sde.marginal(seen.end_time(sde, (3,)))
+        ratio = float(kernel.root[0, 0] / kernel.mean[0, 0])
+        assert ratio == pytest.approx(0.3 * 0.2, rel=INVERTED, abs=0)
         # Means of 16 numbers divide the noise by 4, and so the norm.
         means = Observation.downsample(4, torch.zeros(1, 2, 2), 0.2)
-        level = float(sde.log_snr(means.end_time(sde, (1, 8, 8))))
-        assert math.exp(-level) == pytest.approx(4 * 0.3 * 0.2, rel=POWERS, abs=0)
+        kernel = sde.marginal(means.end_time(sde, (1, 8, 8)))
+        ratio = float(kernel.root[0, 0] / kernel.mean[0, 0])
+        assert ratio == pytest.approx(4 * 0.3 * 0.2, rel=POWERS, abs=0)
+    # An underdamped position forgets the data, and then has some of them again.
+    sde, seen = CLD(friction=0.05), Observation(lambda x: x, torch.zeros(3), 10.0)
+    times = torch.linspace(0.01, seen.end_time(sde, (3,)), 100, dtype=torch.float64)
+    kernel = sde.marginal(times)
+    ratios = kernel.root[:, 0, 0] / kernel.mean[:, 0, 0]
+    assert ratios.min() > 0
+    assert ratios.max() < 0.3 * 10 * (1 + INVERTED)
 
 
 def test_conditioning_without_noise_fixes_what_is_seen():
