@@ -21,6 +21,8 @@ It returns the score of the driven components, ``(B, d, *D)``. The times are on 
 rounded to its dtype, float32 at least. If the batch shares one time, they are an expanded view of
 one number. A score must not change times or states in place."""
 
+WRAP_DENOISER = "Wrap a denoiser: DenoiserScore(denoiser, sde)"
+
 
 class Score(Estimator):
     """Base class of scores: ∂ log p_t(z)/∂z on the driven components.
@@ -83,7 +85,11 @@ class FunctionScore(Score):
         self, z: Tensor, t: Any, *, planned: PlannedTime | None = None, **conditions: Any
     ) -> Tensor:
         """Call the function with state and time alone."""
-        return self.function(z, t, **conditions)
+        try:
+            return self.function(z, t, **conditions)
+        except (RuntimeError, TypeError, ValueError) as error:
+            error.add_note(f"score was called with states {tuple(z.shape)}. {WRAP_DENOISER}")
+            raise
 
 
 class ScoreWrapper(Score):
@@ -155,6 +161,5 @@ def as_score(score: object, name: str = "score") -> Score:
         raise TypeError(f"{name} must be a score; got the class {score.__name__}")
     check_callable(score, name, "a callable score(z, t)")
     if isinstance(score, Denoiser):
-        msg = f"{name} must be a score; got a denoiser. Wrap it: DenoiserScore(denoiser, sde)"
-        raise TypeError(msg)
+        raise TypeError(f"{name} must be a score; got a denoiser. {WRAP_DENOISER}")
     return FunctionScore(score)  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ from cldsde.linear.checks import TimeLike, check_at_least, check_state, describe
 from cldsde.linear.reprs import constructor_repr
 from cldsde.linear.sde import LinearSDE, check_process
 from cldsde.score.conversion import Conversion, Prediction
-from cldsde.score.protocol import ScoreFunction, as_score
+from cldsde.score.protocol import WRAP_DENOISER, ScoreFunction, as_score
 from cldsde.score.times import KnownTimes, PlannedTime, score_argument, score_times
 
 
@@ -37,7 +37,7 @@ def checked_score(value: Tensor, z: Tensor, driven: int) -> Tensor:
     shape, got = (len(z), driven, *z.shape[2:]), tuple(value.shape)
     if got != shape:
         msg = f"score must return shape {shape}, one row per driven component; got {got}"
-        raise ValueError(msg)
+        raise ValueError(f"{msg} for states of shape {tuple(z.shape)}. {WRAP_DENOISER}")
     if value.device != z.device:
         msg = f"score must return a tensor on the state's device, {z.device}; got {value.device}"
         raise ValueError(msg)

@@ -215,6 +215,14 @@ def denoiser(u, sigma, variance):
     return u * (variance / (variance + sigma**2)).unsqueeze(1)
 
 
+def test_an_error_inside_a_denoiser_in_place_of_a_score_says_how_to_wrap_it():
+    denoiser = torch.nn.Conv2d(3, 3, 3).forward
+    with pytest.raises(RuntimeError, match="conv2d") as raised:
+        cldsde.sample(CLD(), lambda x, sigma: denoiser(x), (4, 3, 8, 8))
+    (note,) = raised.value.__notes__
+    assert "states (4, 2, 3, 8, 8). Wrap a denoiser: DenoiserScore" in note
+
+
 def test_a_solver_that_leaves_samples_out_needs_conditions_for_all():
     """Samples with larger variances finish at other times, and their conditions would be lost."""
     sde = VPSDE()
