@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
+from collections.abc import Iterable
 from operator import attrgetter
 from typing import Any
 
@@ -31,6 +33,18 @@ def counted(number: int, noun: str) -> str:
     ('1 evaluation', '2 evaluations')
     """
     return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """End of an error about an unknown name: the nearest known one, if one is near.
+
+    Examples
+    --------
+    >>> nearest("ssc", ["em", "sscs"])
+    '; did you mean sscs?'
+    """
+    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {found[0]}?" if found else ""
 
 
 def imported(name: str) -> Any:

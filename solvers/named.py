@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-
-from cldsde.messages import imported, in_words
+from cldsde.messages import imported, in_words, nearest
 
 from .base import Solver, check_solver
 from .edm_heun import EDMHeun
@@ -71,7 +69,7 @@ def canonical_name(name: str) -> str:
     return _SHORT.get(name, name)
 
 
-def find_solver(name: str) -> Solver:
+def find_solver(name: str, *others: str) -> Solver:
     """Look up a solver by name, or import a user's solver.
 
     Parameters
@@ -79,6 +77,8 @@ def find_solver(name: str) -> Solver:
     name
         A name in `named_solvers`, ``em`` for ``euler-maruyama``, ``multistep`` for
         ``multistep-2-sde``, or ``module:ClassName`` of a solver that needs no arguments.
+    others
+        Names of which the caller takes care, for the error.
 
     Raises
     ------
@@ -93,10 +93,9 @@ def find_solver(name: str) -> Solver:
     if ":" not in name:
         known = named_solvers()
         if canonical_name(name) not in known:
-            msg = f"solver must be module:ClassName or one of {', '.join(known)}; got {name!r}"
-            near = difflib.get_close_matches(name, [*known, *_SHORT], n=1, cutoff=0.5)
-            msg += f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(msg)
+            allowed = ", ".join([*others, *known])
+            msg = f"solver must be module:ClassName or one of {allowed}; got {name!r}"
+            raise ValueError(msg + nearest(name, [*others, *known, *_SHORT]))
         return known[canonical_name(name)]
     found = imported(name)
     try:

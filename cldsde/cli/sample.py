@@ -121,7 +121,7 @@ def _pipeline_request(options: Namespace, seeds: range, device: Any) -> Any:
     names = ("prompt", "negative_prompt", "label", "guidance", "nfe", "batch")
     how: dict[str, Any] = {name: getattr(options, name) for name in names}
     chosen = options.solver in {None, "recommended"}
-    how["solver"] = None if chosen else find_solver(options.solver)
+    how["solver"] = None if chosen else find_solver(options.solver, "recommended")
     sampler = PipelineSampler.load(options.model, process_config(options), device, **how)
     return SampleRequest(sampler.model, sampler, seeds)
 

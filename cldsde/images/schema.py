@@ -6,7 +6,6 @@ Every error is a `SettingError` that names the key by its place in the file.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import inspect
 import json
@@ -25,6 +24,7 @@ from pydantic import ConfigDict, Field, Strict, TypeAdapter, ValidationError
 from pydantic_core import to_jsonable_python
 
 from cldsde.errors import SettingError, require, setting
+from cldsde.messages import nearest
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -150,7 +150,7 @@ def _reason(error: ValidationError) -> str:
 
 def check_name(name: str, known: Iterable[str], key: str) -> None:
     """Raise a SettingError, with the nearest valid name, for an unknown name."""
-    msg = f"must be one of {', '.join(known)}; got {name!r}{_nearest(name, known)}"
+    msg = f"must be one of {', '.join(known)}; got {name!r}{nearest(name, known)}"
     require(name in known, key, msg)
 
 
@@ -161,12 +161,7 @@ def check_keys(values: Mapping[Any, Any], known: Iterable[str], prefix: str) -> 
 
 
 def _unknown(key: str, known: Sequence[str]) -> str:
-    return f"unknown key{_nearest(key, known)} (known: {', '.join(known) or 'none'})"
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {found[0]}?" if found else ""
+    return f"unknown key{nearest(key, known)} (known: {', '.join(known) or 'none'})"
 
 
 def checked_options(

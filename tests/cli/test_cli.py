@@ -104,6 +104,7 @@ def here(published, tmp_path, monkeypatch):
         ("sample mistyped", "is no folder"),
         ("sample full", "holds no config.json"),
         ("sample RUN --solver sscz", "'sscz'; did you mean sscs?"),
+        ("sample RUN --solver recomended", "'recomended'; did you mean recommended?"),
         ("sample RUN --nfe 1", "--nfe: must be"),
         ("sample RUN --solver probability-flow --nfe 9", "--nfe: probability-flow is adaptive;"),
         ("sample RUN --solver probability-flow --grid root", "--grid: probability-flow is adapt"),

@@ -71,7 +71,7 @@ def make_solver(sampling: SamplingConfig) -> Solver | None:
     here = _ELSEWHERE.get(sampling.solver.lower())
     require(here is None, "solver", f"{sampling.solver} is called {here} here")
     with setting("solver"):
-        solver = find_solver(sampling.solver)
+        solver = find_solver(sampling.solver, RECOMMENDED)
     options = checked_options(type(solver), sampling.options)
     with setting("options"):
         made: Solver = dataclasses.replace(solver, **options)  # type: ignore[type-var]

@@ -272,7 +272,7 @@ def test_cells_of_a_solver_with_other_defaults_are_measured_again(
 ):
     find, changed = sampling.find_solver, SSCS(score_step="midpoint", merge=False)
     monkeypatch.setattr(
-        sampling, "find_solver", lambda name: changed if name == "sscs-midpoint" else find(name)
+        sampling, "find_solver", lambda name, *_: changed if name == "sscs-midpoint" else find(name)
     )
     found = compare(folder)
     # One sampler for the repeats; the picture is of the same images.
