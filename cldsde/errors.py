@@ -47,4 +47,7 @@ def setting(key: str) -> Iterator[None]:
     except SettingError as error:
         raise error.within(key) from error
     except (ValueError, TypeError, ArithmeticError, OSError) as error:
-        raise SettingError(key, " ".join(str(error).split())) from error
+        reason = str(error)
+        if isinstance(error, OSError) and error.filename:
+            reason = f"{error.filename}: {error.strerror}"
+        raise SettingError(key, " ".join(reason.split())) from error

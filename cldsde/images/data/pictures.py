@@ -53,7 +53,8 @@ def open_picture(file: Path | Packed) -> Iterator[PILImage]:
                 raise ValueError(msg)
             yield image
     except Exception as error:  # Pillow has no class of its own for a damaged file
-        raise ValueError(f"{file} cannot be decoded as an image: {error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{file} cannot be decoded as an image: {reason}") from error
 
 
 def read_picture(file: Path | Packed, mode: str | None = None) -> PILImage:

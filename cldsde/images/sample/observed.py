@@ -104,8 +104,10 @@ class ObservedImage:
         observe, mask = "grey" if observe == "gray" else observe, None
         name, _, number = observe.partition(":")
         if name not in {"grey", "downsample", "blur"}:
-            shape = (1, height, width)
-            mask = _read(Path(observe).expanduser(), shape, "observe")[0] >= 128
+            file, shape = Path(observe).expanduser(), (1, height, width)
+            msg = f"must be a picture, 'grey', 'downsample:N' or 'blur:STD'; there is no {file}"
+            require(file.exists(), "observe", msg)
+            mask = _read(file, shape, "observe")[0] >= 128
         block = int(number) if name == "downsample" and _OPERATORS.fullmatch(observe) else 1
         sides = (height, width) if block == 0 else (height // block, width // block)
         picture = _read(known, (channels, *sides), "known")
