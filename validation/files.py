@@ -32,9 +32,13 @@ class ReportFiles:
     def check(self) -> None:
         """Make the folder; leave nothing behind and raise if it or a file cannot be written."""
         key, out = "out", self._out
+        msg = "replaces an earlier validation in the folder `out`, which is missing"
+        require(out is not None or not self._overwrite, "overwrite", msg)
         if out is not None:
             canvas(1, 1)  # raises an error without matplotlib
         try:
+            msg = f"must be a folder, new or there already; {out} is a file"
+            require(out is None or not out.is_file(), key, msg)
             with new_folder(out or Path()):
                 if out is not None:
                     check_target(out / TABLE)
