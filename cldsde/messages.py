@@ -6,7 +6,9 @@ import difflib
 import importlib
 from collections.abc import Iterable
 from operator import attrgetter
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 def one_line(error: object) -> str:
@@ -45,6 +47,15 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """
     found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean {found[0]}?" if found else ""
+
+
+class Named(dict[str, T]):
+    """Things by name. The error of an unknown name lists the known names."""
+
+    def __missing__(self, name: object) -> T:
+        """Raise a KeyError that says what is known."""
+        known = ", ".join(map(repr, self))
+        raise KeyError(f"name must be one of {known}; got {name!r}{nearest(str(name), self)}")
 
 
 def imported(name: str) -> Any:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from cldsde.linear.checks import as_integer
+from cldsde.linear.checks import as_device, as_integer
 from cldsde.linear.sde import LinearSDE
 from cldsde.progress import progress_bar
 from cldsde.score import ReverseProcess, Score, ScoreFunction
@@ -155,7 +155,7 @@ def sample(
     first_time = float(sampler.times[0])
     if times is None:
         _warn_of_ends(sde, sampler.times, data_shape, nfe)
-    device = process.score.device if device is None else torch.device(device)
+    device = process.score.device if device is None else as_device(device)
     most = max(1, _NUMBERS // (sde.components * math.prod(data_shape)))
     size = min(_SAMPLES, most) if batch is None else as_integer(batch, 1, "batch")
     found = []

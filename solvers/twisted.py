@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from cldsde.linear.blocks import apply_blocks
-from cldsde.linear.checks import as_grid_times, as_integer, check_between, one_of
+from cldsde.linear.checks import as_device, as_grid_times, as_integer, check_between, one_of
 from cldsde.linear.covariance import triangular_inverse
 from cldsde.linear.random import check_generator, standard_normal
 from cldsde.progress import progress_bar
@@ -203,6 +203,7 @@ def sample_posterior(
         raise TypeError(f"dtype must be a floating-point type of torch; got {dtype!r}")
     generators, runs = _generators(seeds, generator)
     data_shape = _data_shape(observation.shape if shape is None else shape)
+    device = as_device(device)
     observation.check(data_shape, dtype=dtype, device=device)
     latest = observation.end_time(sde, data_shape)
     if float(grid[-1]) > latest * (1 + 1e-6):

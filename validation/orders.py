@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cldsde.linear.checks import as_integer, check_callable
 from cldsde.solvers import RecordedNoise, solve
 from cldsde.solvers.authoring import Solver
 from cldsde.solvers.base import check_solver
@@ -123,7 +124,7 @@ def weak_order(
     """
     _check_solver(solver)
     check_problem(problem)
-    _check_steps(steps)
+    _check_levels(steps, grid)
     _check_samples(samples, 20)
     grids = [grid(problem.start, problem.end, n) for n in steps]
     declared = solver.facts.weak_order
@@ -250,9 +251,10 @@ def ode_order(
     >>> validation.ode_order(solver, validation.problems()["VP"], samples=20).verdict
     <Verdict.PASS: 'PASS'>
     """
+    facts = check_solver(solver).facts
     check_problem(problem)
-    _check_steps(steps)
-    facts = solver.facts
+    _check_levels(steps, grid)
+    as_integer(samples, 1, "samples")
     if not facts.adaptive and (facts.weak_order, facts.strong_order) != (None, None):
         raise ValueError(f"solver must be deterministic; {solver!r} has a weak or strong order")
     g = generator if generator is not None else torch.Generator().manual_seed(0)
@@ -326,7 +328,7 @@ def strong_order(
     """
     _check_solver(solver)
     check_problem(problem)
-    _check_steps(steps)
+    _check_levels(steps, grid)
     if solver.path_noise(problem.process, grid(problem.start, problem.end, 1)) is None:
         raise TypeError(f"solver must have `path_noise` for a strong order; {solver!r} has none")
     batches = 10
@@ -355,16 +357,17 @@ def strong_order(
     )
 
 
-def _check_steps(steps: Sequence[int]) -> None:
-    numbers = list(steps)
+def _check_levels(steps: Sequence[int], grid: Grid) -> None:
+    check_callable(grid, "grid", "a function of (T, ε, n)")
+    numbers = list(steps) if isinstance(steps, Iterable) else []
     whole = all(isinstance(n, Integral) and int(n) > 0 for n in numbers)
     if not numbers or not whole or any(n >= m for n, m in itertools.pairwise(numbers)):
-        msg = f"steps must be positive integers that increase, at least one; got {numbers}"
+        msg = f"steps must be positive integers that increase, at least one; got {steps}"
         raise ValueError(msg)
 
 
 def _check_samples(samples: int, least: int) -> None:
-    if samples < least:
+    if as_integer(samples, 0, "samples") < least:
         raise ValueError(f"samples must be at least {least}, for a standard error; got {samples}")
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cldsde.linear import CLD, LinearSDE
+from cldsde.linear.checks import as_integer
 from cldsde.score import GaussianMixture, ReverseProcess
 
 from .metrics import sliced_wasserstein
@@ -156,8 +157,10 @@ def posterior_error(
         (steps, 2, "steps"),
         (repeats, 2, "repeats"),
     ):
-        if count < least:
-            raise ValueError(f"{what} must be at least {least}; got {count}")
+        as_integer(count, least, what)
+    if not isinstance(problem, PosteriorProblem):
+        msg = "problem must be a PosteriorProblem, such as posterior_problems()['mask']"
+        raise TypeError(f"{msg}; got {problem!r}")
     own = method if isinstance(method, str) else getattr(method, "__name__", "sampler")
     label = str(own) if name is None else name
     chosen = known[method] if isinstance(method, str) else method

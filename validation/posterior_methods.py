@@ -9,6 +9,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
+from cldsde.messages import Named
 from cldsde.score import GaussianMixture, Observation, PosteriorScore, ReverseProcess
 from cldsde.score.mixture import MixtureScore
 from cldsde.score.posterior_score import PosteriorMethod as _Approximation
@@ -48,7 +49,7 @@ def posterior_methods() -> dict[str, PosteriorMethod]:
     - ``"moments"`` (three iterations), ``"pigdm"``, ``"dps"``: `PosteriorScore` on that solver.
     - ``"replacement"``: `Imputation` of the observed directions on that solver.
     """
-    return {
+    samplers = {
         "exact": PosteriorMethod(sampler=_exact, exact="always"),
         "twisted": PosteriorMethod(sampler=_twisted, exact="always"),
         "moments": PosteriorMethod(sampler=_guided("moments"), exact="gaussian"),
@@ -56,6 +57,7 @@ def posterior_methods() -> dict[str, PosteriorMethod]:
         "dps": PosteriorMethod(sampler=_guided("dps"), exact="never"),
         "replacement": PosteriorMethod(sampler=_replacement, exact="never"),
     }
+    return Named(samplers)
 
 
 def _start(process: ReverseProcess, n: int, g: torch.Generator) -> Tensor:

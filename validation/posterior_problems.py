@@ -12,6 +12,7 @@ from torch import Tensor
 from cldsde.linear.checks import check_positive
 from cldsde.linear.log_snr import times_of_log_snr
 from cldsde.linear.sde import LinearSDE
+from cldsde.messages import Named
 from cldsde.score import GaussianMixture, Observation
 from cldsde.solvers.grids import root_times
 
@@ -94,7 +95,7 @@ def posterior_problems(noise_std: float = 0.1) -> dict[str, PosteriorProblem]:
         _masked_series(noise_std),
         _one_gaussian(noise_std),
     )
-    return {problem.name: problem for problem in made}
+    return Named({problem.name: problem for problem in made})
 
 
 def _two_modes(noise_std: float) -> PosteriorProblem:

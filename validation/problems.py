@@ -15,6 +15,7 @@ from cldsde.errors import SettingError
 from cldsde.linear import CLD, HOLD, PSLD, VESDE, VPSDE, LinearSDE, RectifiedFlow, SubVPSDE
 from cldsde.linear.checks import as_number, check_between, check_positive, one_of
 from cldsde.linear.sde import check_process
+from cldsde.messages import Named
 from cldsde.score import GaussianMixture, ReverseProcess
 
 _ORDERS = ("ODE order", "weak order", "strong order")
@@ -217,7 +218,7 @@ def problems() -> dict[str, Problem]:
         ),
         Problem("VP, ring", vp, _ring(), end=1e-2, checks=("distribution",), quick=True),
     ]
-    return {case.name: case for case in cases}
+    return Named({case.name: case for case in cases})
 
 
 def _two_points() -> GaussianMixture:

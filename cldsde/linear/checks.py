@@ -11,6 +11,8 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from cldsde.messages import brief
+
 TimeLike = float | Tensor
 Parameter = float | Tensor
 """A number, or a tensor with one element that may be a learnt parameter."""
@@ -221,6 +223,16 @@ def check_callable(value: object, name: str, kind: str) -> None:
     """Raise TypeError unless a value is callable; ``kind`` says what it must be."""
     if not callable(value):
         raise TypeError(f"{name} must be {kind}; got {reprlib.repr(value)}")
+
+
+def as_device(device: torch.device | str) -> torch.device:
+    """Convert the name of a device; raise ValueError unless this machine has it."""
+    try:
+        torch.empty(0, device=device)
+        return torch.device(device)
+    except (RuntimeError, AssertionError, TypeError) as error:  # torch has no class for it
+        msg = f"device must be one that this machine has; got {str(device)!r} ({brief(error)})"
+        raise ValueError(msg) from error
 
 
 def check_alphas_cumprod(table: Tensor) -> None:

@@ -190,7 +190,8 @@ def network_and_scheduler(source: Any) -> tuple[Any, Any]:
     """Network and scheduler of a pipeline, or a model alone."""
     import diffusers
 
-    if isinstance(getattr(source, "_orig_mod", source), diffusers.ModelMixin):
+    if isinstance(plain := getattr(source, "_orig_mod", source), diffusers.ModelMixin):
+        _check_takes_time(type(plain))
         return source, None
     for name in _NETWORKS:
         network = getattr(source, name, None)
@@ -199,6 +200,12 @@ def network_and_scheduler(source: Any) -> tuple[Any, Any]:
     raise TypeError(
         f"source must be a folder, a pipeline or a model of diffusers; got {type(source).__name__}"
     )
+
+
+def _check_takes_time(kind: Any, where: str = "") -> None:
+    if "timestep" not in inspect.signature(kind.forward).parameters:
+        msg = f"source: {kind.__name__}{where} is no network of noisy data and a timestep"
+        raise ValueError(msg)
 
 
 def _replaced(scheduler: Any) -> Any:
@@ -240,9 +247,7 @@ def _load_network(folder: Path) -> Any:
         msg = f"source: {config} is missing, so that {folder} is no model of diffusers"
         raise FileNotFoundError(msg)
     kind = _class(_read_json(config), diffusers.ModelMixin, config)
-    if "timestep" not in inspect.signature(kind.forward).parameters:
-        msg = f"source: {kind.__name__} of {folder} is no network of noisy data and a timestep"
-        raise ValueError(msg)
+    _check_takes_time(kind, f" of {folder}")
     weights = sorted(file.name for file in folder.glob("*.safetensors"))
     if not weights:
         pickles = sorted(file.name for file in (*folder.glob("*.bin"), *folder.glob("*.ckpt")))

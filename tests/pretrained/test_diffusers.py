@@ -355,7 +355,8 @@ def test_sources_that_are_no_models_are_rejected(folders, tmp_path):
 
     assert_rejected(r"config.json is missing", error=FileNotFoundError)
     assert_rejected(r"source must be a folder, a pip", torch.nn.Linear(1, 1), error=TypeError)
-    diffusers.AutoencoderKL(block_out_channels=(32,)).save_pretrained(tmp_path / "vae")
+    (vae := diffusers.AutoencoderKL(block_out_channels=(32,))).save_pretrained(tmp_path / "vae")
+    assert_rejected("AutoencoderKL is no network of noisy data", vae)
     assert_rejected(r"AutoencoderKL .* is no network of noisy data", tmp_path / "vae", DDPM())
     pickled = tmp_path / "pickled"
     pickled.mkdir()

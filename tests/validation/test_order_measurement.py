@@ -248,6 +248,10 @@ REJECTED: list[Any] = [
     (strong_order, EM, "VP", {"steps": (30, 64, 128), "samples": 20}, ValueError, "30"),
     (weak_order, EM, MODES, {"samples": 5}, ValueError, "at least 20"),
     *((f, x, "VP", {"steps": (32, 32)}, ValueError, INCREASE) for f, x in MEASURES),
+    *((f, x, "VP", {"steps": 32}, ValueError, INCREASE) for f, x in MEASURES),
+    *((f, x, "VP", {"grid": "root"}, TypeError, "grid must be a function") for f, x in MEASURES),
+    (ode_order, ExponentialMultistep(), "VP", {"samples": 0}, ValueError, "must be at least 1"),
+    (ode_order, "em", "VP", {}, TypeError, "solver must be a solver"),
 ]
 
 

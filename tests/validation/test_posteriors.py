@@ -121,6 +121,7 @@ WRONG = [
     ({"method": "exct"}, "method must be one of 'exact'"),
     ({"samples": 10}, "samples must be at least 100"),
     ({"repeats": 1}, "repeats must be at least 2"),
+    ({"problem": "mask"}, "problem must be a PosteriorProblem"),
     ({"method": lambda *a: torch.zeros(3)}, "must return samples of shape"),
 ]
 
@@ -128,7 +129,7 @@ WRONG = [
 @pytest.mark.parametrize(("arguments", "message"), WRONG)
 def test_bad_arguments_are_named(arguments, message):
     given = {"method": "exact", "problem": posterior_problems()["two modes"], **arguments}
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         posterior_error(**given)
 
 

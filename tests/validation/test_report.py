@@ -10,7 +10,7 @@ import pytest
 from cldsde.errors import SettingError
 from cldsde.solvers import SSCS, StochasticHeun, find_solver, named_solvers
 from cldsde.solvers.named import canonical_name
-from cldsde.validation import WorkPrecision, estimate_order, suite
+from cldsde.validation import WorkPrecision, estimate_order, problems, suite
 from cldsde.validation.checks import NOT_APPLICABLE, Check
 from cldsde.validation.files import ReportFiles
 from cldsde.validation.order_estimate import Verdict
@@ -240,6 +240,8 @@ def test_the_seed_decides_on_samples(monkeypatch):
 def test_problems_that_do_not_exist_or_apply_are_rejected():
     with pytest.raises(SettingError, match="problem: must be one of"):
         reports([], ["CLDD"])
+    with pytest.raises(KeyError, match=r"one of 'VP', .* got 'CLDD'; did you mean CLD\?"):
+        problems()["CLDD"]
     for name in ("CLD, rotation", "VP, two points"):
         with pytest.raises(SettingError, match=f"'{name}' has no check for sscs"):
             reports(["sscs"], [name])
