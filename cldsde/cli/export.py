@@ -14,6 +14,7 @@ from pathlib import Path
 
 from cldsde.cli.models import SOLVERS
 from cldsde.cli.options import option
+from cldsde.errors import SettingError, require
 
 OPTIONS = (
     option("RUN", Path, "run of cldsde train, or a file of its weights"),
@@ -28,7 +29,12 @@ def prepare(options: Namespace) -> Callable[[], None]:
     from cldsde.images.sample.export import check_export, export
     from cldsde.images.sample.sampler import changed_recipe
 
-    run, folder = load_model(options.run), options.folder
+    try:
+        run, folder = load_model(options.run), options.folder
+    except SettingError as error:
+        msg = "must be 'UNet' for a UNet2DModel; the run has a network of your own"
+        require(error.key != "trust", "network.name", msg)
+        raise
     if options.solver is not None:
         sampling = changed_recipe(run.sampling, solver=options.solver)
         config = dataclasses.replace(run.config, sampling=sampling)

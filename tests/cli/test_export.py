@@ -1,6 +1,8 @@
 """The command ``cldsde export``, and the pipelines that it writes."""
 
 import dataclasses
+import json
+import shutil
 
 import diffusers
 import numpy as np
@@ -68,9 +70,15 @@ def test_diffusers_makes_the_same_images_of_an_exported_run(run, tmp_path):
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=ROUNDING)
 
 
-def test_a_run_that_no_pipeline_can_sample_is_rejected(digits_run, labelled_run, tmp_path, capsys):
+def test_a_run_that_no_pipeline_can_sample_is_rejected(
+    digits_run, labelled_run, tmp_path, tmp_path_factory, capsys
+):
     here, new = tmp_path, tmp_path / "new"
     (here / "file").touch()
+    own = shutil.copytree(digits_run, tmp_path_factory.mktemp("own") / "run")
+    settings = json.loads((own / "config.json").read_text())
+    settings["network"] = {"name": "my_networks:Own", "options": {}}
+    (own / "config.json").write_text(json.dumps(settings))
     cases = [
         ((digits_run, here, "--solver", "em"), "FOLDER: must not be there yet, or be empty"),
         ((digits_run, here / "file" / "x"), "file is no folder"),
@@ -78,6 +86,7 @@ def test_a_run_that_no_pipeline_can_sample_is_rejected(digits_run, labelled_run,
         ((digits_run, new), "--solver: solver must evaluate the score only at the start"),
         ((labelled_run, new), "network.conditional: must be False for a pipeline"),
         ((here, new), "is no run of cldsde train"),
+        ((own, new), "network.name: must be 'UNet' for a UNet2DModel; the run has a network"),
     ]
     for words, reason in cases:
         assert reason in rejected(capsys, "export", *words)
