@@ -472,6 +472,10 @@ def test_settings_that_do_not_go_with_shared_weights_are_rejected(monkeypatch):
     check_run(mixed, DATA, device="cpu")
     with pytest.raises(SettingError, match=r"training\.optimiser: 'Adafactor' is not supported"):
         check_run(config(optimiser="Adafactor"), DATA, device="cpu", processes=2)
+    check_run(config(), DATA, device="cpu", processes=2)
+    monkeypatch.setenv("FSDP_ACTIVATION_CHECKPOINTING", "true")
+    with pytest.raises(SettingError, match="FSDP_ACTIVATION_CHECKPOINTING is ignored"):
+        check_run(config(), DATA, device="cpu", processes=2)
 
 
 def test_further_averages_are_files_of_the_run(stopped, whole):
