@@ -50,9 +50,11 @@ def test_a_run_is_measured_and_finished_results_are_kept(run, tmp_path, capsys):
     assert (one.times["grid"], one.recipe["grid"]) == ("fitted", None)
     shown = capsys.readouterr().out
     assert f"| recommended | 4 | fitted, {one.times['t_end']:.4g} | 6 | " in shown
-    assert f"\nrecommended, 4 evaluations: {one.solver} from t = " in shown
+    assert "\nrecommended, 4 evaluations: ExponentialMultistep from t = " in shown
     raw = run / "training.safetensors"
-    assert evaluate(raw, "--samples", 6, "--nfe", 4, "--part", "held_out") == 0
+    options = ["--solver", "recommended", "--nfe", 12, "--samples", 6, "--part", "held_out"]
+    assert evaluate(raw, *options) == 0
+    assert "\nrecommended, 12 evaluations: multistep-2-sde from t = " in capsys.readouterr().out
     assert (run / "evaluation-training.jsonl").is_file()
     assert main(["sample", str(raw), "--seeds", "0-1", "--out", str(tmp_path / "x.npz")]) == 0
 

@@ -23,6 +23,7 @@ from cldsde.files import file_lock, writing
 from cldsde.images.config import RECOMMENDED
 from cldsde.images.evaluate.distances import package_versions
 from cldsde.messages import one_line
+from cldsde.solvers import named_solvers
 from cldsde.tables import Entry, Table, mean_and_spread
 
 _BEGINNING = b'{"model": "'  # of each line
@@ -126,7 +127,7 @@ def markdown_table(results: Collection[Result]) -> str:
 
     NFE is the mean number of score evaluations of an image, if it was measured. Results of a solver
     whose defaults have changed since are left out, and those that share seeds with others. What the
-    recommended solver chose is below the table.
+    recommended solver chose is below the table, by its name or class.
     """
     solvers = {json.dumps(result.recipe): result.solver for result in results}
     rows: dict[tuple[str, int], list[Result]] = {}
@@ -135,13 +136,15 @@ def markdown_table(results: Collection[Result]) -> str:
         if result.recipe and result.solver == solvers[name]:
             rows.setdefault((name, last - first), []).append(result)
     names = dict.fromkeys(name for row in rows.values() for one in row for name in _named(one))
+    known = {repr(solver): name for name, solver in named_solvers().items()}
     lines, remarks = [], dict[str, None]()
     for row in rows.values():
         chosen = next((x.times for x in row if x.times), {})
         recipe = {**row[0].recipe, **chosen}
         if recipe["solver"] == RECOMMENDED:
             ends = " from t = {t_start:.4g} to {t_end:.4g}".format_map(chosen) if chosen else ""
-            remarks[f"{RECOMMENDED}, {recipe['nfe']} evaluations: {row[0].solver}{ends}."] = None
+            short = known.get(row[0].solver) or row[0].solver.partition("(")[0]
+            remarks[f"{RECOMMENDED}, {recipe['nfe']} evaluations: {short}{ends}."] = None
         end = recipe.get("t_end")
         end = None if end is None else f"{end:.4g}"
         times = ", ".join(filter(None, (recipe.get("grid"), end)))
