@@ -25,6 +25,7 @@ from cldsde.messages import counted
 WIDTHS = (0.05, 0.10)
 """Relative widths of the averages that a training saves."""
 _LARGEST_ERROR = 0.2  # of a profile; twelve checkpoints leave 0.11 at a width of 0.25
+_NEGLIGIBLE = 1e-9  # of a combination; single precision rounds weights by 6e-8
 
 
 def wanted_width(file: Path) -> float | None:
@@ -84,7 +85,9 @@ def combined(
         raise ValueError(f"{msg}its profile: {error:.0%}); a smaller one or more checkpoints can")
     base, notes = load_tensors(files[-1], kind)
     sums = {name: x.double() for name, x in base.items()}
-    for file, share in zip(files, shares, strict=True):
+    for file, share in zip(files[:-1], shares[:-1], strict=True):
+        if abs(share) < _NEGLIGIBLE:
+            continue
         weights, others = load_tensors(file, kind)
         require(others["training"] == notes["training"], "run", f"{file} is of another training")
         for name, x in weights.items():  # differences, so that constants keep their bits

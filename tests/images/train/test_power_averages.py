@@ -9,6 +9,7 @@ from torch import nn
 
 from cldsde.cli import main
 from cldsde.errors import SettingError
+from cldsde.images import power_averages
 from cldsde.images.model import STATE_KIND, load_model
 from cldsde.images.power_averages import WIDTHS, combination, power
 from cldsde.images.runs import STATE
@@ -87,6 +88,17 @@ def test_a_width_is_loaded_from_the_snapshots_of_a_run(run):
     assert first.digest != second.digest
     for name, value in first.model.named_buffers():
         assert torch.equal(value, second.model.get_buffer(name)), name
+
+
+def test_files_with_a_negligible_share_are_not_read(run, monkeypatch):
+    read = []
+    monkeypatch.setattr(
+        power_averages, "load_tensors", lambda *file: read.append(file) or load_tensors(*file)
+    )
+    load_model(run / "power-0.1.safetensors")
+    assert len(read) <= 2  # of 24: the last of both widths
+    load_model(run / "power-0.25.safetensors")
+    assert len(read) >= 25
 
 
 @pytest.mark.slow
