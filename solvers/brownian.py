@@ -179,8 +179,7 @@ class BrownianPath(NoiseSource):
             As in `integral`.
         """
         check_state(z, self._sde.components)
-        moved = apply_blocks(self._sde.transition_matrix(s, t), z)
-        return moved + self.integral(s, t).to(z)
+        return apply_blocks(self._sde.transition_matrix(s, t), z) + self.integral(s, t).to(z)
 
     def normal(self, z: Tensor, rows: int) -> Tensor:
         """Raise RuntimeError, because normals of a path belong to an interval; see `along`."""

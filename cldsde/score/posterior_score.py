@@ -199,8 +199,7 @@ class PosteriorScore(ScoreWrapper):
     def part(self, samples: slice, shape: Sequence[int]) -> Self:
         """The score of some samples: one observation per sample keeps the rows of these."""
         observation = self.observation.part(samples, shape)
-        inner = self.score.part(samples, shape)
-        return self._changed({"score": inner}, observation=observation)
+        return self._changed({"score": self.score.part(samples, shape)}, observation=observation)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -342,8 +341,7 @@ class PosteriorScore(ScoreWrapper):
             with torch.inference_mode(False):
                 w = w.clone() if w.is_inference() else w
                 (slope,) = torch.autograd.grad(mean, state, w, retain_graph=True)
-                pulled = apply_blocks(at.psi, slope)[:, 0]
-                return per_sample(variance, w) * pulled
+                return per_sample(variance, w) * apply_blocks(at.psi, slope)[:, 0]
 
         return _Linearised(score.detach(), mean.detach(), spread, at, isotropic)
 

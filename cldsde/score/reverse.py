@@ -147,8 +147,7 @@ class ReverseProcess:
 
     def _converted(self, z: Tensor, t: TimeLike, target: Prediction) -> Tensor:
         times = score_times(t, check_state(z, self.sde.components))
-        convert = Conversion.at(self.sde, times, "score", target)
-        return convert(z, self.evaluate(z, times))
+        return Conversion.at(self.sde, times, "score", target)(z, self.evaluate(z, times))
 
     def evaluate(self, z: Tensor, times: Tensor) -> Tensor:
         """Evaluate and check the score at float64 times on the CPU, ``()`` or ``(B,)``.

@@ -88,8 +88,7 @@ class ScoreDenoiser(Denoiser):
     ) -> None:
         super().__init__()
         self.score = as_score(score)
-        own = self.score.sde if sde is None else sde
-        self.sde = check_process(own)
+        self.sde = check_process(self.score.sde if sde is None else sde)
         if not 0 < start < 1:
             raise ValueError(f"start must lie between 0 and 1; got {start:g}")
         self.start = start

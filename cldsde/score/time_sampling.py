@@ -143,8 +143,7 @@ class TimeSampler:
         bins = bins.clamp(0, len(self._weights) - 1)
         start, end = self._cumulative[bins], self._cumulative[bins + 1]
         fraction = (u - start) / (end - start)
-        t = self._knots[bins].lerp(self._knots[bins + 1], fraction)
-        return t, self._weights[bins]
+        return self._knots[bins].lerp(self._knots[bins + 1], fraction), self._weights[bins]
 
 
 def log_snr_density(

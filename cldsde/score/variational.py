@@ -230,8 +230,7 @@ def _check_times(pair: PerturbedData, weight: Tensor | float, t_min: float) -> N
     times = pair.t
     # A time in single precision may round below the smallest.
     if times.numel() and float(times.min()) < t_min * (1 - 1e-6):
-        msg = f"t must lie in [t_min, T] = [{t_min:g}, 1]; got {float(times.min()):g}"
-        raise ValueError(msg)
+        raise ValueError(f"t must lie in [t_min, T] = [{t_min:g}, 1]; got {float(times.min()):g}")
     fitting = (torch.Size([]), torch.Size([len(pair.x0)]))
     if isinstance(weight, Tensor) and weight.shape not in fitting:
         raise ValueError(
