@@ -100,8 +100,7 @@ class _TorchSDEForm(_ProcessModule):
     def unpack(self, y: Tensor) -> Tensor:
         """Convert torchsde's ``(*, B ∏D, k)`` to states ``(*, B, k, *D)``."""
         size = y.shape[-2] // max(math.prod(self._shape), 1)
-        batch = y.reshape(*y.shape[:-2], size, *self._shape, y.shape[-1])
-        return batch.movedim(-1, y.ndim - 1)
+        return y.reshape(*y.shape[:-2], size, *self._shape, y.shape[-1]).movedim(-1, y.ndim - 1)
 
     def f(self, s: Tensor, y: Tensor) -> Tensor:
         """Drift as a function of torchsde's time."""

@@ -140,8 +140,7 @@ class DenoiserScore(Score):
     @property
     def evaluates_once(self) -> bool:
         """Whether the denoiser is evaluated once at every time."""
-        own = type(self).evaluations is DenoiserScore.evaluations
-        return own and self.denoiser.evaluates_once
+        return type(self).evaluations is DenoiserScore.evaluations and self.denoiser.evaluates_once
 
     def evaluations(self, t: Tensor) -> Tensor:
         """Number of network evaluations per call at each time."""

@@ -21,7 +21,10 @@ It returns the score of the driven components, ``(B, d, *D)``. The times are on 
 rounded to its dtype, float32 at least. If the batch shares one time, they are an expanded view of
 one number. A score must not change times or states in place."""
 
-WRAP_DENOISER = "Wrap a denoiser: DenoiserScore(denoiser, sde)"
+WRAP_DENOISER = (
+    "Wrap a denoiser: DenoiserScore(denoiser, sde). A network that predicts noise becomes one by "
+    "PredictionDenoiser(network, path)"
+)
 
 
 class Score(Estimator):

@@ -134,8 +134,7 @@ class ScoreDenoiser(Denoiser):
     @property
     def evaluates_once(self) -> bool:
         """Whether the score is evaluated once at every level."""
-        own = type(self).evaluations is ScoreDenoiser.evaluations
-        return own and self.score.evaluates_once
+        return type(self).evaluations is ScoreDenoiser.evaluations and self.score.evaluates_once
 
     def evaluations(self, t: Tensor) -> Tensor:
         """Number of network evaluations per call at each noise level."""
