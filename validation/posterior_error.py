@@ -138,12 +138,14 @@ def posterior_error(
 
     Raises
     ------
+    TypeError
+        If ``problem`` is no `PosteriorProblem`, or a number is no integer.
     ValueError
         If the method is unknown, or a number is too small.
 
     Examples
     --------
-    >>> from cldsde.validation import posterior_problems
+    >>> from cldsde.validation import posterior_error, posterior_problems
     >>> problem = posterior_problems()["one Gaussian"]
     >>> found = posterior_error("exact", problem, samples=500, steps=20, repeats=2)
     >>> found.verdict
