@@ -91,7 +91,7 @@ class FunctionScore(Score):
         try:
             return self.function(z, t, **conditions)
         except (RuntimeError, TypeError, ValueError) as error:
-            error.add_note(f"score was called with states {tuple(z.shape)}. {WRAP_DENOISER}")
+            error.add_note(f"score got states {tuple(z.shape)}. Is it a score? {WRAP_DENOISER}")
             raise
 
 
