@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -250,11 +251,12 @@ def test_a_lack_of_memory_is_one_line(capsys, monkeypatch):
     assert error.startswith("cldsde demo: error: out of memory")
 
 
-def test_the_module_is_the_command():
-    command = [sys.executable, "-I", "-m", "cldsde", "demo", "--seed", "x"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
-    assert result.returncode == 2
-    assert len(result.stderr.splitlines()) == 1
+def test_the_module_is_the_command(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["cldsde", "demo", "--seed", "x"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("cldsde", run_name="__main__")
+    assert stop.value.code == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 @pytest.mark.slow
