@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cldsde import CLD
-from cldsde.pretrained import PublishedModel, checkpoints, load_cld_sgm
+from cldsde.pretrained import PublishedModel, checkpoints, load_cld_sgm, published
 from cldsde.pretrained.ncsnpp import NCSNpp
 from cldsde.pretrained.published import recognise
 from cldsde.pretrained.published_models import PUBLISHED
@@ -87,7 +87,8 @@ def like(model):
         pytest.param(
             *("score-sde", "ve/celebahq_256_ncsnpp_continuous", 65_574_421), marks=pytest.mark.slow
         ),
-        ("score-sde", "ve/church_ncsnpp_continuous", None),  # told apart by its noise levels
+        # Told apart by noise levels, among all networks.
+        pytest.param("score-sde", "ve/church_ncsnpp_continuous", None, marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.usefixtures("shared_networks")
@@ -100,10 +101,27 @@ def test_weights_tell_the_settings_and_are_as_many_as_published(family, name, co
         assert recognise(like(model), "x.pth", family) is model
 
 
-@pytest.mark.usefixtures("shared_networks")
-def test_folders_tell_vp_from_sub_vp(tmp_path):
-    name = "subvp/cifar10_ddpmpp_deep_continuous"
+def only_with_the_network_of(name, monkeypatch):
+    """Leave only models that share the network of one: each other network takes time to build."""
     model = PUBLISHED["score-sde"][name]
+    same = {
+        key: x
+        for key, x in PUBLISHED["score-sde"].items()
+        if (x.shape, x.network) == (model.shape, model.network)
+    }
+    assert len(same) > 1
+    monkeypatch.setattr(published, "PUBLISHED", {"score-sde": same})
+    return model
+
+
+def test_noise_levels_tell_models_of_one_network(monkeypatch):
+    model = only_with_the_network_of("ve/church_ncsnpp_continuous", monkeypatch)
+    assert recognise(like(model), "x.pth", "score-sde") is model
+
+
+def test_folders_tell_vp_from_sub_vp(tmp_path, monkeypatch):
+    name = "subvp/cifar10_ddpmpp_deep_continuous"
+    model = only_with_the_network_of(name, monkeypatch)
     assert recognise(like(model), tmp_path / name / "checkpoint_15.pth", "score-sde") is model
     with pytest.raises(ValueError, match=r"config: must be given.*vp/cifar10_ddpmpp_deep_cont"):
         recognise(like(model), tmp_path / "checkpoint_15.pth", "score-sde")

@@ -4,6 +4,9 @@ Tolerances: single precision, some tens of layers, relative to the largest numbe
 """
 
 import dataclasses
+import functools
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -20,7 +23,8 @@ every_case = pytest.mark.parametrize("name", list(MODELS))
 continuous_cases = pytest.mark.parametrize("name", [name for name in MODELS if "level" not in name])
 
 
-def loaded(name, folder):
+@functools.cache
+def loaded(name):
     """A score, and the numbers of its code in the shapes and units of this package."""
     found = case(name)
     if name in SCORE_SDE:
@@ -28,7 +32,8 @@ def loaded(name, folder):
             found[key] = unit(name, found[key])
         for key in {"state", "loss_state", "noise", "loss_noise"} & set(found):
             found[key] = found[key].unsqueeze(1)
-    return load(name, folder), found
+    with TemporaryDirectory() as folder:
+        return load(name, Path(folder)), found
 
 
 def assert_close(ours, theirs):
@@ -42,8 +47,8 @@ def unit(name, x):
 
 
 @every_case
-def test_network_score_and_a_step_of_euler_maruyama_are_the_same(name, tmp_path):
-    score, found = loaded(name, tmp_path)
+def test_network_score_and_a_step_of_euler_maruyama_are_the_same(name):
+    score, found = loaded(name)
     label = found.get("label", found["t"]).float()
     clock = label.log() if score.network.embedding.frequencies is not None else label
     theirs = found["network"]
@@ -69,8 +74,8 @@ def test_network_score_and_a_step_of_euler_maruyama_are_the_same(name, tmp_path)
         assert_close(made.state.flatten(1, 2), unit(name, found[key]))
 
 
-def test_a_step_of_sscs_is_the_same(tmp_path):
-    score, found = loaded("cld_fourier", tmp_path)
+def test_a_step_of_sscs_is_the_same():
+    score, found = loaded("cld_fourier")
     times, noise = torch.tensor([1.0, 0.5]).double(), [found["noise"], found["noise2"]]
     arguments = (ReverseProcess(score.sde, score), solvers.SSCS(), found["state"], times)
     made = solvers.solve(*arguments, noise=RecordedNoise(noise))
@@ -78,9 +83,9 @@ def test_a_step_of_sscs_is_the_same(tmp_path):
 
 
 @continuous_cases
-def test_training_losses_and_states_are_the_same(name, tmp_path):
+def test_training_losses_and_states_are_the_same(name):
     """The process perturbs data as the code does: mean, root and order of the normals."""
-    score, found = loaded(name, tmp_path)
+    score, found = loaded(name)
     x0, state, noise = (found[key] for key in ("x0", "loss_state", "loss_noise"))
     t, eps = found["loss_t"].double(), MODELS[name].parameterisation.numerical_eps
     pair = PerturbedData.draw(score.sde, x0, t, generator=torch.Generator().manual_seed(0))
