@@ -15,17 +15,29 @@ import cldsde
 import own_solvers
 from cldsde.cli import main
 from cldsde.solvers import named_solvers
-from cldsde.validation import suite
+from cldsde.validation import reports, suite
 from cldsde.validation.report import Report
 
 QUICK = "--quick --problem CLD"
 
+pytestmark = pytest.mark.usefixtures("undrawn_figures")
+
 
 @pytest.fixture(autouse=True, scope="module")
-def shared_cases():
-    """All tests take the same exact answers, which are made once."""
+def measured_once():
+    """All tests take the same measurements: the command is tested, and not what it measures."""
+    found, measure = {}, suite._measure
+
+    def measured(kind, solver, problem, shared):
+        key = kind, repr(solver), problem.name
+        if key not in found:
+            found[key] = measure(kind, solver, problem, shared)
+        return found[key]
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(suite, "_Cases", functools.cache(suite._Cases))
+        patch.setattr(suite, "_measure", measured)
+        few = functools.partial(reports.work_precision, budgets=(10, 20))
+        patch.setattr(reports, "work_precision", few)
         yield
 
 
