@@ -48,7 +48,8 @@ CONFIG = {
     "seed": 5,
     "data": BOTH,
     "network": {"options": {**NETWORK, "dropout": 0.1}},
-    "training": {**SHORT, "learning_rate": 1e-3, "warmup": 16, "decay": "cosine"}
+    "training": {**SHORT, "images": 64, "micro_batch": 16, "sample_every": 64}
+    | {"learning_rate": 1e-3, "warmup": 16, "decay": "cosine"}
     | {"trackers": ["tensorboard"], "ema_decays": [0.0]},
     "sampling": {"solver": "euler-maruyama", "nfe": 3},
 }
@@ -81,7 +82,7 @@ def whole(tmp_path_factory):
 def stopped_once(tmp_path_factory):
     """A run that stopped after its last state but one, and a step beyond."""
     folder = tmp_path_factory.mktemp("loop") / "stopped"
-    interrupt(folder, config(), 80)
+    interrupt(folder, config(), 48)
     return folder
 
 
@@ -96,20 +97,22 @@ def assert_finishes(folder, whole):
     assert metrics(folder) == metrics(whole[0])
 
 
-def test_training_and_samples_do_not_follow_the_default_device(stopped, whole, defaults):
-    torch.set_default_device("meta")
-    assert_finishes(stopped, whole)
-    assert (stopped / "samples" / "0000000096.png").read_bytes() == (
-        whole[0] / "samples" / "0000000096.png"
-    ).read_bytes()
-
-
-def test_an_interrupted_run_ends_with_the_same_bits_numbers_and_events(stopped, whole):
+def test_an_interrupted_run_ends_with_the_same_bits_images_numbers_and_events(
+    stopped, whole, defaults
+):
+    """Also if it is resumed with another default device."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    torch.set_default_device("meta")
     assert_finishes(stopped, whole)
-    assert [line["images"] for line in metrics(stopped)] == [16, 32, 48, 64, 80, 96]
-    assert [file.name for file in (stopped / "samples").iterdir()] == ["0000000096.png"]
+    assert [line["images"] for line in metrics(stopped)] == [16, 32, 48, 64]
+    [images] = (stopped / "samples").iterdir()
+    assert images.read_bytes() == (whole[0] / "samples" / "0000000064.png").read_bytes()
+    # An average without memory has the weights of the last step.
+    torch.set_default_device(None)
+    raw, average = (load_model(stopped / name) for name in (STATE, "ema-0.0.safetensors"))
+    assert_same_bits(raw.model, average.model)
+    assert average.digest != load_model(stopped).digest
     events = EventAccumulator(str(stopped / "cldsde"))
     events.Reload()
     for name in ("loss", "seconds"):
@@ -135,11 +138,8 @@ def test_a_finished_run_is_loaded_and_its_model_made_again_from_its_state(whole,
 @pytest.mark.parametrize(
     ("seen", "place"),
     [
-        *((64, "state"), (32, "model")),
-        *(
-            pytest.param(*x, marks=pytest.mark.slow)
-            for x in ((32, "state"), (96, "state"), (64, "model"), (96, "model"))
-        ),
+        *((32, "state"), (32, "model")),
+        *(pytest.param(64, x, marks=pytest.mark.slow) for x in ("state", "model")),
     ],
 )
 def test_a_kill_between_two_files_of_a_checkpoint_leaves_a_run_that_resumes(
@@ -177,7 +177,8 @@ def test_a_run_that_has_only_a_state_does_not_need_its_first_weights(tmp_path):
 def write_config(folder, **training):
     """A configuration of digits."""
     file = folder / "config.json"
-    file.write_text(json.dumps({**config(**training).to_dict(), "data": BOTH}))
+    settings = config(**{"micro_batch": 8, **training})
+    file.write_text(json.dumps({**settings.to_dict(), "data": BOTH}))
     return file
 
 
@@ -187,7 +188,7 @@ def write_config(folder, **training):
 )
 def test_a_signal_saves_the_state_and_the_command_resumes(tmp_path, monkeypatch, number, code):
     log, out, whole = RunFolder.log, tmp_path / "run", tmp_path / "whole"
-    file = write_config(tmp_path, save_every=96, held_out=8)
+    file = write_config(tmp_path, save_every=64, held_out=8)
     command = ["train", str(file), "--device", "cpu", "--out"]
 
     def signalled(run, record):
@@ -233,12 +234,18 @@ def test_settings_that_no_weight_depends_on_may_change_on_the_way(stopped, whole
         trained(stopped, config(learning_rate=2e-3))
 
 
-def test_a_damaged_foreign_or_lost_state_is_rejected_by_name(stopped, whole):
+def contents(folder):
+    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_a_damaged_foreign_or_lost_state_is_rejected_by_name(stopped):
+    before = contents(stopped)
+
     def assert_rejected(message, settings=None, data=DATA):
         with pytest.raises(ValueError, match=message):
             trained(stopped, settings or config(), data)
 
-    state, model, values = ((stopped / x).read_bytes() for x in (STATE, MODEL, "config.json"))
+    state, values = ((stopped / x).read_bytes() for x in (STATE, "config.json"))
     for damaged in (state[:-100], b"", state[:-1] + bytes([state[-1] ^ 1])):
         (stopped / STATE).write_bytes(damaged)
         assert_rejected(rf"{STATE} cannot be used")
@@ -250,9 +257,8 @@ def test_a_damaged_foreign_or_lost_state_is_rejected_by_name(stopped, whole):
     (stopped / "config.json").write_bytes(values)
     (stopped / STATE).unlink()
     assert_rejected(rf"{STATE}, is missing")
-    assert (stopped / MODEL).read_bytes() == model
     (stopped / STATE).write_bytes(state)
-    assert_finishes(stopped, whole)
+    assert contents(stopped) == before
 
 
 def test_a_loss_that_is_not_finite_stops_training_and_keeps_the_last_state(
@@ -276,14 +282,14 @@ RECORDS = "tensorboard.summary.writer.record_writer.RecordWriter"
 @pytest.mark.parametrize(
     ("function", "message", "saved"),
     [
-        ("cldsde.images.tensor_files.save_file", "not all of the state of 96 images could", "4"),
+        ("cldsde.images.tensor_files.save_file", "not all of the state of 64 images could", "2"),
         pytest.param(
-            *("cldsde.images.runs.RunFolder.log", "metrics.jsonl cannot be written", "4"),
+            *("cldsde.images.runs.RunFolder.log", "metrics.jsonl cannot be written", "2"),
             marks=pytest.mark.slow,
         ),
-        ("cldsde.images.train.loop.save_grid", "0000000096.png cannot be written", "6"),
-        (f"{RECORDS}.write", "cldsde cannot", "4"),
-        pytest.param(f"{RECORDS}.flush", "cldsde cannot", "4", marks=pytest.mark.slow),
+        ("cldsde.images.train.loop.save_grid", "0000000064.png cannot be written", "4"),
+        (f"{RECORDS}.write", "cldsde cannot", "2"),
+        pytest.param(f"{RECORDS}.flush", "cldsde cannot", "2", marks=pytest.mark.slow),
     ],
 )
 def test_a_full_disk_is_reported_and_the_last_state_stays(
@@ -311,8 +317,8 @@ def test_texts_about_data_and_length_name_the_cause(stopped):
 
 
 def test_a_longer_cosine_is_noted(stopped, capsys):
-    trained(stopped, config(images=112))
-    assert "the learning rate jumps, as its cosine now ends at training.images = 112" in (
+    trained(stopped, config(images=80))
+    assert "the learning rate jumps, as its cosine now ends at training.images = 80" in (
         capsys.readouterr().err
     )
 
@@ -446,7 +452,7 @@ def test_a_network_that_is_shown_estimates_is_trained_and_loaded(tmp_path, name)
     ],
 )
 def test_every_option_of_training_trains(tmp_path, changes):
-    trained(tmp_path, config(images=32, sample_every=32, **changes))
+    trained(tmp_path, config(images=16, sample_every=16, **changes))
     assert all(line["loss"] > 0 for line in metrics(tmp_path))
 
 
@@ -461,12 +467,13 @@ def test_every_option_of_training_trains(tmp_path, changes):
 )
 def test_settings_that_do_not_fit_the_machine_are_rejected(changes, processes, key):
     with pytest.raises(ValueError, match=rf"{key}\b"):
-        check_run(config(**changes), DATA, device="cpu", processes=processes)
+        settings = config(**{"micro_batch": 8, **changes})
+        check_run(settings, DATA, device="cpu", processes=processes)
 
 
 def test_settings_that_do_not_go_with_shared_weights_are_rejected(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    mixed = configured(CONFIG, score={"mixing": -3.0})
+    mixed = configured(CONFIG, score={"mixing": -3.0}, training={"micro_batch": 8})
     with pytest.raises(SettingError, match=r"score\.mixing: .*not supported with FSDP"):
         check_run(mixed, DATA, device="cpu", processes=2)
     check_run(mixed, DATA, device="cpu")
@@ -476,14 +483,6 @@ def test_settings_that_do_not_go_with_shared_weights_are_rejected(monkeypatch):
     monkeypatch.setenv("FSDP_ACTIVATION_CHECKPOINTING", "true")
     with pytest.raises(SettingError, match="FSDP_ACTIVATION_CHECKPOINTING is ignored"):
         check_run(config(), DATA, device="cpu", processes=2)
-
-
-def test_further_averages_are_files_of_the_run(stopped, whole):
-    """An average without memory has the weights of the last step."""
-    assert_finishes(stopped, whole)
-    raw, average = (load_model(stopped / name) for name in (STATE, "ema-0.0.safetensors"))
-    assert_same_bits(raw.model, average.model)
-    assert average.digest != load_model(stopped).digest
 
 
 def test_the_inverse_square_root_follows_the_warm_up():
