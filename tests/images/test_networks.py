@@ -107,7 +107,8 @@ def test_a_plain_u_net_has_the_weights_of_the_library(blocks):
     assert all(torch.equal(new[key], wanted[key]) for key in wanted)
 
 
-@pytest.mark.parametrize("label", [None, "null", "classes"])
+@pytest.mark.covering
+@pytest.mark.parametrize("label", ["classes", "null", None])
 @every_size
 @every_network
 def test_every_parameter_has_a_gradient(name, label, options):
@@ -180,6 +181,7 @@ def test_labels_matter_to_their_own_sample_and_none_is_the_null_label(name):
     assert network.network.class_embedding.num_embeddings == 5
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize(
     ("classes", "label", "message"),
     [

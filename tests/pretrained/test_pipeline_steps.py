@@ -109,9 +109,10 @@ def shared(name, process):
     return made({"DDIM": DDIM(), "flow": FLOW()}[name], process)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("process", ["CLD", "VPSDE", "HOLD", "RectifiedFlow"])
 @pytest.mark.parametrize("scheduler", ["DDIM", "flow"])
-@pytest.mark.parametrize("n", [1, pytest.param(2, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize("n", [4, 1, 2])
 def test_n_steps_are_n_evaluations_from_the_noisiest_level_to_the_data(process, scheduler, n):
     found = shared(scheduler, process)
     found.set_timesteps(n)

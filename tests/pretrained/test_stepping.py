@@ -191,6 +191,7 @@ def test_a_sample_of_another_shape_is_rejected():
         steps.step(1, x[:2], x[:2], Cut(draws()))
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("method", probes.named_solvers())
 def test_only_solvers_that_evaluate_at_the_start_are_accepted(method):
     solver = probes.named_solvers()[method]

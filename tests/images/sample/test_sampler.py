@@ -447,6 +447,7 @@ def test_other_fields_and_options_are_kept_but_another_solver_has_its_own_defaul
         changed_recipe(MERGED, solver="probability-flow", grid="root")
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("sde", [VPSDE(), CLD(), VESDE(sigma_max=10.0)], ids=repr)
 @pytest.mark.parametrize("nfe", [2, 5, 7, 20])
 def test_the_recommended_recipe_is_that_of_sample(sde, nfe):
