@@ -189,9 +189,8 @@ def test_a_sample_does_not_depend_on_its_batch(name):
     case, together = CASES[name], latents(name)
     if name == "DiT":  # one half with and one half without classes
         together = together.chunk(2)[0]
-    for i in range(3):
-        alone = case.call(configured(name), [i])
-        assert far(alone[:1], together[i : i + 1]) <= CLOSE
+    alone = case.call(configured(name), [2])
+    assert far(alone[:1], together[2:]) <= CLOSE
 
 
 @every_pipeline
@@ -256,23 +255,27 @@ SETTINGS = solvers.SamplerSettings(
 @pytest.mark.parametrize(
     "name", ["DDPM", "SD-img2img", pytest.param("SD", marks=pytest.mark.slow), "SD3"]
 )
-def test_fitted_settings_are_the_steps(name, tmp_path):
-    """Their levels are reached, and they are saved with the pipeline."""
+def test_fitted_settings_are_the_steps(name):
     case, settings = CASES[name], SETTINGS
     case = dataclasses.replace(case, arguments=case.arguments | {"num_inference_steps": 4})
     if name == "SD3":  # one step more, from noise alone
         settings = dataclasses.replace(SETTINGS, log_snr=(-2.2, 0.4, 2.3), stochasticity=(0.3, 1.2))
-    settings.save(tmp_path / "settings.json")
-    pipe = pipeline(name, settings=tmp_path / "settings.json")
-    found = case.call(pipe, [0, 1])
+    pipe = pipeline(name, settings=settings)
+    assert bool(case.call(pipe, [0, 1]).isfinite().all())
     kappa = pipe.scheduler.sde.log_snr(pipe.scheduler.steps.times)
     levels = torch.tensor(settings.log_snr, dtype=torch.float64)
     torch.testing.assert_close(kappa, levels, rtol=0, atol=rounding(2**12))
+
+
+def test_fitted_settings_are_read_from_a_file_and_saved_with_the_pipeline(tmp_path):
+    SETTINGS.save(tmp_path / "settings.json")
+    pipe = pipeline("DDPM", settings=tmp_path / "settings.json")
     pipe.save_pretrained(tmp_path / "pipe")
     loaded = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "pipe")
     loaded.set_progress_bar_config(disable=True)
-    assert loaded.scheduler.settings == settings
-    assert torch.equal(case.call(loaded, [0, 1]), found)
+    assert loaded.scheduler.settings == SETTINGS
+    found, again = (CASES["DDPM"].call(each, [0, 1]) for each in (pipe, loaded))
+    assert torch.equal(found, again)
 
 
 @torch.no_grad()
