@@ -13,7 +13,7 @@ import pytest
 from cldsde.cli import main
 from cldsde.images.evaluate.evaluation import Evaluation
 from command import rejected
-from comparisons import feature_module, numbers, tiny
+from comparisons import TINY, feature_module, numbers, tiny
 
 
 @pytest.fixture
@@ -56,6 +56,7 @@ def test_an_interruption_keeps_finished_cells_and_reports_them(
         return measure(*arguments, **options)
 
     out = tmp_path / "run"
+    config.write_text(json.dumps(tiny(models={"CLD": {}}, rows=TINY["rows"][:1])))
     command = ["compare", str(config), "--out", str(out), "--device", "cpu"]
     with monkeypatch.context() as patch:
         patch.setattr(Evaluation, "measure", interrupted)

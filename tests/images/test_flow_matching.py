@@ -53,7 +53,7 @@ def test_the_loss_is_the_squared_error_of_the_flow_at_the_drawn_times(times):
 
 
 def test_a_trained_model_is_sampled_by_any_solver(tmp_path):
-    trained(tmp_path, configured(CONFIG, training={"sample_grid": 4}))
+    trained(tmp_path, configured(CONFIG, training={"images": 32, "sample_grid": 4}))
     model = load_model(tmp_path)
     assert isinstance(model.score.sde, RectifiedFlow)
     for solver in ("multistep-2", "multistep-2-sde", "em", "edm-heun", "probability-flow"):

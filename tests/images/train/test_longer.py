@@ -75,9 +75,9 @@ def test_a_finished_run_is_prolonged_to_the_bits_of_one_that_was_long(run, tmp_p
 
 
 def test_a_run_that_kept_no_state_is_not_prolonged(tmp_path):
-    trained(tmp_path, config(keep_state=False))
+    trained(tmp_path, config(keep_state=False, images=8))
     with pytest.raises(ValueError, match=r"resume from.*is missing; put it back"):
-        trained(tmp_path, config(images=64))
+        trained(tmp_path, config(images=16))
 
 
 def test_weights_of_another_run_are_rejected(finished, tmp_path):
@@ -162,7 +162,7 @@ def test_snapshots_of_another_metric_make_room(tmp_path):
 
 @pytest.mark.usefixtures("untrained_classifier")
 def test_the_distance_is_that_of_an_evaluation_of_the_same_seeds(tmp_path):
-    settings = config(save_every=32, measure="fd", measure_samples=10)
+    settings = config(images=8, save_every=8, measure="fd", measure_samples=10)
     trained(tmp_path, settings)
     [found] = [line["fd"] for line in metrics(tmp_path) if "fd" in line]
     evaluation = Evaluation(data=DATA, samples=10, first_seed=2**31, batch=10, folder=tmp_path)
@@ -198,7 +198,7 @@ def test_a_network_of_ones_own_is_trained_and_loaded_if_it_is_trusted(tmp_path, 
     (tmp_path / "own_network.py").write_text(OWN)
     monkeypatch.syspath_prepend(tmp_path)
     network, run = {"name": "own_network:Net", "options": {"width": 3}}, tmp_path / "run"
-    model = trained(run, config(network=network))
+    model = trained(run, config(network=network, images=8))
     with pytest.raises(SettingError, match=r"own_network:Net, is code outside of cldsde"):
         images.Run.load(run)
     assert_same_bits(model, images.Run.load(run, trust=True).model)
@@ -218,7 +218,8 @@ def test_the_start_tells_of_data_model_and_device():
 
 
 def test_a_run_is_trained_loaded_and_sampled_from_python(tmp_path):
-    run = images.Run.train(config(), DATA, tmp_path / "run", device="cpu", progress=False)
+    settings = config(images=8)
+    run = images.Run.train(settings, DATA, tmp_path / "run", device="cpu", progress=False)
     again = images.Run.load(str(tmp_path / "run"))
     first, second = (one.sample(range(3), nfe=4) for one in (run, again))
     assert torch.equal(first.images, second.images)
@@ -233,11 +234,12 @@ def test_a_run_is_trained_loaded_and_sampled_from_python(tmp_path):
 
 def test_a_training_can_go_on_while_its_error_is_at_hand(tmp_path, monkeypatch):
     """As in a notebook, which keeps the last error, and the run folder with it."""
+    arguments, options = (config(images=8), DATA, tmp_path / "run"), {"progress": False}
     with monkeypatch.context() as patch:
         patch.setattr(loop, "StopRequest", None)
         with pytest.raises(TypeError) as held:
-            images.Run.train(config(), DATA, tmp_path / "run", device="cpu", progress=False)
-    images.Run.train(config(), DATA, tmp_path / "run", device="cpu", progress=False)
+            images.Run.train(*arguments, device="cpu", **options)
+    images.Run.train(*arguments, device="cpu", **options)
     del held
 
 
