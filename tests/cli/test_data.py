@@ -109,7 +109,7 @@ def test_a_dry_run_forecasts_decoding_and_each_stage(photos, capsys, latent):
     assert ("images per second in the two stages" in out) == latent
     assert "minutes in all" in out
     assert sorted(photos.iterdir()) == before
-    load_config("photos.toml").data.load().train.keep_decoded(progress=False)
+    load_config(photos / "photos.toml").data.load().train.keep_decoded(progress=False)
     assert main(arguments) == 0
     assert "decoding" not in capsys.readouterr().out
 
