@@ -38,7 +38,9 @@ def run(request, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("solver", ["multistep-2", "multistep-2-sde"])
+@pytest.mark.parametrize(
+    "solver", [pytest.param("multistep-2", marks=pytest.mark.slow), "multistep-2-sde"]
+)
 def test_the_command_makes_the_same_images_of_an_exported_run(run, tmp_path, capsys, solver):
     out = tmp_path / "new" / "pipeline"
     assert main(["export", str(run), str(out), "--solver", solver]) == 0

@@ -24,8 +24,7 @@ def small_models(monkeypatch):
     monkeypatch.setattr("cldsde.pretrained.published.PUBLISHED", small)
 
 
-# One of each process.
-FEW = ("cld_fourier", "subvp", "vp", "ve_fourier")
+FEW = ("cld_fourier", "ve_fourier")  # one of each code
 
 
 @pytest.mark.parametrize(
