@@ -21,6 +21,7 @@ options = { channels = [8], groups = 4 }
 images = 32
 batch = 16
 learning_rate = 1e-3
+held_out = 8
 log_every = 16
 save_every = 16
 sample_every = 32

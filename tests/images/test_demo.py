@@ -14,6 +14,7 @@ TINY = (
     *("samples=8", "repeats=1", "batch=8", "base.network.options.channels=[16]"),
     *("base.training.images=32", "base.training.batch=16", "base.training.log_every=16"),
     *("base.training.save_every=16", "base.training.sample_every=32"),
+    "base.training.held_out=8",
     "models.CLD.process.name=VPSDE",  # whose plans take the least time
     "rows=[{model='CLD',label='EM',solver='euler-maruyama',nfe=[3,5]}]",
 )

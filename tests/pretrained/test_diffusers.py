@@ -104,7 +104,7 @@ def test_images_are_those_of_the_schedulers(folders, name, scheduler, options, s
 def test_images_are_those_of_euler_for_flows(folders):
     """From σ = 0.98, as VP has no level of pure noise."""
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
-    scheduler.set_timesteps(sigmas=torch.linspace(0.94, 0.05, 12).tolist())
+    scheduler.set_timesteps(sigmas=torch.linspace(0.94, 0.05, 6).tolist())
     sigmas = scheduler.sigmas.double()
     levels, x = ((1 - sigmas[:-1]) / sigmas[:-1]).log(), NOISE * sigmas[0]
     # The state of the linear path in the units of VP, α² + σ² = 1.
@@ -116,7 +116,7 @@ def test_images_are_those_of_euler_for_flows(folders):
 @pytest.mark.parametrize("process", [RectifiedFlow(), LinearSDE.from_signal_noise(*FLOW_PATH)])
 def test_images_are_those_of_euler_for_flows_from_pure_noise(folders, process):
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
-    scheduler.set_timesteps(12)
+    scheduler.set_timesteps(6)
     score = DenoiserScore(pretrained.from_diffusers(folders["flow"]).double(), process)
     reverse = ReverseProcess(process, score)
     times = scheduler.sigmas[:-1].double()

@@ -193,7 +193,7 @@ def test_a_latent_model_that_was_interrupted_in_either_stage_ends_with_the_same_
 def test_score_and_autoencoder_have_rates_limits_and_averages_of_their_own(tmp_path, monkeypatch):
     """A limit below both norms is then the norm of each, and neither scales the other."""
     latent = {"learning_rate": 3e-3, "joint_learning_rate": 7e-4}
-    training = {"learning_rate": 2e-3, "clip": 1e-3, "micro_batch": 16}
+    training = {"learning_rate": 2e-3, "clip": 1e-3, "micro_batch": 16, "log_every": 96}
     settings = config(latent=latent, training=training)
     rates, norms, decays = [], [], []
     step = torch.optim.AdamW.step
@@ -260,7 +260,7 @@ def test_metrics_hold_the_losses_and_norms_of_score_and_autoencoder(whole):
     ],
 )
 def test_every_option_of_a_latent_model_trains(tmp_path, training, changes, classes):
-    short = {"images": 48, "micro_batch": 16, "sample_every": 48, **training}
+    short = {"images": 48, "micro_batch": 16, "log_every": 48, "sample_every": 48, **training}
     model = trained(tmp_path, config(**changes, training=short))
     assert all(bool(x.isfinite().all()) for x in model.state_dict().values())
     assert load_model(tmp_path).space.classes == classes

@@ -22,7 +22,8 @@ from trainings import configured, interrupt, trained
 CONFIG = {
     "network": {"options": NETWORK},
     "training": {**SHORT, "learning_rate": 1e-2, "ema_decay": 0.0, "power_averages": True}
-    | {"images": 192, "save_every": 16, "sample_every": 192, "snapshots": 12},
+    | {"images": 192, "save_every": 16, "sample_every": 192, "snapshots": 12}
+    | {"micro_batch": 16, "log_every": 96},
     "sampling": {"solver": "sscs", "nfe": 3},
 }
 # Of the distance between the average and the last weights, least squares of the profiles at twelve
