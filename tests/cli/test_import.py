@@ -64,20 +64,6 @@ def test_an_imported_run_is_recognised_configured_and_sampled(tmp_path):
     assert len({image.tobytes() for image in images}) == 5
 
 
-def test_a_checkpoint_that_holds_code_is_rejected_and_nothing_is_run_or_written(tmp_path, capsys):
-    mark, run = tmp_path / "was-run", tmp_path / "run"
-
-    class Code:
-        def __reduce__(self):
-            return os.mkdir, (str(mark),)
-
-    file = tmp_path / "evil.pth"
-    torch.save(checkpoint("cld_fourier") | {"step": Code()}, file)
-    text = rejected(capsys, "import", file, "--as", "cld-sgm", "--out", run)
-    assert "holds code, which is never run" in text
-    assert list(tmp_path.iterdir()) == [file]
-
-
 def test_a_folder_and_a_checkpoint_with_a_missing_weight_are_rejected(tmp_path, capsys):
     options = ["--as", "cld-sgm", "--out", tmp_path / "run"]
     text = rejected(capsys, "import", tmp_path, *options)

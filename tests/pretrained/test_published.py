@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cldsde import CLD
-from cldsde.pretrained import PublishedModel, checkpoints, load_cld_sgm, published
+from cldsde.pretrained import checkpoints, load_cld_sgm, published
 from cldsde.pretrained.ncsnpp import NCSNpp
 from cldsde.pretrained.published import recognise
 from cldsde.pretrained.published_models import PUBLISHED
@@ -45,27 +45,9 @@ def test_weights_that_are_not_averaged_come_from_the_model_of_one_device_or_seve
         contents["model"] = {k.removeprefix("module."): x for k, x in contents["model"].items()}
 
 
-@pytest.fixture(scope="module")
-def shared_networks():
-    """Build each network without numbers once; a recognition needs all of them."""
-    made, make = {}, PublishedModel.make_network
-
-    def shared(model, device="cpu"):
-        if device != "meta":
-            return make(model, device)
-        key = repr((model.process, model.shape, model.network))
-        if key not in made:
-            made[key] = make(model, device)
-        return made[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PublishedModel, "make_network", shared)
-        yield
-
-
-def like(model):
+def like(model, network=None):
     """A checkpoint with the shapes of a model and no numbers."""
-    network = model.make_network("meta")
+    network = network or model.make_network("meta")
     state, weights = network.state_dict(), {}
     for w in checkpoints._published(network):
         shape = checkpoints._published_shape(state[w.own], w)
@@ -91,14 +73,14 @@ def like(model):
         pytest.param("score-sde", "ve/church_ncsnpp_continuous", None, marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.usefixtures("shared_networks")
 def test_weights_tell_the_settings_and_are_as_many_as_published(family, name, count):
     # Counted in networks of the two codes; the papers say 107.6, 65.5 and 103 million.
     model = PUBLISHED[family][name]
+    network = model.make_network("meta")
     if count is not None:
-        assert sum(p.numel() for p in model.make_network("meta").parameters()) == count
+        assert sum(p.numel() for p in network.parameters()) == count
     if family == "cld-sgm" or count is None:
-        assert recognise(like(model), "x.pth", family) is model
+        assert recognise(like(model, network), "x.pth", family) is model
 
 
 def only_with_the_network_of(name, monkeypatch):
