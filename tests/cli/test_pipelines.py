@@ -58,7 +58,6 @@ def test_options_reach_the_pipeline(sampled):
     plain = sampled("SD", *TEXT)
     assert plain.shape == (3, 16, 16, 3)
     assert plain.dtype == np.uint8
-    assert np.array_equal(sampled("SD", *TEXT), plain)
     # The first seeds are the same in smaller batches.
     close = sampled("SD", *TEXT, "--batch", 2).astype(int) - plain
     assert abs(close).max() <= 1

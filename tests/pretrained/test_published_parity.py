@@ -47,6 +47,16 @@ def unit(name, x):
 
 
 @every_case
+def test_every_averaged_weight_is_used_and_every_weight_is_loaded(name):
+    score, found = loaded(name)
+    own = torch.cat([x.flatten() for x in score.network.state_dict().values()])
+    # The weights of 1 × 1 convolutions are transposed; the codes store no other copy.
+    assert torch.equal(own.sort().values, found["weights"].float().sort().values)
+    assert not score.training
+    assert not any(p.requires_grad for p in score.parameters())
+
+
+@every_case
 def test_network_score_and_a_step_of_euler_maruyama_are_the_same(name):
     score, found = loaded(name)
     label = found.get("label", found["t"]).float()

@@ -58,6 +58,7 @@ SUMS = 1e-5  # relative, of losses that sum 4,000 numbers of single precision in
 # of this size of the weights has such gradients.
 ROUNDED_STEPS = 1e-2
 CONDITIONAL = {"conditional": True}
+ONE_STEP = {"images": 16, "trackers": [], "ema_decays": []}
 
 
 def config(*, network: dict | None = None, **training) -> RunConfig:
@@ -391,7 +392,7 @@ def test_three_steps_are_those_of_the_formulas(tmp_path, micro_batch):
 
 
 def test_a_seed_decides_and_the_environment_does_not(tmp_path, monkeypatch, whole):
-    other = trained(tmp_path / "a", configured(CONFIG, seed=6, training={"images": 16}))
+    other = trained(tmp_path / "a", configured(CONFIG, seed=6, training=ONE_STEP))
     weights = [model.score.network.network.conv_in.weight for model in (whole[1], other)]
     assert not torch.equal(*weights)
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
@@ -424,7 +425,7 @@ def test_classes_are_learnt_and_some_are_hidden(tmp_path):
 )
 def test_a_network_that_is_shown_estimates_is_trained_and_loaded(tmp_path, name):
     sections = {"process": {"name": name}, "score": {"inputs": "estimate"}}
-    model = trained(tmp_path, configured(CONFIG, **sections, training={"images": 16}))
+    model = trained(tmp_path, configured(CONFIG, **sections, training=ONE_STEP))
     loaded = load_model(tmp_path).score
     z = loaded.sde.prior.sample((2, 1, 4, 4), generator=generator(1))
     assert torch.equal(loaded(z, 0.5), model.score.eval()(z, 0.5))
@@ -452,7 +453,7 @@ def test_a_network_that_is_shown_estimates_is_trained_and_loaded(tmp_path, name)
     ],
 )
 def test_every_option_of_training_trains(tmp_path, changes):
-    trained(tmp_path, config(images=16, sample_every=16, **changes))
+    trained(tmp_path, config(**ONE_STEP, **changes))
     assert all(line["loss"] > 0 for line in metrics(tmp_path))
 
 
@@ -495,11 +496,11 @@ def test_the_inverse_square_root_follows_the_warm_up():
 
 
 def test_a_rejected_training_does_not_disturb_the_next_one(tmp_path):
-    conditional = config(network=CONDITIONAL, precision="bf16", images=16)
+    conditional = config(network=CONDITIONAL, precision="bf16", **ONE_STEP)
     with pytest.raises(ValueError, match="the images have no classes"):
         trained(tmp_path / "a", conditional, DataSet(noise_images(8), DATA.held_out))
     trained(tmp_path / "b", conditional)
-    trained(tmp_path / "c", config(images=16))
+    trained(tmp_path / "c", config(**ONE_STEP))
 
 
 @pytest.mark.slow
