@@ -118,8 +118,8 @@ def weak_order(
     Examples
     --------
     >>> from cldsde import solvers, validation
-    >>> estimate = validation.weak_order(solvers.SSCS(), validation.problems()["CLD"])
-    >>> estimate.verdict
+    >>> problem = validation.problems()["CLD"]
+    >>> validation.weak_order(solvers.SSCS(), problem, steps=(32, 64, 128)).verdict
     <Verdict.PASS: 'PASS'>
     """
     _check_solver(solver)

@@ -230,7 +230,7 @@ def work_precision(
     >>> table = validation.work_precision(
     ...     validation.problems()["CLD"],
     ...     {"EM": solvers.EulerMaruyama(), "SSCS": solvers.SSCS()},
-    ...     budgets=(50, 100),
+    ...     budgets=(20, 40),
     ... )
     >>> [point.pareto for point in table.points]
     [False, False, True, True]
