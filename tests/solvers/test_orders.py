@@ -105,9 +105,20 @@ EARLY |= {"published, 2 with noise", "1 at 0.5", "EDM", "EDM, churn in a range",
 EARLY |= {"OABAO", "ABOBAOB", "OBAB, at the end", "torchsde, heun"}
 
 
+# Of these, tests of their formulas are fast: against letters written again in test_splitting.py,
+# diffusers in test_multistep.py, sdeint in test_with_torchsde.py, and loops in test_edm_heun.py.
+SLOW = {"BAOAB", "OABAO", "BOAOB", "OBAB, shared at the end", "published, 1", "published, 2"}
+SLOW |= {"2 at 0.5", "torchsde, srk", "torchsde, euler_heun", "EDM, churn 20.0"}
+
+
 @pytest.mark.covering
 @pytest.mark.parametrize(
-    ("method", "name"), [(method, name) for method in TABLE for name in TABLE[method][1]]
+    ("method", "name"),
+    [
+        pytest.param(method, name, marks=[pytest.mark.slow] * (method in SLOW))
+        for method in TABLE
+        for name in TABLE[method][1]
+    ],
 )
 def test_the_order_is_the_declared_one(method, name):
     coarse = 80 if (method, name) in LATE_ROWS else 20 if method in EARLY else 40
@@ -140,12 +151,15 @@ SPECIAL = [
     (SOLVERS["noise, 3"], 2, "CLD", 3, ANY, {}),
     (TorchDiffEq(method="rk4"), 4, "VP", 4, SLOPE, {"coarse": 20}),
 ]
+REST = [row for row in SPECIAL if row[5].get("coarse") == 320 or row[0] == SPECIAL[-1][0]]
+REST += [row for row in SPECIAL if row[5] == FEW and row[0] != SOLVERS["3 corrected at 1"]]
 
 
 @pytest.mark.parametrize(
     ("solver", "claim", "name", "least", "above", "options"),
-    # Of each solver the rows with fewer steps.
-    [pytest.param(*x, marks=[pytest.mark.slow] * (x[5].get("coarse") == 320)) for x in SPECIAL],
+    # Of each solver the rows with fewer steps, and of those with noise the one with a corrector.
+    # Steps of rk4 are compared with the textbook's in test_with_torchdiffeq.py.
+    [pytest.param(*x, marks=[pytest.mark.slow] * (x in REST)) for x in SPECIAL],
     ids=str,
 )
 def test_special_orders(solver, claim, name, least, above, options):
@@ -162,7 +176,7 @@ FLOWS = [name for name, x in NAMED.items() if x.facts.adaptive and x.facts.ode_o
 def test_fixed_steps_of_adaptive_solvers_have_the_declared_order(method):
     z, ends, errors = start(PROCESSES["VE"][0], (4, 1)), tensor([1.0, 0.05]), []
     # Few steps keep errors far above rounding, and still tell orders apart, which are whole.
-    for n in (8, 16) if method.endswith("dopri8") else (40, 80):
+    for n in (8, 16):
         found = solvers.solve(reverse("VE"), NAMED[method].with_step(0.95 / n), z, ends).state
         errors.append(float((found - flow(z, "VE", 0.05)).abs().max()))
     assert abs(math.log2(errors[0] / errors[1]) - declared(NAMED[method])) < 2 * SLOPE
