@@ -122,7 +122,7 @@ WRONG = [
     ({"samples": 10}, "samples must be at least 100"),
     ({"repeats": 1}, "repeats must be at least 2"),
     ({"problem": "mask"}, "problem must be a PosteriorProblem"),
-    ({"method": lambda *a: torch.zeros(3)}, "must return samples of shape"),
+    ({"method": lambda *a: torch.zeros(3), "samples": 100}, "must return samples of shape"),
 ]
 
 

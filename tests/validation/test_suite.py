@@ -36,6 +36,13 @@ def shared_cases():
         yield
 
 
+@pytest.fixture
+def coarse(monkeypatch):
+    """Weak and ODE orders are measured with half of the steps."""
+    for kind in (WEAK, ODE):
+        monkeypatch.setitem(suite._FINEST_QUICK, kind, 128)
+
+
 def run(chosen, names, **options):
     """The quick checks of solvers on problems."""
     cases = {p: PROBLEMS[p] for p in names}
@@ -81,6 +88,7 @@ FAULTS: list[Any] = [
 ]
 
 
+@pytest.mark.usefixtures("coarse")
 @pytest.mark.one_in(2)
 @pytest.mark.parametrize(("faulty", "healthy", "kinds", "problem"), FAULTS)
 def test_a_planted_fault_fails_and_the_healthy_solver_passes(faulty, healthy, kinds, problem):
@@ -140,6 +148,7 @@ BROKEN: list[tuple[str, Any, str]] = [
 ]
 
 
+@pytest.mark.usefixtures("coarse")
 @pytest.mark.one_in(2)
 @pytest.mark.parametrize(("where", "how", "words"), BROKEN)
 def test_a_solver_that_breaks_fails_and_the_others_are_measured(where, how, words):
@@ -182,6 +191,7 @@ def test_facts_that_cannot_be_used_fail_once_by_name(broken, words):
     assert found[0].message.startswith(words)
 
 
+@pytest.mark.usefixtures("coarse")
 def test_a_solver_is_not_measured_on_problems_that_it_rejects():
     found = measured(SSCS(), ["VE", VP])
     rejected = found[0]
