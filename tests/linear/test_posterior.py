@@ -189,7 +189,7 @@ def power_series(exact, span, stochasticity, sigma):
 
 
 SERIES = [
-    *(("CLD", "zero", (1e-3, 5e-3), 0.0), ("CLD", "full", (0.3, 0.3001), 2.0)),
+    *(("CLD", "zero", (1e-3, 2e-3), 0.0), ("CLD", "full", (0.3, 0.3001), 2.0)),
     *(("CLD, underdamped", "full", (0.3, 0.5), 2.0), ("CLD, overdamped", "own", (0.3, 0.5), 0.3)),
     *(("CLD, position noise", "own", (1e-3, 1.01e-3), 0.3), ("PSLD", "own", (0.3, 0.5), 0.0)),
     *(("HOLD", "own", (1e-8, 2e-8), 0.3), ("HOLD", "zero", (0.3, 0.31), 2.0)),
