@@ -94,6 +94,7 @@ def test_parts_add_up_to_the_whole(name, dtype):
         assert evolved.abs().max() <= SUMS[dtype] * (size + float(z.abs().max()))
 
 
+@pytest.mark.one_in(2)
 @every_process
 def test_reads_have_their_joint_distribution(name, monkeypatch):
     sde, reference = PROCESSES[name]
@@ -140,7 +141,7 @@ def test_numbers_of_a_batch_are_independent_samples(dtype):
     assert (abs(axes.mean(1)) <= standard_error(1.0, n // 2)).all()
 
 
-@pytest.mark.one_in(5)
+@pytest.mark.one_in(9)
 @every_process
 @every_dtype
 def test_bits_do_not_depend_on_the_order_of_reading(name, dtype):

@@ -102,7 +102,7 @@ CHANGES = {
 }
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize(
     ("name", "change"),
     [(name, "subclass") for name in SOLVERS]

@@ -28,7 +28,7 @@ def linear(z, t):
     return -4 * z[:, 1:]
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
 @pytest.mark.parametrize("name", ["VP", "VE", "CLD", "PSLD", "HOLD"])
 def test_it_is_the_flow_of_gaussian_data(name, dtype, tolerance):
@@ -63,8 +63,8 @@ def test_steps_are_those_of_scipy(name, method, rtol, atol, pace, samples):
         return process.probability_flow(z, t).numpy().ravel()
 
     options = {"rtol": rtol, "atol": atol}
-    expected = solve_ivp(velocity, (1.0, 0.1), state.numpy().ravel(), METHODS[method], **options)
-    found = run(sde, process.score, state, 0.1, method=method, pace=pace, **options)
+    expected = solve_ivp(velocity, (1.0, 0.3), state.numpy().ravel(), METHODS[method], **options)
+    found = run(sde, process.score, state, 0.3, method=method, pace=pace, **options)
     # The same formulas; a rejection may tip over by rounding, and is repeated within tolerance.
     room = max(solver.facts.nfe_per_step, 0.05 * expected.nfev)
     assert abs(found.nfev - expected.nfev) <= room
