@@ -17,9 +17,7 @@ from references.interpolants import INTERPOLANTS, SignalNoise
 from tolerances import KERNEL, rounding
 
 
-@pytest.mark.parametrize(
-    ("cut", "where"), [(0.99, (0.0, 1.0)), (0.99, (0.0, 1e-8)), (0.9999, (0.5, 1.0))]
-)
+@pytest.mark.parametrize(("cut", "where"), [(0.99, (0.0, 1e-8)), (0.9999, (0.0, 1.0))])
 def test_processes_that_nearly_diverge_are_resolved(cut, where):
     # x_t = (1 - u) x_0 + u n at u = cut t, whose drift diverges at u = 1.
     sde = LinearSDE.from_functions(

@@ -85,7 +85,7 @@ SCORES = {
 }
 
 
-@pytest.mark.one_in(11)
+@pytest.mark.one_in(19)
 @pytest.mark.parametrize("kappa", [-5.0, -3.0, 0.0, 3.0, 5.0])
 @pytest.mark.parametrize("name", SCORES)
 @pytest.mark.parametrize("process", PROCESSES)
