@@ -11,7 +11,7 @@ from cldsde.solvers import GottaGoFast, ProbabilityFlow, RecordedNoise, TorchDif
 from probes import Recording, generator, start, tensor
 from tolerances import EPS
 
-SDE, ENDS = CLD(), torch.tensor([1.0, 1e-2], dtype=torch.float64)
+SDE, ENDS = CLD(), torch.tensor([1.0, 0.1], dtype=torch.float64)
 
 FLOWS = [("bosh3", "batch", 1e-3), ("dopri5", "batch", 1e-5)]
 FLOWS += [("dopri5", "sample", 1e-5), ("dopri8", "sample", 1e-9)]

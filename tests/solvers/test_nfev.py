@@ -11,7 +11,7 @@ from solvers.test_plan import sde_for
 
 BATCH = 3
 SOLVERS = named_solvers(1.0)
-GRID = solvers.root_times(0.9, 0.05, 5)
+GRID = solvers.root_times(0.9, 0.05, 4)
 SEEN = Observation.mask(torch.tensor([True, False]), torch.tensor([0.5, 0.0]), 0.3)
 TWIST = solvers.ExponentialMultistep(order=2, stochasticity=1.0)
 

@@ -61,7 +61,7 @@ def test_moments_and_evidence_of_gaussian_data_are_exact(sde):
 
 
 def test_the_evidence_of_a_mixture_is_within_its_error():
-    found = sample(*wide_mixture(), particles=500, seeds=range(10))
+    found = sample(*wide_mixture(), particles=300, seeds=range(10))
     # The error of 40 steps is 0.03, as runs of 2,000 particles show.
     check_evidence(found, *wide_mixture(), bias=0.03)
 
@@ -80,7 +80,7 @@ def test_runs_do_not_depend_on_the_other_seeds_and_chunks():
 
 @pytest.mark.parametrize("options", [{"method": "pigdm"}, {"gradient": False}, {"denoise": True}])
 def test_options_keep_the_evidence(options):
-    found = sample(*gaussian(), particles=500, seeds=range(8), **options)
+    found = sample(*gaussian(), particles=300, seeds=range(8), **options)
     check_evidence(found, *gaussian())
 
 
