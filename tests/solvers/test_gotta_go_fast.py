@@ -26,7 +26,7 @@ def run(sde, score, state, end=0.1, *, noise=None, **options):
 
 def test_increments_are_independent_normals_whatever_is_rejected():
     # Over four quarters, walked by samples that reject steps with large noise.
-    n, g = 3000, generator(3)
+    n, g = 1500, generator(3)
     path = _Path(torch.zeros(n, 1, dtype=torch.float64), 2, FreshNoise(g))
     at = torch.zeros(n, dtype=torch.float64)
     cells = torch.zeros(n, 4, 2, dtype=torch.float64)

@@ -242,7 +242,7 @@ REJECTED: list[Any] = [
     (weak_order, solvers.GottaGoFast(), "CLD", {}, TypeError, FIXED),
     (weak_order, SSCS(), "CLD, three modes", {}, TypeError, "shared Brownian paths"),
     (weak_order, SSCS(), "VE", {}, ValueError, "SSCS needs"),
-    (ode_order, solvers.GottaGoFast(), "CLD", {}, ValueError, "steps of one length"),
+    (ode_order, solvers.GottaGoFast(), "VP", {}, ValueError, "steps of one length"),
     (ode_order, EM, "CLD", {}, ValueError, "must be deterministic"),
     # Over 30 steps there is no grid of the 128 cells.
     (strong_order, EM, "VP", {"steps": (30, 64, 128), "samples": 20}, ValueError, "30"),
