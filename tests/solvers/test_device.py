@@ -46,9 +46,9 @@ every_process = pytest.mark.parametrize("process", PROCESSES)
 
 @contextmanager
 def the_device(default=DEVICE):
-    """The device as the default device: coefficients stay on the CPU, where they take long.
+    """The device as the default device: coefficients stay on the CPU.
 
-    What is expected of it is therefore computed before.
+    The simulation slows down all operations, so results of the CPU are computed outside of it.
     """
     with simulated_device() if SIMULATED else nullcontext(SimulatedDevice()) as device:
         torch.set_default_device(default)

@@ -105,8 +105,8 @@ EARLY |= {"published, 2 with noise", "1 at 0.5", "EDM", "EDM, churn in a range",
 EARLY |= {"OABAO", "ABOBAOB", "OBAB, at the end", "torchsde, heun"}
 
 
-# Of these, tests of their formulas are fast: against letters written again in test_splitting.py,
-# diffusers in test_multistep.py, sdeint in test_with_torchsde.py, and loops in test_edm_heun.py.
+# Fast tests of their formulas exist in test_splitting.py (letters written again), test_multistep.py
+# (diffusers), test_with_torchsde.py (sdeint) and test_edm_heun.py.
 SLOW = {"BAOAB", "OABAO", "BOAOB", "OBAB, shared at the end", "published, 1", "published, 2"}
 SLOW |= {"2 at 0.5", "torchsde, srk", "torchsde, euler_heun", "EDM, churn 20.0"}
 
