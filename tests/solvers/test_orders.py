@@ -107,8 +107,8 @@ EARLY |= {"OABAO", "ABOBAOB", "OBAB, at the end", "torchsde, heun"}
 
 # Fast tests of their formulas exist in test_splitting.py (letters written again), test_multistep.py
 # (diffusers), test_with_torchsde.py (sdeint) and test_edm_heun.py.
-SLOW = {"BAOAB", "OABAO", "BOAOB", "OBAB, shared at the end", "published, 1", "published, 2"}
-SLOW |= {"2 at 0.5", "torchsde, srk", "torchsde, euler_heun", "EDM, churn 20.0"}
+SLOW = {"BAOAB", "OABAO", "BOAOB", "OBAB, shared at the end", "published, 2", "2 at 0.5"}
+SLOW |= {"torchsde, srk", "EDM, churn 20.0"}
 
 
 @pytest.mark.covering
