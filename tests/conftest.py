@@ -29,7 +29,11 @@ collect_ignore = ["simulated_device.py"]
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Count most cases of large tables, and properties with many examples, among the slow tests."""
+    """Count most cases of large tables, and properties with many examples, among the slow tests.
+
+    The type check, which takes longest, is the first test, so that no worker waits for it.
+    """
+    items.sort(key=lambda item: item.path.name != "test_types.py")
     cases: Counter[str] = Counter()
     values: dict[str, set[tuple[str, str]]] = defaultdict(set)
     for item in items:
