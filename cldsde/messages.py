@@ -50,7 +50,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 class Named(dict[str, T]):
-    """Things by name. The error of an unknown name lists the known names."""
+    """Dictionary whose error for an unknown name lists the known names."""
 
     def __missing__(self, name: object) -> T:
         """Raise a KeyError that says what is known."""

@@ -256,7 +256,6 @@ def import_cma() -> Any:
     try:
         import cma
     except ImportError as error:
-        raise ImportError(
-            "fit_sampler needs the library cma: pip install 'cldsde[tune]'"
-        ) from error
+        msg = "fit_sampler needs the library cma: pip install 'cldsde[tune]'"
+        raise ImportError(msg) from error
     return cma

@@ -42,7 +42,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if cases[name] % rare.args[0]:
                 item.add_marker("slow")
             cases[name] += 1
-        if item.get_closest_marker("covering"):
+        if item.get_closest_marker("covering") and not item.get_closest_marker("slow"):
             own = {(key, repr(value)) for key, value in item.callspec.params.items()}
             if own <= values[name]:
                 item.add_marker("slow")

@@ -32,7 +32,7 @@ class ReportFiles:
     def check(self) -> None:
         """Make the folder; leave nothing behind and raise if it or a file cannot be written."""
         key, out = "out", self._out
-        msg = "replaces an earlier validation in the folder `out`, which is missing"
+        msg = "needs `out`, the folder of the earlier validation"
         require(out is not None or not self._overwrite, "overwrite", msg)
         if out is not None:
             canvas(1, 1)  # raises an error without matplotlib

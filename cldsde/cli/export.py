@@ -14,7 +14,7 @@ from pathlib import Path
 
 from cldsde.cli.models import SOLVERS
 from cldsde.cli.options import option
-from cldsde.errors import SettingError, require
+from cldsde.errors import SettingError
 
 OPTIONS = (
     option("RUN", Path, "run of cldsde train, or a file of its weights"),
@@ -32,9 +32,10 @@ def prepare(options: Namespace) -> Callable[[], None]:
     try:
         run, folder = load_model(options.run), options.folder
     except SettingError as error:
+        if error.key != "trust":
+            raise
         msg = "must be 'UNet' for a UNet2DModel; the run has a network of your own"
-        require(error.key != "trust", "network.name", msg)
-        raise
+        raise SettingError("network.name", msg) from error
     if options.solver is not None:
         sampling = changed_recipe(run.sampling, solver=options.solver)
         config = dataclasses.replace(run.config, sampling=sampling)

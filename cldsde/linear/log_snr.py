@@ -69,7 +69,10 @@ def times_of_log_snr(
 def first_times(
     function: Callable[[Tensor], Tensor], target: Tensor, T: float = 1.0, eps: float = 1e-9
 ) -> Tensor:
-    """Times in [ε, T] at which a function of times first falls to each value, or the nearer end."""
+    """Times in [ε, T] at which a function first falls to each value, or the nearer end.
+
+    A fall that lasts less than 4 % of its time may be missed.
+    """
     shape, target = target.shape, target.flatten()
     points = torch.linspace(math.log(eps), math.log(T), 513, dtype=torch.float64, device="cpu")
     points = points.unsqueeze(1)  # the first points are the same for all values

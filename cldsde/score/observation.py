@@ -266,7 +266,7 @@ class Observation:
 
         def log_snr(t: Tensor) -> Tensor:
             kernel = sde.marginal(t)
-            return (kernel.mean[..., 0, 0] / kernel.root[..., 0, 0]).log()
+            return (kernel.mean[..., 0, 0] / kernel.root[..., 0, 0]).clamp_min(0).log()
 
         return float(first_times(log_snr, torch.tensor(level, dtype=torch.float64, device="cpu")))
 

@@ -22,8 +22,8 @@ rounded to its dtype, float32 at least. If the batch shares one time, they are a
 one number. A score must not change times or states in place."""
 
 WRAP_DENOISER = (
-    "Wrap a denoiser: DenoiserScore(denoiser, sde). A network that predicts noise becomes one by "
-    "PredictionDenoiser(network, path)"
+    "If it is a denoiser, wrap it: DenoiserScore(denoiser, sde). A network that predicts noise "
+    "becomes a denoiser by PredictionDenoiser(network, path)"
 )
 
 
@@ -91,7 +91,7 @@ class FunctionScore(Score):
         try:
             return self.function(z, t, **conditions)
         except (RuntimeError, TypeError, ValueError) as error:
-            error.add_note(f"score got states {tuple(z.shape)}. Is it a score? {WRAP_DENOISER}")
+            error.add_note(f"score got states {tuple(z.shape)}. {WRAP_DENOISER}")
             raise
 
 
@@ -164,5 +164,5 @@ def as_score(score: object, name: str = "score") -> Score:
         raise TypeError(f"{name} must be a score; got the class {score.__name__}")
     check_callable(score, name, "a callable score(z, t)")
     if isinstance(score, Denoiser):
-        raise TypeError(f"{name} must be a score; got a denoiser. {WRAP_DENOISER}")
+        raise TypeError(f"{name} must be a score; got {type(score).__name__}. {WRAP_DENOISER}")
     return FunctionScore(score)  # type: ignore[arg-type]

@@ -74,6 +74,9 @@ def test_a_folder_and_a_checkpoint_with_a_missing_weight_are_rejected(tmp_path, 
     text = rejected(capsys, "import", tmp_path / "short.pth", *options)
     assert "PATH: " in text
     assert re.search(r"1 of \d+ weights are missing: all_modules\.4\.Conv_0\.bias$", text)
+    torch.save({"step": print}, tmp_path / "code.pth")
+    text = rejected(capsys, "import", tmp_path / "code.pth", *options)
+    assert "holds code, which is never run" in text
     assert not (tmp_path / "run").exists()
 
 

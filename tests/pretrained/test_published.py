@@ -54,6 +54,7 @@ def like(model, network=None):
         pytest.param("cld-sgm", "cifar10", 107_593_859, marks=pytest.mark.slow),
         ("cld-sgm", "celeba_paper", 65_466_371),
         pytest.param("cld-sgm", "celeba_post_paper", 103_073_795, marks=pytest.mark.slow),
+        pytest.param("cld-sgm", "cifar10_vpsde", 107_586_947, marks=pytest.mark.slow),
         ("score-sde", "vp/cifar10_ddpmpp_deep_continuous", 106_632_579),
         pytest.param(
             *("score-sde", "ve/celebahq_256_ncsnpp_continuous", 65_574_421), marks=pytest.mark.slow
@@ -73,7 +74,7 @@ def test_weights_tell_the_settings_and_are_as_many_as_published(family, name, co
 
 
 def only_with_the_network_of(name, monkeypatch):
-    """Leave only models that share the network of one: each other network takes time to build."""
+    """Leave models that share the network of one, and another: each network takes time to build."""
     model = PUBLISHED["score-sde"][name]
     same = {
         key: x
@@ -81,6 +82,8 @@ def only_with_the_network_of(name, monkeypatch):
         if (x.shape, x.network) == (model.shape, model.network)
     }
     assert len(same) > 1
+    other = "vp/cifar10_ddpmpp_continuous"
+    same[other] = PUBLISHED["score-sde"][other]
     monkeypatch.setattr(published, "PUBLISHED", {"score-sde": same})
     return model
 

@@ -152,12 +152,12 @@ SPECIAL = [
     (TorchDiffEq(method="rk4"), 4, "VP", 4, SLOPE, {"coarse": 20}),
 ]
 REST = [row for row in SPECIAL if row[5].get("coarse") == 320 or row[0] == SPECIAL[-1][0]]
-REST += [row for row in SPECIAL if row[5] == FEW and row[0] != SOLVERS["3 corrected at 1"]]
+REST += [row for row in SPECIAL if row[5] == FEW and row[0] == SOLVERS["2 corrected at 1"]]
 
 
 @pytest.mark.parametrize(
     ("solver", "claim", "name", "least", "above", "options"),
-    # Of each solver the rows with fewer steps, and of those with noise the one with a corrector.
+    # Of each solver the rows with fewer steps.
     # Steps of rk4 are compared with the textbook's in test_with_torchdiffeq.py.
     [pytest.param(*x, marks=[pytest.mark.slow] * (x in REST)) for x in SPECIAL],
     ids=str,

@@ -220,7 +220,7 @@ def test_an_error_inside_a_denoiser_in_place_of_a_score_says_how_to_wrap_it():
     with pytest.raises(RuntimeError, match="conv2d") as raised:
         cldsde.sample(CLD(), lambda x, sigma: denoiser(x), (4, 3, 8, 8))
     (note,) = raised.value.__notes__
-    assert "states (4, 2, 3, 8, 8). Is it a score? Wrap a denoiser: DenoiserScore" in note
+    assert "states (4, 2, 3, 8, 8). If it is a denoiser, wrap it: DenoiserScore" in note
 
 
 def test_a_solver_that_leaves_samples_out_needs_conditions_for_all():

@@ -67,6 +67,9 @@ def test_sliced_wasserstein_in_one_dimension_is_the_distance_of_sorted_samples()
     for axes in (1, 2):
         found = sliced_wasserstein(few.repeat(1, axes), points.repeat(1, axes), weights=weights)
         assert found < math.sqrt(rounding(64))
+    # Without mass, the point 9 counts for nothing.
+    weights, few = tensor([0.25, 0.0, 0.75]), tensor([[0.0], [9.0], [2.0]])
+    assert sliced_wasserstein(few, points, weights=weights) < math.sqrt(rounding(64))
 
 
 @pytest.mark.parametrize("d", [2, 5])

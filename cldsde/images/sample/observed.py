@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -106,7 +107,7 @@ class ObservedImage:
         if name not in {"grey", "downsample", "blur"}:
             file, shape = Path(observe).expanduser(), (1, height, width)
             msg = f"must be a picture, 'grey', 'downsample:N' or 'blur:STD'; there is no {file}"
-            require(file.exists(), "observe", msg)
+            require(os.path.exists(file), "observe", msg)
             mask = _read(file, shape, "observe")[0] >= 128
         block = int(number) if name == "downsample" and _OPERATORS.fullmatch(observe) else 1
         sides = (height, width) if block == 0 else (height // block, width // block)

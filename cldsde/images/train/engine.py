@@ -73,7 +73,7 @@ def check_run(
     fits = whole or settings.optimiser != "Adafactor"  # torch 2.13 cannot shard its moments
     require(fits, "training.optimiser", "'Adafactor' is not supported with FSDP; use 'AdamW'")
     fits = whole or not parse_flag_from_env("FSDP_ACTIVATION_CHECKPOINTING")
-    msg = "FSDP_ACTIVATION_CHECKPOINTING is ignored; set network.options.gradient_checkpointing"
+    msg = "unset FSDP_ACTIVATION_CHECKPOINTING, and set network.options.gradient_checkpointing"
     require(fits, "training", msg)
     available = [str(kind) for kind in get_available_trackers()]
     for name in settings.trackers:
