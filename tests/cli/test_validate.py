@@ -150,6 +150,7 @@ def test_an_interruption_keeps_finished_checks(capsys, here):
     assert capsys.readouterr().out.split()[:2] == ["declared", "measured"]
 
 
+@pytest.mark.slow
 def test_results_that_cannot_be_written_are_printed_and_other_files_are_kept(capsys, here):
     (here / "gone").mkdir()
     solver = "--solver own_solvers:Removing"

@@ -88,6 +88,7 @@ def denoiser(path, predicts, seen=None):
     return PredictionDenoiser(ideal, noise_path, predicts)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("process", "convention"),
     [*((name, "EDM") for name in PROCESSES), *(("CLD", convention) for convention in CONVENTIONS)],

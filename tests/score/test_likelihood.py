@@ -236,6 +236,7 @@ class TestReplaced:
         assert_mean(found, mean)
         assert (mean < value).all()
 
+    @pytest.mark.slow
     def test_weighted_by_importance_it_tends_to_the_value(self):
         # v starts with the width that it has under the model, so that weights have a variance.
         name = "CLD, γ = 1"

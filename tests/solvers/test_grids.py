@@ -69,6 +69,7 @@ SCALES = {
 }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", list(SNR))
 @every_family
 @few_examples

@@ -95,9 +95,8 @@ def path_case(name, cells=128, samples=1000):
     return PathCase(PROBLEMS[name], uniform_times(1.0, 0.05, cells), samples, generator(1))
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param("CLD, rotation", marks=pytest.mark.slow), "VP, three modes"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["CLD, rotation", "VP, three modes"])
 def test_the_end_of_a_flow_is_as_accurate_as_it_says(name):
     """Against a solver of the package at a tolerance near rounding, for each sample."""
     problem, case = PROBLEMS[name], flow_case(name)
