@@ -277,8 +277,12 @@ CASES += [
     (lambda: sample(dtype=torch.int64), T, "dtype must be a floating-point type"),
     *bad(V, "device must be one that", lambda x: sample(device=x), "cuda:99", "gpu"),
     (lambda: sample(solver=solvers.SSCS), T, "solver must be a solver"),
-    (lambda: sample(score=PREDICTION), T, "Wrap a denoiser: Denois"),
-    (lambda: sample(score=lambda x, t: x[:, 0]), V, r"got \(2, 3\) for states.*Wrap a denoiser"),
+    (lambda: sample(score=PREDICTION), T, "wrap it: Denois"),
+    (
+        lambda: sample(score=lambda x, t: x[:, 0]),
+        V,
+        r"got \(2, 3\) for states.*wrap it: DenoiserScore",
+    ),
     (lambda: sample(score=None), T, "score must be a callable"),
     (lambda: sample(3), T, "sde"),
     # The reason of the solver that was to be taken, for a flow that cannot start at t = 1.
