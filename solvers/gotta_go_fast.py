@@ -33,8 +33,7 @@ class GottaGoFast(Solver):
     The error estimate ½(K_2 − K_1) is divided elementwise by
     max(atol, rtol · max(\|z + K_1\|, \|z' + K_1'\|)), with primes for the last accepted step.
     Its root mean square over a sample is e. The step is accepted if e ≤ 1, and the next step length
-    is h ← min(t − ε, θ h e^{−r}). This solver also limits θ e^{−r} to [0.2, 5], and rounds h down
-    to ten bits.
+    is h ← min(t − ε, θ h e^{−r}), here with θ e^{−r} in [0.2, 5] and h rounded down to ten bits.
 
     After a rejection the published method draws new noise. Accepted steps then tend to have small
     noise, and samples in few dimensions are biased. ``noise_on_reject="bridge"`` keeps the known
