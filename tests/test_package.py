@@ -131,7 +131,7 @@ def test_the_readme_compares_as_the_measurements_do():
     text = " ".join((ROOT / "README.md").read_text().split())
     own = distances["cldsde.sample, VP"]
     assert f"Fréchet distance of {own:.1f} with 5 evaluations" in text
-    assert f"best of seven schedulers of diffusers has {theirs:.1f}" in text
+    assert f"best of seven samplers of diffusers has {theirs:.1f}" in text
 
 
 @pytest.mark.parametrize("code", readme_blocks("python"))

@@ -24,7 +24,8 @@ class RectifiedFlow(LinearSDE):
     .. math:: dx = −\frac{x}{1 − t}\,dt + \sqrt{\frac{2t}{1 − t}}\,dw.
 
     The prior is N(0, 1). Drift and diffusion diverge at t = 1, but distributions are finite there.
-    `ExponentialMultistep` starts at t = 1, and other solvers start at `LinearSDE.regular_until`.
+    `ExponentialMultistep` can start at t = 1 if the score predicts the data, and other solvers at
+    `LinearSDE.regular_until`.
     ``ExponentialMultistep(order=1)`` is Euler's method for the flow-matching ODE.
 
     References

@@ -77,8 +77,8 @@ class PosteriorScore(ScoreWrapper):
     .. math::
         \hat x_y = D + V A^⊤ R^{-1} (y − A D), \qquad D = E[x_0 | z_t], \quad V ≈ Cov[x_0 | z_t]
 
-    The methods differ in R. All are biased for every solver and number of steps;
-    `solvers.sample_posterior` corrects the bias.
+    The methods differ in R. All but converged ``"moments"`` of Gaussian data are biased for every
+    solver and number of steps; `solvers.sample_posterior` corrects the bias.
 
     Parameters
     ----------
