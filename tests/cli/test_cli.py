@@ -197,7 +197,7 @@ def here(published, tmp_path, monkeypatch):
         (f"validate --out new --json new/{'x' * 256}", "name too long"),
         ("validate --out=", "--out"),
         ("validate --out file", "--out: must be a folder, new or there already; file is a file"),
-        ("validate --overwrite", "--overwrite: replaces an earlier validation in the folder --out"),
+        ("validate --overwrite", "--overwrite: needs --out, the folder"),
         ("validate --out full", "report.txt is a folder"),
         ("validate --out /proc/page", "/proc"),
         ("validate --quik", "unrecognized arguments: --quik"),
