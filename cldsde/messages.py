@@ -22,8 +22,9 @@ def in_words(error: BaseException) -> str:
 
 
 def brief(error: BaseException) -> str:
-    """First line of an error."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    """First line of an error; of an error of the system its description alone."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return (text.splitlines() or [type(error).__name__])[0]
 
 
 def counted(number: int, noun: str) -> str:

@@ -14,6 +14,7 @@ from cldsde.errors import SettingError, require
 from cldsde.files import PARTIAL, check_writable, file_lock, new_folder, write_whole
 from cldsde.images.config import RunConfig
 from cldsde.images.schema import leaves
+from cldsde.messages import brief
 
 CONFIG = "config.json"
 """File of a run that holds its configuration."""
@@ -58,7 +59,7 @@ class RunFolder:
         except TimeoutError:
             raise SettingError("out", f"{path} is in use by another process") from None
         except OSError as error:
-            msg = f"{path} cannot be made or written ({error.strerror or error})"
+            msg = f"{path} cannot be made or written ({brief(error)})"
             raise OSError(msg) from error
 
     def __truediv__(self, name: str) -> Path:

@@ -24,7 +24,7 @@ from pydantic import ConfigDict, Field, Strict, TypeAdapter, ValidationError
 from pydantic_core import to_jsonable_python
 
 from cldsde.errors import SettingError, require, setting
-from cldsde.messages import nearest
+from cldsde.messages import brief, nearest
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -239,7 +239,7 @@ def read_file(path: Path) -> dict[str, Any]:
         values = readers[path.suffix](path.read_text(encoding="utf-8-sig"))
         json.dumps(values, default=str)  # fails if YAML refers to itself
     except OSError as error:
-        raise SettingError(str(path), f"cannot be read ({error.strerror or error})") from error
+        raise SettingError(str(path), f"cannot be read ({brief(error)})") from error
     except (ValueError, TypeError, yaml.YAMLError, RecursionError) as error:
         msg = f"is not valid {path.suffix[1:].upper()} ({' '.join(str(error).split())})"
         raise SettingError(str(path), msg) from error

@@ -29,6 +29,7 @@ from cldsde.images.data.images import Images
 from cldsde.images.data.pictures import Packed, fitted, open_picture, read_picture
 from cldsde.images.data.sources import find_pictures
 from cldsde.images.schema import Count, Flag, Positive, checked
+from cldsde.messages import brief
 from cldsde.progress import progress_bar
 
 _RULE = 1  # of `_decode`; another number for each change of its results
@@ -167,9 +168,8 @@ class FolderImages(Images):
                 if not self._is_whole:
                     self._fill(place, progress=progress)
         except OSError as error:
-            reason = error.strerror or str(error)
-            msg = f"note: decoded pictures cannot be kept in {place.parent} ({reason}), and are "
-            msg += "decoded again in each pass; data.options.cache names another folder"
+            msg = f"note: decoded pictures cannot be kept in {place.parent} ({brief(error)}), and "
+            msg += "are decoded again in each pass; data.options.cache names another folder"
             tqdm.write(msg, file=sys.stderr)
 
     def sums(self, rows: Tensor | None = None, *, progress: bool = False) -> Tensor:

@@ -15,6 +15,8 @@ from PIL import Image, ImageOps
 from PIL.Image import Image as PILImage
 from torch import Tensor
 
+from cldsde.messages import brief
+
 # Formats that Pillow decodes itself: others, such as EPS, would start a program.
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 SUFFIXES = {
@@ -53,8 +55,7 @@ def open_picture(file: Path | Packed) -> Iterator[PILImage]:
                 raise ValueError(msg)
             yield image
     except Exception as error:  # Pillow has no class of its own for a damaged file
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"{file} cannot be decoded as an image: {reason}") from error
+        raise ValueError(f"{file} cannot be decoded as an image: {brief(error)}") from error
 
 
 def read_picture(file: Path | Packed, mode: str | None = None) -> PILImage:
