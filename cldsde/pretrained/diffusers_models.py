@@ -21,6 +21,7 @@ from cldsde.pretrained.diffusers_networks import (
 from cldsde.score import NoisePath, PredictionDenoiser
 from cldsde.score.conversion import Prediction
 from cldsde.score.denoisers import Clock
+from cldsde.score.estimator import compiled_module
 
 # Parts of a pipeline that are networks of noisy data, in the order in which they are looked for.
 _NETWORKS = ("unet", "transformer")
@@ -143,7 +144,7 @@ def from_diffusers(
         )
     made = _scheduler(scheduler)
     convention = Convention.of(made)
-    plain = getattr(network, "_orig_mod", network)  # of a compiled network
+    plain = _original(network)
     check_channels(plain)
     if nearest:
         if convention.table is None or convention.continuous:
@@ -190,16 +191,21 @@ def network_and_scheduler(source: Any) -> tuple[Any, Any]:
     """Network and scheduler of a pipeline, or a model alone."""
     import diffusers
 
-    if isinstance(plain := getattr(source, "_orig_mod", source), diffusers.ModelMixin):
-        _check_takes_time(type(plain))
+    if isinstance(_original(source), diffusers.ModelMixin):
+        _check_takes_time(type(_original(source)))
         return source, None
     for name in _NETWORKS:
         network = getattr(source, name, None)
-        if isinstance(getattr(network, "_orig_mod", network), diffusers.ModelMixin):
+        if isinstance(_original(network), diffusers.ModelMixin):
             return network, _replaced(getattr(source, "scheduler", None))
     raise TypeError(
         f"source must be a folder, a pipeline or a model of diffusers; got {type(source).__name__}"
     )
+
+
+def _original(network: Any) -> Any:
+    """The network itself, or the original of a compiled one."""
+    return compiled_module(network) or network
 
 
 def _check_takes_time(kind: Any, where: str = "") -> None:
