@@ -25,8 +25,9 @@ def gaussian():
 
 def sample(data, seen, sde=None, *, start=1.0, steps=40, score=None, **options):
     sde = CLD() if sde is None else sde
-    end = float(solvers.times_of_log_snr(sde, -math.log(0.1 * seen.noise_std)))
-    times = solvers.root_times(start, min(end, seen.end_time(sde, seen.shape)), steps)
+    sharper = Observation(seen.forward, seen.y, seen.noise_std / 3, seen.shape)
+    end = sharper.end_time(sde, seen.shape)  # it leaves the data a noise of s/10
+    times = solvers.root_times(start, end, steps)
     process = ReverseProcess(sde, data.score(sde) if score is None else score)
     return solvers.sample_posterior(process, seen, times, **{"dtype": torch.float64, **options})
 
@@ -52,7 +53,7 @@ def test_moments_and_evidence_of_gaussian_data_are_exact(sde):
     mean = w @ x
     inverse = torch.linalg.inv(torch.linalg.cholesky(posterior.covariances[0]))
     # Four standard errors of 4000 samples, 4 sqrt(3/4000) = 0.11 in units of the posterior; and
-    # 1 % for the noise that is left in the state, σ = s/10.
+    # 1 % for the noise that is left in the data component, s/10.
     assert (inverse @ (mean - posterior.means[0])).norm() < 0.12
     covariance = inverse @ ((x - mean) * w.unsqueeze(1)).mT @ (x - mean) @ inverse.mT
     tolerance = standard_error_of_variance(1.0, float(1 / w.square().sum())) + 0.01
