@@ -1,9 +1,8 @@
-"""Check that text is plain English: ``python tools/words.py README.md docs --warn cldsde solvers``.
+"""Check that text is plain English: ``python tools/words.py README.md docs``.
 
 Prose of Markdown files, docstrings and comments are searched for long sentences and for words that
-have a plainer form. Findings in the first paths are errors, findings behind ``--warn`` are counted,
-and shown with ``--verbose``. Code, formulas and quoted names are left out. A comment
-``words: ignore`` on a line of a Markdown file leaves out the paragraph that follows.
+have a plainer form. Code, formulas and quoted names are left out. A comment ``words: ignore`` on a
+line of a Markdown file leaves out the paragraph that follows.
 """
 
 import argparse
@@ -187,26 +186,20 @@ def files(paths: list[Path]) -> Iterator[Path]:
 
 
 def main() -> None:
-    """Print findings; exit with 1 if there are any in the paths before ``--warn``."""
+    """Print findings; exit with 1 if there are any."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("paths", type=Path, nargs="*", help="files and folders without findings")
-    parser.add_argument(
-        "--warn", type=Path, nargs="*", default=[], help="files and folders to count"
-    )
-    parser.add_argument("--verbose", action="store_true", help="show the findings that are counted")
-    options = parser.parse_args()
-    for path in (*options.paths, *options.warn):
+    parser.add_argument("paths", type=Path, nargs="+", help="files and folders")
+    paths = parser.parse_args().paths
+    for path in paths:
         if not path.exists():
             parser.error(f"paths must exist; got {path}")
-    errors = warnings = 0
-    for paths, strict in ((options.paths, True), (options.warn, False)):
-        for file in files(paths):
-            for finding in findings(file):
-                errors, warnings = errors + strict, warnings + (not strict)
-                if strict or options.verbose:
-                    print(f"{file}:{finding.line}: {finding.advice}: {finding.excerpt}")
-    print(f"{errors} findings, {warnings} more in files that may have some")
-    sys.exit(errors > 0)
+    count = 0
+    for file in files(paths):
+        for finding in findings(file):
+            count += 1
+            print(f"{file}:{finding.line}: {finding.advice}: {finding.excerpt}")
+    print(f"{count} findings")
+    sys.exit(count > 0)
 
 
 if __name__ == "__main__":
