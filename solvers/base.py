@@ -170,7 +170,7 @@ class Solver(ABC):
         Raises
         ------
         ValueError
-            If the method has no such steps, which is the default.
+            If the solver does not define `with_step`.
         """
         raise ValueError(f"solver must define with_step to take steps of one length; got {self!r}")
 

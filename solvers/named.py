@@ -78,7 +78,7 @@ def find_solver(name: str, *others: str) -> Solver:
         A name in `named_solvers`, ``em`` for ``euler-maruyama``, ``multistep`` for
         ``multistep-2-sde``, or ``module:ClassName`` of a solver that needs no arguments.
     others
-        Names of which the caller takes care, for the error.
+        Further names that the caller accepts, for the error.
 
     Raises
     ------

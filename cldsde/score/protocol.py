@@ -164,5 +164,5 @@ def as_score(score: object, name: str = "score") -> Score:
         raise TypeError(f"{name} must be a score; got the class {score.__name__}")
     check_callable(score, name, "a callable score(z, t)")
     if isinstance(score, Denoiser):
-        raise TypeError(f"{name} must be a score; got {type(score).__name__}. {WRAP_DENOISER}")
+        raise TypeError(f"{name} is a denoiser; wrap it: DenoiserScore(denoiser, sde)")
     return FunctionScore(score)  # type: ignore[arg-type]

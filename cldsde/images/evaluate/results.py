@@ -158,9 +158,7 @@ def markdown_table(results: Collection[Result]) -> str:
             found = [x for x in row if name in _named(x)]
             values.append([_named(x)[name] for x in _apart(found)])
             if len(values[-1]) < len(found):
-                remarks[
-                    "If repetitions share seeds, the table has those of the lowest seeds alone."
-                ] = None
+                remarks["The table leaves out repetitions that share seeds with another."] = None
         changed = {} if recipe["solver"] == "fitted" else recipe.get("options", {})
         solver = ", ".join([recipe["solver"], *(f"{key}={x}" for key, x in changed.items())])
         line = [Entry(solver, number=False), Entry(nfe)]

@@ -113,7 +113,7 @@ def test_a_comparison_that_cannot_be_made_is_rejected_before_any_work(changes, m
         configs.check_comparison(ComparisonConfig.from_dict(tiny(**values)), device="cpu")
 
 
-# Comparisons of many models, and one whose solvers are those of another.
+# Comparisons of many models. The solvers of the demonstration are also in the comparison "quick".
 LONG = ("cld_variants", "fashion_mnist", "demo")
 
 

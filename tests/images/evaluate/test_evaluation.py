@@ -247,7 +247,7 @@ def test_a_line_that_was_cut_off_is_measured_and_written_again(tmp_path):
         add_results(file, [new])
     *lines, _, remark = markdown_table(read_results(file).values()).splitlines()
     assert [line.split("|")[5] for line in lines[2:]] == [" 7.500 ± 0.707 ", " 3.000 "]
-    assert remark == "If repetitions share seeds, the table has those of the lowest seeds alone."
+    assert remark == "The table leaves out repetitions that share seeds with another."
 
 
 @pytest.mark.parametrize(
