@@ -112,7 +112,8 @@ class ExponentialMultistep(GridSolver):
       `RECOMMENDED` for fewer
     - deterministic map with an exact score: ``order=3, corrector=True`` on `logistic_times`
 
-    Polynomials in log-SNR were designed for one component and are less accurate for CLD.
+    Polynomials in log-SNR were designed for one component. For CLD with an exact score they are
+    less accurate.
 
     References
     ----------

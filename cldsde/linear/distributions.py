@@ -269,8 +269,8 @@ class Distributions:
 
         On the probability-flow ODE of a single data point z_t = Ψ(t,0) z_0 + R_t c with a constant
         c. Noise predicted in these coordinates therefore varies slowly (Zhang, Tao and Chen 2023,
-        eq. 17). With the triangular root c would rotate by several turns. R is determined up to a
-        constant rotation from the right; here R_T is triangular.
+        eq. 17). With the triangular root c would rotate. R is determined up to a constant rotation
+        from the right; here R_T is triangular.
 
         Parameters
         ----------

@@ -343,7 +343,7 @@ class Conversion:
             - The target is the data or the flow, and nothing of x_0 is left in the state, as for
               `RectifiedFlow` at t = 1.
             - The target is the data, and the driven score does not determine it. This happens at
-              isolated times of an underdamped process.
+              and near isolated times of an underdamped process.
             - The target is the full score, and float64 has too few digits for it.
         """
         check_process(sde)
