@@ -90,8 +90,7 @@ def root_times(T: float, eps: float, n: int) -> Tensor:
     """Grid uniform in √t, t_i = (√T + (i/n)(√ε − √T))².
 
     Its last step, 2d√ε + d² with d = (√T − √ε)/n, is longer than the last step of
-    `quadratic_times`. Multistep solvers are more accurate on it (Zhang et al. 2023). See
-    `uniform_times` for arguments, result and errors.
+    `quadratic_times`. See `uniform_times` for arguments, result and errors.
 
     Examples
     --------

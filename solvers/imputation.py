@@ -61,7 +61,8 @@ class Imputation(GridSolver):
     The samples are not from the posterior. On five problems with a known posterior their sliced
     Wasserstein-2 distance to it is 3 to 12 times the distance of as many exact samples. Up to 0.8
     of the weight is in the wrong components. Both are from `validation.posterior_error` with 1,000
-    samples and 50 steps. `PosteriorScore` and `sample_posterior` are closer.
+    samples and 50 steps. `PosteriorScore` with its default method and `sample_posterior` are
+    closer.
 
     Parameters
     ----------

@@ -39,7 +39,8 @@ class SSCS(StagedSolver):
     The second half-step of a step and the first half-step of the next are merged into one exact
     move. The distribution is the same, and half the noise has to be drawn.
 
-    Measured with trained scores, ``"euler"`` was the most accurate score step below 50 evaluations.
+    With a trained network and 7 evaluations, ``"euler"`` gave the best images of digits among the
+    three score steps.
 
     Parameters
     ----------
@@ -48,8 +49,8 @@ class SSCS(StagedSolver):
 
         ``"euler"``: z ← z + ∫ GGᵀ (s(z, t) + Σ∞⁻¹z) with the score at the step's start, as
         published for constant β. It takes one evaluation and has weak order 1: the symmetry of the
-        splitting does not raise the order of the Euler step. Its error constant for CLD is about
-        2.5 times smaller than the one of `EulerMaruyama` on grids refined near the data.
+        splitting does not raise the order of the Euler step. For Gaussian data under CLD its error
+        is smaller than the error of `EulerMaruyama`.
 
         ``"midpoint"``: the explicit midpoint rule with stages at t and t − h/2. It takes two
         evaluations and has weak order 2.
