@@ -103,8 +103,9 @@ class ExponentialMultistep(GridSolver):
     Notes
     -----
     For λ = 0 the order is ``order``, plus 1 with the corrector, and at most 3. Solvers of order 3
-    always correct the first step. For λ > 0 the weak order is the same but at most 2. If the data
-    are a single point, every order is exact in one step.
+    always correct the first step. With ``prediction="noise"``, which is never corrected,
+    ``order=3`` claims order 2. For λ > 0 the weak order is the same but at most 2. If the data are
+    a single point, every order is exact in one step.
 
     Recommended settings for CLD, with polynomials in time:
 

@@ -189,7 +189,7 @@ class CLD(LinearSDE):
     .. math:: dx = β M^{-1} v\,dt, \qquad dv = -β x\,dt - β Γ M^{-1} v\,dt + \sqrt{2Γβ}\,dw
 
     Noise enters the velocity alone and reaches the data smoothly. For Γ² = 4M the damping is
-    critical, which is the fastest approach to equilibrium without oscillation. For Γ² < 4M the
+    critical: in the long run no other friction approaches equilibrium faster. For Γ² < 4M the
     process is underdamped, for Γ² > 4M overdamped. The stationary distribution is x ~ N(0, 1),
     v ~ N(0, M). The velocity starts from N(0, γM).
 

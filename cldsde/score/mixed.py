@@ -244,7 +244,7 @@ class MixedScore(NetworkScore):
     def residual_variance(self, t: Tensor, prediction: Prediction = "noise") -> Tensor:
         """Mean squared error of the reference's noise, velocity or flow, at times ``(n,)``.
 
-        It is the loss of the untrained model on Gaussian data. As the density of a `TimeSampler`
+        It is the loss on Gaussian data if the network returns 0. As the density of a `TimeSampler`
         it gives all times the same share of the training signal.
         """
         one_of(prediction, MEASURED, "prediction")
