@@ -21,7 +21,7 @@ _BATCHES = 20  # batches of a solver's samples
 _EXACT = 20  # number of exact sample sets of the size of a solver's
 _ERRORS = 5  # allowed standard errors: with 1,000 statistics one run in 1,000 fails by chance
 _SLACK = 2  # safety factor of an error that is extrapolated from two grids
-_WIDE = 0.5  # largest extrapolated error that is conclusive, in units of a sample's spread
+_WIDE = 0.5  # largest conclusive _SLACK · extrapolated error, in units of a sample's spread
 _PAIRS = 3  # number of pairs of grids, each twice as fine as the previous pair
 _MISPLACED = 0.15  # allowed Kolmogorov distance of a solver that declares no order
 _DIRECTIONS = 32
@@ -137,7 +137,7 @@ class _Comparison(NamedTuple):
     ratio: Tensor  # error on the finer grid divided by the allowed error
     allowed: Tensor
     growth: Tensor  # growth of the error from the coarser to the finer grid, in standard errors
-    wide: bool  # whether an extrapolated error is as large as the distribution itself
+    wide: bool  # whether an extrapolated error exceeds a quarter of the distribution's width
 
 
 def distribution_check(
@@ -151,9 +151,9 @@ def distribution_check(
     errors.
 
     The check also fails if an error grows by more than 5 standard errors on the finer grid. The
-    difference of the grids would hide such an error. If the difference is as large as the
-    distribution, finer grids are tried, and after them the check is inconclusive. For adaptive
-    solvers two tolerances replace the grids.
+    difference of the grids would hide such an error. If the error that is left exceeds a quarter of
+    the distribution's width, finer grids are tried, and after them the check is inconclusive. For
+    adaptive solvers two tolerances replace the grids, and no finer ones are tried.
 
     A solver that declares no order must have a Kolmogorov distance of at most 15 % along random
     directions.
@@ -277,7 +277,7 @@ def _in_words(case: DistributionCase, coarse: Tensor, fine: Tensor, compared: _C
         return f"wrong distribution: {text}"
     if verdict is Verdict.PASS:
         return text
-    return f"the two grids differ by as much as the distribution is wide: {text}"
+    return f"the estimated error exceeds a quarter of the distribution's width: {text}"
 
 
 def _with_tolerance(solver: Solver, factor: float) -> Any:

@@ -237,7 +237,7 @@ def kick(z, i, score, _):
 
 Kicked = altered(SSCS, step=kick, nfe_per_step=4)
 SDE: dict[str, Any] = {"order": 2, "stochasticity": 1.0}
-SIMILAR = "differ by as much as the distribution"
+SIMILAR = "exceeds a quarter of the distribution's width"
 OTHER, NO_PATH = "wrong distribution", "`strong_order=3` is declared but `path_noise` is missing: "
 
 
