@@ -1,4 +1,4 @@
-"""Exponential multistep solver for the probability flow and the reverse SDE of any process."""
+"""Exponential multistep solver for the probability flow and the reverse SDE."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class ExponentialMultistep(GridSolver):
     - ancestral sampling: order 1, λ = 1
     - DPM-Solver++(2M) and its SDE form: order 2, λ = 0 or 1, ``variable="log_snr"``,
       ``weights="published"``
-    - UniPC of order 1 or 2: the same two options, with the corrector
+    - UniPC of order 1 or 2, variant bh2: the same two options, with the corrector
     - SA-Solver's predictor of order 1 or 2: λ as a function of time, ``variable="log_snr"``
 
     For k > 1, λ = 0 and ``prediction="noise"`` it is gDDIM.

@@ -17,7 +17,7 @@ from .staged import AffineSolver, Stage, Stages
 
 @dataclass(frozen=True, kw_only=True)
 class ReverseDiffusion(AffineSolver):
-    r"""Reverse diffusion sampling (Song et al. 2021, appendix E), for any process.
+    r"""Reverse diffusion sampling (Song et al. 2021, appendix E), also for several components.
 
     .. math:: z ← (2I − Ψ(t,u))\,z + Q(u,t)\,s(z, t) + L_Q\,ξ
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cldsde.linear.checks import one_of
 from cldsde.linear.sde import LinearSDE
+from cldsde.messages import counted
 from cldsde.score import ReverseProcess
 
 from .base import Facts
@@ -150,8 +151,8 @@ def _stationary_variances(sde: LinearSDE) -> Tensor:
         stationary = sde.stationary_reversal is not None
         raise ValueError(
             "Splitting needs a process of position and velocity with a stationary distribution; "
-            f"{type(sde).__name__} has {sde.components} components"
-            f"{'. Use SSCS' if stationary else ' and none. Use StochasticHeun'}"
+            f"{type(sde).__name__} has {counted(sde.components, 'component')}"
+            f"{'. Use SSCS' if stationary else ' and no such distribution. Use StochasticHeun'}"
         )
     noise = sde.accumulated_noise(0.0, 1.0)
     scale = max(float(covariance.abs().max()), 1.0)

@@ -39,8 +39,8 @@ class SSCS(StagedSolver):
     The second half-step of a step and the first half-step of the next are merged into one exact
     move. The distribution is the same, and half the noise has to be drawn.
 
-    With a trained network and 7 evaluations, ``"euler"`` gave the best images of digits among the
-    three score steps.
+    With trained networks of digits, ``"euler"`` gave the best images of the three score steps with
+    7 and 10 evaluations.
 
     Parameters
     ----------

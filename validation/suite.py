@@ -228,7 +228,7 @@ def _estimate(
         times = uniform_times(problem.start, problem.end, finest[kind])
         samples = 3000 if cases.quick else 6000
         paths = cases.get(kind, problem, lambda g: PathCase(problem, times, samples, g))
-        # Without exact ends the finest level is the reference for the others.
+        # Without exact ends the finest level has no finer neighbour to be compared with.
         steps = _halved(finest[kind], 5 if problem.exact else 6)
         return strong_order(solver, problem, steps=steps, case=paths)
     if problem.gaussian:

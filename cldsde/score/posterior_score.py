@@ -8,7 +8,7 @@ If x_0 given û were Gaussian, then
 
 and the score of p(z_t | y) would follow from D_y as the score of p(z_t) follows from D. Because
 û(z + ψδ) = û + δ, products with J need gradients by the state only: Jᵀw = ψᵀ ∂_z (wᵀD). The method
-therefore works with any score of any process.
+therefore works with any score that determines D.
 """
 
 from __future__ import annotations
