@@ -73,9 +73,10 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     start, end
         Times of the process at which it starts and ends, for ``grid="root_times"``. None: κ = −5
         and κ = 3.3 (κ = ½ log SNR), or the ends of the network's noise levels if these are
-        narrower. If the network knows much more noise than the start has, as flow-matching networks
-        do, one deterministic step from its noisiest level leads there, because pipelines start with
-        the noise of that level.
+        narrower. A process that does not reach the start begins at its noisiest time. If the
+        network knows much more noise than the start has, as flow-matching networks do, one
+        deterministic step from its noisiest level leads there, because pipelines start with the
+        noise of that level.
     grid
         ``"root_times"``: steps of the process, uniform in √t. ``timesteps`` and ``sigmas`` of a
         pipeline then give the number of steps only, and must be evenly spaced.
