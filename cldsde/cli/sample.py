@@ -1,6 +1,6 @@
 """Generate images from a trained run, or from a model of diffusers.
 
-An image depends on its seed alone, in whatever batch or process it is sampled. A folder beside the
+The image of a seed does not depend on the batch or the process, up to rounding. A folder beside the
 output keeps finished batches, so that the same command resumes, and that several processes, started
 by ``torchrun``, share the work.
 """

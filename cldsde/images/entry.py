@@ -60,7 +60,8 @@ class Run(TrainedModel):
         out
             Run folder, made if missing.
         device, progress
-            ``"auto"`` or the name of a device; whether to show a progress bar on stderr.
+            ``"auto"`` or the name of a device; whether to show a progress bar on stderr. With
+            ``"auto"`` the returned run is on the CPU.
 
         Raises
         ------
@@ -92,7 +93,7 @@ class Run(TrainedModel):
         Parameters
         ----------
         seeds
-            Integers in [0, 2³²). An image depends on its own seed alone.
+            Integers in [0, 2³²). An image does not depend on the other seeds, up to rounding.
         label
             Class of all images, by name or number; ``"all"`` cycles through the classes by seed.
         guidance

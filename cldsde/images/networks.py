@@ -86,7 +86,7 @@ class UNet(_ScoreNetwork):
     channels
         Channels of each level, from full resolution down; each of the groups has two or more.
     blocks
-        Residual blocks per level.
+        Residual blocks per level of the encoder. The decoder has one more per level.
     groups
         Groups of the group normalisation.
     attention

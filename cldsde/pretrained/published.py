@@ -22,8 +22,9 @@ def load_cld_sgm(path: Path | str, config: str | PublishedModel | None = None) -
     path
         File that ``torch.save`` wrote, such as ``checkpoint_800000.pth``. Code in it is not run.
     config
-        Name of the published settings, ``"cifar10"``, ``"cifar10_vpsde"``, ``"celeba_paper"`` or
-        ``"celeba_post_paper"``, or settings of your own. None: those that fit the weights.
+        Name of the settings, ``"cifar10"``, ``"celeba_paper"``, ``"celeba_post_paper"`` or
+        ``"cifar10_vpsde"``, or settings of your own. The last name is the network of ``"cifar10"``
+        with VP, whose settings were not published. None: those that fit the weights.
 
     Returns
     -------

@@ -163,7 +163,8 @@ def fashion_mnist(*, path: str | Path | None = None, size: Literal[16, 28, 32] =
         Folder of the four IDX files under their published names, plain or compressed by gzip.
         None: the first that exists of ``$CLDSDE_DATA/fashion-mnist``,
         ``/usr/share/datasets/fashion-mnist`` (Debian's package dataset-fashion-mnist) and
-        ``~/.cache/cldsde/fashion-mnist`` (in ``$XDG_CACHE_HOME``, if that is set).
+        ``~/.cache/cldsde/fashion-mnist``. ``$CLDSDE_CACHE`` replaces ``~/.cache/cldsde``, or else
+        ``$XDG_CACHE_HOME`` replaces ``~/.cache``.
     size
         28 as published; 32, with two rows and columns of black on every side; or 16, by a bicubic
         filter with antialiasing.

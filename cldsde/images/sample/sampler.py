@@ -81,11 +81,16 @@ def make_solver(sampling: SamplingConfig) -> Solver | None:
 def chosen_for(
     score: Score, sampling: SamplingConfig, shape: Sequence[int] = (1,)
 ) -> tuple[Solver, dict[str, Any]]:
-    """The solver that samples a score, and grid and ends if it is the recommended one."""
-    solver = make_solver(sampling)
-    if solver is not None:
+    """The solver that samples a score, and the grid and ends that the settings leave open."""
+    solver, ends = make_solver(sampling), (sampling.t_start, sampling.t_end)
+    if solver is not None and (sampling.solver == FITTED or None not in ends):
         return solver, {}
-    recipe, made = _recommended(ReverseProcess(check_process(score.sde), score), sampling, shape)
+    process = ReverseProcess(check_process(score.sde), score)
+    if solver is not None:
+        with setting("t_end"):
+            start, end = window(process, *ends, shape, sampling.nfe)
+        return solver, {"t_start": start, "t_end": end}
+    recipe, made = _recommended(process, sampling, shape)
     start, *_, end = made.times.tolist()
     grid = recipe.grid.__name__.removesuffix("_times")
     return made.solver, {"grid": grid, "t_start": start, "t_end": end}

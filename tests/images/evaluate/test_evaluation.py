@@ -11,6 +11,7 @@ from unittest import mock
 import pytest
 import torch
 
+from cldsde import CLD, MixedScore
 from cldsde.images.config import RunConfig, SamplingConfig
 from cldsde.images.data import DataSet, digits
 from cldsde.images.data.samples import measured_batches
@@ -28,7 +29,11 @@ from tolerances import rounding
 
 CONFIG = RunConfig.from_dict({"training": {"images": 64}})
 MODEL = ImageModel(
-    score=None, space=ImageSpace((1, 8, 8)), digest="abc", sampling=CONFIG.sampling, t_min=1e-3
+    score=MixedScore(torch.nn.Identity(), CLD(), 0.0, 1.0),
+    space=ImageSpace((1, 8, 8)),
+    digest="abc",
+    sampling=CONFIG.sampling,
+    t_min=1e-3,
 )
 
 
@@ -189,15 +194,16 @@ def test_a_failure_is_a_result_that_is_not_repeated_and_does_not_end_the_others(
 
     monkeypatch.setattr(NoiseSampler, "stream", failing)
     for _ in range(2):
-        recipes = [SamplingConfig(solver="sscs", nfe=4)]
-        recipes += [SamplingConfig(solver="sscs", nfe=5, options={"merge": False})]
+        recipes = [SamplingConfig(solver="sscs", nfe=4, t_end=0.01)]
+        recipes += [SamplingConfig(solver="sscs", nfe=5, t_end=0.01, options={"merge": False})]
         failed, fine = evaluation().of_run(MODEL, recipes, tmp_path / "results.jsonl")
         assert failed.failed == "sscs failed: not finite"
         assert fine.numbers["fd"] > 0
     assert calls == [4, 5]
     lines = markdown_table(read_results(tmp_path / "results.jsonl").values()).splitlines()
     found = [[word.strip() for word in line.split("|")[1:5]] for line in lines[2:]]
-    assert found == [["sscs", "4", "root", ""], ["sscs, merge=False", "5", "root", "20"]]
+    grid = "root, 0.01"
+    assert found == [["sscs", "4", grid, ""], ["sscs, merge=False", "5", grid, "20"]]
 
 
 def test_a_run_has_one_bar_with_a_total(tmp_path, capsys, monkeypatch, digits_run):

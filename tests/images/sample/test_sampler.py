@@ -463,6 +463,16 @@ def test_the_recommended_recipe_is_that_of_sample(sde, nfe):
     assert chosen_for(score, SamplingConfig(nfe=nfe))[0] == expected.solver
 
 
+@pytest.mark.parametrize("name", ["recommended", "sscs"])
+def test_ends_that_the_settings_leave_open_are_known(name):
+    score, wanted = PixelScore(CLD()), SamplingConfig(solver=name, nfe=9)
+    times = ImageSampler(score, SPACE, wanted)._planned[0].times
+    found = chosen_for(score, wanted, SPACE.shape)[1]
+    assert (found["t_start"], found["t_end"]) == (float(times[0]), float(times[-1]))
+    given = SamplingConfig(solver="sscs", nfe=9, t_start=0.9, t_end=0.1)
+    assert chosen_for(score, given, SPACE.shape)[1] == {}
+
+
 @pytest.mark.parametrize("changes", [{"grid": "root"}, {"denoise": False}])
 def test_the_recommended_solver_leaves_no_choice(changes):
     with pytest.raises(SettingError, match=f"{next(iter(changes))}: needs a solver by name"):
