@@ -38,7 +38,7 @@ class Result:
     recipe: Mapping[str, Any] = field(default_factory=dict)  # sampling settings in JSON types
     seeds: tuple[int, int] | None = None  # of the first and the last image
     solver: str = ""  # with all its options, because recipes omit defaults, which may change
-    times: Mapping[str, Any] = field(default_factory=dict)  # grid and ends that the recipe leaves open
+    times: Mapping[str, Any] = field(default_factory=dict)  # grid and ends, if the recipe has none
     metric: str
     against: str  # name of what the metric compares with: features and part of the data
     features: str = ""  # their name, with a hash of their weights
