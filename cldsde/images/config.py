@@ -60,7 +60,8 @@ class DataConfig:
     name: str = "digits"
     """``"digits"``, ``"fashion_mnist"``, ``"torchvision"``, ``"folder"`` or ``"array"``."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Arguments of the function of that name in `cldsde.images.data`."""
+    """Arguments of the data set's function in `cldsde.images.data`: ``digits``, ``fashion_mnist``,
+    ``torchvision_set``, ``image_folder`` or ``array_file``."""
     flip: Flag = False
     """Mirror each image, left to right, with probability one half."""
     crop: Annotated[float, Strict(), Field(gt=0, le=1)] = 1.0

@@ -63,7 +63,8 @@ class TrainingConfig:
     """Largest number of images per pass through the network; None: the whole share of a process."""
     optimiser: str = "AdamW"
     optimiser_options: Mapping[str, Any] = field(default_factory=dict)
-    """A class of `torch.optim`, such as ``"AdamW"`` or ``"RAdam"``, and its further arguments."""
+    """``"AdamW"``, ``"Adam"``, ``"RAdam"``, ``"NAdam"``, ``"Adamax"``, ``"Adafactor"``,
+    ``"Adagrad"`` or ``"SGD"`` of `torch.optim`, and its further arguments."""
     learning_rate: Positive = 2e-4
     """Peak learning rate."""
     warmup: Natural = 0
@@ -72,7 +73,7 @@ class TrainingConfig:
     """Schedule after the warm-up: ``"constant"``; ``"cosine"`` to zero at the end; or
     ``"inverse_square_root"``, √(warmup/images) with at least one batch as warm-up."""
     weight_decay: Annotated[Number, Field(ge=0)] = 0.0
-    """Weight decay, decoupled for AdamW."""
+    """Weight decay, decoupled for AdamW and Adafactor."""
     clip: Positive | None = 1.0
     """Largest norm of the gradient, of score and autoencoder each; None does not limit it."""
     ema_decay: Share = 0.9999
