@@ -71,7 +71,8 @@ def sample(
     seed
         Seed of all random numbers, ≥ 0. Each sample of each seed has a random stream of its own:
         the first samples are the same for any B and ``batch``, up to rounding in a network. A
-        `ScoreDenoiser` that fills states up makes a sample depend on its place in the batch, too.
+        `ScoreDenoiser` that fills states up makes a sample depend on its place in the batch, and on
+        the batch's size, too.
     solver
         Solver in place of the recommended one. It ends with the data prediction if the process has
         one.

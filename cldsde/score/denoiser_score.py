@@ -188,7 +188,7 @@ class DenoiserScore(Score):
             if not (known and self.sde.components == 1):
                 raise ValueError(
                     f"t must be earlier than {float(t[~sigma.isfinite()].min()):.6g}, because the "
-                    "noise level is infinite there"
+                    f"noise level is infinite there; take t ≤ {self.sde.regular_until:.15g}"
                 )
             sigma = sigma.clamp(max=_ALL_NOISE)
         if self.noise_levels is None or not sigma.numel():

@@ -17,10 +17,11 @@ class Estimator(nn.Module):
     Attributes
     ----------
     noise_levels
-        Smallest and largest noise level σ = e^{−κ} of the training; None: not known. Solvers raise
-        an error before they evaluate outside of them.
+        Smallest and largest noise level σ = e^{−κ} of the training; None: not known. By default
+        `cldsde.sample` stays within them. `check_times` may raise an error at other levels, as for
+        `DenoiserScore`.
     depends_on_place
-        Whether an estimate depends on the sample's index in the batch.
+        Whether an estimate depends on the sample's index in the batch, or on the batch's size.
     shared_conditions
         Names of conditions that have no axis of samples, such as the positions of Flux.
     """

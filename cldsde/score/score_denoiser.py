@@ -53,7 +53,7 @@ class ScoreDenoiser(Denoiser):
         Smallest time that the score was trained on, > 0.
     seed
         Seed of ξ. The i-th sample of a batch has the same ξ at every evaluation, so that the
-        denoiser is a function of u, σ and the place in the batch.
+        denoiser is a function of u, σ, the place in the batch and the batch's size.
 
     Raises
     ------

@@ -256,7 +256,7 @@ ROWS = [
     *each(DENOISER, noise_levels=[(1.0, 0.5), (-1.0, 0.5), (-INF, 0.5)]),
     *each(
         partial(DENOISER(sde=FLOW), ZEROS(2, 1, 2)),
-        "infinite there",
+        "infinite there; take t ≤ 0.993",
         t=[1.0],
     ),
     *each(DENOISED, predicts=["epsilon"], clock=["steps", "index"]),
