@@ -112,9 +112,9 @@ class PosteriorScore(ScoreWrapper):
 
     Notes
     -----
-    A call costs one score evaluation and, with ``gradient``, ``iterations`` + 1 gradients of it for
-    ``"moments"``, one otherwise. It records its own gradients, also under `torch.no_grad` and
-    `torch.inference_mode`, and returns a score without any. End sampling at
+    A call costs one score evaluation and, with ``gradient``, at most ``iterations`` + 1 gradients
+    of it for ``"moments"``, one otherwise. It records its own gradients, also under
+    `torch.no_grad` and `torch.inference_mode`, and returns a score without any. End sampling at
     `Observation.end_time` or below.
 
     References
