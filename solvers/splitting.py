@@ -40,7 +40,8 @@ class Splitting(StagedSolver):
     OABAO. Higher orders known from molecular dynamics do not carry over, because the score depends
     on the velocity, too. For few evaluations and a trained score, Pandey, Yang and Mandt (2024)
     recommend one evaluation per step at the less noisy end: ``shared_score=True`` and
-    ``score_time="end"``. On Gaussian data these schemes are less accurate than `SSCS`.
+    ``score_time="end"``. On Gaussian data these schemes are less accurate than `SSCS` with as many
+    evaluations.
 
     Parameters
     ----------

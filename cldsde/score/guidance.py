@@ -96,8 +96,8 @@ class GuidedScore(Score):
     ----------
     conditional, unconditional
         s_c and s_u, functions score(z, t). If both are `ConditionalScore` objects of one score
-        whose conditions are tensors of one kind, each guided evaluation is one call with twice the
-        batch.
+        whose conditions are tensors of one kind, each guided evaluation at one time for all samples
+        is one call with twice the batch.
     weight
         w: 0 is the unconditional score, 1 the conditional score, and a larger number strengthens
         the condition.

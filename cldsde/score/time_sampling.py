@@ -32,9 +32,10 @@ class TimeSampler:
     Parameters
     ----------
     density
-        Function of float64 times ``(n,)`` that returns values ``(n,)``, finite and positive. It
-        need not be normalised. The best density is the root of the loss's second moment at each
-        time. A density proportional to the loss makes the expected weighted loss constant in time.
+        Function of float64 times ``(n,)`` that returns values ``(n,)``, finite and positive, at
+        both ends also 0. It need not be normalised. The best density is the root of the loss's
+        second moment at each time. A density proportional to the loss makes the expected weighted
+        loss constant in time.
     t_min
         Smallest time, in (0, ½].
 
