@@ -113,8 +113,8 @@ class ExponentialMultistep(GridSolver):
       `RECOMMENDED` for fewer
     - deterministic map with an exact score: ``order=3, corrector=True`` on `logistic_times`
 
-    Polynomials in log-SNR were designed for one component. For CLD with an exact score they are
-    less accurate.
+    Polynomials in log-SNR were designed for one component. For CLD with an exact score, order 3
+    with the corrector is less accurate with them, on `root_times` and `logistic_times`.
 
     References
     ----------

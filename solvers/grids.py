@@ -105,10 +105,10 @@ def root_times(T: float, eps: float, n: int) -> Tensor:
 def log_snr_times(sde: LinearSDE, T: float, eps: float, n: int) -> Tensor:
     """Grid uniform in κ(t), half the log of the signal-to-noise ratio (`LinearSDE.log_snr`).
 
-    For VP it is the grid of DPM-Solver (Lu et al. 2022). Under CLD, multistep solvers with noise
-    are more accurate on it than on `root_times` for Gaussian data. For the probability flow of
-    several modes they are less accurate. See `uniform_times` for the other arguments and the
-    result.
+    For VP it is the grid of DPM-Solver (Lu et al. 2022). Under CLD, down to t = 1e-3, multistep
+    solvers with noise are more accurate on it than on `root_times` for Gaussian data. For the
+    probability flow of several modes they are less accurate. See `uniform_times` for the other
+    arguments and the result.
 
     Raises
     ------

@@ -126,8 +126,7 @@ def sample_posterior(
     observation
         The observation, one y for all particles.
     times
-        Decreasing grid from T to ε at most `Observation.end_time`. On `logistic_times` the weights
-        vary less than on `root_times` with as many steps.
+        Decreasing grid from T to ε at most `Observation.end_time`.
     particles
         Particles K of one run.
     threshold
