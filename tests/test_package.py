@@ -2,6 +2,7 @@
 
 import ast
 import doctest
+import importlib
 import inspect
 import json
 import re
@@ -27,6 +28,15 @@ def test_import_loads_no_plotting_library_no_integrator_no_compiler_and_no_image
     unwanted = {"matplotlib", "sklearn", "torchvision", "diffusers", "cldsde.images"}
     unwanted |= {"torchdiffeq", "torchsde", "scipy.integrate", "torch._dynamo"}
     assert not unwanted & set(loaded)
+
+
+def test_the_image_layer_without_its_extra_says_how_to_install_it(monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("cldsde.images")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "pydantic", None)
+    found = r"cldsde\.images needs pydantic; install it with pip install 'cldsde\[images\]'"
+    with pytest.raises(ModuleNotFoundError, match=found):
+        importlib.import_module("cldsde.images.data")
 
 
 def test_the_files_that_contributing_names_are_there():

@@ -8,6 +8,10 @@ Needs the extra ``images``: ``pip install 'cldsde[images]'``. One folder stands 
 `networks` are used by all of them.
 """
 
-from cldsde.images.entry import Run, as_array, as_pictures
+try:
+    from cldsde.images.entry import Run, as_array, as_pictures
+except ModuleNotFoundError as error:
+    msg = f"cldsde.images needs {error.name}; install it with pip install 'cldsde[images]'"
+    raise ModuleNotFoundError(msg, name=error.name) from error
 
 __all__ = ["Run", "as_array", "as_pictures"]
