@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -52,8 +53,8 @@ class Recipe:
 _FITTED = LevelNoise((-3.0, -1.35, -0.33, 0.6, 2.35), (0.54, 1.29, 1.76, 1.19, 1.0))
 _FITTED_STEPS = 4
 
-# Largest number of steps of order 3. With 6 steps it gave better images than order 2. With 8 steps
-# it was better for one component with half of the noise; for more components it was 0.1 worse.
+# Largest number of steps with levels or an order for few steps. With 6 steps order 3 gave better
+# images than order 2 for more than one component; with 8 steps they were 0.1 worse.
 _FEW = 8
 
 
@@ -75,11 +76,11 @@ def _multistep(
     return ExponentialMultistep(order=order, stochasticity=stochasticity, variable=variable)
 
 
+_fitted = partial(Recipe, denoise=True, grid=fitted_times, ends=(-3.0, 2.35))
+
 RECOMMENDED = (
-    Recipe(
-        _multistep(3, _FITTED, "vp_time"), True, _FITTED_STEPS, grid=fitted_times, ends=(-3.0, 2.35)
-    ),
-    Recipe(_multistep(3, 0.5, "vp_time"), True, _FEW, most_components=1, grid=vp_times),
+    _fitted(_multistep(3, _FITTED, "vp_time"), most_steps=_FITTED_STEPS),
+    _fitted(_multistep(2, _FITTED, "vp_time"), most_steps=_FEW, most_components=1),
     Recipe(_multistep(2, 1.0, "vp_time"), True, most_components=1, grid=vp_times),
     Recipe(_multistep(3, 1.0), True, _FEW),
     Recipe(_multistep(2, 1.0), True),
@@ -89,11 +90,11 @@ RECOMMENDED = (
 """Solvers in order of preference; the first that applies to a process is used.
 
 - `ExponentialMultistep` with noise, for processes whose driven score determines the data. A step is
-  one score evaluation, or two with guidance. At most 4 steps have noise levels and noise that were
-  fitted to a CLD network of Fashion-MNIST (16 × 16), from κ = −3.0 to 2.35; 5 to 8 steps have
-  order 3, and more have order 2. With 5 to 8 steps, processes of one component take half of the
-  noise, because it enters the data directly. They differ in scale alone at equal κ, take VP's steps
-  (`vp_times`) and have its samples.
+  one score evaluation, or two with guidance. At most 4 steps have order 3, and noise levels and
+  noise that were fitted to a CLD network of Fashion-MNIST (16 × 16), from κ = −3.0 to 2.35. With 5
+  to 8 steps, processes of one component take these levels and noise with order 2, and others take
+  order 3. More steps have order 2. Processes of one component differ in scale alone at equal κ.
+  They all have the samples of VP.
 - `SSCS`, for processes with a stationary distribution
 - `StochasticHeun`, for every process"""
 

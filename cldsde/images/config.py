@@ -207,7 +207,8 @@ class SamplingConfig:
     t_end: Time | None = None
     """Times at which sampling starts and ends (ε). None: as for `cldsde.sample`. κ, half the log of
     the signal-to-noise ratio, is then −3.3, or less for large images, and 3.3. Up to 5 evaluations
-    of the recommended solver go from −3.0, or less, to 2.35."""
+    of the recommended solver, or 9 for processes of one component, go from −3.0, or less, to
+    2.35."""
     denoise: Flag = True
     """Return the data prediction at ε instead of the state there."""
     options: Mapping[str, Any] = field(default_factory=dict)

@@ -8,7 +8,7 @@ import torch
 
 import probes
 from cldsde import CLD, HOLD, PSLD, VESDE, VPSDE, DenoiserScore, ReverseProcess, solvers
-from cldsde.pretrained.stepping import PathSteps
+from cldsde.pretrained.stepping import PathSteps, recommended_steps
 from cldsde.solvers import RecordedNoise
 from probes import generator
 from tolerances import rounding
@@ -201,3 +201,20 @@ def test_only_solvers_that_evaluate_at_the_start_are_accepted(method):
     else:
         with pytest.raises(ValueError, match=r"solver must evaluate the score only at the start"):
             made(sde, solver)
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "n", "order", "stochasticity"),
+    [
+        ("VP", -3.0, 8, 3, 0.5),
+        ("VP", -3.0, 9, 2, 1.0),
+        ("CLD", -3.0, 4, 3, 1.0),
+        ("VP", -1.0, 4, 2, 1.0),  # a part of a sampling
+    ],
+)
+def test_order_and_noise_between_given_levels(name, first, n, order, stochasticity):
+    levels = torch.linspace(first, 3.0, n + 1, dtype=torch.float64)
+    levels = torch.cat([levels, torch.tensor([math.inf])])
+    scales = torch.sigmoid(2 * levels).sqrt(), torch.sigmoid(-2 * levels).sqrt()
+    found = recommended_steps(PROCESSES[name], None, levels, *scales).solver
+    assert (found.order, found.stochasticity) == (order, stochasticity)

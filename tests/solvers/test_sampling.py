@@ -15,6 +15,7 @@ from cldsde.score import (
     ScoreDenoiser,
     ScoreWrapper,
 )
+from cldsde.solvers.level_noise import LevelNoise
 from cldsde.solvers.recommended import recommended_plan, window
 from probes import Recording, generator, hidden_times, tensor, untouchable
 from score.cases import TWO as DATA
@@ -117,9 +118,16 @@ def test_a_process_whose_score_does_not_determine_the_data_is_sampled_by_sscs():
 
 @pytest.mark.parametrize(
     ("name", "nfe", "order", "stochasticity"),
-    [("VP", 6, 3, 0.5), ("CLD", 9, 3, 1.0), ("VP", 10, 2, 1.0), ("CLD", 10, 2, 1.0)],
+    [
+        *(("VP", nfe, 2, LevelNoise(FITTED, (*FITTED_NOISE, 1.0))) for nfe in (6, 9)),
+        ("CLD", 9, 3, 1.0),
+        ("VP", 10, 2, 1.0),
+        ("CLD", 10, 2, 1.0),
+    ],
 )
-def test_few_evaluations_take_order_3(name, nfe, order, stochasticity):
+def test_order_and_noise_depend_on_the_evaluations_and_the_components(
+    name, nfe, order, stochasticity
+):
     sde = PROCESSES[name]()
     process = ReverseProcess(sde, DATA.score(sde))
     variable = "vp_time" if sde.components == 1 else "time"

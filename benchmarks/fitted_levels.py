@@ -1,0 +1,81 @@
+"""Fréchet distances of 6 to 9 evaluations under VP: the fitted noise levels beside VP's own grid.
+
+``python benchmarks/fitted_levels.py docs/data/fitted-levels.json RUN…`` samples the network of each
+run of ``cldsde train`` under VP: by `cldsde.sample`, and by order 3 with half of the noise on
+`vp_times`. Both have the same seeds. The script can be interrupted and keeps finished sets.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from beside_diffusers import recipe
+from cldsde import VPSDE, DenoiserScore, sample
+from cldsde.files import write_whole
+from cldsde.images.data import to_levels
+from cldsde.images.data.samples import measured, measured_batches
+from cldsde.images.evaluate.classifier import CLASSIFIER, kept_classifier
+from cldsde.images.evaluate.distances import FeatureSums, frechet_of
+from cldsde.images.model import load_model
+from cldsde.solvers import ExponentialMultistep, times_of_log_snr, vp_times
+
+ROWS = ("sample", "order 3, λ = 0.5, vp_times")
+
+
+def other(nfe: int) -> dict[str, Any]:
+    """Options of the second row, which ends like the recommended settings for 10 evaluations."""
+    first, last = times_of_log_snr(VPSDE(), torch.tensor([-3.3, 3.3])).tolist()
+    solver = ExponentialMultistep(order=3, stochasticity=0.5, variable="vp_time")
+    return {"solver": solver, "times": vp_times(VPSDE(), first, last, nfe - 1)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("results", type=Path)
+    parser.add_argument("runs", type=Path, nargs="+")
+    parser.add_argument("--nfe", type=int, nargs="+", default=[6, 7, 9])
+    parser.add_argument("--images", type=int, default=500, help="images per set")
+    parser.add_argument("--sets", type=int, default=5)
+    arguments = parser.parse_args()
+    results: dict[str, Any] = {"recipes": {}, "networks": {}}
+    if arguments.results.exists():
+        results = json.loads(arguments.results.read_text())
+    results["recipes"] |= {str(nfe): recipe("VP", nfe) for nfe in arguments.nfe}
+    for run in arguments.runs:
+        model = load_model(run)
+        space, sde = model.space, VPSDE()
+        data = model.config.data.load()
+        features = kept_classifier(run / CLASSIFIER, data)
+        known = FeatureSums(features, (len(data.train), *space.shape))
+        known = known.of(measured_batches(data.train))
+        score = DenoiserScore(model.score.denoiser, sde)
+        shape = (arguments.images, *space.shape)
+        found = results["networks"].setdefault(run.name, {})
+        found["about"] = {
+            "data": model.config.data.name,
+            "process": repr(model.score.sde),
+            "weights": sum(x.numel() for x in model.score.parameters()),
+            "shape": space.shape,
+            "images": arguments.images,
+        }
+        for nfe in arguments.nfe:
+            rows = found.setdefault(str(nfe), {name: [] for name in ROWS})
+            for name, options in zip(ROWS, ({}, other(nfe)), strict=True):
+                for seed in range(len(rows[name]), arguments.sets):
+                    x = sample(sde, score, shape, nfe=nfe, seed=seed, batch=250, **options)
+                    levels = to_levels(x, space.levels, dequantised=space.dequantised)
+                    parts = measured(levels, space.levels).split(250)  # type: ignore[no-untyped-call]
+                    distance = frechet_of(FeatureSums(features, shape).of(parts), known)
+                    rows[name].append(round(distance, 4))
+                    text = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
+                    write_whole(arguments.results, lambda file, text=text: file.write_text(text))
+            print(run.name, nfe, rows, flush=True)
+
+
+if __name__ == "__main__":
+    main()
