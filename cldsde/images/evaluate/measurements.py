@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import Field
 from torch import distributed
 
-from cldsde.images.sample.sampler import ImageSampler, Samples
+from cldsde.images.sample.sampler import ImageSampler, Samples, batches_of
 from cldsde.images.schema import Count, section
 
 METRICS = ("fd", "fid", "kid", "isc", "prc", "bpd")
@@ -60,13 +60,10 @@ def of_each(own: Any) -> list[Any]:
 
 
 def shared(sampler: ImageSampler, seeds: range) -> Iterator[tuple[list[int], Samples]]:
-    """Batches of `ImageSampler.stream` in its order, of which each process samples its share."""
-    rank, processes = place()
-    if processes == 1:
-        yield from sampler.stream(seeds)
-        return
-    mine = sampler.stream(seeds, take=slice(rank, None, processes))
-    for _ in range(-(-len(sampler.batches(seeds)) // processes)):
+    """Batches of `ImageSampler.batches` in their order, of which each process samples a share."""
+    (rank, processes), batches = place(), sampler.batches(seeds)
+    mine = batches_of(sampler, batches[rank::processes], shown=False)
+    for _ in range(0, len(batches), processes):
         own: Any
         try:
             own = next(mine, None)

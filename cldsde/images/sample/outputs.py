@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +26,7 @@ from cldsde.images.checks import output_place
 from cldsde.images.data.samples import as_bytes, picture, save_grid
 from cldsde.images.model import ImageModel
 from cldsde.images.sample.pipelines import PipelineModel
-from cldsde.images.sample.sampler import batches_of
+from cldsde.images.sample.sampler import Samples, ahead, batches_of
 from cldsde.progress import progress_bar
 
 GRID_LIMIT = 4096
@@ -117,13 +116,8 @@ def draw_to(
         wait()
         mine = batches_of(request.sampler, missing[process::processes], shown=process == 0)
         # A part is written while the next one is sampled, also if that is interrupted.
-        with ThreadPoolExecutor(1) as writer:
-            written = writer.submit(lambda: None)
-            for seeds, drawn in mine:
-                save = partial(_save_arrays, arrays=(np.array(seeds), *drawn[:2]))
-                written.result()
-                written = writer.submit(_write, parts / f"{seeds[0]:010d}.npy", save)
-            written.result()
+        for _ in ahead(partial(_write_part, parts), mine):
+            pass
         wait()
         evaluations = None
         if process == 0:
@@ -247,9 +241,10 @@ def _write(file: Path, writer: Callable[[Path], object]) -> None:
         write_whole(file, writer)
 
 
-def _save_arrays(path: Path, arrays: tuple[Any, ...]) -> None:
+def _write_part(parts: Path, made: tuple[list[int], Samples]) -> None:
+    seeds, drawn = made
     # NumPy's own errors on a full disk do not say that it is full.
     buffer = io.BytesIO()
-    for array in arrays:
+    for array in (np.array(seeds), *drawn[:2]):
         np.save(buffer, array)
-    path.write_bytes(buffer.getbuffer())
+    _write(parts / f"{seeds[0]:010d}.npy", lambda path: path.write_bytes(buffer.getbuffer()))

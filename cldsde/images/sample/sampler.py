@@ -349,21 +349,12 @@ class ImageSampler:
         )
         return given if self.guidance == 1 else GuidedScore(given, free, self.guidance)
 
-    def stream(
-        self, seeds: Sequence[int], *, progress: bool = False, take: slice = slice(None), **how: Any
-    ) -> Iterator[tuple[list[int], Samples]]:
-        """Sample one image for each seed, batch by batch; see `batches_of`.
-
-        ``take`` selects some of the batches.
-        """
-        return batches_of(self, self.batches(seeds)[take], shown=progress, **how)
-
-    def sample(self, seeds: Sequence[int], **options: Any) -> Samples:
-        """Sample one image for each seed, in the order of the seeds; see `stream`."""
+    def sample(self, seeds: Sequence[int], *, progress: bool = False, **how: Any) -> Samples:
+        """Sample one image for each seed, in the order of the seeds; see `batches_of`."""
         require(isinstance(seeds, Sized), "seeds", f"must be a sequence of integers; got {seeds!r}")
         require(len(seeds) > 0, "seeds", "must be one or more; got none")
         drawn: dict[int, tuple[Tensor, Tensor]] = {}
-        for some, found in self.stream(seeds, **options):
+        for some, found in batches_of(self, self.batches(seeds), shown=progress, **how):
             drawn |= dict(zip(some, zip(*found[:2], strict=True), strict=True))
         images, evaluations = zip(*(drawn[seed] for seed in seeds), strict=True)
         return Samples(torch.stack(images), torch.stack(evaluations), self.space.levels)

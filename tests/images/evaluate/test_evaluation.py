@@ -72,10 +72,16 @@ class NoiseSampler(SimpleNamespace):
     def of(cls, model, recipe, **_):
         return cls(recipe=recipe)
 
-    def stream(self, seeds, **_):
+    def batches(self, seeds):
+        return [(None, seeds)]
+
+    def start(self, seeds):
+        return None
+
+    def draw(self, seeds, *_):
         nfe, n = self.recipe.nfe, len(seeds)
         images = noise_images(n, nfe, (1, 8, 8)).load(torch.arange(n))
-        return iter([(seeds, Samples(images, torch.full((n,), nfe)))])
+        return Samples(images, torch.full((n,), nfe))
 
 
 @pytest.fixture
@@ -159,13 +165,13 @@ def test_simultaneous_evaluations_of_a_run_share_a_file_of_results(
     evaluation, untrained_classifier, tmp_path, monkeypatch
 ):
     """Each samples when the others have read the file, and before they write to it."""
-    together, stream = threading.Barrier(3, timeout=60), NoiseSampler.stream
+    together, draw = threading.Barrier(3, timeout=60), NoiseSampler.draw
 
-    def meeting(*arguments, **_):
+    def meeting(*arguments):
         together.wait()
-        return stream(*arguments)
+        return draw(*arguments)
 
-    monkeypatch.setattr(NoiseSampler, "stream", meeting)
+    monkeypatch.setattr(NoiseSampler, "draw", meeting)
     each = [("fd", 0, 4), ("fd", 100, 5), ("isc", 0, 4)]
     with ThreadPoolExecutor(3) as pool:
         jobs = [
@@ -184,15 +190,15 @@ def test_simultaneous_evaluations_of_a_run_share_a_file_of_results(
 def test_a_failure_is_a_result_that_is_not_repeated_and_does_not_end_the_others(
     evaluation, tmp_path, monkeypatch
 ):
-    stream, calls = NoiseSampler.stream, []
+    draw, calls = NoiseSampler.draw, []
 
-    def failing(self, seeds, **_):
+    def failing(self, *arguments):
         calls.append(self.recipe.nfe)
         if self.recipe.nfe == 4:
             raise FloatingPointError("sscs failed: not finite")
-        return stream(self, seeds)
+        return draw(self, *arguments)
 
-    monkeypatch.setattr(NoiseSampler, "stream", failing)
+    monkeypatch.setattr(NoiseSampler, "draw", failing)
     for _ in range(2):
         recipes = [SamplingConfig(solver="sscs", nfe=4, t_end=0.01)]
         recipes += [SamplingConfig(solver="sscs", nfe=5, t_end=0.01, options={"merge": False})]
@@ -313,13 +319,15 @@ def test_images_are_not_kept_and_those_to_compare_with_are_measured_once(
 ):
     alive, batches = [], noise(60, 1, (1, 8, 8)).split(5)
 
-    def stream(*_, **__):
-        for images in map(torch.clone, batches):
-            alive.append(weakref.ref(images))
-            assert sum(image() is not None for image in alive) <= 2
-            yield range(5), Samples(images, torch.full((5,), 4))
+    def draw(_, seeds, *__):
+        images = batches[seeds[0] // 5].clone()
+        alive.append(weakref.ref(images))
+        assert sum(image() is not None for image in alive) <= 2
+        return Samples(images, torch.full((5,), 4))
 
-    monkeypatch.setattr(NoiseSampler, "stream", stream)
+    fives = [(None, range(first, first + 5)) for first in range(0, 60, 5)]
+    monkeypatch.setattr(NoiseSampler, "batches", lambda *_: fives)
+    monkeypatch.setattr(NoiseSampler, "draw", draw)
     known = torch.cat([*measured_batches(data_set().train)])
     expected = frechet(torch.cat(batches), known, lambda images: Inception()(images)[:, :64])
 
