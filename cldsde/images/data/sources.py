@@ -6,9 +6,9 @@ import os
 import unicodedata
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache, partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any, NamedTuple
 
 from cldsde.images.checks import listed, what_instead
@@ -43,12 +43,22 @@ def find_pictures(path: str | Path, *, classes: bool) -> Found:
     if names >= {"dataset_info.json", "state.json"} or "dataset_dict.json" in names:
         stamps = [(x.name, _stamp(x)) for x in sorted(root.glob("*.arrow"))]
         return Found(*_in_table(root, classes=classes), [str(root.resolve()), stamps], Counter())
-    files, tops, others = _in_archive(root) if packed else _in_folder(root)
+    files: Files = []
+    others = Counter[str]()
+    for parts, file in _in_archive(root) if packed else _in_folder(root):
+        suffix = PurePath(parts[-1]).suffix
+        if suffix.lower() in SUFFIXES:
+            files.append((parts, file))
+        else:
+            others[suffix or "no suffix"] += 1
+    # An outer folder of all pictures in an archive does not count.
+    while packed and len({x[0] for x, _ in files}) == 1 and min(len(x) for x, _ in files) > 2:
+        files = [(parts[1:], file) for parts, file in files]
     if not files:
         msg = f"{root} holds no image; files that end in {listed(sorted(SUFFIXES))} count"
         raise ValueError(msg)
     files.sort(key=lambda one: _name_order(one[0]))
-    kinds, labels = _classes(root, files, tops) if classes else (None, None)
+    kinds, labels = _classes(root, files) if classes else (None, None)
     # Files of the same names, sizes and times may be in two places.
     facts = [str(root.resolve()), [(name, _stamp(file)) for name, file in files]]
     return Found([file for _, file in files], labels, kinds, facts, others)
@@ -78,50 +88,33 @@ def _name_order(parts: Names) -> tuple[list[str], Names]:
     return [unicodedata.normalize("NFC", part) for part in parts], parts
 
 
-def _in_folder(root: Path) -> tuple[Files, list[str], Counter[str]]:
-    """Files of a folder and its subfolders, its own subfolders, and numbers of other files."""
-    files: Files = []
-    others: Counter[str] = Counter()
+def _in_folder(root: Path) -> Iterator[tuple[Names, Path]]:
+    """Files of a folder and its subfolders."""
     for name, folders, names in os.walk(root, onerror=_raise, followlinks=True):
         place = Path(name)
-        above = [root / part for part in place.relative_to(root).parents] if place != root else []
+        above = [root / part for part in place.relative_to(root).parents]
         if place.resolve() in (folder.resolve() for folder in above):
             raise ValueError(f"{place} is a link to a folder that it lies in; remove it")
         folders[:] = [folder for folder in folders if folder[0] != "."]
         for file in (place / name for name in names if name[0] != "."):
-            if file.suffix.lower() in SUFFIXES:
-                files.append((file.relative_to(root).parts, file))
-            else:
-                others[file.suffix or "no suffix"] += 1
-    tops = [x.name for x in root.iterdir() if x.is_dir() and x.name[0] != "."]
-    return files, tops, others
+            yield file.relative_to(root).parts, file
 
 
 def _raise(error: OSError) -> None:
     raise error
 
 
-def _in_archive(archive: Path) -> tuple[Files, list[str], Counter[str]]:
-    """What `_in_folder` returns, for a zip archive; an outer folder of all files is left out."""
-    stamp, others = _stamp(archive), Counter[str]()
+def _in_archive(archive: Path) -> Iterator[tuple[Names, Packed]]:
+    """Files of a zip archive."""
+    stamp = _stamp(archive)
     try:
         entries = _opened(archive, stamp, os.getpid()).infolist()
     except (zipfile.BadZipFile, OSError, ValueError) as error:
         raise ValueError(f"{archive} cannot be read as a zip archive: {error}") from error
-    files: Files = []
     for names, x in {PurePosixPath(x.filename).parts: x for x in entries}.items():
-        if x.is_dir() or any(part.startswith(("__MACOSX", ".")) for part in names):
-            continue
-        suffix = PurePosixPath(names[-1]).suffix
-        if suffix.lower() in SUFFIXES:
+        if not (x.is_dir() or any(part.startswith(("__MACOSX", ".")) for part in names)):
             read = partial(_member, archive, stamp, x.filename)
-            name, own = f"{archive}, {x.filename}", (x.file_size, x.CRC)
-            files.append((names, Packed(name, read, own)))
-        else:
-            others[suffix or "no suffix"] += 1
-    while files and len({x[0] for x, _ in files}) == 1 and min(len(x) for x, _ in files) > 2:
-        files = [(names[1:], entry) for names, entry in files]
-    return files, [*{names[0] for names, _ in files if len(names) > 1}], others
+            yield names, Packed(f"{archive}, {x.filename}", read, (x.file_size, x.CRC))
 
 
 @lru_cache(maxsize=8)
@@ -138,16 +131,17 @@ def _member(archive: Path, stamp: Any, name: str) -> bytes:
     return source.read(name)
 
 
-def _classes(root: Path, files: Files, tops: Iterable[str]) -> tuple[list[str], list[int]]:
+def _classes(root: Path, files: Files) -> tuple[list[str], list[int]]:
     """Names of the classes, and the class of each file."""
-    classes = sorted(tops, key=lambda name: _name_order((name,)))
     for names, file in files:
         if len(names) == 1:
             msg = f"{file} belongs to no class; with classes=True images lie in subfolders"
             raise ValueError(msg)
     owners = [names[0] for names, _ in files]
-    for name in sorted({*classes} - {*owners}):
+    tops = [x for x in root.iterdir() if x.is_dir() and x.name[0] != "."] if root.is_dir() else []
+    for name in sorted({x.name for x in tops} - {*owners}):
         raise ValueError(f"{root / name} is a class without an image; add images or remove it")
+    classes = sorted({*owners}, key=lambda name: _name_order((name,)))
     numbers = {name: i for i, name in enumerate(classes)}
     return classes, [numbers[owner] for owner in owners]
 
