@@ -237,15 +237,15 @@ def test_a_cell_that_cannot_be_measured_has_its_reason_and_others_are_measured(t
 
 
 def test_repeats_before_a_failure_are_kept(folder, monkeypatch):
-    stream, asked = sampling.ImageSampler.stream, []
+    draw, asked = sampling.ImageSampler.draw, []
 
     def failing(*arguments, **options):
         asked.append(arguments)
         if len(asked) == 2:
             raise FloatingPointError("not finite")
-        return stream(*arguments, **options)
+        return draw(*arguments, **options)
 
-    monkeypatch.setattr(sampling.ImageSampler, "stream", failing)
+    monkeypatch.setattr(sampling.ImageSampler, "draw", failing)
     (folder / "evaluations" / "CLD.jsonl").unlink()
     found = compare(folder, **EM)
     first, second = found["rows"][0]["cells"]
