@@ -7,7 +7,7 @@ import torch
 
 from cldsde import RectifiedFlow
 from cldsde.images.config import SamplingConfig
-from cldsde.images.latent.bound import Batch, Times
+from cldsde.images.latent import Batch, Times
 from cldsde.images.model import ImageSpace, data_statistics, load_model, make_model
 from cldsde.images.sample.sampler import ImageSampler
 from cldsde.images.train.objectives import make_objective

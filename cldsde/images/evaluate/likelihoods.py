@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from cldsde.images.checks import check_images, check_values
 from cldsde.images.data import to_unit
 from cldsde.images.evaluate.distances import images_sha256, package_versions
-from cldsde.images.latent.bound import Batch, Times, bit_per_dim, negative_evidence_lower_bound
+from cldsde.images.latent import Batch, Times, bit_per_dim, negative_evidence_lower_bound
 from cldsde.images.model import DiffusionModel
 from cldsde.images.schema import Count, Levels, Natural, checked
 from cldsde.progress import progress_bar

@@ -15,7 +15,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from cldsde.images.config import RunConfig
 from cldsde.images.data import DataSet, Images, augment
-from cldsde.images.latent.bound import Batch, Times
+from cldsde.images.latent import Batch, Times
 from cldsde.images.model import ImageSpace, Statistics, make_model
 from cldsde.images.power_averages import WIDTHS, power
 from cldsde.images.streams import image_order, stream, stream_seed

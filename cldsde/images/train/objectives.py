@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from cldsde.images.config import RunConfig
-from cldsde.images.latent.bound import Batch, bit_per_dim, negative_evidence_lower_bound
+from cldsde.images.latent import Batch, bit_per_dim, negative_evidence_lower_bound
 from cldsde.images.model import DiffusionModel
 from cldsde.images.training_config import TrainingConfig
 from cldsde.linear.random import Generators

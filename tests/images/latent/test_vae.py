@@ -179,7 +179,7 @@ def test_every_weight_has_a_gradient_and_the_cpu_never_waits(likelihood, device)
     ],
 )
 def test_an_argument_out_of_range_is_rejected(options, message, monkeypatch):
-    monkeypatch.setattr("cldsde.images.latent.vae.Encoder", None)
+    monkeypatch.setattr("cldsde.images.latent.Encoder", None)
     with pytest.raises((TypeError, ValueError), match=message):
         make(**options)
 

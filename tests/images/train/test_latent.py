@@ -12,7 +12,7 @@ from cldsde.images.compare.config import PRESETS, load_comparison
 from cldsde.images.config import RunConfig
 from cldsde.images.data import to_unit
 from cldsde.images.evaluate.likelihoods import UndefinedLikelihoodError, latent_likelihood
-from cldsde.images.latent.bound import Batch, Times, negative_evidence_lower_bound
+from cldsde.images.latent import Batch, Times, negative_evidence_lower_bound
 from cldsde.images.model import DiffusionModel, ImageSpace, load_model, make_model
 from cldsde.images.sample.sampler import ImageSampler
 from cldsde.images.train import learner, objectives
