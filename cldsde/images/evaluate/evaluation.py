@@ -21,31 +21,9 @@ from cldsde.errors import require, setting
 from cldsde.images.config import SamplingConfig
 from cldsde.images.data import DataSet, Images
 from cldsde.images.data.samples import measured, measured_batches
-from cldsde.images.evaluate import inception, likelihoods
-from cldsde.images.evaluate.classifier import (
-    CLASSIFIER,
-    ClassifierFeatures,
-    kept_classifier,
-    random_features,
-)
-from cldsde.images.evaluate.distances import (
-    FeatureNetwork,
-    FeatureStatistics,
-    FeatureSums,
-    check_features,
-    feature_name,
-    frechet_report,
-    images_sha256,
-    load_features,
-)
+from cldsde.images.evaluate import classifier, distances, inception, likelihoods, results
 from cldsde.images.evaluate.measurements import METRICS, Measurements, of_each, place, shared
-from cldsde.images.evaluate.results import (
-    Result,
-    add_results,
-    check_comparable,
-    origin,
-    read_results,
-)
+from cldsde.images.evaluate.results import Result
 from cldsde.images.model import ImageModel, TrainedModel
 from cldsde.images.sample.sampler import ImageSampler, chosen_for
 from cldsde.images.schema import check_name, plain, section
@@ -109,7 +87,7 @@ class Evaluation(Measurements):
                 _ = self._inception
         if "fd" in self.metrics and self._kind not in {"classifier", "random"}:
             two = measured(self._images.load(torch.arange(2, device="cpu")), self._images.levels)
-            check_features(load_features(self.features), two)
+            distances.check_features(distances.load_features(self.features), two)
 
     def prepare(self, *, progress: bool = False) -> None:
         """Train the classifier that measuring samples needs, if there is none yet."""
@@ -121,7 +99,7 @@ class Evaluation(Measurements):
         """Whether a file that is missing in the folder is going to be kept there."""
         kept = [_CACHE] if self._inception_metrics else []
         if "fd" in self.metrics and self._kind == "classifier":
-            kept.append(CLASSIFIER)
+            kept.append(classifier.CLASSIFIER)
         return not all((self.folder / name).exists() for name in kept)
 
     def of_run(
@@ -162,7 +140,7 @@ class Evaluation(Measurements):
 
     def of_samples(self, images: Tensor, name: str, file: Path) -> list[Result]:
         """Measure images, uint8 with 256 levels; see `of_run`."""
-        digest, recipe = images_sha256(images), {"solver": name}
+        digest, recipe = distances.images_sha256(images), {"solver": name}
         return self._filled(
             file, self._measures, lambda x: (self.measure(images, x), {}), digest, recipe=recipe
         )
@@ -180,7 +158,7 @@ class Evaluation(Measurements):
         shape = (count, *self.data.train.shape)
         others, sums = [metric for metric in metrics if metric != "fd"], {}
         if "fd" in metrics:
-            sums["fd"] = FeatureSums(self._network, shape)
+            sums["fd"] = distances.FeatureSums(self._network, shape)
         if others:
             sums["inception"] = inception.feature_sums(self._inception, shape, others)
         for some in images:
@@ -188,9 +166,9 @@ class Evaluation(Measurements):
                 each.add(some)
         found = {}
         if "fd" in metrics:
-            found["fd"] = frechet_report(sums["fd"].statistics(), self._statistics)
+            found["fd"] = distances.frechet_report(sums["fd"].statistics(), self._statistics)
             network = self._network
-            if isinstance(network, ClassifierFeatures) and network.accuracy is not None:
+            if isinstance(network, classifier.ClassifierFeatures) and network.accuracy is not None:
                 found["fd"]["classifier_accuracy"] = network.accuracy
                 found["fd"]["classes"] = self.data.train.classes
         if others:
@@ -218,7 +196,7 @@ class Evaluation(Measurements):
                 if names := of_each(None)[0]:
                     measure(names)
             return []
-        found = read_results(file, model)
+        found = results.read_results(file, model)
         own |= {"model": model}
         wanted = [Result(metric=name, against=self._against(name), **own) for name in metrics]
         new = [one for one in wanted if one.key not in found]
@@ -226,32 +204,32 @@ class Evaluation(Measurements):
         of_each([one.metric for one in missing])
         if missing:
             # Before any sampling.
-            check_comparable([*found.values(), *missing], file)
+            results.check_comparable([*found.values(), *missing], file)
             try:
                 reports, cost = measure([one.metric for one in missing])
             except _FAILURES as error:
                 made = [dataclasses.replace(one, failed=str(error)) for one in missing]
             else:
                 made = [_reported(one, reports[one.metric], cost) for one in missing]
-            add_results(file, made)
+            results.add_results(file, made)
             found |= {one.key: one for one in made}
         return [found[one.key] for one in wanted]
 
     def _against(self, metric: str) -> str:
         """Name of what a metric compares with."""
         if metric == "bpd":
-            return images_sha256(self._likelihood_images)[:16]
+            return distances.images_sha256(self._likelihood_images)[:16]
         features = self._kind if metric == "fd" else self._inception.sha256[:8]
         return f"{features} {self.part}"
 
     def _conditions(self, metric: str) -> dict[str, Any]:
         """Features and reference that results of a metric share, and the origin of the result."""
-        found: dict[str, Any] = {"origin": origin(self.device)}
+        found: dict[str, Any] = {"origin": results.origin(self.device)}
         if metric == "bpd":
             return found
-        features = feature_name(self._network) if metric == "fd" else self._inception.sha256
+        name = self._inception.sha256 if metric != "fd" else distances.feature_name(self._network)
         # The Inception score takes no reference.
-        return found | {"features": features, "reference": "" if metric == "isc" else self._sha256}
+        return found | {"features": name, "reference": "" if metric == "isc" else self._sha256}
 
     def _of_seeds(
         self,
@@ -339,28 +317,30 @@ class Evaluation(Measurements):
 
     @cached_property
     def _sha256(self) -> str:
-        return images_sha256(measured_batches(self._images), self._shape)
+        return distances.images_sha256(measured_batches(self._images), self._shape)
 
     @cached_property
-    def _statistics(self) -> FeatureStatistics:
+    def _statistics(self) -> distances.FeatureStatistics:
         """Statistics in the features of ``fd``."""
-        return FeatureSums(self._network, self._shape).of(self._batches())
+        return distances.FeatureSums(self._network, self._shape).of(self._batches())
 
     @cached_property
-    def _reference(self) -> FeatureStatistics:
+    def _reference(self) -> distances.FeatureStatistics:
         """Statistics in the features of Inception."""
         known = self._shape, self._sha256, self._inception, self._inception_metrics
         return inception.reference_statistics(self._batches(), *known, self.folder / _CACHE)
 
     @cached_property
-    def _network(self) -> FeatureNetwork:
+    def _network(self) -> distances.FeatureNetwork:
         """The features of ``fd``; their classifier is trained if there is none yet."""
         if self._kind == "random":
-            return random_features(self.data.train.shape[0], self.device)
+            return classifier.random_features(self.data.train.shape[0], self.device)
         if self._kind != "classifier":
-            return load_features(self._kind)
-        file = self.folder / CLASSIFIER
-        return kept_classifier(file, self.data, device=self.device, progress=self.progress)
+            return distances.load_features(self._kind)
+        file = self.folder / classifier.CLASSIFIER
+        return classifier.kept_classifier(
+            file, self.data, device=self.device, progress=self.progress
+        )
 
     @cached_property
     def _inception(self) -> inception.InceptionFeatures:

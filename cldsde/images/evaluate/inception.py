@@ -19,14 +19,7 @@ from torch import Tensor
 
 from cldsde.errors import require
 from cldsde.images.checks import check_images, check_same_shape
-from cldsde.images.evaluate.distances import (
-    FeatureStatistics,
-    FeatureSums,
-    frechet_conditions,
-    frechet_of,
-    images_sha256,
-    package_versions,
-)
+from cldsde.images.evaluate import distances
 from cldsde.images.schema import Count, Natural, checked
 from cldsde.images.tensor_files import load_tensors, save_tensors
 from cldsde.progress import progress_bar
@@ -173,7 +166,7 @@ def inception_metrics(
         yield from progress_bar(parts, shown=progress, desc="Inception")
 
     own = feature_sums(network, images.shape, metrics).of(batches(images))
-    known = reference.shape, images_sha256(reference), network
+    known = reference.shape, distances.images_sha256(reference), network
     other = reference_statistics(batches(reference), *known, metrics, cache)
     options = {"seed": seed, "kid_subsets": kid_subsets, "kid_subset_size": kid_subset_size}
     return report(own, other, network, metrics, **options)
@@ -181,9 +174,9 @@ def inception_metrics(
 
 def feature_sums(
     network: InceptionFeatures, shape: Sequence[int], metrics: Iterable[str]
-) -> FeatureSums:
+) -> distances.FeatureSums:
     """Sums for metrics of images ``(N, C, H, W)``; FID keeps no features of single images."""
-    return FeatureSums(network, shape, size=_FEATURES, keep={*metrics} != {"fid"})
+    return distances.FeatureSums(network, shape, size=_FEATURES, keep={*metrics} != {"fid"})
 
 
 def reference_statistics(
@@ -193,13 +186,13 @@ def reference_statistics(
     network: InceptionFeatures,
     metrics: Iterable[str],
     cache: Path | None,
-) -> FeatureStatistics:
+) -> distances.FeatureStatistics:
     """Statistics of images to compare with, from a file in the folder ``cache`` if there is one."""
     metrics = {*metrics} - {"isc"}  # takes no reference
     known: dict[str, Any] = {"count": shape[0], "features": network.name, "data_sha256": sha256}
     if not metrics:
         none = torch.empty(0, 0, device="cpu")
-        return FeatureStatistics(none.flatten(), none, **known)
+        return distances.FeatureStatistics(none.flatten(), none, **known)
     file = None
     if cache is not None:
         cache.mkdir(parents=True, exist_ok=True)
@@ -207,7 +200,7 @@ def reference_statistics(
         with suppress(ValueError, FileNotFoundError):  # damaged or missing: made again
             kept: dict[str, Any] = load_tensors(file, _KIND)[0]
             if "rows" in kept or metrics == {"fid"}:
-                return FeatureStatistics(**kept, **known)
+                return distances.FeatureStatistics(**kept, **known)
     found = feature_sums(network, shape, metrics).of(batches)
     if file is not None:
         tensors = {name: getattr(found, name) for name in ("mean", "covariance", "rows")}
@@ -216,8 +209,8 @@ def reference_statistics(
 
 
 def report(
-    own: FeatureStatistics,
-    other: FeatureStatistics,
+    own: distances.FeatureStatistics,
+    other: distances.FeatureStatistics,
     network: InceptionFeatures,
     metrics: Iterable[str],
     *,
@@ -232,7 +225,7 @@ def report(
     features: Any = [x.rows[:, :_FEATURES] for x in (own, other) if x.rows is not None]
     found: dict[str, tuple[float, float | None, str | None]] = {}
     if "fid" in metrics:
-        found["fid"] = frechet_of(own, other), None, None
+        found["fid"] = distances.frechet_of(own, other), None, None
     if "kid" in metrics:
         options = {"rng_seed": seed, "verbose": False, **kid}
         mean, spread = metric_kid.kid_features_to_metric(*features, **options).values()
@@ -251,12 +244,12 @@ def report(
     columns = ("value", "spread", "spread_is")
     return {
         "metrics": {name: dict(zip(columns, row, strict=True)) for name, row in found.items()},
-        **frechet_conditions(own, other),
+        **distances.frechet_conditions(own, other),
         "channels": "grey is repeated to three",
         "resize": "bilinear to 299×299 as in TensorFlow 1, in torch-fidelity",
         "weights": {name: getattr(network, name) for name in ("file", "sha256", "published")},
         "settings": {"seed": seed, "splits": _SPLITS, "neighbours": _NEIGHBOURS, **kid},
-        "versions": package_versions("cldsde", "torch", "torch-fidelity", "numpy"),
+        "versions": distances.package_versions("cldsde", "torch", "torch-fidelity", "numpy"),
     }
 
 

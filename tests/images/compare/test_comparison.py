@@ -12,7 +12,7 @@ from cldsde.images.compare.comparison import Comparison
 from cldsde.images.compare.config import ComparisonConfig
 from cldsde.images.compare.report import RESULTS, read_comparison, write_report
 from cldsde.images.data import digits
-from cldsde.images.evaluate import evaluation
+from cldsde.images.evaluate import evaluation, results
 from cldsde.images.evaluate.results import read_results
 from cldsde.images.model import MODEL, load_model
 from cldsde.images.runs import RunFolder
@@ -164,7 +164,7 @@ def test_a_comparison_that_is_killed_again_and_again_ends_with_the_same_numbers(
 
     with monkeypatch.context() as patch:
         patch.setattr(RunFolder, "write", counted(RunFolder.write))
-        patch.setattr(evaluation, "add_results", counted(evaluation.add_results))
+        patch.setattr(results, "add_results", counted(results.add_results))
         patch.setattr(comparison, "write_report", lambda *_, **__: None)
         for survived in (2, 4, 5, 3):
             left = survived

@@ -122,7 +122,7 @@ def test_a_classifier_serves_only_the_data_that_it_was_trained_on(
 @pytest.mark.parametrize("metric", ["fd", "fid", "kid", "prc", "isc"])
 def test_metrics_to_other_images_are_not_mixed(evaluation, tmp_path, monkeypatch, metric):
     # Features that fit any data, so that only the images differ.
-    monkeypatch.setattr(module, "load_features", lambda _: PIXELS)
+    monkeypatch.setattr(module.distances, "load_features", lambda _: PIXELS)
     options = {"metrics": [metric], "features": "some:pixels"}
     measured(evaluation(**options))
     before = (tmp_path / "results.jsonl").read_text()
