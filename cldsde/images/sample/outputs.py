@@ -119,12 +119,13 @@ def draw_to(
         for _ in ahead(partial(_write_part, parts), mine):
             pass
         wait()
-        evaluations = None
+        mean = None
         if process == 0:
-            evaluations = (_gather if out.suffix else _gather_pictures)(out, parts, request)
+            mean = float(np.concatenate([evaluations for *_, evaluations in _read(parts)]).mean())
+            (_gather if out.suffix else _gather_pictures)(out, parts, request)
             _drop_parts(out)
         wait()
-        return evaluations
+        return mean
 
 
 @contextmanager
@@ -149,53 +150,49 @@ def _read(parts: Path) -> Iterator[tuple[NDArray[Any], NDArray[Any], NDArray[Any
             raise ValueError(msg) from error
 
 
-def _gather(out: Path, parts: Path, request: SampleRequest) -> float:
-    """Join the parts in a file, in the order of the seeds; return the mean score evaluations."""
+def _gather(out: Path, parts: Path, request: SampleRequest) -> None:
+    """Join the parts in a file, in the order of the seeds."""
     levels = request.model.space.levels
     drawn, images, evaluations = map(np.concatenate, zip(*_read(parts), strict=True))
     order = np.argsort(drawn)
-    sheet, nfe = images[order], evaluations[order]
+    sheet = images[order]
     if out.suffix == ".png":
         grid, notes = torch.from_numpy(sheet), _notes(request)
         _write(out, lambda path: save_grid(path, grid, levels, notes=notes))
-        return float(nfe.mean())
+        return
     arrays: dict[str, Any] = {"images": sheet.transpose(0, 2, 3, 1), "levels": np.array(levels)}
-    arrays |= {"seeds": drawn[order], "evaluations": nfe}
+    arrays |= {"seeds": drawn[order], "evaluations": evaluations[order]}
     arrays["recipe"] = np.array(json.dumps(request.recipe()))
     batches = request.sampler.batches(request.seeds)
     labels = {seed: label for label, seeds in batches for seed in seeds}
     if batches[0][0] is not None:
         arrays["labels"] = np.array([labels[seed] for seed in request.seeds])
     _write(out, lambda path: np.savez_compressed(path, **arrays))
-    return float(nfe.mean())
 
 
-def _gather_pictures(out: Path, parts: Path, request: SampleRequest) -> float:
+def _gather_pictures(out: Path, parts: Path, request: SampleRequest) -> None:
     """Write the parts as pictures in a folder, and move it into place."""
+    if out.exists() and _is_done(out, request):
+        return
     whole = parts / f"{PARTIAL}whole"
     if whole.exists():
         shutil.rmtree(whole)
     names = dict(zip(request.seeds, _picture_names(request), strict=True))
-    total, notes, spent = len(request.seeds), _notes(request), 0
-    done = out.exists() and _is_done(out, request)
+    total, notes = len(request.seeds), _notes(request)
     whole.mkdir()
     with progress_bar(None, shown=True, total=total, desc="pictures", unit="image") as bar:
-        for seeds, images, evaluations in _read(parts):
-            spent += int(evaluations.sum())
+        for seeds, images, _ in _read(parts):
             shown = as_bytes(torch.from_numpy(images), request.model.space.levels)
             for image, seed in zip(shown, seeds.tolist(), strict=True):
-                if not done:
-                    with writing(whole / names[seed], _KEPT):
-                        picture(image).save(whole / names[seed], pnginfo=notes)
+                with writing(whole / names[seed], _KEPT):
+                    picture(image).save(whole / names[seed], pnginfo=notes)
                 bar.update()
     if hasattr(os, "sync"):  # once: synchronising each file takes far longer than writing it
         os.sync()
     with writing(out, _KEPT):
-        if not done:
-            if out.exists():
-                out.rmdir()  # fails if it is not empty
-            whole.replace(out)
-    return spent / total
+        if out.exists():
+            out.rmdir()  # fails if it is not empty
+        whole.replace(out)
 
 
 def _picture_names(request: SampleRequest) -> list[str]:
