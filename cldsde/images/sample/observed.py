@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 import torch
+from scipy.linalg import helmert
 from torch import Tensor
 
 from cldsde.errors import SettingError, require, setting
@@ -218,9 +219,7 @@ class Conditioning:
 
 def grey_basis() -> Tensor:
     """Orthonormal basis ``(3, 3)`` of the channels, float64, one vector per row, grey first."""
-    rows = [[1.0, 1.0, 1.0], [1.0, -1.0, 0.0], [1.0, 1.0, -2.0]]
-    basis = torch.tensor(rows, dtype=torch.float64, device="cpu")
-    return basis / basis.square().sum(1, keepdim=True).sqrt()
+    return torch.from_numpy(helmert(3, full=True))
 
 
 def _observation(
