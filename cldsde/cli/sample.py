@@ -105,7 +105,7 @@ def prepare(options: Namespace) -> Callable[[], None]:
     how = {"label": model.space.label(options.label), "observed": observed}
     how |= {"guidance": 1.0 if options.guidance is None else options.guidance}
     sampler = ImageSampler.of(model, sampling, options.batch, precision=options.precision, **how)
-    return _work(options, SampleRequest(model, sampler, seeds), state)
+    return _work(options, SampleRequest(sampler, seeds, model.digest, model.t_min), state)
 
 
 def _pipeline_request(options: Namespace, seeds: range, device: Any) -> Any:
@@ -123,7 +123,7 @@ def _pipeline_request(options: Namespace, seeds: range, device: Any) -> Any:
     chosen = options.solver in {None, "recommended"}
     how["solver"] = None if chosen else find_solver(options.solver, "recommended")
     sampler = PipelineSampler.load(options.model, process_config(options), device, **how)
-    return SampleRequest(sampler.model, sampler, seeds)
+    return SampleRequest(sampler, seeds, sampler.digest())
 
 
 def _work(options: Namespace, request: Any, state: Any) -> Callable[[], None]:

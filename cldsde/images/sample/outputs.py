@@ -24,8 +24,6 @@ from cldsde.errors import SettingError
 from cldsde.files import PARTIAL, check_writable, file_lock, write_whole, writing
 from cldsde.images.checks import output_place
 from cldsde.images.data.samples import as_bytes, picture, save_grid
-from cldsde.images.model import ImageModel
-from cldsde.images.sample.pipelines import PipelineModel
 from cldsde.images.sample.sampler import Samples, ahead, batches_of
 from cldsde.progress import progress_bar
 
@@ -38,22 +36,23 @@ _KEPT = "finished samples are kept: the same call resumes"
 class SampleRequest:
     """A request for samples of a trained model or a pipeline, one image for each seed below 2³²."""
 
-    model: ImageModel | PipelineModel
     sampler: Any  # an ImageSampler, or the PipelineSampler of a pipeline
     seeds: range
+    weights: str  # digest
+    t_min: float | None = None  # smallest time of the training, if known
 
     def recipe(self) -> dict[str, object]:
         """Everything that the images and their parts depend on, in JSON types."""
         seeds = [self.seeds.start, self.seeds.stop]
-        return {"weights": self.model.digest, **self.sampler.recipe(), "seeds": seeds}
+        return {"weights": self.weights, **self.sampler.recipe(), "seeds": seeds}
 
     def notes(self) -> list[str]:
         """Notes on settings that are allowed, but probably a mistake."""
-        t_min, t_end = self.model.t_min, self.sampler.t_end
-        if t_min is None or t_end is None or t_end >= t_min:
+        t_min = self.t_min
+        if t_min is None or self.sampler.t_end >= t_min:
             return []
-        msg = f"t_end = {t_end:g} is below training.t_min = {t_min:g}: the network was not trained "
-        return [f"{msg}at such times"]
+        msg = f"t_end = {self.sampler.t_end:g} is below training.t_min = {t_min:g}: the network "
+        return [f"{msg}was not trained at such times"]
 
 
 def check_output(out: Path, request: SampleRequest, *, overwrite: bool = False) -> None:
@@ -72,8 +71,8 @@ def check_output(out: Path, request: SampleRequest, *, overwrite: bool = False) 
         problem += f"got {named}. Use one inside, such as {named / 'samples'}"
     elif out.suffix not in {"", ".png", ".npz"}:
         problem = f"must be FILE.npz, FILE.png or a folder; got {out}"
-    elif not out.suffix and request.model.space.shape[0] not in {1, 3}:
-        problem = f"must be FILE.npz or FILE.png for images of {request.model.space.shape[0]} "
+    elif not out.suffix and request.sampler.space.shape[0] not in {1, 3}:
+        problem = f"must be FILE.npz or FILE.png for images of {request.sampler.space.shape[0]} "
         problem += f"channels, of which there are no pictures; got {out}"
     elif out.exists() and out.is_dir() == bool(out.suffix):
         problem = f"{out} is there already, as another kind of file"
@@ -152,7 +151,7 @@ def _read(parts: Path) -> Iterator[tuple[NDArray[Any], NDArray[Any], NDArray[Any
 
 def _gather(out: Path, parts: Path, request: SampleRequest) -> None:
     """Join the parts in a file, in the order of the seeds."""
-    levels = request.model.space.levels
+    levels = request.sampler.space.levels
     drawn, images, evaluations = map(np.concatenate, zip(*_read(parts), strict=True))
     order = np.argsort(drawn)
     sheet = images[order]
@@ -182,7 +181,7 @@ def _gather_pictures(out: Path, parts: Path, request: SampleRequest) -> None:
     whole.mkdir()
     with progress_bar(None, shown=True, total=total, desc="pictures", unit="image") as bar:
         for seeds, images, _ in _read(parts):
-            shown = as_bytes(torch.from_numpy(images), request.model.space.levels)
+            shown = as_bytes(torch.from_numpy(images), request.sampler.space.levels)
             for image, seed in zip(shown, seeds.tolist(), strict=True):
                 with writing(whole / names[seed], _KEPT):
                     picture(image).save(whole / names[seed], pnginfo=notes)

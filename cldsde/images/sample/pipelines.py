@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -37,14 +37,6 @@ def is_pipeline(source: Path) -> bool:
     return any(listed.get(part, [None])[0] is not None for part in _MORE_PARTS)
 
 
-class PipelineModel(NamedTuple):
-    """The form of a pipeline's images and the digest of its weights, as `request` needs them."""
-
-    space: ImageSpace
-    digest: str
-    t_min: None = None
-
-
 @dataclass(frozen=True, eq=False)
 class PipelineSampler:
     """Sampler of images with a pipeline, whose text encoder, guidance and decoder are its own."""
@@ -55,7 +47,7 @@ class PipelineSampler:
     guidance: float | None = None  # weight of text or class; None: the pipeline's own default
     nfe: int = _STEPS  # number of steps
     batch: int = _BATCH  # largest number of images in one call
-    t_end: None = None
+    space: ClassVar = ImageSpace((3, 1, 1))  # colours
 
     @classmethod
     def load(
@@ -140,15 +132,13 @@ class PipelineSampler:
         evaluations = torch.full((len(seeds),), sum(rows) // len(seeds), device="cpu")
         return Samples((images.clamp(0, 1) * 255).round().to(torch.uint8), evaluations)
 
-    @property
-    def model(self) -> PipelineModel:
-        """Colour images, and the SHA-256 of all weights."""
-        parts = self.pipeline.components.items()
+    def digest(self) -> str:
+        """SHA-256 of all weights."""
         weights: dict[str, Tensor] = {}
-        for name, part in parts:
+        for name, part in self.pipeline.components.items():
             states = part.state_dict() if isinstance(part, nn.Module) else {}
             weights |= {f"{name}.{key}": x.cpu() for key, x in states.items()}
-        return PipelineModel(ImageSpace((3, 1, 1)), tensors_digest(weights))
+        return tensors_digest(weights)
 
     def recipe(self) -> dict[str, object]:
         """Everything that the images depend on besides weights and seeds, in JSON types."""

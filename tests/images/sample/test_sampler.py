@@ -53,7 +53,8 @@ def request_of(run):
 
     def request(count=4, seeds=None, **changes):
         sampler = ImageSampler.of(run, **{"sampling": FIXED, "batch": 2, **changes})
-        return SampleRequest(run, sampler, range(count) if seeds is None else seeds)
+        seeds = range(count) if seeds is None else seeds
+        return SampleRequest(sampler, seeds, run.digest, run.t_min)
 
     return request
 
