@@ -35,15 +35,15 @@ def prepare(options: Namespace) -> Callable[[], None]:
     if options.family not in PUBLISHED:
         raise SettingError("family", f"must be {_CODES}; got {options.family!r}")
     from cldsde.images.networks import parameter_count
-    from cldsde.images.published import read_published
+    from cldsde.images.published import is_written, read_published, write_run
 
     out = options.out
     found = read_published(options.path, options.family, options.config, options.set)
-    if found.is_at(out, overwrite=options.overwrite):
+    if is_written(found, out, overwrite=options.overwrite):
         return lambda: print(f"The run in {out.resolve()} has this model already")
 
     def work() -> None:
-        found.write(out)
+        write_run(found, out)
         count = parameter_count(found.model)
         name, shape = found.config.process.name, "×".join(map(str, found.space.shape))
         print(f"{name}, {count:,} parameters, images of {shape}. The run is in {out.resolve()}")

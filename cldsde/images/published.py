@@ -13,7 +13,15 @@ from torch import Tensor
 
 from cldsde.errors import require, setting
 from cldsde.images.config import RunConfig
-from cldsde.images.model import KIND, MODEL, DiffusionModel, ImageSpace, make_model, model_notes
+from cldsde.images.model import (
+    KIND,
+    MODEL,
+    ImageSpace,
+    TrainedModel,
+    as_trained,
+    make_model,
+    model_notes,
+)
 from cldsde.images.runs import CONFIG, RunFolder, check_folder
 from cldsde.images.schema import parse_overrides, with_overrides
 from cldsde.images.tensor_files import load_tensors, save_tensors, tensors_digest
@@ -25,48 +33,39 @@ _OPEN = ("data.name", "data.options", "sampling")
 """Settings that a checkpoint does not determine."""
 
 
-@dataclasses.dataclass(frozen=True)
-class ImportedModel:
-    """A published model as a run has it."""
+def is_written(run: TrainedModel, out: Path, *, overwrite: bool = False) -> bool:
+    """Whether a folder holds a run of `read_published` already.
 
-    model: DiffusionModel  # with averaged weights
-    config: RunConfig
-    space: ImageSpace
-    images_seen: int
+    Raises a SettingError if it holds another run that must not be overwritten, or other files.
+    """
+    config = run.config.to_dict()
+    check_folder(out, config, free=[*config])
+    if not (out / CONFIG).is_file():
+        return False
+    same = json.loads((out / CONFIG).read_text()) == config
+    if same and not (out / MODEL).exists():
+        return False  # an import that was interrupted
+    found: dict[str, Tensor] = {}
+    with suppress(ValueError, FileNotFoundError):  # damaged or missing
+        found, _ = load_tensors(out / MODEL, KIND)
+    same = same and tensors_digest(found) == run.digest
+    msg = f"{out} holds another model or settings; choose another folder, or set `overwrite`"
+    require(same or overwrite, "out", msg)
+    return same
 
-    def is_at(self, out: Path, *, overwrite: bool = False) -> bool:
-        """Whether a folder holds this run already.
 
-        Raises a SettingError if it holds another run that must not be overwritten, or other files.
-        """
-        config, weights = self.config.to_dict(), self.model.state_dict()
-        check_folder(out, config, free=[*config])
-        if not (out / CONFIG).is_file():
-            return False
-        same = json.loads((out / CONFIG).read_text()) == config
-        if same and not (out / MODEL).exists():
-            return False  # an import that was interrupted
-        found: dict[str, Tensor] = {}
-        with suppress(ValueError, FileNotFoundError):  # damaged or missing
-            found, _ = load_tensors(out / MODEL, KIND)
-        same = same and tensors_digest(found) == tensors_digest(weights)
-        msg = f"{out} holds another model or settings; choose another folder, or set `overwrite`"
-        require(same or overwrite, "out", msg)
-        return same
-
-    def write(self, out: Path) -> Path:
-        """Write the run folder, over any other run in it; return the file of the weights."""
-        config = self.config.to_dict()
-        folder = RunFolder(out, config, free=config)
-        folder.write_json(CONFIG, config)
-        notes = model_notes(self.config, self.space, self.images_seen)
-        save_tensors(folder / MODEL, KIND, self.model.state_dict(), notes)
-        return folder / MODEL
+def write_run(run: TrainedModel, out: Path) -> None:
+    """Write the run folder, over any other run in it."""
+    config = run.config.to_dict()
+    folder = RunFolder(out, config, free=config)
+    folder.write_json(CONFIG, config)
+    notes = model_notes(run.config, run.space, run.images_seen)
+    save_tensors(folder / MODEL, KIND, run.model.state_dict(), notes)
 
 
 def read_published(
     path: Path, family: Family, name: str | None = None, overrides: Sequence[str] = ()
-) -> ImportedModel:
+) -> TrainedModel:
     """Read a checkpoint of CLD-SGM or score_sde_pytorch; code in it is not run.
 
     ``name`` is the name of its published settings; None recognises them by the weights.
@@ -87,7 +86,7 @@ def read_published(
         model = make_model(config, space)
     load_weights(model.score.network.network, checkpoint, path)  # type: ignore[arg-type]
     check_levels(published, checkpoint, path)
-    return ImportedModel(model, config, space, images)
+    return as_trained(model, config, space, tensors_digest(model.state_dict()), images, "cpu")
 
 
 def _settings(model: PublishedModel, images: int) -> dict[str, Any]:
