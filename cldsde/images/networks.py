@@ -177,12 +177,7 @@ class NCSNpp(_ScoreNetwork):
 
     Notes
     -----
-    The published networks, with the number of parameters for CLD:
-
-    - CIFAR-10: ``channels=(128, 256, 256, 256), blocks=8, attention=(16,), dropout=0.1,
-      fourier_scale=16``: 107.6 million.
-    - CelebA-HQ-256: ``channels=(128, 128, 256, 256, 256, 256, 256), blocks=2, attention=(16,),
-      dropout=0.1, fir=False, inputs_enter="once"``: 65.5 million; with ``blocks=4`` 103 million.
+    ``configs/cifar10_cld.toml`` and ``configs/celebahq256_cld.toml`` have the published networks.
     """
 
     options_of = ncsnpp.NCSNpp

@@ -1,10 +1,7 @@
 """Quality of samples and models: Fréchet distances, Inception metrics, likelihoods.
 
 All functions take uint8 images ``(N, C, H, W)`` on the CPU. They return dictionaries of JSON types
-with the numbers, their settings, hashes of images and weights, and versions. Published FIDs are of
-50,000 samples against the training set in the features of the Inception network of 2015, resized as
-in TensorFlow 1 (`inception_metrics`). Distances are comparable only in the same features, from as
-many samples and to the same images.
+with the numbers, their settings, hashes of images and weights, and versions.
 """
 
 from cldsde.images.evaluate.classifier import ClassifierFeatures, train_classifier
