@@ -126,13 +126,12 @@ class FolderImages(Images):
             key = json.dumps([_RULE, decoder, self._shape, bits, facts])
             folder = cache_folder() / "decoded" if cache == "auto" else Path(cache).expanduser()
             self._place = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.rows"
-        damaged, self._checked = self._known_damaged(), True
-        if damaged is None:
-            damaged, self._checked = self._damaged(whole=skip_damaged), skip_damaged
+        known = self._known_damaged()
+        damaged = self._damaged(whole=skip_damaged) if known is None else known
+        self._left_out, self._checked = damaged, skip_damaged or known is not None
         kept = [row for row in range(len(self._all)) if row not in damaged]
         if damaged and not (skip_damaged and kept):
             raise ValueError(self._described(damaged))
-        self._left_out = damaged
         self._rows = torch.tensor(kept, device="cpu")
         self.files = tuple(self._all[row] for row in kept)
         numbers = None if labels is None else torch.tensor(labels, device="cpu")[self._rows]

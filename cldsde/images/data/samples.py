@@ -50,9 +50,7 @@ def load_samples(path: Path, like: Images | None = None) -> Tensor:
     if path.suffix not in {".npz", ".npy"}:
         msg = f"{path} must be a run, a folder of pictures, or an array file (.npz, .npy)"
         raise ValueError(msg)
-    levels: Any = 256
-    if like is not None and not isinstance(like.levels, int):
-        levels = np.array(like.levels)
+    levels: Any = 256 if like is None or isinstance(like.levels, int) else like.levels
     if zipfile.is_zipfile(path):
         with np.load(path, allow_pickle=False) as archive:
             levels = archive.get("levels", levels)
