@@ -59,10 +59,6 @@ class Dense(NamedTuple):
         """Covariance of z_t given the data."""
         return self._replace(data_variance=0.0).covariance(t)
 
-    def backward(self, u: Any, t: Any) -> Array:
-        """Matrix of the reverse SDE from t to the earlier u: Sigma_u Psi^T Sigma_t^-1."""
-        return transposed(np.linalg.solve(self.covariance(t), self.psi(u, t) @ self.covariance(u)))
-
     def slope(self, t: float) -> Array:
         """Matrix of the probability flow about the mean, F + G G^T Sigma^-1 / 2."""
         pull = self.Q @ np.linalg.inv(self.covariance(t)) / 2
