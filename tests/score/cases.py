@@ -123,6 +123,24 @@ def at_a_known_time(score: Any, t: float) -> Any:
     return lambda z: called(score, z, time.arguments(z)[0])
 
 
+def normal_denoiser(u: torch.Tensor, sigma: Any, variance: torch.Tensor) -> torch.Tensor:
+    """E[x_0 | x_0 + σ n = u] of normal data, with one variance or one for each sample."""
+    variance, sigma = (x.reshape(-1, *(1,) * (u.ndim - 1)) for x in (variance, sigma))
+    return u * variance / (variance + sigma**2)
+
+
+class Counting:
+    """`normal_denoiser`, which counts its calls and their samples."""
+
+    def __init__(self) -> None:
+        self.calls = self.samples = 0
+
+    def __call__(self, u: torch.Tensor, sigma: Any, variance: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        self.samples += len(u)
+        return normal_denoiser(u, sigma, variance)
+
+
 class Constant(nn.Module):
     """A network (state, clock) -> ``value`` in the shape of the driven components."""
 

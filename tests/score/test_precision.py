@@ -6,6 +6,8 @@ one rounding of a half-precision type: half an eps, the unit roundoff. In single
 arithmetic has the amplified error of its own precision (`score_rounding`), for every type.
 """
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -16,18 +18,13 @@ from cldsde.pretrained.published_score import Parameterisation, PublishedScore
 from cldsde.score import ConditionalScore, PosteriorScore, PredictionDenoiser, ScoreDenoiser
 from cldsde.score.times import KnownTimes
 from probes import generator
-from score.cases import COMMON, MODES, called, mixture, score_rounding
+from score.cases import COMMON, MODES, called, mixture, normal_denoiser, score_rounding
 from tolerances import rounding
 
 PROCESSES = {**COMMON, "rectified flow": RectifiedFlow()}
 UNIT = 0.5  # unit roundoff in units of eps
-ONE = torch.tensor(1.0)
-
-
-def denoiser(u, sigma, scale=ONE):
-    """Best estimate for data of variance 0.25 · scale."""
-    variance = 0.25 * scale.reshape(-1, *(1,) * (u.ndim - 1))
-    return u * variance / (variance + sigma.reshape(-1, *(1,) * (u.ndim - 1)) ** 2)
+QUARTER = torch.tensor(0.25)
+denoiser = partial(normal_denoiser, variance=QUARTER)
 
 
 class Network(torch.nn.Module):
@@ -55,7 +52,7 @@ def network_denoiser():
 
 def guided(sde):
     base = DenoiserScore(denoiser, sde)
-    return GuidedScore(*(ConditionalScore(base, scale=torch.tensor(x)) for x in (1.0, 2.0)), 7.5)
+    return GuidedScore(*(ConditionalScore(base, variance=x * QUARTER) for x in (1, 2)), 7.5)
 
 
 def posterior(sde):
@@ -79,7 +76,9 @@ SCORES = {
     "published": lambda sde: PublishedScore(
         Wide(), sde, Parameterisation(code="cld-sgm", mixed=True, numerical_eps=1e-9)
     ),
-    "conditional": lambda sde: ConditionalScore(DenoiserScore(denoiser, sde), scale=torch.ones(3)),
+    "conditional": lambda sde: ConditionalScore(
+        DenoiserScore(denoiser, sde), variance=QUARTER.expand(3)
+    ),
     "guided": guided,
     "posterior": posterior,
 }

@@ -12,7 +12,7 @@ import cldsde
 from cldsde import ReverseProcess, solvers
 from cldsde.score import ConditionalScore, PosteriorScore, ScoreDenoiser, score_matching_loss
 from probes import Smooth, named_solvers, start
-from score.cases import mixture
+from score.cases import mixture, normal_denoiser
 from simulated_device import Generator, SimulatedDevice, needs_simulation, simulated_device
 from tolerances import rounding
 
@@ -232,12 +232,6 @@ def test_samples_in_one_call_have_the_bits_of_the_cpu():
 CLD = cldsde.CLD()
 
 
-def denoised(u, sigma, variance):
-    """Best estimate for normal data of a variance per sample."""
-    variance = variance.reshape(-1, 1)
-    return u * variance / (variance + sigma.reshape(-1, 1) ** 2)
-
-
 def observed(score, operator, **options):
     """A posterior score whose operator and observation are tensors of the CPU."""
     y = torch.tensor([0.5, -0.2], device="cpu")
@@ -271,7 +265,7 @@ def test_composed_scores_copy_nothing_from_the_host_at_an_evaluation(name):
 
     def process(place):
         variance = torch.tensor([0.5, 1.0, 2.0], device="cpu")
-        score = ConditionalScore(cldsde.DenoiserScore(denoised, CLD), variance=variance)
+        score = ConditionalScore(cldsde.DenoiserScore(normal_denoiser, CLD), variance=variance)
         return ReverseProcess(CLD, COMPOSED[name](score).to(place))
 
     solver = SOLVERS["multistep-2-sde"]

@@ -1,5 +1,7 @@
 """`nfev` is the number of network evaluations, for all solvers and wrappers of scores."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from cldsde import CLD, VPSDE, DenoiserScore, GuidedScore, Observation, ReverseP
 from cldsde.score import ConditionalScore, PosteriorScore, flow_log_prob, log_likelihood
 from cldsde.solvers.recommended import fit_grid, window
 from probes import generator, named_solvers
+from score.cases import Counting
 from solvers.test_plan import sde_for
 
 BATCH = 3
@@ -14,18 +17,6 @@ SOLVERS = named_solvers(1.0)
 GRID = solvers.root_times(0.9, 0.05, 4)
 SEEN = Observation.mask(torch.tensor([True, False]), torch.tensor([0.5, 0.0]), 0.3)
 TWIST = solvers.ExponentialMultistep(order=2, stochasticity=1.0)
-
-
-class Counting:
-    """A denoiser of normal data with a condition for its variance; counts the samples."""
-
-    def __init__(self):
-        self.samples = 0
-
-    def __call__(self, u, sigma, variance):
-        self.samples += len(u)
-        variance = variance.reshape(-1, 1)
-        return u * variance / (variance + sigma.reshape(-1, 1) ** 2)
 
 
 def conditional(network, sde, variance=0.5):
@@ -38,20 +29,15 @@ def guided(network, sde, **options):
     return GuidedScore(*pair, 2.0, **options)
 
 
+limited = partial(guided, interval=(0.2, 2.0))
 SCORES = {
-    "plain": lambda network, sde: DenoiserScore(
-        lambda u, sigma: network(u, sigma, torch.tensor(0.5)), sde
-    ),
+    "plain": lambda network, sde: DenoiserScore(partial(network, variance=torch.tensor(0.5)), sde),
     "conditional": conditional,
     "guided": guided,
-    "guided in an interval": lambda network, sde: guided(network, sde, interval=(0.2, 2.0)),
-    "posterior": lambda network, sde: PosteriorScore(conditional(network, sde), SEEN, "pigdm"),
-    "posterior, guided": lambda network, sde: PosteriorScore(
-        guided(network, sde, interval=(0.2, 2.0)), SEEN, "pigdm"
-    ),
-    "guided twice": lambda network, sde: GuidedScore(
-        conditional(network, sde, 0.7), guided(network, sde, interval=(0.2, 2.0)), 1.5
-    ),
+    "guided in an interval": limited,
+    "posterior": lambda *of: PosteriorScore(conditional(*of), SEEN, "pigdm"),
+    "posterior, guided": lambda *of: PosteriorScore(limited(*of), SEEN, "pigdm"),
+    "guided twice": lambda *of: GuidedScore(conditional(*of, 0.7), limited(*of), 1.5),
 }
 every_score = pytest.mark.parametrize("score", SCORES)
 

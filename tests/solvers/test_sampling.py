@@ -19,6 +19,7 @@ from cldsde.solvers.level_noise import LevelNoise
 from cldsde.solvers.recommended import recommended_plan, window
 from probes import Recording, generator, hidden_times, tensor, untouchable
 from score.cases import TWO as DATA
+from score.cases import normal_denoiser
 from tolerances import rounding, standard_error
 
 PROCESSES = {
@@ -218,11 +219,6 @@ def test_dropout_in_training_mode_is_pointed_out():
         cldsde.sample(VPSDE(), Score(), (2, 3), nfe=3)
 
 
-def denoiser(u, sigma, variance):
-    """For data of one variance per sample."""
-    return u * (variance / (variance + sigma**2)).unsqueeze(1)
-
-
 def test_an_error_inside_a_denoiser_in_place_of_a_score_says_how_to_wrap_it():
     denoiser = torch.nn.Conv2d(3, 3, 3).forward
     with pytest.raises(RuntimeError, match="conv2d") as raised:
@@ -234,7 +230,9 @@ def test_an_error_inside_a_denoiser_in_place_of_a_score_says_how_to_wrap_it():
 def test_a_solver_that_leaves_samples_out_needs_conditions_for_all():
     """Samples with larger variances finish at other times, and their conditions would be lost."""
     sde = VPSDE()
-    score = ConditionalScore(DenoiserScore(denoiser, sde), variance=torch.logspace(-3, 1, 20))
+    score = ConditionalScore(
+        DenoiserScore(normal_denoiser, sde), variance=torch.logspace(-3, 1, 20)
+    )
     solver = solvers.ProbabilityFlow(pace="sample")
     with pytest.raises(ValueError, match=r"condition variance .* one row per sample"):
         cldsde.sample(sde, score, (20, 1), solver=solver)
@@ -246,7 +244,7 @@ MASK = torch.tensor([True, False, True])
 
 def per_sample(kind, sde):
     """Scores and solvers with data of their own for each of 10 samples."""
-    base = DenoiserScore(denoiser, sde)
+    base = DenoiserScore(normal_denoiser, sde)
     score = ConditionalScore(base, variance=torch.linspace(0.1, 4, 10))
     seen = cldsde.Observation(lambda x: x[:, MASK], Y, 0.3)
     known = torch.randn(10, 3, generator=generator())
@@ -311,7 +309,7 @@ def test_a_grid_beyond_the_levels_of_a_score_is_rejected_before_the_first_evalua
 def test_a_wrapper_does_not_change_the_branch_of_a_solver(wrap):
     """A flow from κ = −9, where the score alone does not determine the data accurately."""
     sde, times = cldsde.RectifiedFlow(), tensor([0.9999, 0.5, 0.1])
-    score = DenoiserScore(partial(denoiser, variance=torch.ones(1)), sde)
+    score = DenoiserScore(partial(normal_denoiser, variance=torch.ones(1)), sde)
     state = sde.prior.sample((4, 1), generator=generator())
     solver = solvers.ExponentialMultistep(order=2)
     plain, wrapped = (
