@@ -50,6 +50,10 @@ REORDERED: dict[str, LinearSDE] = {
         initial_covariance=THREE,
     ),
 }
+# Its driven score does not determine the data at some times.
+UNDERDAMPED = LinearSDE.from_matrices(
+    [[0, 4.0], [-4.0, -1.0]], [[0.0], [2**0.5]], 5.0, initial_covariance=[[0, 0], [0, 0.04]]
+)
 PROCESSES = {**FAMILIES, **REORDERED}
 COMMON = {name: FAMILIES[name] for name in ("VP", "VE", "CLD", "PSLD", "HOLD")}
 AUXILIARY = [name for name, sde in FAMILIES.items() if sde.components > 1]

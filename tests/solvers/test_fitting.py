@@ -13,7 +13,6 @@ from cldsde import (
     DenoiserScore,
     GaussianMixture,
     GuidedScore,
-    LinearSDE,
     ReverseProcess,
     sample,
     solvers,
@@ -23,10 +22,6 @@ from cldsde.validation.metrics import sliced_wasserstein
 
 BEST, CENTRE = 1.6, 0.5  # κ at which the network below has no error, and its data, a point
 SHAPE, TRIES = (4, 3), 44
-# Its driven score does not determine the data at some times.
-UNDERDAMPED = LinearSDE.from_matrices(
-    [[0, 4.0], [-4.0, -1.0]], [[0.0], [2**0.5]], 5.0, initial_covariance=[[0, 0], [0, 0.04]]
-)
 
 
 def process(sde=None, seen=None, **options):
@@ -171,25 +166,6 @@ def test_another_distance_improves_too():
 
     gains = torch.tensor([other(None, seed) - other(found, seed) for seed in range(10, 15)])
     assert gains.mean() > 3 * gains.std() / len(gains) ** 0.5
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"reverse": VPSDE()}, TypeError, "process must be a ReverseProcess; got VPSDE"),
-        ({"by": "fd"}, TypeError, "distance must be a function of samples; got 'fd'"),
-        ({"nfe": 1}, ValueError, "nfe must be at least 2"),
-        ({"tries": 5}, ValueError, r"budget must be at least 240, for 30 tries of 8 network"),
-        (
-            {"reverse": ReverseProcess(UNDERDAMPED, lambda z, t: z[:, 1:]), "nfe": 20},
-            ValueError,
-            "is sampled by SSCS",
-        ),
-    ],
-)
-def test_bad_arguments_are_rejected_before_any_evaluation(options, error, message):
-    with pytest.raises(error, match=message):
-        fitted(**options)
 
 
 def test_a_missing_library_is_named(monkeypatch):

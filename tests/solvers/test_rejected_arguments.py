@@ -18,10 +18,12 @@ from cldsde.solvers import BrownianPath, GottaGoFast, Imputation, PredictorCorre
 from cldsde.solvers import ExponentialMultistep as Multistep
 from probes import Own, Smooth, hidden_times, start, untouchable
 from references import wide_mixture
+from score.cases import UNDERDAMPED
+from solvers.test_settings import LAMBDAS, LEVELS, settings
 from tolerances import EPS
 
 NAN, INF, T, V = math.nan, math.inf, TypeError, ValueError
-SDE, EM, SSCS, UNDERDAMPED = CLD(), solvers.EulerMaruyama(), solvers.SSCS(), CLD(friction=0.4)
+SDE, EM, SSCS = CLD(), solvers.EulerMaruyama(), solvers.SSCS()
 GRID = solvers.root_times(1.0, 0.05, 4)
 UP, TO_ZERO = GRID.flip(0), solvers.root_times(1.0, 0.0, 10)
 HIDING = torch.tensor([1.0, hidden_times(UNDERDAMPED)[0], 0.01], dtype=torch.float64)
@@ -303,6 +305,43 @@ CASES += [
     (lambda: posterior(end=2 * LATEST), V, f"times must end at {LATEST:.3g} or earlier"),
     (lambda: posterior(noisy(0.0), 1e-3, shape=(8,)), V, "noise_std must be positive"),
     (lambda: posterior(noisy(0.1), 1e-3), V, "shape must be given"),
+]
+
+# Settings of samplers, and the search for them.
+SAMPLED, made_of = ReverseProcess(VPSDE(), untouchable), partial(settings, SDE)
+UNORDERED = [LEVELS[:1], (*LEVELS[:4], 0.5), (*LEVELS[:4], NAN)]
+
+
+def fit(process=SAMPLED, shape=(4, 3), nfe=2, distance=len, budget=10**4):
+    return solvers.fit_sampler(process, shape, nfe, distance=distance, budget=budget)
+
+
+CASES += [
+    *bad(V, "log_snr must be two or more incr.* finite", lambda x: made_of(log_snr=x), *UNORDERED),
+    (lambda: made_of(stochasticity=LAMBDAS[:3]), V, "one λ for each of 4 steps; got 3"),
+    (lambda: made_of(stochasticity=(-0.1, 1, 1, 1)), V, "one finite λ ≥ 0 for each of 4 κ"),
+    (lambda: made_of(order=4), V, "order must be 1, 2 or 3"),
+    (lambda: made_of(log_snr=3), T, "log_snr must be"),
+    (lambda: made_of(stochasticity=["a"]), T, "stochasticity must be"),
+    (lambda: made_of(process=SDE), T, "process must be"),
+    (lambda: made_of(corrector=1), T, "corrector must be"),
+    (lambda: sample(settings=made_of()), V, "for this process, VPSDE.*; got settings for CLD"),
+    (
+        lambda: sample(settings=settings(VPSDE(), log_snr=(-7.0, *LEVELS[1:]))),
+        V,
+        r"reaches, from -5\.0.* to 11\.\d+; got \(-7",
+    ),
+    (lambda: sample(SDE, settings=made_of(), solver=SSCS), V, "solver and times must be None wit"),
+    (lambda: sample(settings="fast"), T, "settings must be a SamplerSettings; got str"),
+    (lambda: solvers.LevelNoise((0.0, 0.0), (1.0, 1.0)), V, "log_snr must be increasing finite κ"),
+    (lambda: solvers.LevelNoise((), ()), V, "log_snr must be increasing finite κ, one or more"),
+    (lambda: solvers.LevelNoise((0.0, 1.0), (1.0,)), V, "must be one finite λ ≥ 0 for each of 2 κ"),
+    (lambda: solvers.LevelNoise((0.0,), (-1.0,)), V, "stochasticity must be one finite λ ≥ 0"),
+    (lambda: fit(VPSDE()), T, "process must be a ReverseProcess; got VPSDE"),
+    (lambda: fit(ReverseProcess(UNDERDAMPED, untouchable), nfe=20), V, "is sampled by SSCS"),
+    (lambda: fit(distance="fd"), T, "distance must be a function of samples; got 'fd'"),
+    (lambda: fit(nfe=1), V, "nfe must be at least 2"),
+    (lambda: fit(budget=40), V, "budget must be at least 240, for 30 tries of 8 network"),
 ]
 
 

@@ -19,7 +19,7 @@ from cldsde.solvers.level_noise import LevelNoise
 from cldsde.solvers.recommended import recommended_plan, window
 from probes import Recording, generator, hidden_times, tensor, untouchable
 from score.cases import TWO as DATA
-from score.cases import normal_denoiser
+from score.cases import UNDERDAMPED, normal_denoiser
 from tolerances import rounding, standard_error
 
 PROCESSES = {
@@ -33,9 +33,6 @@ PROCESSES = {
         [[-1, 1, 0], [0, -1, 1], [0, 0, -1]], [[0], [0], [1]], (0.1, 20)
     ),
 }
-UNDERDAMPED = LinearSDE.from_matrices(
-    [[0, 4.0], [-4.0, -1.0]], [[0.0], [2**0.5]], 5.0, initial_covariance=[[0, 0], [0, 0.04]]
-)
 ONE = torch.tensor(1.0)
 # κ and λ that CMA-ES found for five evaluations of a CLD network of Fashion-MNIST.
 FITTED, FITTED_NOISE = (-3.0, -1.35, -0.33, 0.6, 2.35), (0.54, 1.29, 1.76, 1.19)
@@ -242,7 +239,7 @@ Y = torch.linspace(-1, 1, 20).reshape(10, 2)
 MASK = torch.tensor([True, False, True])
 
 
-def per_sample(kind, sde):
+def per_sample(sde):
     """Scores and solvers with data of their own for each of 10 samples."""
     base = DenoiserScore(normal_denoiser, sde)
     score = ConditionalScore(base, variance=torch.linspace(0.1, 4, 10))
@@ -257,23 +254,13 @@ def per_sample(kind, sde):
         "observations, in another": (ConditionalScore(PosteriorScore(score, seen)), None),
         "known data": (score, imputation(MASK)),
         "known data and masks": (score, imputation(known > 0)),
-    }[kind]
+    }
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "conditional",
-        "guided, nested",
-        "observations",
-        "observations, in another",
-        "known data",
-        "known data and masks",
-    ],
-)
+@pytest.mark.parametrize("kind", per_sample(CLD()))
 def test_everything_of_a_sample_follows_it_into_its_batch(kind):
     sde = CLD()
-    score, solver = per_sample(kind, sde)
+    score, solver = per_sample(sde)[kind]
     options = {"nfe": 12 if "guided" in kind else 3, "solver": solver}
     whole = cldsde.sample(sde, score, (10, 3), **options)
     parts = cldsde.sample(sde, score, (10, 3), batch=6, **options)
@@ -290,7 +277,7 @@ def test_everything_of_a_sample_follows_it_into_its_batch(kind):
 )
 def test_rows_of_other_samples_are_rejected(kind, message):
     with pytest.raises(ValueError, match=message):
-        cldsde.sample(CLD(), per_sample(kind, CLD())[0], (12, 3), nfe=12, batch=5)
+        cldsde.sample(CLD(), per_sample(CLD())[kind][0], (12, 3), nfe=12, batch=5)
 
 
 def test_a_grid_beyond_the_levels_of_a_score_is_rejected_before_the_first_evaluation():

@@ -46,47 +46,6 @@ def test_settings_survive_a_file_and_a_pickle(tmp_path):
     assert given.solver == pickle.loads(pickle.dumps(given.solver))
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"log_snr": (1.0,), "stochasticity": ()}, "log_snr must be two or more increasing finite"),
-        ({"log_snr": (*LEVELS[:4], 0.5)}, "log_snr must be two or more increasing finite"),
-        ({"log_snr": (*LEVELS[:4], float("nan"))}, "increasing finite"),
-        ({"stochasticity": LAMBDAS[:3]}, "one λ for each of 4 steps; got 3"),
-        ({"stochasticity": (-0.1, 1, 1, 1)}, "one finite λ ≥ 0 for each of 4 κ"),
-        ({"order": 4}, "order must be 1, 2 or 3"),
-    ],
-)
-def test_values_out_of_range_are_rejected(changes, message):
-    with pytest.raises(ValueError, match=message):
-        settings(CLD(), **changes)
-
-
-@pytest.mark.parametrize(
-    "changes", [{"log_snr": 3}, {"stochasticity": ["a"]}, {"process": CLD()}, {"corrector": 1}]
-)
-def test_wrong_types_are_rejected(changes):
-    with pytest.raises(TypeError, match=f"{next(iter(changes))} must be"):
-        settings(CLD(), **changes)
-
-
-def test_settings_that_do_not_fit_are_rejected_before_an_evaluation():
-    def untouchable(z, t):
-        raise AssertionError("evaluated")
-
-    def sample(sde, **options):
-        cldsde.sample(sde, untouchable, (2, 3), **options)
-
-    with pytest.raises(ValueError, match=r"for this process, VPSDE.*; got settings for CLD"):
-        sample(VPSDE(), settings=settings(CLD()))
-    with pytest.raises(ValueError, match=r"reaches, from -5\.0.* to 11\.\d+; got \(-7"):
-        sample(VPSDE(), settings=settings(VPSDE(), log_snr=(-7.0, *LEVELS[1:])))
-    with pytest.raises(ValueError, match="solver and times must be None with settings"):
-        sample(CLD(), settings=settings(CLD()), solver=solvers.SSCS())
-    with pytest.raises(TypeError, match="settings must be a SamplerSettings; got str"):
-        sample(CLD(), settings="fast")
-
-
 @pytest.mark.parametrize("text", ["{", "[1]", "{}", json.dumps({"log_snr": [1, 2]}), "\x00"])
 def test_other_files_are_rejected(tmp_path, text):
     file = tmp_path / "settings.json"
@@ -104,17 +63,3 @@ def test_noise_by_level_is_linear_between_its_levels_for_any_process():
         torch.testing.assert_close(
             solver.stochasticities(sde, times), expected, rtol=0, atol=rounding(2**12)
         )
-
-
-@pytest.mark.parametrize(
-    ("levels", "values", "message"),
-    [
-        ((0.0, 0.0), (1.0, 1.0), "log_snr must be increasing finite κ"),
-        ((), (), "log_snr must be increasing finite κ, one or more"),
-        ((0.0, 1.0), (1.0,), "stochasticity must be one finite λ ≥ 0 for each of 2 κ"),
-        ((0.0,), (-1.0,), "stochasticity must be one finite λ ≥ 0"),
-    ],
-)
-def test_bad_noise_by_level_is_rejected(levels, values, message):
-    with pytest.raises(ValueError, match=message):
-        solvers.LevelNoise(levels, values)
