@@ -180,4 +180,10 @@ def test_the_quick_validation_of_the_package_passes(here):
     assert run("--quick --json all.json") == 0
     report = read(here / "all.json")
     assert set(report["summary"]) == {"kernels", *named_solvers()}
-    assert "FAIL" not in report["summary"].values()
+    assert "FAIL" not in {check["verdict"] for check in report["checks"]}
+    # Each kind of order that a solver declares is confirmed.
+    passed = {(c["subject"], c["kind"]) for c in report["checks"] if c["verdict"] == "PASS"}
+    orders = {"weak order": "weak_order", "strong order": "strong_order", "ODE order": "ode_order"}
+    for name, solver in named_solvers().items():
+        declared = {kind for kind, order in orders.items() if getattr(solver.facts, order)}
+        assert {(name, kind) for kind in declared} <= passed

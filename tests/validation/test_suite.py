@@ -10,7 +10,7 @@ import torch
 
 from cldsde import solvers
 from cldsde.linear import Kernel
-from cldsde.solvers import SSCS, EulerMaruyama, ExponentialMultistep, ProbabilityFlow, named_solvers
+from cldsde.solvers import SSCS, EulerMaruyama, ExponentialMultistep, ProbabilityFlow
 from cldsde.validation import estimate_order, problems, suite
 from cldsde.validation.distribution import DistributionCase
 from cldsde.validation.order_estimate import Verdict
@@ -350,19 +350,3 @@ def test_exact_errors_are_looked_at_once_more_if_they_are_inconclusive(order, lo
 
     suite._refined(measure, [8, 16, 32], [16, 32, 64])
     assert asked == [[8, 16, 32], [16, 32, 64]][:looks]
-
-
-@pytest.mark.slow
-def test_every_solver_of_the_package_passes_the_quick_suite():
-    cases = {name: problem for name, problem in PROBLEMS.items() if problem.quick}
-    found = list(checks(named_solvers(), cases, quick=True))
-    assert [c for c in found if c.verdict is FAIL] == []
-    summary = summarise(found)
-    assert FAIL not in summary.values()
-    assert set(summary) == {"kernels", *named_solvers()}
-    # Of each kind of order that it declares.
-    for name, solver in named_solvers().items():
-        facts = solver.facts
-        declared = {WEAK: facts.weak_order, STRONG: facts.strong_order, ODE: facts.ode_order}
-        passed = {c.kind for c in found if c.subject == name and c.verdict is PASS}
-        assert {kind for kind, order in declared.items() if order is not None} <= passed
