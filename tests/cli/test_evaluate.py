@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from cldsde.cli import main
 from cldsde.images.evaluate import classifier
 from cldsde.images.evaluate.classifier import ImageClassifier
 from cldsde.images.evaluate.results import read_results
-from command import rejected
+from command import command, rejected
 from tiny_runs import noise_images
 from tolerances import EPS32
 
@@ -23,7 +22,7 @@ DEVICE = ["--device", "cpu"]
 
 
 def evaluate(*arguments):
-    return main(["evaluate", *map(str, arguments), *DEVICE])
+    return command("evaluate", *arguments, *DEVICE)
 
 
 def results(file):
@@ -56,7 +55,7 @@ def test_a_run_is_measured_and_finished_results_are_kept(run, tmp_path, capsys):
     assert evaluate(raw, *options) == 0
     assert "\nrecommended, 12 evaluations: multistep-2-sde from t = " in capsys.readouterr().out
     assert (run / "evaluation-training.jsonl").is_file()
-    assert main(["sample", str(raw), "--seeds", "0-1", "--out", str(tmp_path / "x.npz")]) == 0
+    assert command("sample", raw, "--seeds", "0-1", "--out", tmp_path / "x.npz") == 0
 
 
 @pytest.mark.slow
@@ -75,8 +74,8 @@ def test_samples_in_a_file_and_a_folder_are_as_far_from_the_data_as_those_of_the
     assert evaluate(run, "--samples", 10, "--out", tmp_path / "run.jsonl") == 0
     [expected] = results(tmp_path / "run.jsonl")
     for name in ("x", "x.npz"):
-        command = ["sample", str(run), "--seeds", "0-9", "--out", str(tmp_path / name), *DEVICE]
-        assert main(command) == 0
+        words = ("--seeds", "0-9", "--out", tmp_path / name)
+        assert command("sample", run, *words, *DEVICE) == 0
     (tmp_path / "x" / "._0.png").touch()  # as macOS leaves them
     shutil.copytree(tmp_path / "x", tmp_path / "x.v2")
     for name in ("x", "x.npz", "x.v2"):

@@ -1,12 +1,14 @@
-"""Folders of pipelines of diffusers from the command line: text, classes and an autoencoder."""
+"""Models and pipelines of diffusers from the command line: text, classes and an autoencoder."""
 
 import copy
 import functools
+import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from cldsde.cli import main
+from command import command
 
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
@@ -15,10 +17,11 @@ import tiny_pipelines  # noqa: E402 -- needs both libraries
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
+def folders(diffusers_model, tmp_path_factory):
     root = tmp_path_factory.mktemp("pipelines")
     for name in ("SD", "DiT"):
         tiny_pipelines.make(name).save_pretrained(root / name)
+    (root / "model").symlink_to(diffusers_model)
     return root
 
 
@@ -39,12 +42,12 @@ def loaded_once():
 @pytest.fixture
 def sampled(folders, tmp_path):
     def images(name, *options):
-        out = tmp_path / "x.npz"
-        words = ["sample", "--model", folders / name, "--nfe", 3, "--seeds", "2-4"]
-        words += [*options, "--device", "cpu", "--overwrite", "--out", out]
-        assert main(list(map(str, words))) == 0
+        out, nfe = tmp_path / "x.npz", 6 if name.startswith("model") else 3
+        words = ("--model", folders / name, "--nfe", nfe, "--seeds", "2-4")
+        words += (*options, "--device", "cpu", "--overwrite", "--out", out)
+        assert command("sample", *words) == 0
         with np.load(out) as found:
-            # Both pipelines are guided by default, with two evaluations a step.
+            # Pipelines are guided by default, with two evaluations a step.
             assert (found["evaluations"] == 6).all()
             return found["images"]
 
@@ -73,6 +76,29 @@ def test_classes_reach_the_pipeline_and_its_guidance(sampled):
     assert not np.array_equal(first, second)
 
 
+def test_options_choose_process_solver_class_and_observation(sampled, tmp_path):
+    Image.fromarray(np.full((4, 4), 200, np.uint8)).save(tmp_path / "small.png")
+    known = ["--known", tmp_path / "small.png", "--observe", "downsample:2", "--noise-std", 0.2]
+    cld = ["--process", "CLD", "--class", 0]
+    plain = sampled("model", *cld)
+    others = [[*cld, *more] for more in (["--solver", "em"], ["--class", 1], known)]
+    others += [[*cld, "--process-set", "friction=1.5"], ["--process", "VPSDE", "--class", 0]]
+    for options in others:
+        found = sampled("model", *options)
+        assert found.shape == plain.shape
+        assert not np.array_equal(found, plain), options
+    assert np.array_equal(sampled("model/model_index.json", *cld), plain)
+
+
+@pytest.mark.usefixtures("untrained_classifier")
+def test_a_model_is_evaluated_against_the_data_of_a_run(diffusers_model, digits_run, tmp_path):
+    out, config = tmp_path / "results.jsonl", digits_run.with_name("tiny.toml")
+    words = ("--model", diffusers_model, "--reference", config, "--out", out)
+    assert command("evaluate", *words, "--nfe", 4, "--samples", 6, "--device", "cpu") == 0
+    [result] = map(json.loads, out.read_text().splitlines())
+    assert result["numbers"]["fd"] > 0
+
+
 BAD = [
     ("SD", [], "prompt", "needed for a StableDiffusionPipeline"),
     ("SD", [*TEXT, "--class", "1"], "--class", "must be left out for a StableDiffusionPipeline"),
@@ -90,8 +116,8 @@ BAD = [
 
 @pytest.mark.parametrize(("name", "options", "key", "reason"), BAD)
 def test_what_is_missing_is_said_in_one_line(folders, tmp_path, capsys, name, options, key, reason):
-    words = ["sample", "--model", folders / name, *options, "--out", tmp_path / "x.npz"]
-    assert main(list(map(str, [*words, "--device", "cpu"]))) != 0
+    words = ("--model", folders / name, *options, "--out", tmp_path / "x.npz", "--device", "cpu")
+    assert command("sample", *words) != 0
     [line] = [
         line for line in capsys.readouterr().err.splitlines() if "rror" in line or key in line
     ]
@@ -101,6 +127,6 @@ def test_what_is_missing_is_said_in_one_line(folders, tmp_path, capsys, name, op
 
 def test_a_run_takes_no_prompt(tmp_path, capsys):
     """The options are checked before the run is read."""
-    words = ["sample", tmp_path / "run", *TEXT, "--out", tmp_path / "x.npz", "--device", "cpu"]
-    assert main(list(map(str, words))) != 0
+    words = (*TEXT, "--out", tmp_path / "x.npz", "--device", "cpu")
+    assert command("sample", tmp_path / "run", *words) != 0
     assert "needs --model and a text-to-image folder" in capsys.readouterr().err

@@ -6,14 +6,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cldsde.cli import main
 from cldsde.files import file_lock
-from command import rejected
+from command import command, rejected
 
 
 def sample(run, out, *arguments):
-    words = ["sample", run, "--seeds", "3-7", "--device", "cpu", "--out", out, *arguments]
-    return main(list(map(str, words)))
+    words = ("--seeds", "3-7", "--device", "cpu", "--out", out)
+    return command("sample", run, *words, *arguments)
 
 
 def test_samples_go_into_a_file_a_picture_or_a_folder_with_their_recipe(

@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 
 from cldsde import ReverseProcess, solvers
-from cldsde.cli import main
 from cldsde.images import tuning
 from cldsde.images.data import to_levels
 from cldsde.images.model import load_model
 from cldsde.solvers import SamplerSettings, fitting
-from command import rejected
+from command import command, rejected
 from tiny_runs import train_digits
 
 pytestmark = pytest.mark.usefixtures("untrained_classifier")
@@ -34,12 +33,8 @@ def run(digits_run, tmp_path):
     return shutil.copytree(digits_run, tmp_path / "run")
 
 
-def tune(*arguments):
-    return main(["tune", *map(str, arguments)])
-
-
 def test_settings_are_kept_in_the_run_and_measured_with_new_seeds(run, capsys):
-    assert tune(run, *SHORT) == 0
+    assert command("tune", run, *SHORT) == 0
     found = SamplerSettings.load(run / "sampler-3.json")
     process = json.loads((run / "config.json").read_text())["process"]["name"]
     assert found.nfe == 3
@@ -50,7 +45,7 @@ def test_settings_are_kept_in_the_run_and_measured_with_new_seeds(run, capsys):
     assert lines[2].startswith("  in random features 0: default ")
     # The other commands take the settings.
     out, few = run / "images.npz", ["--settings", run / "sampler-3.json", "--device", "cpu"]
-    assert main([str(x) for x in ("sample", run, *few, "--seeds", "0-3", "--out", out)]) == 0
+    assert command("sample", run, *few, "--seeds", "0-3", "--out", out) == 0
     score = load_model(run).score.eval()
     plan = solvers.plan(ReverseProcess(score.sde, score), found.solver, found.times(score.sde))
     noise = solvers.SampleNoise(range(4))
@@ -58,7 +53,7 @@ def test_settings_are_kept_in_the_run_and_measured_with_new_seeds(run, capsys):
     data = plan.solve(start, noise=noise, denoise=True).data
     # Files have channels last.
     assert (np.load(out)["images"] == to_levels(data, 17).movedim(1, -1).numpy()).all()
-    assert main([str(x) for x in ("evaluate", run, *few, "--samples", 6)]) == 0
+    assert command("evaluate", run, *few, "--samples", 6) == 0
     assert "| fitted" in capsys.readouterr().out
     error = rejected(capsys, "sample", run, *few, "--nfe", 5)
     assert "--nfe: must be left out with --settings" in error
@@ -76,7 +71,7 @@ def test_a_model_of_diffusers_is_compared_with_its_own_images(
     monkeypatch.setattr(tuning, "_REFERENCE", 16)  # 2,000 images of 50 evaluations take long
     out = tmp_path / "few.json"
     arguments = ["--model", diffusers_model, "--process", "VPSDE", "--out", out, *SHORT]
-    assert tune(*arguments) == 0
+    assert command("tune", *arguments) == 0
     assert SamplerSettings.load(out).process.startswith("VPSDE")
     assert "  in random features 1: default " in capsys.readouterr().out
 
@@ -91,7 +86,7 @@ def test_an_interrupted_search_keeps_its_best_settings(run, monkeypatch, capsys)
         return tried[-1][0]
 
     monkeypatch.setattr(fitting.Search, "_distance", interrupted)
-    assert tune(run, *SHORT) == 130
+    assert command("tune", run, *SHORT) == 130
     best = min(tried[:11], key=lambda one: one[0])[1]
     assert SamplerSettings.load(run / "sampler-3.json") == best
     assert "the best settings so far are kept" in capsys.readouterr().err
