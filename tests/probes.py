@@ -13,6 +13,7 @@ from torch import nn
 
 from cldsde import LinearSDE, solvers
 from cldsde.solvers.base import Solver
+from tolerances import standard_error
 
 # For properties that are parametrised besides: a few examples of each case are many.
 few_examples = settings(max_examples=max(3, settings.default.max_examples // 10))
@@ -64,6 +65,17 @@ def initial(sde: LinearSDE, variance: float = 0.25) -> torch.Tensor:
     covariance = sde.initial_covariance.clone()
     covariance[0, 0] += variance
     return covariance
+
+
+def check_normal(z: torch.Tensor, covariance: torch.Tensor, mean: Any = 0.0) -> None:
+    """Samples ``(n, k)`` have the moments of a normal distribution, within 5 standard errors.
+
+    The variances of sample moments are S_ii of a mean, S_ii S_jj + S_ij^2 of a covariance.
+    """
+    variance, error, away = covariance.diagonal(), standard_error(1.0, len(z), 5), z - mean
+    assert (away.mean(0).abs() <= error * variance.sqrt()).all()
+    spread = (variance[:, None] * variance + covariance**2).sqrt()
+    assert ((away.mT @ away / len(z) - covariance).abs() <= error * spread).all()
 
 
 def hidden_times(sde: LinearSDE) -> list[float]:

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 
 from cldsde import CLD, HOLD, PSLD, VESDE, VPSDE, LinearSDE, SubVPSDE
-from probes import generator, norm, tensor
+from probes import check_normal, generator, norm, tensor
 from strategies import intervals, schedules, stable_processes
-from tolerances import KERNEL, rounding, standard_error
+from tolerances import KERNEL, rounding
 
 TIMES = tensor([0.0, 1e-6, 0.2, 0.7, 1.0])
 STATIONARY = [VPSDE, CLD, PSLD, HOLD, partial(HOLD, inverse_mass=4.0, auxiliary_scale=1.0)]
@@ -120,12 +120,8 @@ def test_the_augmented_state_and_the_noise_have_their_distributions(name, condit
     z[:, 0] -= 0.7
     assert not z[:, deviation == 0].any()
     noise = sde.perturb(x, 0.5, conditioning=conditioning, generator=generator(2))[1]
-    one = standard_error(1.0, n, number=5)
     for draws in (noise, (z / deviation)[:, deviation > 0]):
-        # Standard normals: 1 / n and (1 + [i = j]) / n.
-        assert (draws.mean(0).abs() <= one).all()
-        eye = torch.eye(draws.shape[1], dtype=torch.float64)
-        assert ((draws.mT @ draws / n - eye).abs() <= one * (1 + eye).sqrt()).all()
+        check_normal(draws, torch.eye(draws.shape[1], dtype=torch.float64))
 
 
 @pytest.mark.parametrize("t", [1e-6, 0.3, 1.0])

@@ -10,7 +10,7 @@ import probes
 from cldsde import CLD, HOLD, PSLD, VESDE, VPSDE, DenoiserScore, ReverseProcess, solvers
 from cldsde.pretrained.stepping import PathSteps, recommended_steps
 from cldsde.solvers import RecordedNoise
-from probes import generator
+from probes import check_normal, generator
 from tolerances import rounding
 
 MULTISTEP = solvers.ExponentialMultistep
@@ -104,11 +104,7 @@ def test_a_start_has_the_distribution_of_the_process(name):
     steps, scales, times = made(sde, MULTISTEP())
     x = scales[1][0] * torch.randn(count, 1, generator=generator(0)).double()
     z = steps._started(0, x.unsqueeze(1), solvers.FreshNoise(generator(1)))[..., 0]
-    exact = sde.marginal(times[0]).covariance
-    spread = exact.diagonal().sqrt()
-    # Entries of a covariance of n normals have standard errors ≤ √(2/n) of the product of spreads.
-    error = (z.mT @ z / count - exact).abs() / torch.outer(spread, spread)
-    assert float(error.max()) <= 4.5 * math.sqrt(2 / count)
+    check_normal(z, sde.marginal(times[0]).covariance)
 
 
 @pairs
