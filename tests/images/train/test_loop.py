@@ -556,20 +556,9 @@ def test_two_processes_train_sample_and_evaluate_as_one(tmp_path):
         run(tmp_path, "train", file, "--out", tmp_path / str(processes), processes=processes)
         words = ("--seeds", "0-20", "--batch", "4", "--out", tmp_path / f"samples-{processes}")
         run(tmp_path, "sample", tmp_path / "1", *words, processes=processes)
-        words = (
-            "--samples",
-            21,
-            "--repeats",
-            2,
-            "--batch",
-            4,
-            "--metrics",
-            "fd,bpd",
-            "--nfe",
-            "4,6",
-        )
         found = tmp_path / f"evaluation-{processes}.jsonl"
-        words += ("--likelihood-images", 4, "--out", found)
+        words = ("--samples", 21, "--repeats", 2, "--batch", 4, "--metrics", "fd,bpd")
+        words += ("--nfe", "4,6", "--likelihood-images", 4, "--out", found)
         for _ in range(2):  # the second time all is there
             run(tmp_path, "evaluate", tmp_path / "1", *words, processes=processes)
         results.append([(one.key, one.numbers, one.nfe) for one in read_results(found).values()])
