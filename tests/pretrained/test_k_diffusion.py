@@ -2,14 +2,16 @@
 
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
 
 from cldsde import CLD, HOLD, VESDE, VPSDE, GaussianMixture, NoisePath, RectifiedFlow, solvers
 from cldsde.pretrained import sample_k_diffusion
-from cldsde.solvers import NoiseSource, SampleNoise
+from cldsde.solvers import SampleNoise
 from probes import generator
+from references import denoised
 from tolerances import rounding, standard_error, standard_error_of_variance
 
 MULTISTEP = solvers.ExponentialMultistep
@@ -102,15 +104,7 @@ DATA = GaussianMixture([0.3, 0.7], [[-1.0, 0.5], [0.8, -0.4]], [0.05 * torch.eye
 MEAN = torch.tensor([0.3 * -1 + 0.7 * 0.8, 0.3 * 0.5 - 0.7 * 0.4])
 VARIANCE = 0.05 + 0.21 * torch.tensor([1.8, 0.9]).square()
 N = 4000
-
-
-def exact_denoiser(x, sigma):
-    """E[x_0 | x_0 + σ n = x] of the mixture, one level for the batch."""
-    weights, means = torch.tensor([0.3, 0.7]), torch.tensor([[-1.0, 0.5], [0.8, -0.4]])
-    total = 0.05 + sigma[0].square()
-    distance = (x.unsqueeze(1) - means).square().sum(-1)
-    share = torch.softmax(weights.log() - 0.5 * distance / total, dim=1)
-    return (share.unsqueeze(-1) * (means + 0.05 / total * (x.unsqueeze(1) - means))).sum(1)
+exact_denoiser = partial(denoised, DATA)
 
 
 def noise_of(level):
@@ -274,12 +268,7 @@ def test_noise_may_be_a_seed_a_generator_or_a_source():
 def test_noise_sampler_draws_for_one_component():
     sigmas, x, levels = karras(6).float(), start(14.6).float(), []
     draws = [torch.randn(3, 2, 4, generator=generator(i)) for i in range(5)]
-
-    left = list(draws)
-
-    class Recorded(NoiseSource):
-        def normal(self, z, rows):
-            return left.pop(0).unsqueeze(1)
+    noise = solvers.RecordedNoise([draw.unsqueeze(1) for draw in draws])
 
     def sampler(sigma, following):
         levels.append((float(sigma), float(following)))
@@ -287,7 +276,7 @@ def test_noise_sampler_draws_for_one_component():
 
     options = {"process": "VPSDE", "solver": MULTISTEP(order=2, stochasticity=1.0)}
     found = sample_k_diffusion(denoiser, x, sigmas, noise_sampler=sampler, **options)
-    assert torch.equal(found, sample_k_diffusion(denoiser, x, sigmas, noise=Recorded(), **options))
+    assert torch.equal(found, sample_k_diffusion(denoiser, x, sigmas, noise=noise, **options))
     assert levels == list(zip(sigmas[:-2].tolist(), sigmas[1:-1].tolist(), strict=True))
 
 

@@ -65,6 +65,17 @@ def kron(a: Any, b: Any) -> Any:
     return mp.matrix(np.kron(*(np.array(matrix.tolist()) for matrix in (a, b))).tolist())
 
 
+def denoised(data: GaussianMixture, u: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """E[x_0 | x_0 + σ n = u], by dense matrices; ``(B, D)`` for levels ``(B,)``."""
+    noise = sigma.double().reshape(-1, 1, 1, 1).square() * torch.eye(data.dimension).double()
+    total = (data.covariances + noise).expand(len(u), -1, -1, -1)
+    off = (u.double().unsqueeze(1) - data.means).unsqueeze(-1)
+    solved = torch.linalg.solve(total, off)
+    log_weights = data.weights.log() - 0.5 * ((off.mT @ solved)[..., 0, 0] + torch.logdet(total))
+    each = data.means + (data.covariances @ solved)[..., 0]
+    return (log_weights.softmax(1).unsqueeze(-1) * each).sum(1).to(u.dtype)
+
+
 def wide_mixture() -> tuple[GaussianMixture, Observation]:
     """Five overlapping components in eight dimensions, three numbers observed."""
     g = torch.Generator().manual_seed(11)

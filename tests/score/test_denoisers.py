@@ -1,6 +1,7 @@
 """One exact denoiser, in every convention of networks, is the exact score of every process."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -8,25 +9,16 @@ import torch
 from cldsde import CLD, HOLD, PSLD, VESDE, VPSDE, NoisePath, ReverseProcess, solvers
 from cldsde.score import DenoiserScore, PredictionDenoiser, ScoreDenoiser
 from probes import generator, normals, tensor, untouchable
-from score.cases import TWO, score_rounding, states
+from references import denoised
+from score.cases import TWO as DATA
+from score.cases import score_rounding, states
 from tolerances import rounding, standard_error_of_variance
 
 PROCESSES = {"VP": VPSDE(), "VE": VESDE(), "CLD": CLD(), "PSLD": PSLD(), "HOLD": HOLD()}
 CRITICAL, VP = PROCESSES["CLD"], PROCESSES["VP"]
-DATA, WEIGHTS, MEANS, COVARIANCES = TWO, TWO.weights, TWO.means, TWO.covariances
+exact = partial(denoised, DATA)
 ALPHAS_CUMPROD = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
 KINDS = ("noise", "data", "velocity", "flow", "score")
-
-
-def exact(u, sigma):
-    """E[x_0 | x_0 + σ n = u] of the mixture, by dense matrices."""
-    noise = sigma.double().reshape(-1, 1, 1, 1).square() * torch.eye(2, dtype=torch.float64)
-    total = (COVARIANCES + noise).expand(len(u), -1, -1, -1)
-    off = (u.double().unsqueeze(1) - MEANS).unsqueeze(-1)
-    solved = torch.linalg.solve(total, off)
-    log_weights = WEIGHTS.log() - 0.5 * ((off.mT @ solved)[..., 0, 0] + torch.logdet(total))
-    each = MEANS + (COVARIANCES @ solved)[..., 0]
-    return (log_weights.softmax(1).unsqueeze(-1) * each).sum(1).to(u.dtype)
 
 
 def network(alpha, sigma, predicts, seen):

@@ -5,7 +5,7 @@ The reference works on data scaled to x/alpha, with the noise levels
     VE   low (high / low)^t,        VP   (e^B - 1)^1/2,        sub-VP   2 sinh(B / 2),
 
 B the integral of beta from 0 to t and alpha = e^{-B/2} (1 for VE). The data prediction D of a
-mixture has a closed form. The reference uses nothing of the package.
+mixture has a closed form. The reference uses none of the package's formulas.
 """
 
 import math
@@ -17,7 +17,8 @@ import torch
 import cldsde
 from cldsde import VESDE, LinearSDE, ReverseProcess, Schedule, SubVPSDE, solvers
 from cldsde.solvers import EDMHeun, RecordedNoise
-from probes import normals, start
+from probes import normals, start, tensor
+from references import denoised
 from score.cases import MODES
 from tolerances import rounding
 
@@ -43,8 +44,6 @@ PROCESSES = {
 }
 every_process = pytest.mark.parametrize("name", list(PROCESSES))
 
-WEIGHTS, CENTRES = MODES.weights.numpy(), MODES.means.numpy()
-VARIANCES = MODES.covariances[0].diagonal().numpy()
 N = 9
 GRID = solvers.root_times(1.0, 0.02, N)
 TO_ZERO = torch.cat([GRID, torch.zeros(1, dtype=torch.float64)])
@@ -54,13 +53,7 @@ CONVERSION = rounding(64, 1e4)
 
 
 def denoise(x, sigma):
-    """E[x_0 | x_0 + sigma n = x] for the data of three modes."""
-    total = VARIANCES + sigma**2
-    away = x[:, None] - CENTRES
-    log_terms = np.log(WEIGHTS) - 0.5 * (away**2 / total).sum(-1)
-    shares = np.exp(log_terms - log_terms.max(1, keepdims=True))
-    shares /= shares.sum(1, keepdims=True)
-    return (shares[..., None] * (CENTRES + VARIANCES / total * away)).sum(1)
+    return denoised(MODES, torch.from_numpy(x), tensor(sigma)).numpy()
 
 
 def raised(levels, i, churn=0.0, churn_range=(0.0, math.inf), **_):
