@@ -138,10 +138,11 @@ def noting(calls: list[Any]) -> Any:
 
 
 class Recorder(solvers.NoiseSource):
-    """Fresh normals, and a record of them."""
+    """Normals of a source, and a record of them, which sources may share."""
 
-    def __init__(self, seed: int = 4) -> None:
-        self.source, self.draws = solvers.FreshNoise(generator(seed)), list[torch.Tensor]()
+    def __init__(self, source: Any = None, draws: list[torch.Tensor] | None = None) -> None:
+        self.source = source or solvers.FreshNoise(generator(4))
+        self.draws = [] if draws is None else draws
 
     def normal(self, z: torch.Tensor, rows: int) -> torch.Tensor:
         self.draws.append(self.source.normal(z, rows))

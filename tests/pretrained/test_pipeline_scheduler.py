@@ -21,7 +21,7 @@ from cldsde.pretrained.conventions import Convention
 from cldsde.pretrained.stepping import PathSteps
 from cldsde.score.reverse import KnownScore
 from cldsde.score.times import KnownTimes
-from probes import generator
+from probes import Recorder, generator
 from tolerances import rounding
 
 diffusers = pytest.importorskip("diffusers")
@@ -105,15 +105,6 @@ def denoiser_of(name, pipe, record):
     return CASES[name].guided(denoiser, record.conditions)
 
 
-class NotedNoise(solvers.NoiseSource):
-    def __init__(self, source, draws):
-        self.source, self.draws = source, draws
-
-    def normal(self, z, rows):
-        self.draws.append(self.source.normal(z, rows))
-        return self.draws[-1]
-
-
 @functools.cache
 def recorded(name):
     """Pipeline, recorded call, first level of its process, state there, and normals."""
@@ -125,7 +116,7 @@ def recorded(name):
         return states[-1][1].clone()
 
     def noted_step(self, i, x, data, noise):
-        return step(self, i, x, data, NotedNoise(noise, draws))
+        return step(self, i, x, data, Recorder(noise, draws))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PathSteps, "_started", noted_start)

@@ -42,7 +42,7 @@ def test_fresh_noise_is_the_stream_of_its_generator():
 # EM draws for the driven component, SSCS for all and once more than it steps.
 @pytest.mark.parametrize(("solver", "shape", "number"), [(EM, (3, 1, 2), 4), (SSCS, (3, 2, 2), 5)])
 def test_recorded_noise_replays_fresh_noise(solver, shape, number):
-    z, record = start(SDE), Recorder(0)
+    z, record = start(SDE), Recorder(solvers.FreshNoise(generator()))
     first = solvers.solve(PROCESS, solver, z, GRID, noise=record).state
     fresh = solvers.solve(PROCESS, solver, z, GRID, generator=generator()).state
     noise = solvers.RecordedNoise(record.draws)
