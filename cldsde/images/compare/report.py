@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import statistics
@@ -10,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jinja2 import Environment
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from cldsde.files import write_whole
-from cldsde.images.compare.page import data_uri, render_page
 from cldsde.images.data.samples import is_whole_picture
 from cldsde.images.evaluate.results import bits_text
 from cldsde.tables import Entry, Table, mean_and_spread
@@ -141,7 +142,8 @@ RESULTS = "comparison.json"
 """File of a comparison that holds all its numbers."""
 FORMAT = "a comparison of cldsde, version 2"
 """Format of the file of results, in the file itself."""
-_BODY = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
+_TEMPLATE = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
+_PAGE = Environment(autoescape=True).from_string(_TEMPLATE)
 _COLOURS = (0, 1, 2, 3, 4, 5, 6, 8, 9)  # of matplotlib's cycle, without the grey of the others
 
 
@@ -167,20 +169,23 @@ def write_report(folder: Path) -> None:
         figure, file = plot_measure(results, measure), folder / f"{measure}.svg"
         for each in (file, file.with_suffix(".png")):
             write_whole(each, lambda path, figure=figure: figure.savefig(path, dpi=150))  # type: ignore[misc]
-        plots.append((MEASURES[measure], data_uri(file.read_bytes(), "image/svg+xml")))
-    page = render_page(
-        "Comparison of models and samplers",
-        _BODY,
+        plots.append((MEASURES[measure], _data_uri(file.read_bytes(), "image/svg+xml")))
+    page = _PAGE.render(
         results=results,
         tables=found,
         plots=plots,
         pictures=[
-            (row, data_uri((folder / row["picture"]).read_bytes(), "image/png"))
+            (row, _data_uri((folder / row["picture"]).read_bytes(), "image/png"))
             for row in results["rows"]
             if row["picture"] is not None and is_whole_picture(folder / row["picture"])
         ],
     )
     write_whole(folder / "report.html", lambda file: file.write_text(page, encoding="utf-8"))
+
+
+def _data_uri(content: bytes, kind: str) -> str:
+    """Source of an image in a page."""
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def plot_measure(results: Mapping[str, Any], measure: str) -> Figure:
