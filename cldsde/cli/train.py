@@ -68,8 +68,8 @@ def prepare(options: Namespace) -> Callable[[], None]:
     if options.dry_run:
 
         def measure() -> None:
-            found = training.rehearse(config, data, device=device, statistics=statistics)
-            print("\n".join([facts, *training.forecast(config, *found, decoding)]))
+            found = training.rehearse(config, data, decoding, device=device, statistics=statistics)
+            print("\n".join([facts, *found]))
 
         return measure
     with state.main_process_first():

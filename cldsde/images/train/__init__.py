@@ -2,6 +2,6 @@
 
 from cldsde.images.train.engine import check_run
 from cldsde.images.train.loop import rehearse, train
-from cldsde.images.train.summary import forecast, outlook, rehearsal, summary
+from cldsde.images.train.summary import outlook, rehearsal, summary
 
-__all__ = ["check_run", "forecast", "outlook", "rehearsal", "rehearse", "summary", "train"]
+__all__ = ["check_run", "outlook", "rehearsal", "rehearse", "summary", "train"]

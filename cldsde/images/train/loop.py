@@ -49,7 +49,7 @@ from cldsde.images.train.engine import check_run, make_engine
 from cldsde.images.train.learner import Learner, learning_rates
 from cldsde.images.train.shards import load, on_cpu, own
 from cldsde.images.train.state import StopRequest, keep_snapshot, load_state, save_state
-from cldsde.images.train.summary import measure_steps
+from cldsde.images.train.summary import forecast
 from cldsde.progress import progress_bar
 
 _FIRST_SEED = 2**31  # of measured samples, far from the seeds of samples and evaluations
@@ -80,11 +80,11 @@ def train(
 
 
 def rehearse(
-    config: RunConfig, data: DataSet, *, device: str = "auto", statistics: Statistics | None = None
-) -> tuple[list[float], int]:
-    """Make some training steps and write nothing; see `measure_steps`."""
+    config: RunConfig, data: DataSet, decoding: float, *, device: str, statistics: Statistics
+) -> list[str]:
+    """Make some training steps and write nothing; see `forecast`."""
     with _learner(config, data, device, statistics) as learner:
-        return measure_steps(learner)
+        return forecast(learner, decoding)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import sys
 import time
 
@@ -85,14 +86,15 @@ def rehearsal(data: DataSet) -> tuple[DataSet, float]:
     return DataSet(kept, data.held_out), seconds
 
 
-def measure_steps(learner: Learner) -> tuple[list[float], int]:
-    """Make some steps of each stage; return images per second of each, and peak memory in bytes.
+def forecast(learner: Learner, decoding: float) -> list[str]:
+    """Make some steps of each stage; return lines about the time and memory of the training.
 
-    Batches are loaded while steps are made, as in a training. The first step, which allocates
-    memory, does not count.
+    ``decoding`` are the seconds by `rehearsal`. Batches are loaded while steps are made, as in a
+    training. The first step, which allocates memory, does not count.
     """
     device, batch = learner.engine.device, learner.settings.batch
     on_gpu, first, speeds = device.type == "cuda", learner.config.pretraining_steps, []
+    total = decoding
     for stage in (range(first), range(first, learner.settings.steps)):
         seconds: list[float] = []
         last = time.perf_counter()
@@ -105,24 +107,16 @@ def measure_steps(learner: Learner) -> tuple[list[float], int]:
             if len(seconds) > 3 and sum(seconds[1:]) > _REHEARSAL:
                 break
         if seconds:
-            counted = seconds[1:] or seconds
-            speeds.append(batch * len(counted) / sum(counted))
+            mean = statistics.mean(seconds[1:] or seconds)
+            speeds.append(batch / mean)
+            total += mean * len(stage)
     memory = torch.cuda.max_memory_allocated(device) if on_gpu else _peak()
-    return speeds, memory
-
-
-def forecast(config: RunConfig, speeds: list[float], memory: int, decoding: float) -> list[str]:
-    """Lines about the time of a training, by what `rehearsal` and `measure_steps` return."""
-    batch, first = config.training.batch, config.pretraining_steps
-    counts = [n * batch for n in (first, config.training.steps - first) if n]
-    seconds = sum(n / speed for n, speed in zip(counts, speeds, strict=True))
     shown = " and ".join(f"{x:,.0f}" if x >= 10 else f"{x:.2g}" for x in speeds)
     stages = " in the two stages" if len(speeds) > 1 else ""
-    once = f"decoding, once: {decoding / 60:,.1f} minutes"
     return [
-        *([once] if decoding else []),
+        *([f"decoding, once: {decoding / 60:,.1f} minutes"] if decoding else []),
         f"measured, with loading: {shown} images per second{stages}, {memory / 2**20:,.0f} MiB",
-        f"{(decoding + seconds) / 60:,.1f} minutes in all, without checkpoints and samples",
+        f"{total / 60:,.1f} minutes in all, without checkpoints and samples",
     ]
 
 
