@@ -18,7 +18,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -26,7 +26,6 @@ from torch import Tensor
 from cldsde.images.config import RunConfig
 from cldsde.images.latent import Batch, bit_per_dim, negative_evidence_lower_bound
 from cldsde.images.model import DiffusionModel
-from cldsde.images.training_config import TrainingConfig
 from cldsde.linear.random import Generators
 from cldsde.pretrained.published_score import PublishedScore
 from cldsde.score import (
@@ -36,6 +35,7 @@ from cldsde.score import (
     log_snr_density,
     logit_normal_density,
     mode_density,
+    optimal_loss,
 )
 from cldsde.score.conversion import Prediction
 from cldsde.score.matching import Weighting
@@ -44,11 +44,8 @@ FrozenScore = Callable[[], AbstractContextManager[None]]
 """Makes a context in which the weights of the score are constants."""
 
 
-class PartLoss(NamedTuple):
-    """Losses of each image, ``(B,)``, and the part of the model that they train."""
-
-    part: Literal["score", "autoencoder"]
-    losses: Tensor
+PartLoss = tuple[Literal["score", "autoencoder"], Tensor]
+"""A part of the model, and the losses ``(B,)`` of each image that train it."""
 
 
 class ScoreMatching:
@@ -63,23 +60,29 @@ class ScoreMatching:
         self._conditioning = settings.conditioning
         self._prediction: Prediction = config.score.prediction
         self._weighting: Weighting
-        density = _density(score, settings, self._prediction)
+        normal = {"mean": settings.log_snr_mean, "std": settings.log_snr_std}
         if settings.weighting == "log_snr":
-            normal = {"mean": settings.log_snr_mean, "std": settings.log_snr_std}
             self._weighting = score.log_snr_weighting(**normal)
             self._prediction = "noise"  # the weighting is in its units
-        elif settings.times in ("logit_normal", "mode"):
-            assert density is not None
-            self._weighting = density
         else:
             self._weighting = settings.weighting
-        if density is None:
-            how: Any = {"conditioning": settings.conditioning, "weighting": settings.weighting}
-            how["data_variance"] = float(score.data_variance.mean())
-            sampler = TimeSampler.importance(score.sde, settings.t_min, **how)
+        density: Callable[[Tensor], Tensor]
+        if settings.times == "uniform":
+            density = torch.ones_like
+        elif settings.times == "logit_normal":
+            density = logit_normal_density(mean=settings.logit_mean, std=settings.logit_std)
+            self._weighting = density
+        elif settings.times == "mode":
+            self._weighting = density = mode_density(settings.mode_scale)
+        elif settings.weighting == "log_snr":
+            density = log_snr_density(score.sde, **normal)
+        elif settings.weighting == "reweighted" and settings.conditioning == "data":
+            density = partial(score.residual_variance, prediction=self._prediction)
         else:
-            sampler = TimeSampler(density, settings.t_min)
-        self.samplers: tuple[TimeSampler, ...] = (sampler,)
+            how: Any = {"conditioning": settings.conditioning, "weighting": settings.weighting}
+            variance = float(score.data_variance.mean())
+            density = partial(optimal_loss, score.sde, data_variance=variance, **how)
+        self.samplers: tuple[TimeSampler, ...] = (TimeSampler(density, settings.t_min),)
 
     def of(
         self, score: MixedScore | PublishedScore, x0: Tensor, batch: Batch, generator: Generators
@@ -98,7 +101,7 @@ class ScoreMatching:
         self, model: DiffusionModel, batch: Batch, generator: Generators, step: int, _: FrozenScore
     ) -> Iterator[PartLoss]:
         """The loss of the score."""
-        yield PartLoss("score", self.held_out(model, batch, generator, step))
+        yield "score", self.held_out(model, batch, generator, step)
 
     def held_out(
         self, model: DiffusionModel, batch: Batch, generator: Generators, _: int
@@ -134,12 +137,12 @@ class LatentObjective:
         if step < self._pretraining:
             share = min(1.0, (step + 1) * self._batch / max(1, self._annealing))
             bound, _ = negative_evidence_lower_bound(model, batch, generator, None, share)
-            yield PartLoss("autoencoder", unit * bound)
+            yield "autoencoder", unit * bound
             return
         with frozen_score():
             bound, z0 = negative_evidence_lower_bound(model, batch, generator, self._t_min)
-            yield PartLoss("autoencoder", unit * bound)
-        yield PartLoss("score", self._matching.of(model.score, z0.detach(), batch, generator))
+            yield "autoencoder", unit * bound
+        yield "score", self._matching.of(model.score, z0.detach(), batch, generator)
 
     def held_out(
         self, model: DiffusionModel, batch: Batch, generator: Generators, step: int
@@ -148,23 +151,6 @@ class LatentObjective:
         t_min = self._t_min if step >= self._pretraining else None
         bound, _ = negative_evidence_lower_bound(model, batch, generator, t_min)
         return bit_per_dim(batch.images) * bound
-
-
-def _density(
-    score: Any, settings: TrainingConfig, prediction: Prediction
-) -> Callable[[Tensor], Tensor] | None:
-    """Density of the times; None for the importance of the process alone."""
-    if settings.times == "uniform":
-        return torch.ones_like
-    if settings.weighting == "log_snr":
-        return log_snr_density(score.sde, mean=settings.log_snr_mean, std=settings.log_snr_std)
-    if settings.times == "logit_normal":
-        return logit_normal_density(mean=settings.logit_mean, std=settings.logit_std)
-    if settings.times == "mode":
-        return mode_density(settings.mode_scale)
-    if settings.conditioning == "data" and settings.weighting == "reweighted":
-        return partial(score.residual_variance, prediction=prediction)
-    return None
 
 
 def make_objective(model: DiffusionModel, config: RunConfig) -> ScoreMatching | LatentObjective:
