@@ -41,13 +41,13 @@ class Feed:
         images: Images,
         classes: int | None,
         samplers: tuple[TimeSampler, ...],
-        *,
-        process: int = 0,
-        processes: int = 1,
+        engine: Accelerator,
     ) -> None:
         self._config, self._images, self._classes = config, images, classes
-        self._samplers, self._process = samplers, process
-        self._share, self.part_size, self.block = shares(config, processes)
+        self._samplers = samplers
+        share, self.part_size, self.block = shares(config, engine.num_processes)
+        begin = engine.process_index * share
+        self._firsts = range(begin, begin + share, self.part_size)  # of each part
 
     def load(self, step: int) -> list[Part]:
         """The parts of a step's batch."""
@@ -57,9 +57,8 @@ class Feed:
             for sampler, which in zip(self._samplers, ((), (1,)), strict=False)
         )
         order = image_order(seed, len(self._images), step * batch, batch)
-        begin = self._process * self._share
         loaded = []
-        for first in range(begin, begin + self._share, self.part_size):
+        for first in self._firsts:
             mine = slice(first, first + self.part_size)
             x, labels = self._present(step, first, order[mine])
             loaded.append(Part(first, Batch(x, labels, tuple(some.take(mine) for some in times))))
@@ -152,13 +151,11 @@ class Learner:
         self.average, self.sharded = self.averages[0], engine.is_fsdp2
         shard(engine, self.model)
         self.objective = make_objective(self.model, config)
-        place = {"process": engine.process_index, "processes": engine.num_processes}
-        feed = (config, data.train, self.space.classes, self.objective.samplers)
-        self.feed = Feed(*feed, **place)
-        score, vae = self.model.score, self.model.vae
-        self.parts: dict[str, nn.Module] = {"score": score}
-        if vae is not None:
-            self.parts["autoencoder"] = vae
+        samplers = self.objective.samplers
+        self.feed = Feed(config, data.train, self.space.classes, samplers, engine)
+        self.parts: dict[str, nn.Module] = {"score": self.model.score}
+        if self.model.vae is not None:
+            self.parts["autoencoder"] = self.model.vae
         groups = [{"params": list(part.parameters())} for part in self.parts.values()]
         options = self.settings.optimiser_options
         fused = self.settings.optimiser in {"Adam", "AdamW"}

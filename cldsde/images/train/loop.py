@@ -35,6 +35,7 @@ from cldsde.images.model import (
     MODEL,
     DiffusionModel,
     Statistics,
+    TrainedModel,
     copy_weights,
     make_model,
     model_notes,
@@ -128,9 +129,9 @@ class _Trainer:
         total = settings.steps * settings.batch
         if self.seen == total:
             # A process that was killed at the last checkpoint leaves the model of the one before.
-            if not (self.folder / MODEL).exists() or self._stored()[1] != total:
+            if not (self.folder / MODEL).exists() or self._stored().images_seen != total:
                 self._save()
-            return self._stored(self.engine.device)[0]
+            return self._stored(self.engine.device).model
         if self.done == 0 and settings.init_from is not None:
             first = make_model(self.config, self.space, self.learner.statistics)
             copy_weights(first, Path(settings.init_from).expanduser())
@@ -211,7 +212,7 @@ class _Trainer:
         if (self.folder / STATE).exists():
             found = load_state(self.learner, self.folder)
         elif (self.folder / MODEL).exists():
-            found, seen = (self.settings.steps, 0.0), self._stored()[1]
+            found, seen = (self.settings.steps, 0.0), self._stored().images_seen
             if seen != found[0] * self.settings.batch:
                 msg = f"{self.folder / MODEL} has seen {seen:,} images, and the state to resume "
                 msg += f"from, {STATE}, is missing; put it back, or begin again in another folder, "
@@ -222,16 +223,15 @@ class _Trainer:
             raise ValueError(msg)
         return found
 
-    def _stored(self, device: torch.device | str = "cpu") -> tuple[DiffusionModel, int]:
-        """The model in its file, and the images that it has seen."""
+    def _stored(self, device: torch.device | str = "cpu") -> TrainedModel:
+        """The model in its file."""
         try:
-            found = read_model(self.folder / MODEL, self.config, device)
+            return read_model(self.folder / MODEL, self.config, device)
         except ValueError as error:
             again = "delete it to have it made again"
             if not (self.folder / STATE).exists():
                 again = "put a copy of it back, or delete it to repeat the whole training"
             raise ValueError(f"{self.folder / MODEL} is damaged ({error}); {again}") from error
-        return found.model, found.images_seen
 
     def _due(self, every: int) -> bool:
         """Whether the last step passed a multiple of so many images, or ended a stage."""
@@ -308,13 +308,13 @@ class _Trainer:
         """Measure the averaged model, and keep it if it is among the best."""
         settings, samples = self.settings, self.settings.measure_samples
         metrics = {"last": -float(self.seen)}
-        drawn, is_main = None, self.engine.is_main_process
+        is_main = self.engine.is_main_process
         if self.busy and settings.measure == "fd":
             drawn = self._sample(range(_FIRST_SEED, _FIRST_SEED + samples), stop)
-        if is_main and drawn is not None:
-            found = self.evaluation.measure(measured(drawn, self.space.levels), ["fd"])["fd"]
-            metrics[f"fd of {samples}"] = found["frechet_distance"]
-            self._record({"fd": found["frechet_distance"]})
+            if is_main:
+                found = self.evaluation.measure(measured(drawn, self.space.levels), ["fd"])["fd"]
+                metrics[f"fd of {samples}"] = found["frechet_distance"]
+                self._record({"fd": found["frechet_distance"]})
         if settings.snapshots:
             if self.busy and settings.snapshots_by == "held_out_loss":
                 metrics["held_out_loss"] = cast(float, self.learner.held_out(self.done - 1))
