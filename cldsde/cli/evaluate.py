@@ -12,12 +12,11 @@ import os
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Collection
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from cldsde.cli.models import DATA, FEATURES, MODEL, RECIPE, SOLVERS, data_of, model_of, recipes_of
-from cldsde.cli.options import DEVICE, INTEGERS, LIST, option, resolve_device
+from cldsde.cli.options import DEVICE, INTEGERS, LIST, join_processes, option
 from cldsde.errors import require
 from cldsde.messages import counted
 
@@ -48,8 +47,6 @@ OPTIONS = (
 
 def prepare(options: Namespace) -> Callable[[], None]:
     """Check the options, load model and data; return the remaining work."""
-    from accelerate import PartialState
-
     from cldsde.files import check_writable
     from cldsde.images.data.samples import load_samples
     from cldsde.images.evaluate.evaluation import Evaluation
@@ -58,9 +55,7 @@ def prepare(options: Namespace) -> Callable[[], None]:
     from cldsde.images.sample.sampler import make_plan
 
     source, out = _places(options)
-    device, target = resolve_device(options.device), options.target
-    state = PartialState(cpu=device == "cpu", timeout=timedelta(hours=12))
-    device = str(state.device) if device == "cuda" else device
+    target, (state, device) = options.target, join_processes(options.device)
     of_model = options.model is not None or options.reference is None
     model = model_of(options, target, device) if of_model else None
     beside = out.with_name(f"{out.stem}-reference")

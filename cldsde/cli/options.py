@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from argparse import ArgumentTypeError
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -98,3 +99,13 @@ def resolve_device(name: str) -> str:
         msg = f"must be {' or '.join(['auto', *here])} on this machine; got {name!r}"
         raise SettingError("device", msg)
     return name
+
+
+def join_processes(device: str) -> tuple[Any, str]:
+    """Join the processes that were started together; return their state and this one's device."""
+    from accelerate import PartialState
+
+    # Without a GPU processes find each other only if they are told that there is none.
+    name = resolve_device(device)
+    state = PartialState(cpu=name == "cpu", timeout=timedelta(hours=12))
+    return state, str(state.device) if name == "cuda" else name

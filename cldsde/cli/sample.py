@@ -10,12 +10,11 @@ from __future__ import annotations
 import sys
 from argparse import Namespace
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from cldsde.cli.models import MODEL, RECIPE, SOLVERS, model_of, process_config, recipes_of
-from cldsde.cli.options import DEVICE, ONE_SEED, SEEDS, Kind, flag, option, resolve_device
+from cldsde.cli.options import DEVICE, ONE_SEED, SEEDS, Kind, flag, join_processes, option
 from cldsde.errors import require
 from cldsde.messages import counted
 from cldsde.solvers.named import find_solver
@@ -77,25 +76,21 @@ _NOT_FOR_PIPELINES = (
 
 def prepare(options: Namespace) -> Callable[[], None]:
     """Check the options and load the model; return the remaining work."""
-    from accelerate import PartialState
-
     from cldsde.images.sample import ImageSampler, ObservedImage, SampleRequest, speed_up
     from cldsde.images.sample.pipelines import is_pipeline
 
     both = options.seeds is not None and options.seed is not None
     require(not both, "seed", "--seeds is an alternative; got both")
     seeds = options.seeds or options.seed or range(64)
-    device = resolve_device(options.device)
-    state = PartialState(cpu=device == "cpu", timeout=timedelta(hours=12))
+    state, device = join_processes(options.device)
     if options.model is not None:
         require(options.model.exists(), "model", f"{options.model} is no folder")
     if options.run is None and options.model is not None and is_pipeline(options.model):
-        place = state.device if device == "cuda" else device
-        return _work(options, _pipeline_request(options, seeds, place), state)
+        return _work(options, _pipeline_request(options, seeds, device), state)
     for name in ("prompt", "negative_prompt"):
         given = getattr(options, name)
         require(given is None, name, "needs --model and a text-to-image folder of diffusers")
-    model = model_of(options, options.run, state.device if device == "cuda" else device)
+    model = model_of(options, options.run, device)
     speed_up(model, options.compile_mode, channels_last=options.channels_last)
     solvers, budgets = ([x] if x is not None else None for x in (options.solver, options.nfe))
     sampling, *more = recipes_of(options, model, solvers, budgets)

@@ -13,11 +13,10 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable
 from contextlib import closing
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from cldsde.cli.options import DEVICE, SEED, flag, option, resolve_device, several
+from cldsde.cli.options import DEVICE, SEED, flag, join_processes, option, several
 from cldsde.errors import require
 
 _INIT = "run, or diffusers folder, whose weights to start from"
@@ -36,8 +35,6 @@ OPTIONS = (
 
 def prepare(options: Namespace) -> Callable[[], None]:
     """Check the configuration, read the data, open the run folder; return the remaining work."""
-    from accelerate import PartialState
-
     from cldsde.images import train as training
     from cldsde.images.config import load_config
     from cldsde.images.runs import CONFIG, RunFolder, check_folder
@@ -48,12 +45,11 @@ def prepare(options: Namespace) -> Callable[[], None]:
     if options.print_config:
         comments = "".join(f"# {line}\n" for line in training.outlook(config))
         return lambda: print(comments + config.to_toml(), end="")
-    # Without a GPU processes find each other only if they are told that there is none.
-    device = "cpu" if resolve_device(options.device) == "cpu" else options.device
     out = options.out or Path(options.config.stem)
     there = not options.resume or (out / CONFIG).exists()
     require(there, "resume", f"{out} holds no run to resume")
-    state = PartialState(cpu=device == "cpu", timeout=timedelta(hours=12))
+    state, own = join_processes(options.device)
+    device = "cpu" if own == "cpu" else options.device
     started = int(os.environ.get("WORLD_SIZE", "1"))
     formed = started == state.num_processes
     require(formed, "device", f"the {started} processes do not form a group")
