@@ -66,14 +66,13 @@ class RowConfig:
         """Resolve the names, and check budgets and options."""
         object.__setattr__(self, "solver", canonical_name(self.solver))
         object.__setattr__(self, "label", self.label or self.solver)
-        needed, other = "nfe", "tolerances"
         if self.t_end is None and self.solver != RECOMMENDED:
             object.__setattr__(self, "t_end", 1e-3)
         recipe = self._recipe()
         object.__setattr__(self, "grid", recipe.grid)
         solver = make_solver(recipe)
-        if solver is not None and solver.facts.adaptive:
-            needed, other = other, needed
+        adaptive = solver is not None and solver.facts.adaptive
+        needed, other = ("tolerances", "nfe") if adaptive else ("nfe", "tolerances")
         budgets = getattr(self, needed)
         msg = f"{self.solver} needs a list of {needed}, and no {other}"
         require(bool(budgets) and not getattr(self, other), needed, msg)
