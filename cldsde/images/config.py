@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import field
+from operator import getitem
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -298,30 +300,23 @@ class RunConfig(Configuration):
 
     def training_digest(self) -> str:
         """Digest of all settings that the weights depend on: those that are not `FREE`."""
-        values = self._digested()
-        for path in self.FREE:
-            *outer, last = path.split(".")
-            place = values
-            for key in outer:
-                place = place[key]
-            place.pop(last, None)
-        return _sha256(values)
+        return _sha256(self._digested(self.FREE))
 
     def model_digest(self) -> str:
         """Digest of process, networks, reference, data (not their place) and smallest time."""
-        values = self._digested()
+        values = self._digested([f"data.options.{key}" for key in _PLACE])
         names = ("process", "network", "score", "latent", "data")
-        parts = {name: values[name] for name in names} | {"t_min": self.training.t_min}
-        for key in _PLACE:
-            parts["data"]["options"].pop(key, None)
-        return _sha256(parts)
+        return _sha256({name: values[name] for name in names} | {"t_min": self.training.t_min})
 
-    def _digested(self) -> dict[str, Any]:
-        """Plain types without settings that older runs did not have, unless they are in use."""
+    def _digested(self, without: Iterable[str]) -> dict[str, Any]:
+        """Plain types without some keys, and without unused settings that older runs lack."""
         values = self.to_dict()
         for name, added in _ADDED.items():
             unused = [key for key, default in added.items() if values[name][key] == default]
             values[name] = {key: x for key, x in values[name].items() if key not in unused}
+        for path in without:
+            *outer, last = path.split(".")
+            functools.reduce(getitem, outer, values).pop(last, None)
         return values
 
 
