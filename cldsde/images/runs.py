@@ -10,6 +10,8 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
+from pydantic_core import to_jsonable_python
+
 from cldsde.errors import SettingError, require
 from cldsde.files import PARTIAL, check_writable, file_lock, new_folder, write_whole
 from cldsde.images.config import RunConfig
@@ -78,12 +80,8 @@ class RunFolder:
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append a line to ``metrics.jsonl``; numbers that are not finite become null."""
-        record = {
-            key: None if isinstance(x, float) and not math.isfinite(x) else x
-            for key, x in record.items()
-        }
         with (self.path / METRICS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record, allow_nan=False) + "\n")
+            file.write(json.dumps(to_jsonable_python(record, inf_nan_mode="null")) + "\n")
 
     def forget_metrics_after(self, images: int) -> None:
         """Drop lines of ``metrics.jsonl`` beyond ``images``, which a resumed run writes again."""
