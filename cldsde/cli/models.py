@@ -49,12 +49,10 @@ def model_of(options: Namespace, run: Path | None, device: Any) -> ImageModel:
     """The model that the options name."""
     from cldsde.images.sample.export import is_exported
     from cldsde.images.sample.source import of_diffusers, of_run
-    from cldsde.images.schema import parse_overrides
 
     if (run is None) == (options.model is None):
         raise ValueError("a run or --model is needed, one of them")
-    changes = parse_overrides(options.process_set, "beta=8.0", "process_set")
-    if changes and options.process is None and run is not None:
+    if options.process_set and options.process is None and run is not None:
         raise SettingError("process_set", "needs --process")
     process = process_config(options)
     run = options.model if run is None and is_exported(options.model) else run
