@@ -9,20 +9,19 @@ from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
-from cldsde.cli.options import flag, option, several
-from cldsde.errors import SettingError
+from cldsde.cli.options import Kind, flag, option, several
 from cldsde.pretrained.published_models import PUBLISHED
 
 _CODES = " or ".join(PUBLISHED)
+_CODE = Kind({str(name): name for name in PUBLISHED}.__getitem__, _CODES)
+_AS = f"code that wrote the checkpoint: {_CODES}"
 _CONFIG = (
     "published settings, such as cifar10 or vp/cifar10_ddpmpp_deep_continuous; by default "
     "settings that fit the weights and the folder"
 )
 OPTIONS = (
     option("PATH", Path, "checkpoint, such as checkpoint_800000.pth"),
-    option(
-        "--as CODE", str, f"code that wrote the checkpoint: {_CODES}", dest="family", required=True
-    ),
+    option("--as CODE", _CODE, _AS, dest="family", required=True),
     option("--config NAME", str, _CONFIG),
     several("--set KEY=VALUE", "setting of data or sampling, such as data.options.path=images"),
     option("--out RUN", Path, "folder of the run", required=True),
@@ -32,8 +31,6 @@ OPTIONS = (
 
 def prepare(options: Namespace) -> Callable[[], None]:
     """Read and check the checkpoint; return the work that is left."""
-    if options.family not in PUBLISHED:
-        raise SettingError("family", f"must be {_CODES}; got {options.family!r}")
     from cldsde.images.networks import parameter_count
     from cldsde.images.published import is_written, read_published, write_run
 
