@@ -1,1 +1,0 @@
-"""Configurations of the comparisons that come with the package."""
