@@ -20,7 +20,7 @@ from typing import Annotated, Any, Self, TypeVar, cast, dataclass_transform
 import pydantic
 import tomli_w
 import yaml
-from pydantic import ConfigDict, Field, Strict, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, Strict, TypeAdapter, ValidationError
 from pydantic_core import to_jsonable_python
 
 from cldsde.errors import SettingError, require, setting
@@ -31,25 +31,15 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 Flag = Annotated[bool, Strict()]
 Count = Annotated[int, Strict(), Field(ge=1, le=2**40)]
-"""A positive integer."""
 Natural = Annotated[int, Strict(), Field(ge=0, lt=2**63)]
-"""An integer that is not negative."""
-Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
-"""A finite number, not a text."""
+Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]  # not a text
 Positive = Annotated[float, Strict(), Field(gt=0, allow_inf_nan=False)]
-"""A finite positive number."""
 Share = Annotated[float, Strict(), Field(ge=0, lt=1)]
-"""A number in [0, 1)."""
-Shape = Annotated[Sequence[Count], Field(min_length=3, max_length=3)]
-"""Shape ``(C, H, W)`` of an image."""
-Width = Annotated[int, Strict(), Field(ge=1, le=2**14)]
-"""Channels of a level of a network."""
-Channels = Annotated[Sequence[Width], Field(min_length=1)]
-"""Channels of each level of a network."""
-Blocks = Annotated[int, Strict(), Field(ge=1, le=256)]
-"""Residual blocks of a level of a network."""
-Levels = Annotated[int, Strict(), Field(ge=2, le=256)]
-"""A number of grey levels."""
+Shape = Annotated[Sequence[Count], Field(min_length=3, max_length=3)]  # (C, H, W) of an image
+Width = Annotated[int, Strict(), Field(ge=1, le=2**14)]  # channels of a level of a network
+Channels = Annotated[Sequence[Width], Field(min_length=1)]  # of each level
+Blocks = Annotated[int, Strict(), Field(ge=1, le=256)]  # of a level
+Levels = Annotated[int, Strict(), Field(ge=2, le=256)]  # number of grey levels
 
 
 def _rising(ends: Sequence[float]) -> tuple[float, float]:
@@ -59,8 +49,7 @@ def _rising(ends: Sequence[float]) -> tuple[float, float]:
 
 
 _Two = Field(min_length=2, max_length=2)
-Range = Annotated[Sequence[Number], _Two, pydantic.AfterValidator(_rising)]
-"""Range ``(low, high)`` of continuous numbers."""
+Range = Annotated[Sequence[Number], _Two, AfterValidator(_rising)]  # of continuous numbers
 
 _STRICT = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
 
