@@ -143,44 +143,37 @@ class TrainedModel(ImageModel):
     images_seen: int
 
 
-def make_vae(config: RunConfig, space: ImageSpace, device: str = "cpu") -> VAE | None:
-    """The autoencoder, with weights of the configuration's seed; None for a model of pixels."""
-    latent = config.latent
-    if latent is None:
-        return None
-    names = ("latent_channels", "channels", "blocks", "groups", "likelihood")
-    options = {name: getattr(latent, name) for name in names}
-    with torch.random.fork_rng(devices=[]), torch.device(device), setting("latent"):
-        torch.manual_seed(stream_seed(config.seed, "autoencoder"))
-        assert isinstance(space.levels, int)
-        return VAE(space.shape, space.levels, **options)
+def make_networks(
+    config: RunConfig, space: ImageSpace, device: str = "cpu"
+) -> tuple[nn.Module, VAE | None]:
+    """The network, and the autoencoder of a latent model, with weights of the configuration's seed.
 
-
-def make_network(
-    config: RunConfig, shape: Sequence[int], classes: int | None, device: str = "cpu"
-) -> nn.Module:
-    """The network for data of a shape ``(C, H, W)`` and a number of classes, or None.
-
-    It has weights of the configuration's seed, or none on the device ``"meta"``. Raises a
-    SettingError if it does not fit the shape, or a network of one's own cannot be imported.
+    On the device ``"meta"`` they have no weights. Raises a SettingError if one does not fit the
+    images, or a network of one's own cannot be imported.
     """
-    sde, network = config.process.make(), config.network
+    shape, vae, latent, network = space.shape, None, config.latent, config.network
+    if latent is not None:
+        names = ("latent_channels", "channels", "blocks", "groups", "likelihood")
+        own = {name: getattr(latent, name) for name in names}
+        with torch.random.fork_rng(devices=[]), torch.device(device), setting("latent"):
+            torch.manual_seed(stream_seed(config.seed, "autoencoder"))
+            assert isinstance(space.levels, int)
+            vae = VAE(space.shape, space.levels, **own)
+        shape = vae.latent_shape
     with setting("network.name"):
         kind: Any = NETWORKS.get(network.name) or imported(network.name)
+    sde = config.process.make()
     sizes = (sde.components, len(sde.driven)) if config.score.inputs == "state" else (1, 1)
     with setting("network"):
         options = network.checked_options(kind)
     with torch.random.fork_rng(devices=[]), torch.device(device), setting("network.options"):
         torch.manual_seed(config.seed)
-        made: nn.Module = kind(shape, *sizes, classes=classes, **options)
-    return made
+        return kind(shape, *sizes, classes=space.classes, **options), vae
 
 
 def check_model(config: RunConfig, space: ImageSpace) -> int:
     """Number of parameters; raise a SettingError if a network does not fit. No weight is made."""
-    vae = make_vae(config, space, device="meta")
-    shape = space.shape if vae is None else vae.latent_shape
-    network = make_network(config, shape, space.classes, "meta")
+    network, vae = make_networks(config, space, "meta")
     return parameter_count(network) + (0 if vae is None else parameter_count(vae))
 
 
@@ -191,9 +184,8 @@ def make_model(
 
     Without statistics of the data, weights are going to be loaded that include them.
     """
-    vae, sde = make_vae(config, space), config.process.make()
+    sde, (network, vae) = config.process.make(), make_networks(config, space)
     shape = space.shape if vae is None else vae.latent_shape
-    network = make_network(config, shape, space.classes)
     log_clock = config.network.options.get("fourier_scale") is not None
     published = config.score.published(log_clock=log_clock)
     if published is not None:

@@ -426,10 +426,12 @@ def test_classes_are_learnt_and_some_are_hidden(tmp_path):
 def test_a_network_that_is_shown_estimates_is_trained_and_loaded(tmp_path, name):
     sections = {"process": {"name": name}, "score": {"inputs": "estimate"}}
     model = trained(tmp_path, configured(CONFIG, **sections, training=ONE_STEP))
-    loaded = load_model(tmp_path).score
+    run = load_model(tmp_path)
+    loaded = run.score
     z = loaded.sde.prior.sample((2, 1, 4, 4), generator=generator(1))
     assert torch.equal(loaded(z, 0.5), model.score.eval()(z, 0.5))
-    vp = models.make_network(configured(CONFIG, process={"name": "VPSDE"}), (1, 4, 4), None)
+    other = configured(CONFIG, process={"name": "VPSDE"})
+    vp, _ = models.make_networks(other, run.space)
     sizes, expected = (
         {key: x.shape for key, x in net.state_dict().items()} for net in (loaded.network, vp)
     )
