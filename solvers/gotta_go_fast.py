@@ -170,8 +170,7 @@ def _change(
 def _coarse(h: Tensor) -> Tensor:
     """Round step lengths down to ten bits.
 
-    The increments of a path depend on the step lengths. Otherwise the rounding error of an error
-    estimate, which depends on the batch, would grow from step to step.
+    Increments depend on them: rounding errors that depend on the batch would grow with each step.
     """
     mantissa, exponent = torch.frexp(h)
     return torch.ldexp(torch.floor(mantissa * 1024) / 1024, exponent)

@@ -266,22 +266,16 @@ class _Flow(NamedTuple):
 
 
 class _Weights:
-    """A Butcher tableau with the dtype and on the device of the states.
-
-    Attributes
-    ----------
-    nodes
-        Times of the stages after the first, in units of the step length, ``(S, 1)`` on the CPU.
-    stages, step, errors
-        Weights of the slopes for each of these stages, for the step, and for its error estimates.
-    """
+    """A Butcher tableau with the dtype and on the device of the states."""
 
     def __init__(self, tableau: Any, like: Tensor) -> None:
         errors = (tableau.E5, tableau.E3) if hasattr(tableau, "E5") else (tableau.E,)
         stages = [a[:number] for number, a in enumerate(tableau.A[1:], start=1)]
         rows = [torch.as_tensor(row, device="cpu") for row in (*stages, tableau.B, *errors)]
         rows = on_device(rows, like.dtype, like.device)
+        # Times of the stages after the first, in units of the step length, (S, 1) on the CPU.
         self.nodes = torch.as_tensor(tableau.C[1:], device="cpu").unsqueeze(1)
+        # Weights of the slopes for each of these stages, for the step, and for its error estimates.
         self.stages, self.step = rows[: len(stages)], rows[len(stages)]
         self.errors = rows[len(stages) + 1 :]
 

@@ -53,8 +53,7 @@ class Recipe:
 _FITTED = LevelNoise((-3.0, -1.35, -0.33, 0.6, 2.35), (0.54, 1.29, 1.76, 1.19, 1.0))
 _FITTED_STEPS = 4
 
-# Largest number of steps with levels or an order for few steps. With 6 steps order 3 gave better
-# images than order 2 for more than one component; with 8 steps they were 0.1 worse.
+# Largest number of steps with the fitted levels of one component, and with order 3 of more.
 _FEW = 8
 
 
@@ -89,12 +88,10 @@ RECOMMENDED = (
 )
 """Solvers in order of preference; the first that applies to a process is used.
 
-- `ExponentialMultistep` with noise, for processes whose driven score determines the data. A step is
-  one score evaluation, or two with guidance. At most 4 steps have order 3, and noise levels and
-  noise that were fitted to a CLD network of Fashion-MNIST (16 × 16), from κ = −3.0 to 2.35. With 5
-  to 8 steps, processes of one component take these levels and noise with order 2, and others take
-  order 3. More steps have order 2. Processes of one component differ in scale alone at equal κ.
-  They all have the samples of VP.
+- `ExponentialMultistep` with noise, for processes whose driven score determines the data. At most 4
+  steps have noise levels and noise that were fitted to a CLD network of Fashion-MNIST (16 × 16), as
+  have at most 8 steps of processes of one component. These differ in scale alone at equal κ, and
+  all have the samples of VP.
 - `SSCS`, for processes with a stationary distribution
 - `StochasticHeun`, for every process"""
 

@@ -119,9 +119,8 @@ def sample(
     accurately; the end at κ = 2.35 smooths structure finer than 0.1. If an exact score has finer
     structure, pass ``times`` with a smaller end.
 
-    The settings of at most 8 steps suit networks. With an exact score of Gaussian data of standard
-    deviation 1, 5 evaluations give standard deviations that are 33 % (VP) and 26 % (CLD) too large;
-    take 10.
+    The settings of few steps suit networks. With an exact score of normal data of variance 1, five
+    evaluations give standard deviations that are 33 % (VP) and 26 % (CLD) too large; take 10.
 
     The mean of all numbers of a sample, such as the brightness of an image, is the direction of the
     data that needs most noise to hide. At the start it has a standard deviation of 0.52. If the
