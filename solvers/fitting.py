@@ -24,6 +24,7 @@ from .settings import SamplerSettings
 Distance = Callable[[Tensor], float]
 
 _FORMS = [(order, corrector) for order in (1, 2, 3) for corrector in (False, True)]
+TRIES = 200  #: Tries of a search by default.
 _CHOSEN = 3  # settings that are compared at the end
 # Steps of the search in κ at the start, log Δκ and λ, and the largest λ.
 _SPREADS = (0.4, 0.25, 0.3)
@@ -62,7 +63,7 @@ def fit_sampler(
         Function of samples ``(B, *D)``, smaller if they are better, such as a Fréchet distance to
         data in features of a network that knows such data.
     budget
-        Largest number of network evaluations, all samples counted: a try needs B·nfe. None: 250
+        Largest number of network evaluations, all samples counted: a try needs B·nfe. None: 200
         tries.
     seed
         Seed of the search and of the samples, which have the seeds ``seed`` and ``seed + 1``.
@@ -155,7 +156,7 @@ class Search:
     distance: Distance
     seed: int = 0
     network: str = ""
-    most: int = 250  # a prototype found its settings within as many tries
+    most: int = TRIES
     best: SamplerSettings = field(init=False)
     tries: int = field(default=0, init=False)
 

@@ -16,6 +16,7 @@ from cldsde.cli.models import DATA, FEATURES, MODEL, data_of, model_of
 from cldsde.cli.options import DEVICE, INTEGERS, ONE_SEED, flag, option, resolve_device
 from cldsde.errors import require, setting
 from cldsde.solvers import SamplerSettings
+from cldsde.solvers.fitting import TRIES
 
 _REFERENCE = (
     "run or configuration whose data to compare with; by default the run itself, and images of the "
@@ -30,7 +31,7 @@ OPTIONS = (
     DATA,
     FEATURES,
     option("--images N", int, "images per try", default=500),
-    option("--tries N", int, "settings to try", default=250),
+    option("--tries N", int, "settings to try", default=TRIES),
     option("--seed N", ONE_SEED, "seed of the search and its images; 0 by default"),
     option("--out PATH", Path, _OUT),
     flag("--overwrite", "replace existing files"),
