@@ -91,7 +91,7 @@ def prepare(options: Namespace) -> Callable[[], None]:
                 print(f"  in {features}: {measured}")
             (gain, error), (other, scatter) = (measured.gain for measured in found.values())
             if not gain > 3 * error:
-                print("  The gain is less than three standard errors: the default is as good.")
+                print("  The gain is less than three standard errors: prefer the default.")
             elif other < -3 * scatter:
                 print("  In the second features, which the search did not use, the distance rose.")
 
