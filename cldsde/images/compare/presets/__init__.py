@@ -1,0 +1,1 @@
+"""Configurations of the comparisons that come with the package."""
