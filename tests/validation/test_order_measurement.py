@@ -158,7 +158,9 @@ STRONG: list[Any] = [
     (solvers.TorchSDE(method="heun"), "VP", 1, FEWER, None),
     (EulerMaruyama(), MODES, 1, (8, *FEWER), 2),
     (EulerMaruyama(), "VE", 1, FEWER, None),
+    (EulerMaruyama(), "HOLD", 1, FEWER, None),
     (solvers.StochasticHeun(), "VP", 1, FEWER, 1.5),
+    (solvers.StochasticHeun(), "CLD, linear schedule", 1, FEWER, None),
     (solvers.StochasticHeun(), "PSLD", 1, (*FEWER[1:], 256), None),  # has two sources of noise
 ]
 # More solvers and problems. Of the fifth order there is little above rounding at 256 steps, of the
