@@ -119,6 +119,13 @@ def recipe(dynamics: str, nfe: int) -> list[Any]:
     return [repr(made.solver), [round(x, 4) for x in sde.log_snr(made.times).tolist()]]
 
 
+def check_kept(kept: dict[str, Any], now: dict[str, Any]) -> None:
+    """Stop before sets of other settings are put beside those that a file has kept."""
+    kept, now = json.loads(json.dumps([kept, now]))
+    if other := [key for key in kept.keys() & now.keys() if kept[key] != now[key]]:
+        raise SystemExit(f"the results were measured with other {', '.join(sorted(other))}")
+
+
 def draw_rows(file: Path, model: TrainedModel, names: list[str], nfe: int) -> None:
     """Twelve images of each sampler in a row, with its first choice of levels."""
     draws = {name: draw for name, _, draw in reversed(list(samplers({})))}
@@ -154,15 +161,20 @@ def main() -> None:
     results: dict[str, Any] = {"samplers": {}}
     if arguments.results.exists():
         results = json.loads(arguments.results.read_text())
-    results["about"] = {
+    about = {
         "weights": sum(x.numel() for x in model.score.parameters()),
         "data": model.config.data.name,
         "shape": space.shape,
         "images": arguments.images,
         "trained_on": model.images_seen,
-        "recipes": {name: {nfe: recipe(name, nfe) for nfe in arguments.nfe} for name in DYNAMICS},
+        "recipes": {x: {str(n): recipe(x, n) for n in arguments.nfe} for x in DYNAMICS},
         "versions": {x.__name__: x.__version__ for x in (cldsde, diffusers, torch)},
     }
+    kept = results.setdefault("about", about)
+    check_kept(kept, {key: about[key] for key in ("weights", "data", "shape", "images")})
+    for name, recipes in about["recipes"].items():
+        check_kept(kept["recipes"][name], recipes)
+        kept["recipes"][name] |= recipes
 
     def save() -> None:
         text = json.dumps(results, indent=1) + "\n"

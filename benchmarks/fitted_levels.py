@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from beside_diffusers import recipe
+from beside_diffusers import check_kept, recipe
 from cldsde import VPSDE, DenoiserScore, sample
 from cldsde.files import write_whole
 from cldsde.images.data import to_levels
@@ -44,8 +45,10 @@ def main() -> None:
     arguments = parser.parse_args()
     results: dict[str, Any] = {"recipes": {}, "networks": {}}
     if arguments.results.exists():
-        results = json.loads(arguments.results.read_text())
-    results["recipes"] |= {str(nfe): recipe("VP", nfe) for nfe in arguments.nfe}
+        results = json.loads(arguments.results.read_text(encoding="utf-8"))
+    recipes = {str(nfe): recipe("VP", nfe) for nfe in arguments.nfe}
+    check_kept(results["recipes"], recipes)
+    results["recipes"] |= recipes
     for run in arguments.runs:
         model = load_model(run)
         space, sde = model.space, VPSDE()
@@ -56,13 +59,14 @@ def main() -> None:
         score = DenoiserScore(model.score.denoiser, sde)
         shape = (arguments.images, *space.shape)
         found = results["networks"].setdefault(run.name, {})
-        found["about"] = {
+        about = {
             "data": model.config.data.name,
             "process": repr(model.score.sde),
             "weights": sum(x.numel() for x in model.score.parameters()),
             "shape": space.shape,
             "images": arguments.images,
         }
+        check_kept(found.setdefault("about", about), about)
         for nfe in arguments.nfe:
             rows = found.setdefault(str(nfe), {name: [] for name in ROWS})
             for name, options in zip(ROWS, ({}, other(nfe)), strict=True):
@@ -73,7 +77,8 @@ def main() -> None:
                     distance = frechet_of(FeatureSums(features, shape).of(parts), known)
                     rows[name].append(round(distance, 4))
                     text = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
-                    write_whole(arguments.results, lambda file, text=text: file.write_text(text))
+                    save = partial(Path.write_text, data=text, encoding="utf-8")
+                    write_whole(arguments.results, save)
             print(run.name, nfe, rows, flush=True)
 
 

@@ -32,6 +32,7 @@ def main() -> None:
     started = time.perf_counter()
     search = tuning.search(NFE, TRIES)
     search.run(progress=True)
+    seconds = time.perf_counter() - started
     found = tuning.report(search.best, NFE)
     results = {
         "data": model.config.data.name,
@@ -40,7 +41,7 @@ def main() -> None:
         "shape": model.space.shape,
         "images": tuning.images,
         "tries": TRIES,
-        "minutes": round((time.perf_counter() - started) / 60, 1),
+        "minutes": round(seconds / 60, 1),
         "default": asdict(default_settings(tuning.process, model.space.shape, NFE)),
         "distances": {
             name: {"default": sets.default.tolist(), "fitted": sets.fitted.tolist()}
