@@ -88,10 +88,9 @@ RECOMMENDED = (
 )
 """Solvers in order of preference; the first that applies to a process is used.
 
-- `ExponentialMultistep` with noise, for processes whose driven score determines the data. At most 4
-  steps have noise levels and noise that were fitted to a CLD network of Fashion-MNIST (16 × 16), as
-  have at most 8 steps of processes of one component. These differ in scale alone at equal κ, and
-  all have the samples of VP.
+- `ExponentialMultistep` with noise, for processes whose driven score determines the data. The first
+  two have noise levels and noise that were fitted to a CLD network of Fashion-MNIST (16 × 16). At
+  equal κ, processes of one component differ in scale alone: they all have the samples of VP.
 - `SSCS`, for processes with a stationary distribution
 - `StochasticHeun`, for every process"""
 

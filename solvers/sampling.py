@@ -51,9 +51,9 @@ def sample(
     The solver is the first of `RECOMMENDED` that applies to the process and number of steps.
     Sampling starts at the noise level σ with σ² = D·nfe/40 for D numbers per sample, at least at
     σ = 27 (κ = −3.3; κ = −log σ = ½ log SNR), and ends at κ = 3.3 with the data prediction. With at
-    most 4 steps, or 8 for processes of one component, it starts at least at σ = 20 and ends at κ =
-    2.35, see `RECOMMENDED`. A score
-    that knows the noise levels of its training, such as `DenoiserScore`, narrows this range.
+    most 4 steps, or 8 for processes of one component, it starts at least at σ = 20 and ends at
+    κ = 2.35. A score that knows the noise levels of its training, such as `DenoiserScore`, narrows
+    this range.
 
     Parameters
     ----------
@@ -119,8 +119,8 @@ def sample(
     accurately; the end at κ = 2.35 smooths structure finer than 0.1. If an exact score has finer
     structure, pass ``times`` with a smaller end.
 
-    The settings of few steps suit networks. With an exact score of normal data of variance 1, five
-    evaluations give standard deviations that are 33 % (VP) and 26 % (CLD) too large; take 10.
+    The settings of few steps suit networks. With an exact score of normal data of variance 1, less
+    than 10 evaluations give standard deviations up to 33 % (VP) or 26 % (CLD) too large; take 10.
 
     The mean of all numbers of a sample, such as the brightness of an image, is the direction of the
     data that needs most noise to hide. At the start it has a standard deviation of 0.52. If the

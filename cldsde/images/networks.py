@@ -177,7 +177,8 @@ class NCSNpp(_ScoreNetwork):
 
     Notes
     -----
-    ``configs/cifar10_cld.toml`` and ``configs/celebahq256_cld.toml`` have the published networks.
+    In the repository, ``configs/cifar10_cld.toml`` and ``configs/celebahq256_cld.toml`` have the
+    published networks.
     """
 
     options_of = ncsnpp.NCSNpp
