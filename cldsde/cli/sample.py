@@ -1,8 +1,8 @@
 """Generate images from a trained run, or from a model of diffusers.
 
-The image of a seed does not depend on the batch or the process, up to rounding. A folder beside the
-output keeps finished batches, so that the same command resumes, and that several processes, started
-by ``torchrun``, share the work.
+The image of a seed depends on neither the batch nor the number of processes, up to rounding; the
+FAQ has two exceptions. A folder beside the output keeps finished batches, so that the same command
+resumes, and that several processes, started by ``torchrun``, share the work.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ OPTIONS = (
     option("--seed N", ONE_SEED, "one seed, the same as --seeds N"),
     option("--out PATH", Path, _OUT, default=Path("samples.png")),
     flag("--overwrite", "replace an existing file"),
-    option("--batch N", int, "images per batch; default: 256, for large images 64"),
+    option("--batch N", int, "images per batch; default: 256, or 64 above 1,024 values per image"),
     option("--class NAME", str, _CLASS, dest="label"),
     option("--guidance W", float, "weight of the class or prompt"),
     option("--prompt TEXT", str, "prompt, for a text-to-image folder of diffusers"),

@@ -154,7 +154,8 @@ class ScoreConfig:
     prediction: Literal["noise", "velocity", "flow"] = "noise"
     """The prediction whose squared error is the loss: ``"noise"``, or for processes of one
     component ``"velocity"`` or ``"flow"``. With the process ``"RectifiedFlow"``, ``"flow"`` is flow
-    matching. The network returns the same quantity for all three."""
+    matching. The network returns the same quantity for all three. ``weighting = "log_snr"`` takes
+    the noise."""
     mixing: Number | None = None
     """None: the network's part is added to the reference's. A number m: each channel weighs the
     two; the weight of the network's part, 1/(1 + e^−m), is learnt and starts at this m."""

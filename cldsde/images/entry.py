@@ -93,7 +93,8 @@ class Run(TrainedModel):
         Parameters
         ----------
         seeds
-            Integers in [0, 2³²). An image does not depend on the other seeds, up to rounding.
+            Integers in [0, 2³²). An image does not depend on the other seeds, up to
+            rounding, unless the solver shares step sizes in a batch.
         label
             Class of all images, by name or number; ``"all"`` cycles through the classes by seed.
         guidance

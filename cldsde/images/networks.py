@@ -84,7 +84,7 @@ class UNet(_ScoreNetwork):
     inputs, outputs
         Components of the state and driven components.
     channels
-        Channels of each level, from full resolution down; each of the groups has two or more.
+        Channels of each level, from full resolution down; each group has two or more channels.
     blocks
         Residual blocks per level of the encoder. The decoder has one more per level.
     groups

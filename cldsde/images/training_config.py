@@ -89,9 +89,9 @@ class TrainingConfig:
     conditioning: Literal["data", "all"] = "data"
     """``"data"``: hybrid score matching; ``"all"``: denoising score matching."""
     weighting: Literal["reweighted", "likelihood", "log_snr"] = "reweighted"
-    """``"reweighted"`` for quality; ``"likelihood"``; or ``"log_snr"``: noise levels are weighted
-    as if κ, half the log of the signal-to-noise ratio, were normal with `log_snr_mean` and
-    `log_snr_std`, the same for every process."""
+    """``"reweighted"``, the squared error of the prediction; ``"likelihood"``; or ``"log_snr"``:
+    noise levels are weighted as if κ, half the log of the signal-to-noise ratio, were normal with
+    `log_snr_mean` and `log_snr_std`, the same for every process."""
     log_snr_mean: Annotated[Number, Field(ge=-20, le=20)] = 1.2
     log_snr_std: Annotated[Number, Field(ge=0.01, le=20)] = 1.2
     """For ``weighting = "log_snr"``; see `cldsde.score.log_snr_density`."""
