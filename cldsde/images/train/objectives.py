@@ -35,7 +35,6 @@ from cldsde.score import (
     log_snr_density,
     logit_normal_density,
     mode_density,
-    optimal_loss,
 )
 from cldsde.score.conversion import Prediction
 from cldsde.score.matching import Weighting
@@ -66,7 +65,7 @@ class ScoreMatching:
             self._prediction = "noise"  # the weighting is in its units
         else:
             self._weighting = settings.weighting
-        density: Callable[[Tensor], Tensor]
+        density: Callable[[Tensor], Tensor] | None = None
         if settings.times == "uniform":
             density = torch.ones_like
         elif settings.times == "logit_normal":
@@ -78,11 +77,13 @@ class ScoreMatching:
             density = log_snr_density(score.sde, **normal)
         elif settings.weighting == "reweighted" and settings.conditioning == "data":
             density = partial(score.residual_variance, prediction=self._prediction)
-        else:
+        if density is None:
             how: Any = {"conditioning": settings.conditioning, "weighting": settings.weighting}
-            variance = float(score.data_variance.mean())
-            density = partial(optimal_loss, score.sde, data_variance=variance, **how)
-        self.samplers: tuple[TimeSampler, ...] = (TimeSampler(density, settings.t_min),)
+            how["data_variance"] = float(score.data_variance.mean())
+            sampler = TimeSampler.importance(score.sde, settings.t_min, **how)
+        else:
+            sampler = TimeSampler(density, settings.t_min)
+        self.samplers: tuple[TimeSampler, ...] = (sampler,)
 
     def of(
         self, score: MixedScore | PublishedScore, x0: Tensor, batch: Batch, generator: Generators
