@@ -54,7 +54,7 @@ _FITTED = LevelNoise((-3.0, -1.35, -0.33, 0.6, 2.35), (0.54, 1.29, 1.76, 1.19, 1
 _FITTED_STEPS = 4
 
 # Largest number of steps with the fitted levels of one component, and with order 3 of more.
-_FEW = 8
+FEW = 8
 
 
 def fitted_times(sde: LinearSDE, T: float, eps: float, n: int) -> Tensor:
@@ -79,9 +79,9 @@ _fitted = partial(Recipe, denoise=True, grid=fitted_times, ends=(-3.0, 2.35))
 
 RECOMMENDED = (
     _fitted(_multistep(3, _FITTED, "vp_time"), most_steps=_FITTED_STEPS),
-    _fitted(_multistep(2, _FITTED, "vp_time"), most_steps=_FEW, most_components=1),
+    _fitted(_multistep(2, _FITTED, "vp_time"), most_steps=FEW, most_components=1),
     Recipe(_multistep(2, 1.0, "vp_time"), True, most_components=1, grid=vp_times),
-    Recipe(_multistep(3, 1.0), True, _FEW),
+    Recipe(_multistep(3, 1.0), True, FEW),
     Recipe(_multistep(2, 1.0), True),
     Recipe(SSCS(), denoise="step"),
     Recipe(StochasticHeun(), denoise="step"),

@@ -24,7 +24,7 @@ from cldsde.solvers import ExponentialEuler, ExponentialMultistep
 from cldsde.solvers.base import GridSolver, Memory, check_solver
 from cldsde.solvers.combine import Block, add_to, as_blocks, combine
 from cldsde.solvers.noise import NoiseSource
-from cldsde.solvers.recommended import RECOMMENDED, Recipe, fitted_times
+from cldsde.solvers.recommended import FEW, RECOMMENDED, Recipe, fitted_times
 
 # A level this close in κ to an end of the process counts as that end.
 _ROUNDING = 1e-6
@@ -35,7 +35,7 @@ _NOISE = -2.0
 _FEW_STEPS = Recipe(
     ExponentialMultistep(order=3, stochasticity=0.5, variable="vp_time"),
     denoise=True,
-    most_steps=8,
+    most_steps=FEW,
     most_components=1,
 )
 
