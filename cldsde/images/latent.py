@@ -193,11 +193,11 @@ class Posterior(NamedTuple):
 class VAE(nn.Module):
     """A variational autoencoder of residual convolutional blocks, without attention.
 
-    Images are ``(C, H, W)`` of ``levels`` grey levels, H and W divisible by 2 to the number of
-    levels of the network less one. ``channels`` are those of each level, from full resolution down,
-    halving H and W; each of the ``groups`` of the normalisation has two or more. The decoder has
-    one residual block more per level than the encoder, ``blocks``. Latent maps have the shape
-    ``latent_shape`` = ``(latent_channels, h, w)``. The ``likelihood`` is "logistic",
+    Images are ``(C, H, W)`` of ``levels`` grey levels. ``channels`` are the numbers of channels at
+    n resolutions, from the full one down. Each has half of H and W of the one before, so H and W
+    are divisible by 2ⁿ⁻¹. Each of the ``groups`` of the normalisation has two or more channels. The
+    decoder has one residual block more per level than the encoder, ``blocks``. Latent maps have the
+    shape ``latent_shape`` = ``(latent_channels, h, w)``. The ``likelihood`` is "logistic",
     `DiscretisedLogistic`, or "bernoulli", `Bernoulli`: a distribution of images of two levels, and
     only an objective for others.
 

@@ -68,15 +68,14 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     process
         The process: a `LinearSDE`, or the name of its class.
     solver
-        A solver that evaluates the score once per step, at its start. None: the recommended one for
-        the process and the number of steps.
+        A solver that evaluates the score once per step, at its start. None: `ExponentialMultistep`
+        with noise, of order 3 for at most 9 evaluations and of order 2 for more.
     start, end
         Times of the process at which it starts and ends, for ``grid="root_times"``. None: κ = −5
         and κ = 3.3 (κ = ½ log SNR), or the ends of the network's noise levels if these are
         narrower. A process that does not reach the start begins at its noisiest time. If the
-        network knows much more noise than the start has, as flow-matching networks do, one
-        deterministic step from its noisiest level leads there, because pipelines start with the
-        noise of that level.
+        network knows over 10 % more noise than the start has, as flow-matching networks do, one
+        deterministic step leads there, because pipelines start at the network's noisiest level.
     grid
         ``"root_times"``: steps of the process, uniform in √t. ``timesteps`` and ``sigmas`` of a
         pipeline then give the number of steps only, and must be evenly spaced.

@@ -250,7 +250,7 @@ def _broadcast_mean(mean: Tensor | float, x0: Tensor) -> Tensor:
 def _gaussian_noise(pair: PerturbedData, mean: Tensor, variance: float) -> Tensor:
     """E[n* | z_t] for data N(μ, s²), from x̂_0 = μ + s² ψᵀΣ⁻¹(z − ψμ) / (1 + s² I).
 
-    It is computed from the state, so that its rounding errors are those of a model's prediction.
+    It is computed from the state, as a model's prediction is, so that both round alike.
     """
     whitened, driven = pair.whitened, slice(-len(pair.sde.driven), None)
     shrinkage = variance / (1 + variance * whitened.information()[..., None, None])
