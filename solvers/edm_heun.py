@@ -79,7 +79,7 @@ class EDMHeun(StagedSolver):
         """Processes of one component; order 2 for the flow or in distribution."""
         noisy = self.churn > 0
         return Facts(
-            applies_to="processes of one component (VP, sub-VP, VE)",
+            applies_to="processes of one component (such as VP, VE and flows)",
             nfe_per_step=2,
             weak_order=2 if noisy and self.noise_scale == 1 else None,
             ode_order=None if noisy else 2,

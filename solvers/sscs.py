@@ -40,7 +40,7 @@ class SSCS(StagedSolver):
     move. The distribution is the same, and half the noise has to be drawn.
 
     With trained networks of digits, ``"euler"`` gave the best images of the three score steps with
-    7 and 10 evaluations.
+    7 evaluations.
 
     Parameters
     ----------
@@ -91,7 +91,7 @@ class SSCS(StagedSolver):
         """Facts that hold for these options."""
         midpoint = self.score_step == "midpoint"
         return Facts(
-            applies_to="processes with a stationary distribution (VP, CLD, PSLD, HOLD)",
+            applies_to="processes with a stationary distribution (such as VP and CLD)",
             nfe_per_step=2 if midpoint else 1,
             weak_order=2 if midpoint else 1,
             state_on_grid=not self.merge,

@@ -1,8 +1,9 @@
 """Measure a trained run, or samples in files: Fréchet distances, FID, KID, bits per dim.
 
-A run is sampled with each recipe, solvers times budgets, and compared with its own data set;
-samples are compared with the data set of ``--reference``. Distances are biased by the number of
-images: compare equal numbers only. Several processes, started by ``torchrun``, share the sampling.
+A run is sampled with each combination of ``--solver`` and ``--nfe``, and its images are compared
+with the run's own data set. Samples in files are compared with the data set of ``--reference``.
+Distances are biased by the number of images: compare equal numbers only. Several processes, started
+by ``torchrun``, share the sampling.
 """
 
 from __future__ import annotations

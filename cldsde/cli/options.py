@@ -37,7 +37,8 @@ def option(usage: str, kind: Any, text: str, **settings: Any) -> Option:
     *names, metavar = usage.replace(",", "").split()
     kind, default = _KINDS.get(kind, kind), settings.get("default")
     notes = [kind.name] if isinstance(kind, Kind) and kind.name else []
-    notes += [] if default in (None, []) else [f"default: {default}"]
+    shown = ",".join(map(str, default)) if isinstance(default, list) else default
+    notes += [] if shown in (None, "") else [f"default: {shown}"]
     text = f"{text} ({', '.join(notes)})" if notes else text
     names = names or [settings.pop("dest", metavar.lower())]
     return names, {"type": kind, "metavar": metavar, "help": text, **settings}

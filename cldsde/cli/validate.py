@@ -4,9 +4,9 @@ The command checks the transition kernels, and each solver on each applicable re
 against exact answers. Name your own solver as module:ClassName. If the command is interrupted, it
 keeps the results so far.
 
-The command exits with 1 if a check fails, or if no problem confirms a declared order or checks a
-solver's samples. It also exits with 1 if no problem applies to a named solver, or if a result
-cannot be written.
+The command exits with 1 if a check fails, or if a solver stays inconclusive: no problem confirms an
+order that it declares, or it declares no order and no problem checks its samples. It also exits
+with 1 if no problem applies to a named solver, or if a result cannot be written.
 
 With --posterior the command measures posterior samplers of inverse problems instead, against exact
 posteriors. It exits with 1 if a sampler that claims the exact posterior misses it, or if a planted

@@ -157,8 +157,8 @@ class ScoreConfig:
     matching. The network returns the same quantity for all three. ``weighting = "log_snr"`` takes
     the noise."""
     mixing: Number | None = None
-    """None: the network's part is added to the reference's. A number m: each channel weighs the
-    two; the weight of the network's part, 1/(1 + e^−m), is learnt and starts at this m."""
+    """None: the network's part is added to the reference's. A number m: each channel learns the
+    weights of the two parts. The weight of the network's part starts at 1/(1 + e^−m)."""
     code: Literal["cldsde"] | Code = "cldsde"
     """Code whose parameterisation the score has: ``"cldsde"``, or a published code, ``"cld-sgm"``,
     ``"score-sde-vp"`` or ``"score-sde-ve"``; see
@@ -209,9 +209,9 @@ class SamplingConfig:
     t_start: StartTime = None
     t_end: Time | None = None
     """Times at which sampling starts and ends (ε). None: as for `cldsde.sample`. κ, half the log of
-    the signal-to-noise ratio, is then −3.3, or less for large images, and 3.3. Up to 5 evaluations
-    of the recommended solver, or 9 for processes of one component, go from −3.0, or less, to
-    2.35."""
+    the signal-to-noise ratio, is then −3.3 and 3.3. Up to 5 evaluations of the recommended solver,
+    or 9 for processes of one component, go from −3.0 to 2.35. The start is less if the numbers of
+    an image times ``nfe`` exceed 29,000, or 16,000 from −3.0."""
     denoise: Flag = True
     """Return the data prediction at ε instead of the state there."""
     options: Mapping[str, Any] = field(default_factory=dict)

@@ -47,8 +47,8 @@ def _default(field):
     """The default of a key as TOML writes it."""
     if field.default_factory is not dataclasses.MISSING:
         value = field.default_factory()
-        if dataclasses.is_dataclass(value) or not value:
-            return "its own defaults"
+        if dataclasses.is_dataclass(value):
+            return "the section's defaults"
     elif field.default is dataclasses.MISSING:
         return "*required*"
     else:

@@ -23,7 +23,7 @@ def version_of_content():
     files = {file for folder in folders for file in folder.rglob("*") if file.is_file()}
     digest = hashlib.sha256((DOCS / "matplotlibrc").read_bytes())
     for file in sorted(files):
-        if file.suffix in (".py", ".json", ".toml"):
+        if file.suffix in (".py", ".json", ".jsonl", ".toml"):
             digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
 
