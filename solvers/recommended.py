@@ -21,7 +21,6 @@ from cldsde.score import ReverseProcess
 from .base import Solver
 from .exponential_multistep import ExponentialMultistep, Variable
 from .grids import root_times, times_of_vp_roots, vp_times
-from .level_noise import LevelNoise
 from .planning import Plan, plan
 from .sscs import SSCS
 from .stochastic_heun import StochasticHeun
@@ -48,38 +47,35 @@ class Recipe:
     ends: tuple[float, float] = _LOG_SNR  #: κ at the start, or less for large data, and at the end.
 
 
-# Noise levels and λ of five evaluations, fitted to a CLD network of Fashion-MNIST by CMA-ES. More
-# or fewer evaluations take levels between them.
-_FITTED = LevelNoise((-3.0, -1.35, -0.33, 0.6, 2.35), (0.54, 1.29, 1.76, 1.19, 1.0))
-_FITTED_STEPS = 4
+# κ of five evaluations, fitted to a CLD network of Fashion-MNIST by CMA-ES. More or fewer
+# evaluations take levels between them.
+_FITTED_LEVELS = (-3.0, -1.35, -0.33, 0.6, 2.35)
 
-# Largest number of steps with the fitted levels of one component, and with order 3 of more.
-FEW = 8
+_FITTED_STEPS = 4  # largest number of steps with these levels, of several components
+FEW = 8  # largest number of steps of order 3
 
 
 def fitted_times(sde: LinearSDE, T: float, eps: float, n: int) -> Tensor:
-    """Grid whose κ lie between both ends as the κ of the fitted settings lie between theirs.
+    """Grid whose κ lie between both ends as the fitted κ lie between theirs.
 
     From one fitted κ to the next the square root of VP's time is linear in i/n.
     """
-    knots = torch.tensor(_FITTED.log_snr, dtype=torch.float64, device="cpu")
+    knots = torch.tensor(_FITTED_LEVELS, dtype=torch.float64, device="cpu")
     roots = vp_time(knots).sqrt().tolist()
     shares = np.interp(np.linspace(0, 1, n + 1), np.linspace(0, 1, len(roots)), roots)
     shares = (shares - roots[0]) / (roots[-1] - roots[0])
     return times_of_vp_roots(sde, T, eps, torch.as_tensor(shares, device="cpu"))
 
 
-def _multistep(
-    order: Literal[2, 3], stochasticity: float | LevelNoise, variable: Variable = "time"
-) -> Solver:
+def _multistep(order: Literal[2, 3], stochasticity: float, variable: Variable = "time") -> Solver:
     return ExponentialMultistep(order=order, stochasticity=stochasticity, variable=variable)
 
 
 _fitted = partial(Recipe, denoise=True, grid=fitted_times, ends=(-3.0, 2.35))
 
 RECOMMENDED = (
-    _fitted(_multistep(3, _FITTED, "vp_time"), most_steps=_FITTED_STEPS),
-    _fitted(_multistep(2, _FITTED, "vp_time"), most_steps=FEW, most_components=1),
+    _fitted(_multistep(3, 0.5, "vp_time"), most_steps=FEW, most_components=1),
+    _fitted(_multistep(3, 1.0, "vp_time"), most_steps=_FITTED_STEPS),
     Recipe(_multistep(2, 1.0, "vp_time"), True, most_components=1, grid=vp_times),
     Recipe(_multistep(3, 1.0), True, FEW),
     Recipe(_multistep(2, 1.0), True),
@@ -89,8 +85,8 @@ RECOMMENDED = (
 """Solvers in order of preference; the first that applies to a process is used.
 
 - `ExponentialMultistep` with noise, for processes whose driven score determines the data. The first
-  two have noise levels and noise that were fitted to a CLD network of Fashion-MNIST (16 × 16). At
-  equal κ, processes of one component differ in scale alone: they all have the samples of VP.
+  two have noise levels that were fitted to a CLD network of Fashion-MNIST (16 × 16). At equal κ,
+  processes of one component differ in scale alone: they all have the samples of VP.
 - `SSCS`, for processes with a stationary distribution
 - `StochasticHeun`, for every process"""
 

@@ -1,8 +1,9 @@
 """Fit samplers of few evaluations to a model: noise levels, noise and order.
 
 The search tries settings with the same random numbers, and compares their images with the data of
-the run by a Fréchet distance. A report with new seeds follows. Ctrl-C ends the command and keeps
-the best settings so far. The option ``--settings`` of sample and evaluate takes the file.
+the run by Fréchet distances in two kinds of features. A report with new seeds follows. Ctrl-C ends
+the command and keeps the best settings so far. The option ``--settings`` of sample and evaluate
+takes the file.
 """
 
 from __future__ import annotations
@@ -89,10 +90,10 @@ def prepare(options: Namespace) -> Callable[[], None]:
             print(f"{nfe} evaluations, Fréchet distances of 5 sets of {options.images} new images:")
             for features, measured in found.items():
                 print(f"  in {features}: {measured}")
-            (gain, error), (other, scatter) = (measured.gain for measured in found.values())
+            (gain, error), *others = (measured.gain for measured in found.values())
             if not gain > 3 * error:
-                print("  The gain is less than three standard errors: prefer the default.")
-            elif other < -3 * scatter:
-                print("  In the second features, which the search did not use, the distance rose.")
+                print("  The first gain is less than three standard errors: prefer the default.")
+            elif any(other < -3 * scatter for other, scatter in others):
+                print("  In some features the distance rose by over three standard errors.")
 
     return work

@@ -30,6 +30,7 @@ from cldsde.solvers import SamplerSettings, sample
 from cldsde.solvers.fitting import Distance, Search, default_settings, fewest_tries, import_cma
 
 _SETS = 5  # of new images for the report
+_SEARCHED = 2  # kinds of features whose distances the search minimises; the report has one more
 _REFERENCE, _MANY = 2000, 50  # images of the network itself, and evaluations of each
 
 
@@ -59,9 +60,11 @@ def _mean(x: Tensor) -> tuple[float, float]:
 class Tuning:
     """Fits of samplers to one image model.
 
-    ``features`` are those of the Fréchet distance that the search minimises: ``"classifier"``, of
-    the data's classes; ``"random"``, of a network with random weights; or ``module:attribute``.
-    Without data, or without classes, ``"random"`` replaces ``"classifier"``.
+    The search minimises the geometric mean of two Fréchet distances, because settings that were
+    fitted to one kind of features made the images worse in others. ``features`` are the first kind:
+    ``"classifier"``, of the data's classes; ``"random"``, of a network with random weights; or
+    ``module:attribute``. Without data, or without classes, ``"random"`` replaces ``"classifier"``.
+    The second kind are features of a network with random weights. The report has a third one.
     """
 
     model: ImageModel
@@ -87,22 +90,34 @@ class Tuning:
 
     def search(self, nfe: int, tries: int) -> Search:
         """The search for settings with ``nfe`` evaluations; see `cldsde.solvers.fit_sampler`."""
-        distance, name = next(iter(self._distances.values())), self.model.digest[:16]
+        searched = [*self._distances.values()][:_SEARCHED]
+
+        def distance(data: Tensor) -> float:
+            images = self._pixels(data)
+            return math.prod(max(0.0, of(images)) for of in searched) ** (1 / _SEARCHED)
+
+        name = self.model.digest[:16]
         return Search(self.process, self.shape, nfe, distance, self.seed, name, most=tries)
 
     def report(self, settings: SamplerSettings, nfe: int) -> Mapping[str, Measured]:
-        """Distances by features, the search's first; images have the seeds after the search's."""
+        """Distances by features, the search's first; images have the seeds after the search's.
+
+        The first entry is the geometric mean of two kinds, which the search minimises.
+        """
         found: dict[str, list[list[float]]] = {name: [[], []] for name in self._distances}
         seeds = range(self.seed + 2, self.seed + 2 + _SETS)
         for seed in progress_bar(seeds, shown=True, desc="new images", unit="set"):
             for i, how in enumerate((None, settings)):
-                data = self._draw(seed, nfe, how)
+                images = self._pixels(self._draw(seed, nfe, how))
                 for name, distance in self._distances.items():
-                    found[name][i].append(distance(data))
-        return {
+                    found[name][i].append(distance(images))
+        measured = {
             name: Measured(*(torch.tensor(x, dtype=torch.float64, device="cpu") for x in pair))
             for name, pair in found.items()
         }
+        pairs = zip(*[*measured.values()][:_SEARCHED], strict=True)
+        means = (torch.stack(x).log().mean(0).exp() for x in pairs)
+        return {"the geometric mean of the next two": Measured(*means), **measured}
 
     @cached_property
     def process(self) -> ReverseProcess:
@@ -122,7 +137,7 @@ class Tuning:
 
     @cached_property
     def _distances(self) -> Mapping[str, Distance]:
-        """Distances of samples to the data, by features; the search minimises the first one."""
+        """Distances of images to the data, by features; the search minimises the first two."""
         reference = self._own() if self.data is None else self.data.train
         name, labels = self.features, reference.labels
         networks: dict[str, FeatureNetwork] = {}
@@ -131,7 +146,7 @@ class Tuning:
             networks["the classifier's features"] = kept
         elif name not in {"classifier", "random"}:
             networks[name] = load_features(name)
-        for seed in range(2 - len(networks)):
+        for seed in range(_SEARCHED + 1 - len(networks)):
             random = random_features(reference.shape[0], self.device, seed)
             networks[f"random features {seed}"] = random
         return {name: self._distance(network, reference) for name, network in networks.items()}
@@ -140,8 +155,7 @@ class Tuning:
         bar = progress_bar(measured_batches(reference), shown=True, desc="features", unit="batch")
         known = FeatureSums(network, (len(reference), *reference.shape)).of(bar)
 
-        def distance(data: Tensor) -> float:
-            images = self._pixels(data)
+        def distance(images: Tensor) -> float:
             parts = images.split(256)  # type: ignore[no-untyped-call]
             return frechet_of(FeatureSums(network, images.shape).of(parts), known)
 

@@ -20,24 +20,16 @@ from cldsde.linear.covariance import triangular_inverse
 from cldsde.linear.log_snr import log_snr_range, times_of_log_snr
 from cldsde.linear.sde import LinearSDE
 from cldsde.score import Conversion, ReverseProcess, Score
-from cldsde.solvers import ExponentialEuler, ExponentialMultistep
+from cldsde.solvers import ExponentialEuler
 from cldsde.solvers.base import GridSolver, Memory, check_solver
 from cldsde.solvers.combine import Block, add_to, as_blocks, combine
 from cldsde.solvers.noise import NoiseSource
-from cldsde.solvers.recommended import FEW, RECOMMENDED, Recipe, fitted_times
+from cldsde.solvers.recommended import RECOMMENDED
 
 # A level this close in κ to an end of the process counts as that end.
 _ROUNDING = 1e-6
 # A sampling that starts at a larger κ = log(α/σ) is a part of one.
 _NOISE = -2.0
-# For few steps of one component between levels that were not fitted. `sample` has better images of
-# digits with this order on its root grid than with order 2.
-_FEW_STEPS = Recipe(
-    ExponentialMultistep(order=3, stochasticity=0.5, variable="vp_time"),
-    denoise=True,
-    most_steps=FEW,
-    most_components=1,
-)
 
 
 class PathSteps:
@@ -194,9 +186,7 @@ def recommended_steps(
     # A part of a sampling has few steps, but may have long ones, for which order 3 is unstable.
     whole = bool(log_snr[0] <= _NOISE) and bool(log_snr[-1] == math.inf)
     n = len(log_snr) - 2 if whole else math.inf  # steps before the data prediction
-    for recipe in (_FEW_STEPS, *RECOMMENDED):
-        if recipe.grid is fitted_times:  # its noise was fitted to its levels
-            continue
+    for recipe in RECOMMENDED:
         fits = sde.components <= recipe.most_components and n <= recipe.most_steps
         if fits and recipe.solver.facts.score_at_start:
             try:

@@ -41,8 +41,11 @@ def test_settings_are_kept_in_the_run_and_measured_with_new_seeds(run, capsys):
     assert found.process.startswith(process)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "3 evaluations, Fréchet distances of 5 sets of 16 new images:"
-    assert lines[1].startswith("  in the classifier's features: default ")
-    assert lines[2].startswith("  in random features 0: default ")
+    assert lines[1].startswith("  in the geometric mean of the next two: default ")
+    assert lines[2].startswith("  in the classifier's features: default ")
+    assert [line.split(":")[0] for line in lines[3:5]] == [
+        f"  in random features {i}" for i in (0, 1)
+    ]
     # The other commands take the settings.
     out, few = run / "images.npz", ["--settings", run / "sampler-3.json", "--device", "cpu"]
     assert command("sample", run, *few, "--seeds", "0-3", "--out", out) == 0
@@ -73,7 +76,7 @@ def test_a_model_of_diffusers_is_compared_with_its_own_images(
     arguments = ["--model", diffusers_model, "--process", "VPSDE", "--out", out, *SHORT]
     assert command("tune", *arguments) == 0
     assert SamplerSettings.load(out).process.startswith("VPSDE")
-    assert "  in random features 1: default " in capsys.readouterr().out
+    assert "  in random features 2: default " in capsys.readouterr().out
 
 
 def test_an_interrupted_search_keeps_its_best_settings(run, monkeypatch, capsys):
