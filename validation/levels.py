@@ -5,7 +5,11 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
+
+from cldsde.linear.checks import check_positive
+
+from .regression import Array
 
 
 def checked_levels(
@@ -13,7 +17,7 @@ def checked_levels(
     errors: ArrayLike,
     standard_errors: ArrayLike | None,
     rounding: ArrayLike | None,
-) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+) -> tuple[Array, Array, Array, Array]:
     """Steps, errors, standard errors and rounding errors as arrays ``(n,)``."""
     h = np.asarray(steps, dtype=np.float64)
     if h.ndim != 1 or not len(h):
@@ -38,7 +42,7 @@ def checked_levels(
     return h, e, s, floor
 
 
-def _one_for_each(values: ArrayLike, name: str, steps: NDArray[np.float64]) -> NDArray[np.float64]:
+def _one_for_each(values: ArrayLike, name: str, steps: Array) -> Array:
     array = np.asarray(values, dtype=np.float64)
     if array.shape not in {(), steps.shape}:
         msg = f"{name} must be one number or {len(steps)}, as steps; got shape {array.shape}"
@@ -52,9 +56,7 @@ def check_options(
     """Raise a ValueError if an option is out of its range."""
     if expected is not None and not (math.isfinite(expected) and expected > 0):
         raise ValueError(f"expected must be a finite, positive order or None; got {expected}")
-    if not (math.isfinite(tolerance) and tolerance > 0):
-        raise ValueError(f"tolerance must be finite and positive; got {tolerance}")
+    check_positive(tolerance, "tolerance")
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must lie strictly between 0 and 1; got {confidence}")
-    if not (math.isfinite(spacing) and spacing > 0):
-        raise ValueError(f"spacing must be finite and positive; got {spacing}")
+    check_positive(spacing, "spacing")

@@ -19,12 +19,7 @@ from numpy.typing import ArrayLike
 
 from .levels import check_options, checked_levels
 from .plain import plain
-from .regression import is_steady, local_orders, log_slope, student_quantile, turns
-
-_NOT_FINITE = "not finite"
-_ROUNDING = "below rounding"
-_NOISE = "below 3 standard errors"
-_DISAGREES = "disagrees with finer levels"
+from .regression import is_steady, local_orders, log_slope, turns
 
 _MODEL = 1e-3  # relative error of every expansion of an error, however smooth it looks
 
@@ -256,7 +251,7 @@ def estimate_order(
         allowed = tolerance + quantile * np.sqrt(spread[1:])
         if (np.abs(local[1:] - local[0]) <= allowed).all():
             break
-        reasons[kept[0]] = _DISAGREES
+        reasons[kept[0]] = "disagrees with finer levels"
         kept = kept[1:]
 
     order = low = high = math.nan
@@ -265,9 +260,13 @@ def estimate_order(
             spacing = min(spacing, 0.5)
         order, std, excess = log_slope(x[kept], y[kept], variances[kept], spacing)
         # A variance that is estimated from residuals has an uncertainty of its own.
-        known = excess <= 1 or bool((s[kept] > 0).all())
-        student = quantile if known else student_quantile(confidence, len(kept) - 2)
-        low, high = order - student * std, order + student * std
+        if excess <= 1 or bool((s[kept] > 0).all()):
+            half_width = quantile * std
+        else:
+            from scipy.stats import t  # imported here because it is slow to import
+
+            half_width = float(t.ppf((1 + confidence) / 2, len(kept) - 2)) * std
+        low, high = order - half_width, order + half_width
     local, covariance = local_orders(x[kept], y[kept], variances[kept])
     margins = quantile * np.sqrt(covariance.diagonal())
     verdict, fault, grown = None, "", False
@@ -315,10 +314,10 @@ def estimate_order(
 def _reason(error: float, standard_error: float, floor: float) -> str:
     """Reason why a level cannot be used, independent of the other levels; empty if it can."""
     if not math.isfinite(error):
-        return _NOT_FINITE
+        return "not finite"
     if error <= floor:
-        return _ROUNDING
-    return _NOISE if error / 3 < standard_error else ""
+        return "below rounding"
+    return "below 3 standard errors" if error / 3 < standard_error else ""
 
 
 def _judge(low: float, high: float, expected: float, tolerance: float) -> Verdict:

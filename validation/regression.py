@@ -7,21 +7,16 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+Array = NDArray[np.float64]
 
-def local_orders(
-    x: NDArray[np.float64], y: NDArray[np.float64], variances: NDArray[np.float64]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+
+def local_orders(x: Array, y: Array, variances: Array) -> tuple[Array, Array]:
     """Slopes between neighbours, and their covariance matrix."""
     differences = np.diff(np.eye(len(x)), axis=0) / np.diff(x)[:, None]
     return differences @ y, (differences * variances) @ differences.T
 
 
-def is_steady(
-    x: NDArray[np.float64],
-    y: NDArray[np.float64],
-    variances: NDArray[np.float64],
-    quantile: float,
-) -> bool:
+def is_steady(x: Array, y: Array, variances: Array, quantile: float) -> bool:
     """Whether local orders are monotonic with decreasing changes, up to their sampling errors."""
     changes, noise = _changes(x, y, variances, quantile)
     growth = np.diff(np.abs(changes))
@@ -29,24 +24,14 @@ def is_steady(
     return not (grows or turns(x, y, variances, quantile))
 
 
-def turns(
-    x: NDArray[np.float64],
-    y: NDArray[np.float64],
-    variances: NDArray[np.float64],
-    quantile: float,
-) -> bool:
+def turns(x: Array, y: Array, variances: Array, quantile: float) -> bool:
     """Whether local orders go up and down by more than their sampling errors."""
     changes, noise = _changes(x, y, variances, quantile)
     seen = np.sign(changes) * (np.abs(changes) > noise)
     return bool((seen > 0).any() and (seen < 0).any())
 
 
-def _changes(
-    x: NDArray[np.float64],
-    y: NDArray[np.float64],
-    variances: NDArray[np.float64],
-    quantile: float,
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _changes(x: Array, y: Array, variances: Array, quantile: float) -> tuple[Array, Array]:
     """Changes of local orders, and the half-widths of their intervals."""
     local, covariance = local_orders(x, y, variances)
     differences = np.diff(np.eye(len(local)), axis=0)
@@ -54,12 +39,7 @@ def _changes(
     return np.diff(local), quantile * np.sqrt(spread.diagonal())
 
 
-def log_slope(
-    x: NDArray[np.float64],
-    y: NDArray[np.float64],
-    variances: NDArray[np.float64],
-    spacing: float,
-) -> tuple[float, float, float]:
+def log_slope(x: Array, y: Array, variances: Array, spacing: float) -> tuple[float, float, float]:
     """Slope of y on x by generalised least squares, its standard deviation, and χ²/(n − 2)."""
     power = np.exp(spacing * (x - x[0]))
     u = np.outer(power, power) / 4
@@ -72,10 +52,3 @@ def log_slope(
     residuals = response - slope * regressor
     excess = float(residuals @ residuals) / (len(x) - 2)
     return float(slope), math.sqrt(max(1.0, excess) / float(information)), excess
-
-
-def student_quantile(confidence: float, freedom: int) -> float:
-    """Quantile of Student's distribution."""
-    from scipy.stats import t  # imported here because it is slow to import
-
-    return float(t.ppf((1 + confidence) / 2, freedom))
