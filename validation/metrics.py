@@ -123,28 +123,36 @@ def mode_spread_error(x: Tensor, data: GaussianMixture, scale: float, noise: flo
     >>> mode_spread_error(x, data, 1.0, 0.0) < 0.01
     True
     """
-    samples, n = x.to(torch.float64), len(data.weights)
-    covariances = scale**2 * data.covariances.to(samples)
-    covariances = covariances + noise * torch.eye(data.dimension, device="cpu").to(samples)
+    samples, identity = x.to(torch.float64), torch.eye(data.dimension, device="cpu")
+    covariances = scale**2 * data.covariances.to(samples) + noise * identity.to(samples)
+    means = scale * data.means.to(samples)
+    weights = responsibilities(samples, data.weights.to(samples), means, covariances)
+    errors = []
+    for weight, covariance in zip(weights, covariances, strict=True):
+        total = float(weight.sum())
+        if total < 1.5:  # fewer than two points
+            errors.append(1.0)
+            continue
+        own = weight / total
+        from_mean = samples - own @ samples
+        # The estimated mean reduces the variance, by 1/n for points with equal weights.
+        variance = (own @ from_mean.square()).mean() / (1 - own.square().sum())
+        expected = covariance.diagonal().mean()
+        errors.append(float((variance / expected).sqrt()) - 1)
+    return float(np.sqrt(np.mean(np.square(errors))))
+
+
+def responsibilities(x: Tensor, weights: Tensor, means: Tensor, covariances: Tensor) -> Tensor:
+    """Posterior weights of the modes of a mixture at points ``(n, D)``, ``(modes, n)``.
+
+    Raises a ValueError if a covariance is singular.
+    """
     roots, faults = torch.linalg.cholesky_ex(covariances)
     if bool(faults.any()):
         msg = "data must have modes of positive width in all directions, or noise be positive"
         raise ValueError(msg)
-    centred = samples - scale * data.means.to(samples).unsqueeze(1)
+    centred = x - means.unsqueeze(1)
     whitened = torch.linalg.solve_triangular(roots, centred.mT, upper=False)
     volumes = roots.diagonal(dim1=1, dim2=2).log().sum(1)
-    logits = (data.weights.to(samples).log() - volumes)[:, None] - whitened.square().sum(1) / 2
-    weights = logits.softmax(0)
-    errors = []
-    for i in range(n):
-        own, total = weights[i], float(weights[i].sum())
-        if total < 1.5:  # fewer than two points
-            errors.append(1.0)
-            continue
-        own = own / total
-        from_mean = samples - own @ samples
-        # The estimated mean reduces the variance, by 1/n for points with equal weights.
-        variance = (own @ from_mean.square()).mean() / (1 - own.square().sum())
-        expected = covariances[i].diagonal().mean()
-        errors.append(float((variance / expected).sqrt()) - 1)
-    return float(np.sqrt(np.mean(np.square(errors))))
+    logits: Tensor = (weights.log() - volumes)[:, None] - whitened.square().sum(1) / 2
+    return logits.softmax(0)

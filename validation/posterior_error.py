@@ -14,7 +14,7 @@ from cldsde.linear import CLD, LinearSDE
 from cldsde.linear.checks import as_integer
 from cldsde.score import GaussianMixture, ReverseProcess
 
-from .metrics import sliced_wasserstein
+from .metrics import responsibilities, sliced_wasserstein
 from .order_estimate import Verdict
 from .plain import plain
 from .posterior_methods import PosteriorMethod, PosteriorSampler, posterior_methods
@@ -154,12 +154,9 @@ def posterior_error(
     known = posterior_methods()
     if isinstance(method, str) and method not in known:
         raise ValueError(f"method must be one of {', '.join(map(repr, known))}; got {method!r}")
-    for count, least, what in (
-        (samples, 100, "samples"),
-        (steps, 2, "steps"),
-        (repeats, 2, "repeats"),
-    ):
-        as_integer(count, least, what)
+    as_integer(samples, 100, "samples")
+    as_integer(steps, 2, "steps")
+    as_integer(repeats, 2, "repeats")
     if not isinstance(problem, PosteriorProblem):
         msg = "problem must be a PosteriorProblem, such as posterior_problems()['mask']"
         raise TypeError(f"{msg}; got {problem!r}")
@@ -213,7 +210,6 @@ class _Measure:
         within = torch.einsum("n,nij->ij", weights, posterior.covariances)
         covariance = within + torch.einsum("n,ni,nj->ij", weights, apart, apart)
         self._root = torch.linalg.cholesky(covariance)
-        self._roots = torch.linalg.cholesky(posterior.covariances)
         floors = torch.tensor(
             [self._raw(self._exact(), None) for _ in range(_FLOORS)], device="cpu"
         ).mean(0)
@@ -234,21 +230,14 @@ class _Measure:
         )
         directions = torch.Generator().manual_seed(0)
         distance = sliced_wasserstein(x, self._exact(), weights=weights, generator=directions)
-        modes = float((mass @ self._responsibilities(x) - self._posterior.weights).abs().sum() / 2)
+        exact = self._posterior
+        shares = mass @ responsibilities(x, exact.weights, exact.means, exact.covariances).mT
+        modes = float((shares - exact.weights).abs().sum() / 2)
         white = torch.linalg.solve_triangular(self._root, (x - self._mean).mT, upper=False).mT
         shift = mass @ white
         apart = white - shift
         spread = torch.linalg.eigvalsh(apart.mT @ (apart * mass.unsqueeze(1))) - 1
         return [distance, modes, float(shift.norm()), float(spread.abs().max())]
-
-    def _responsibilities(self, x: Tensor) -> Tensor:
-        """Posterior weights of the components at samples, ``(n, modes)``."""
-        apart = (x - self._posterior.means.unsqueeze(1)).mT  # (modes, D, n)
-        white = torch.linalg.solve_triangular(self._roots, apart, upper=False)
-        volume = self._roots.diagonal(dim1=1, dim2=2).log().sum(1)
-        logs = (self._posterior.weights.log() - volume).unsqueeze(1) - white.square().sum(1) / 2
-        found: Tensor = logs.softmax(0).mT
-        return found
 
 
 def _checked(x: object, n: int, dimension: int, name: str) -> Tensor:
