@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -52,9 +52,9 @@ def posterior_methods() -> dict[str, PosteriorMethod]:
     samplers = {
         "exact": PosteriorMethod(sampler=_exact, exact="always"),
         "twisted": PosteriorMethod(sampler=_twisted, exact="always"),
-        "moments": PosteriorMethod(sampler=_guided("moments"), exact="gaussian"),
-        "pigdm": PosteriorMethod(sampler=_guided("pigdm"), exact="never"),
-        "dps": PosteriorMethod(sampler=_guided("dps"), exact="never"),
+        "moments": PosteriorMethod(sampler=guided("moments"), exact="gaussian"),
+        "pigdm": PosteriorMethod(sampler=guided("pigdm"), exact="never"),
+        "dps": PosteriorMethod(sampler=guided("dps"), exact="never"),
         "replacement": PosteriorMethod(sampler=_replacement, exact="never"),
     }
     return Named(samplers)
@@ -85,17 +85,22 @@ def _exact(
     return solve(guided, _SOLVER, _start(process, n, g), times, generator=g).data
 
 
-def _guided(method: _Approximation) -> PosteriorSampler:
+def guided(
+    method: _Approximation,
+    mistake: Callable[[Observation], Observation] = lambda observation: observation,
+    **options: Any,
+) -> PosteriorSampler:
+    """`PosteriorScore` with these options, given the observation with a mistake, if any."""
+
     def sampler(
         process: ReverseProcess, observation: Observation, times: Tensor, n: int, g: torch.Generator
     ) -> Tensor:
-        variance = _variance(process)
-        score = PosteriorScore(
-            process.score, observation, method, data_variance=variance, sde=process.sde
-        )
-        start, guided = _start(process, n, g), ReverseProcess(process.sde, score)
+        given = {"data_variance": _variance(process), **options}
+        seen = mistake(observation)
+        score = PosteriorScore(process.score, seen, method, sde=process.sde, **given)
+        start, reverse = _start(process, n, g), ReverseProcess(process.sde, score)
         # That a method diverges is a result.
-        return solve(guided, _SOLVER, start, times, generator=g, warn=False).data
+        return solve(reverse, _SOLVER, start, times, generator=g, warn=False).data
 
     return sampler
 

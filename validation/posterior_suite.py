@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,12 @@ from cldsde.errors import SettingError
 from cldsde.linear import CLD, PSLD, VPSDE, LinearSDE
 from cldsde.messages import imported
 from cldsde.progress import progress_bar
-from cldsde.score import Observation, PosteriorScore, ReverseProcess
-from cldsde.solvers import ExponentialMultistep, solve
+from cldsde.score import Observation
 
 from .order_estimate import Verdict
 from .plain import text_table, write_json
 from .posterior_error import PosteriorError, posterior_error
-from .posterior_methods import PosteriorSampler, posterior_methods
+from .posterior_methods import PosteriorSampler, guided, posterior_methods
 from .posterior_problems import posterior_problems
 from .problems import check_names
 
@@ -37,7 +36,6 @@ class _Run:
     noise_std: float
     samples: int
     repeats: int
-    planted: bool = False
 
 
 def planted_samplers() -> dict[str, PosteriorSampler]:
@@ -45,26 +43,14 @@ def planted_samplers() -> dict[str, PosteriorSampler]:
 
     Moment matching, exact there, with the noise 1.5 times too large, and with A in place of Aᵀ.
     """
-
-    def mistaken(mistake: Callable[[Observation], Observation]) -> PosteriorSampler:
-        def sampler(
-            process: ReverseProcess, observation: Observation, times: Tensor, n: int, g: Any
-        ) -> Tensor:
-            wrong = mistake(observation)
-            score = PosteriorScore(process.score, wrong, iterations=10, sde=process.sde)
-            shape = (n, *(wrong.shape or ()))
-            start = process.sde.prior.sample(shape, generator=g, dtype=wrong.y.dtype)
-            solver = ExponentialMultistep(order=2, stochasticity=1.0)
-            guided = ReverseProcess(process.sde, score)
-            return solve(guided, solver, start, times, generator=g, warn=False).data
-
-        return sampler
-
+    options: dict[str, Any] = {"iterations": 10, "data_variance": 1.0}
     return {
-        "noise_std × 1.5": mistaken(
-            lambda o: Observation(o.forward, o.y, 1.5 * o.noise_std, o.shape)
+        "noise_std × 1.5": guided(
+            "moments", lambda o: Observation(o.forward, o.y, 1.5 * o.noise_std, o.shape), **options
         ),
-        "adjoint transposed": mistaken(lambda o: _Transposed(o.forward, o.y, o.noise_std, o.shape)),
+        "adjoint transposed": guided(
+            "moments", lambda o: _Transposed(o.forward, o.y, o.noise_std, o.shape), **options
+        ),
     }
 
 
@@ -78,7 +64,7 @@ class _Transposed(Observation):
 def posterior_runs(
     *,
     quick: bool,
-    problems: Sequence[str] | None = None,
+    problems: Sequence[str] = (),
     named: Mapping[str, PosteriorSampler] | None = None,
 ) -> list[_Run]:
     """Measurements of a quick or a full validation, and of planted samplers.
@@ -88,7 +74,7 @@ def posterior_runs(
     quick
         One process and one noise only.
     problems
-        Names; None takes all.
+        Names; none: all.
     named
         Samplers of one's own, which are then measured in place of the package's.
     """
@@ -102,9 +88,7 @@ def posterior_runs(
         for problem in problems or posterior_problems()
         for method in methods
     ]
-    planted = [
-        _Run(name, "one Gaussian", CLD(), 0.1, 500, 2, planted=True) for name in planted_samplers()
-    ]
+    planted = [_Run(name, "one Gaussian", CLD(), 0.1, 500, 2) for name in planted_samplers()]
     return [*runs, *planted]
 
 
@@ -144,7 +128,7 @@ def posterior_reports(
         if not callable(sampler):
             msg = f"{name!r} must be a function; got {type(sampler).__name__}"
             raise SettingError("sampler", msg)
-    runs = posterior_runs(quick=quick, problems=problems or None, named=named)
+    runs = posterior_runs(quick=quick, problems=problems, named=named)
     return _posterior_reports(runs, {**named, **planted_samplers()}, seed)
 
 
