@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from cldsde.errors import SettingError, require
@@ -62,17 +61,13 @@ class ReportFiles:
 
     def finish(self, report: AnyReport) -> list[SettingError]:
         """Write all files; return the errors."""
+        plots = report.write_plots if isinstance(report, Report) else None
+        files = ("json", report.write_json, self._json), ("out", plots, self._out)
         errors = []
-        if self._json is not None:
-            errors += _errors("json", report.write_json, self._json)
-        if self._out is not None and isinstance(report, Report):  # others have no plots
-            errors += _errors("out", report.write_plots, self._out)
+        for key, write, file in files:
+            try:
+                if write is not None and file is not None:
+                    write(file)
+            except Exception as error:  # noqa: BLE001 the other file must still be written
+                errors.append(SettingError(key, f"cannot be written: {in_words(error)}"))
         return errors
-
-
-def _errors(key: str, write: Callable[[Path], object], where: Path) -> list[SettingError]:
-    try:
-        write(where)
-    except Exception as error:  # noqa: BLE001 the other file must still be written
-        return [SettingError(key, f"cannot be written: {in_words(error)}")]
-    return []
