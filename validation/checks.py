@@ -95,9 +95,7 @@ def checked(kind: str, subject: str, problem: str, measure: Callable[[], Outcome
         kind, outcome = NOT_APPLICABLE, Outcome(None, None, None, str(reason))
     except (Exception, SystemExit) as error:  # noqa: BLE001 a user's solver may raise anything
         outcome = Outcome(None, None, Verdict.FAIL, in_words(error))
-    declared, measured, verdict, message, estimate = outcome
-    seconds = time.perf_counter() - began
-    return Check(kind, subject, problem, declared, measured, verdict, message, seconds, estimate)
+    return Check(kind, subject, problem, seconds=time.perf_counter() - began, **outcome._asdict())
 
 
 def facts_fault(solver: Solver) -> str:

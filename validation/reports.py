@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from cldsde.errors import SettingError
-from cldsde.messages import in_words
 from cldsde.progress import progress_bar
 from cldsde.solvers import find_solver, named_solvers
 from cldsde.solvers.authoring import Solver
 from cldsde.solvers.named import canonical_name
 
-from .checks import Check
+from .checks import Check, Outcome, checked
 from .order_estimate import Verdict
 from .problems import Problem, check_names, problems
 from .report import Report
@@ -112,14 +111,16 @@ def _add_diagram(
         # A solver without an order has no exact moments.
         and (options or declares_order(solver))
     ]
-    made, failed, kind = list[WorkPrecision](), list[Check](), "work and precision"
-    for name in progress_bar(fitting, shown=True, desc=f"work–precision, {problem.name}"):
-        began = time.perf_counter()
-        try:
-            made.append(work_precision(problem, {name: chosen[name]}, **options))
-        except (Exception, SystemExit) as error:  # noqa: BLE001 a user's solver may raise anything
-            text, seconds = in_words(error), time.perf_counter() - began
-            failed.append(Check(kind, name, problem.name, None, None, Verdict.FAIL, text, seconds))
+    made = list[WorkPrecision]()
+
+    def measure(name: str) -> Outcome:
+        made.append(work_precision(problem, {name: chosen[name]}, **options))
+        return Outcome(None, None, None, "")
+
+    found = [
+        checked("work and precision", name, problem.name, partial(measure, name))
+        for name in progress_bar(fitting, shown=True, desc=f"work–precision, {problem.name}")
+    ]
     if made:
         tables.append(WorkPrecision.joined(made))
-    return failed
+    return [check for check in found if check.verdict is Verdict.FAIL]
