@@ -75,8 +75,11 @@ def checks(
         for problem in cases.values():
             kinds = _kinds(solver, problem, quick=quick)
             if kinds and (reason := rejection(solver, problem, 64 if quick else 512)):
-                rejected = partial(_rejected, solver, reason)
-                yield checked(NOT_APPLICABLE, name, problem.name, rejected)
+                verdict = None
+                if solver.facts.applies_to == "every linear SDE":
+                    verdict = Verdict.FAIL
+                    reason = f"declared for every linear SDE, but rejects it: {reason}"
+                yield Check(NOT_APPLICABLE, name, problem.name, None, None, verdict, reason, 0.0)
                 continue
             for kind in kinds:
                 measure = partial(_measure, kind, solver, problem, shared)
@@ -115,7 +118,7 @@ def _kinds(solver: Solver, problem: Problem, *, quick: bool) -> list[str]:
     sampled = not quick or (planar and (grid or problem.sde.components == 1))
     # With modes the score is nonlinear: weak orders are sampled along Brownian paths, and strong
     # orders may be lower.
-    followed = problem.gaussian or (grid and _has_path(solver, problem))
+    followed = grid and (problem.gaussian or _has_path(solver, problem))
     measured = {
         # A corrector uses the norm of a score, which needs several dimensions.
         "distribution": sampled and (planar or facts.adaptive or ordered),
@@ -124,12 +127,10 @@ def _kinds(solver: Solver, problem: Problem, *, quick: bool) -> list[str]:
         "strong order": facts.strong_order and followed,
         "bias": facts.adaptive and facts.ode_order is None,
         # A step that depends on the norm of its noise, as a corrector's, has no exact moments.
-        "error at 100 steps": ordered,
-        "NFE per step": True,
+        "error at 100 steps": grid and ordered,
+        "NFE per step": grid,
     }
-    on_grids = ("weak order", "strong order", "error at 100 steps", "NFE per step")
-    kinds = [kind for kind, fits in measured.items() if fits and kind in problem.checks]
-    return [kind for kind in kinds if grid or kind not in on_grids]
+    return [kind for kind, fits in measured.items() if fits and kind in problem.checks]
 
 
 def declares_order(solver: Solver) -> bool:
@@ -144,7 +145,9 @@ def _measure(kind: str, solver: Solver, problem: Problem, shared: _Cases) -> Out
     g = generator_of(shared.seed, f"{_SEED_NAMES.get(kind, kind)} of a solver")
     if kind == "distribution":
         steps = 128 if not quick else 64 if problem.sde.components > 1 else 32
-        case = shared.distribution(problem, _sample_count(solver, problem, quick=quick))
+        samples = _sample_count(solver, problem, quick=quick)
+        make = partial(DistributionCase, problem, samples)
+        case = shared.get(f"{_SEED_NAMES[kind]} of {samples}", problem, make)
         return distribution_check(solver, problem, case, g, steps=steps)
     if kind == "bias":
         return bias_check(solver, problem, g, quick=quick)
@@ -183,14 +186,6 @@ class _Cases:
     def __init__(self, *, quick: bool, seed: int) -> None:
         self.quick, self.seed = quick, seed
         self._made: dict[tuple[str, str], Any] = {}
-
-    def distribution(self, problem: Problem, samples: int) -> DistributionCase:
-        """Statistics of the exact distribution for a number of samples."""
-        kind = f"{_SEED_NAMES['distribution']} of {samples}"
-        found: DistributionCase = self.get(
-            kind, problem, lambda g: DistributionCase(problem, samples, g)
-        )
-        return found
 
     def get(self, kind: str, problem: Problem, make: Callable[[torch.Generator], Any]) -> Any:
         """Result of ``make`` with a generator of its own, computed once."""
@@ -293,17 +288,6 @@ def _sample_count(solver: Solver, problem: Problem, *, quick: bool) -> int:
     if quick:
         return 2400
     return 12_000 if problem.dimension > 1 else 20_000
-
-
-_EVERYWHERE = "every linear SDE"  # the value of `Facts.applies_to` for all processes
-
-
-def _rejected(solver: Solver, reason: str) -> Outcome:
-    """Outcome for a solver that rejects a problem; it must not have declared that it applies."""
-    if solver.facts.applies_to != _EVERYWHERE:
-        raise NotApplicableError(reason)
-    text = f"declared for {_EVERYWHERE}, but rejects it: {reason}"
-    return Outcome(None, None, Verdict.FAIL, text)
 
 
 def rejection(solver: Solver, problem: Problem, steps: int = 512) -> str:
