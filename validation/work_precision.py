@@ -236,12 +236,11 @@ def work_precision(
     [False, False, True, True]
     """
     _check_arguments(problem, solvers, budgets, samples, repeats)
-    exact = problem.gaussian and problem.dimension == 1
-    chosen = metric if metric is not None else "moments" if exact else "sliced"
+    chosen = metric if metric is not None else "moments" if problem.exact else "sliced"
     if chosen not in _METRICS:
         raise ValueError(f"metric must be 'moments', 'bures', 'sliced' or 'spread'; got {metric!r}")
     sampled = chosen in ("sliced", "spread")
-    if not sampled and not exact:
+    if not sampled and not problem.exact:
         raise ValueError(
             f"metric must be 'sliced' or 'spread' unless the data are Gaussian of one dimension; "
             f"got {chosen!r}"
@@ -270,23 +269,21 @@ def work_precision(
             )
     floor = _floor(problem, chosen, samples, repeats, g) if sampled else None
     for name, solver, budget in progress_bar(cells, shown=progress, desc="work–precision"):
-        steps = max(budget // evaluations[name], 1)
-        times = grid(problem.start, problem.end, steps)
-        if reference is not None:
-            if chosen == "moments":
-                error = moment_error(solver, problem, times, reference)
-            else:
-                start_moments = reference.moments(float(times[0]))
-                found = propagate_moments(problem.process, solver, times, *start_moments)
-                mean, covariance = reference.moments(float(times[-1]))
-                error = bures_wasserstein(found[0][:, 0], found[1], mean[:, 0], covariance)
+        times = grid(problem.start, problem.end, max(budget // evaluations[name], 1))
+        errors, nfe, seconds = [], 0, 0.0
+        for _ in range(repeats if sampled else 1):
             start = problem.sample(samples, g)
             began = time.perf_counter()
-            nfe = solve(problem.process, solver, start, times, generator=g, warn=False).nfev
-            seconds = time.perf_counter() - began
-            points.append(WorkPrecisionPoint(name, nfe, seconds, error, 0.0))
-        else:
-            points.append(_sampled(name, solver, problem, times, chosen, samples, repeats, g))
+            found = solve(problem.process, solver, start, times, generator=g, warn=False)
+            seconds += time.perf_counter() - began
+            nfe = max(nfe, found.nfev)
+            if reference is not None:
+                errors.append(_exact_error(solver, problem, times, chosen, reference))
+            else:
+                errors.append(_error(problem, chosen, found.data, g) if found.success else math.nan)
+        values, n = torch.tensor(errors, dtype=torch.float64, device="cpu"), len(errors)
+        spread = float(values.std() / math.sqrt(n)) if n > 1 else 0.0
+        points.append(WorkPrecisionPoint(name, nfe, seconds / n, float(values.mean()), spread))
     return WorkPrecision(problem.name, chosen, tuple(_with_front(points)), floor)
 
 
@@ -313,30 +310,14 @@ def _evaluations(solver: Solver, problem: Problem) -> int:
     return solver.facts.nfe_per_step if score_times is None else -(-len(score_times) // 8)
 
 
-def _sampled(
-    name: str,
-    solver: Solver,
-    problem: Problem,
-    times: Tensor,
-    metric: str,
-    samples: int,
-    repeats: int,
-    g: torch.Generator,
-) -> WorkPrecisionPoint:
-    errors, nfe, seconds = [], 0, 0.0
-    for _ in range(repeats):
-        start = problem.sample(samples, g)
-        began = time.perf_counter()
-        found = solve(problem.process, solver, start, times, generator=g, warn=False)
-        seconds += (time.perf_counter() - began) / repeats
-        nfe = max(nfe, found.nfev)
-        if not found.success:
-            errors.append(math.nan)
-        else:
-            errors.append(_error(problem, metric, found.data, g))
-    values = torch.tensor(errors, dtype=torch.float64, device="cpu")
-    spread = float(values.std() / math.sqrt(repeats)) if repeats > 1 else 0.0
-    return WorkPrecisionPoint(name, nfe, seconds, float(values.mean()), spread)
+def _exact_error(
+    solver: Solver, problem: Problem, times: Tensor, metric: str, reference: GaussianReference
+) -> float:
+    if metric == "moments":
+        return moment_error(solver, problem, times, reference)
+    start, end = (reference.moments(float(t)) for t in times[[0, -1]])
+    mean, covariance = propagate_moments(problem.process, solver, times, *start)
+    return bures_wasserstein(mean[:, 0], covariance, end[0][:, 0], end[1])
 
 
 def _error(problem: Problem, metric: str, x: Tensor, g: torch.Generator) -> float:
