@@ -270,8 +270,9 @@ def estimate_order(
     local, covariance = local_orders(x[kept], y[kept], variances[kept])
     margins = quantile * np.sqrt(covariance.diagonal())
     verdict, fault, grown = None, "", False
+    relation = "has no declared order to be compared with"
     if expected is not None:
-        verdict = _judge(low, high, expected, tolerance)
+        verdict, relation = _judge(low, high, expected, tolerance)
         if len(local):
             ends = usable[[0, -1]]
             noise = quantile * math.hypot(*s[ends], *(floor[ends] / 3))
@@ -307,7 +308,7 @@ def estimate_order(
             for i, reason in enumerate(reasons)
         ),
         verdict=verdict,
-        message=fault or _message(order, low, high, expected, tolerance, verdict, reasons),
+        message=fault or _message(order, low, high, relation, reasons),
     )
 
 
@@ -320,13 +321,19 @@ def _reason(error: float, standard_error: float, floor: float) -> str:
     return "below 3 standard errors" if error / 3 < standard_error else ""
 
 
-def _judge(low: float, high: float, expected: float, tolerance: float) -> Verdict:
+def _judge(low: float, high: float, expected: float, tolerance: float) -> tuple[Verdict, str]:
+    """Verdict on an interval, and how it lies to the declared order."""
     least = expected - tolerance
     if high < least:
-        return Verdict.FAIL
-    if low >= least and (high - low) / 2 <= tolerance:
-        return Verdict.PASS
-    return Verdict.INCONCLUSIVE
+        return Verdict.FAIL, f"is more than {tolerance:g} below the declared {expected:g}"
+    if (high - low) / 2 > tolerance:
+        return Verdict.INCONCLUSIVE, f"is uncertain by more than {tolerance:g}"
+    if low > expected + tolerance:
+        return Verdict.PASS, f"is more than {tolerance:g} above the declared {expected:g}"
+    if low >= least:
+        return Verdict.PASS, f"is at most {tolerance:g} below the declared {expected:g}"
+    relation = f"may be more than {tolerance:g} below the declared {expected:g}, or not"
+    return Verdict.INCONCLUSIVE, relation
 
 
 def _fault(last: float, limit: float, grown: bool, expected: float, tolerance: float) -> str:
@@ -341,30 +348,10 @@ def _fault(last: float, limit: float, grown: bool, expected: float, tolerance: f
     return ""
 
 
-def _message(
-    order: float,
-    low: float,
-    high: float,
-    expected: float | None,
-    tolerance: float,
-    verdict: Verdict | None,
-    reasons: list[str],
-) -> str:
+def _message(order: float, low: float, high: float, relation: str, reasons: list[str]) -> str:
     used = f"{reasons.count('')} of {len(reasons)} levels"
     if math.isnan(order):
         counts = Counter(reason for reason in reasons if reason)
         why = ", ".join(f"{reason}: {count}" for reason, count in counts.items())
         return f"An order needs 3 levels, and {used} can be used{why and f' ({why})'}."
-    if expected is None:
-        relation = "has no declared order to be compared with"
-    elif verdict is Verdict.FAIL:
-        relation = f"is more than {tolerance:g} below the declared {expected:g}"
-    elif verdict is Verdict.PASS and low > expected + tolerance:
-        relation = f"is more than {tolerance:g} above the declared {expected:g}"
-    elif verdict is Verdict.PASS:
-        relation = f"is at most {tolerance:g} below the declared {expected:g}"
-    elif (high - low) / 2 > tolerance:
-        relation = f"is uncertain by more than {tolerance:g}"
-    else:
-        relation = f"may be more than {tolerance:g} below the declared {expected:g}, or not"
     return f"The order {order:.2f} [{low:.2f}, {high:.2f}], from {used}, {relation}."
