@@ -17,7 +17,7 @@ from cldsde.solvers import SamplerSettings
 from cldsde.solvers.base import Solver
 
 
-def process_of(given: object, name: str = "process") -> LinearSDE:
+def process_of(given: object) -> LinearSDE:
     """Process from itself, its name such as ``"CLD"``, or its description.
 
     Raises
@@ -29,15 +29,15 @@ def process_of(given: object, name: str = "process") -> LinearSDE:
     """
     if isinstance(given, LinearSDE):
         return given
-    found: LinearSDE = _made(given, linear, LinearSDE, name)
+    found: LinearSDE = _made(given, linear, LinearSDE, "process")
     return found
 
 
-def solver_of(given: object, name: str = "solver") -> Solver:
+def solver_of(given: object) -> Solver:
     """Solver from itself, the name of its class, or its description; errors as `process_of`."""
     if isinstance(given, Solver):
         return given
-    found: Solver = _made(given, solvers, Solver, name)
+    found: Solver = _made(given, solvers, Solver, "solver")
     return found
 
 
@@ -101,14 +101,11 @@ def _made(given: object, home: ModuleType, kind: type, name: str) -> Any:
             f"{name} must be a {kind.__name__}, the name of its class, or a mapping of 'name' and "
             f"'options'; got {given!r}{hint}"
         )
-    public = {word: getattr(home, word) for word in home.__all__}
+    classes = {word: x for word in home.__all__ if inspect.isclass(x := getattr(home, word))}
     known = {
         word: x
-        for word, x in public.items()
-        if inspect.isclass(x)
-        and issubclass(x, kind)
-        and x is not kind
-        and not inspect.isabstract(x)
+        for word, x in classes.items()
+        if issubclass(x, kind) and x is not kind and not inspect.isabstract(x)
     }
     if given["name"] not in known:
         raise ValueError(f"{name} must be one of {', '.join(sorted(known))}; got {given['name']!r}")
