@@ -22,7 +22,6 @@ from cldsde.pretrained.ncsnpp import NCSNpp
 
 _PREFIX = "module."
 """Both codes save the weights of a model that is wrapped for several GPUs."""
-_FOURIER = {"W": "frequencies"}
 _BLOCK = {
     "GroupNorm_0": "norm_1",
     "Conv_0": "conv",
@@ -219,8 +218,7 @@ def _published(network: NCSNpp) -> Iterator[_Weight]:
         start, own = f"all_modules.{number}.", places[layer]
         children = dict(layer.named_children())
         if layer is network.embedding:
-            for name, attribute in _FOURIER.items():
-                yield _Weight(start + name, f"{own}.{attribute}", transposed=False, trained=False)
+            yield _Weight(f"{start}W", f"{own}.frequencies", transposed=False, trained=False)
         elif children:
             parts = _ATTENTION if "query" in children else _BLOCK
             for name, part in parts.items():

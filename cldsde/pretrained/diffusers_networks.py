@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -97,17 +98,7 @@ def clock_of(
             "function of it, such as lambda t: 1000 * t"
         )
     factor = factors[0] * (1 if convention.table is not None else convention.steps)
-    return "time" if factor == 1 else _Multiple(factor)
-
-
-@dataclass(frozen=True)
-class _Multiple:
-    """A multiple of times, which can be pickled."""
-
-    factor: float
-
-    def __call__(self, times: Tensor) -> Tensor:
-        return self.factor * times
+    return "time" if factor == 1 else partial(operator.mul, factor)
 
 
 def check_channels(network: Any) -> None:
