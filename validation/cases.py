@@ -25,15 +25,6 @@ class FlowCase:
     For Gaussian data the flow is known. For mixtures the reference is scipy's method of order 8 at
     a tolerance of 1e-13.
 
-    Parameters
-    ----------
-    problem
-        The problem.
-    samples
-        Number of states.
-    generator
-        Random generator of the states.
-
     Attributes
     ----------
     start, end
@@ -86,19 +77,10 @@ class PathCase:
     Moments come from `GaussianReference`. Transitions within a cell come from the package, whose
     kernels are checked separately.
 
-    Parameters
-    ----------
-    problem
-        The problem.
-    times
-        Decreasing grid, the finest to be solved on.
-    samples
-        Number of paths.
-    generator
-        Random generator of the paths.
-
     Attributes
     ----------
+    times
+        Decreasing grid, the finest to be solved on.
     start
         States ``(samples, k, D)`` at the start of the paths.
     end
@@ -150,13 +132,8 @@ class PathCase:
         for i, first in enumerate(range(0, len(self._increments), every)):
             cells = range(first, first + every)
             increment = torch.stack([self._increments[cell] for cell in cells]).sum(0)
-            draw = torch.zeros(
-                len(increment),
-                noise.integral.shape[1],
-                increment.shape[2],
-                dtype=torch.float64,
-                device="cpu",
-            )
+            rows = noise.integral.shape[1]
+            draw = increment.new_zeros(len(increment), rows, increment.shape[2])
             if noise.increment.shape[-1]:
                 draw = draw + apply_blocks(noise.increment[i], increment)
             if bool(noise.integral.any()):

@@ -30,17 +30,10 @@ _DIRECTIONS = 32
 class DistributionCase:
     """Statistics of the exact distribution of a mixture at ε, for samples of one size.
 
-    Parameters
-    ----------
-    problem
-        A mixture.
-    samples
-        Number of samples of a solver, a multiple of 20.
-    generator
-        Random generator of the exact samples.
-
     Attributes
     ----------
+    samples
+        Number of samples of a solver, a multiple of 20.
     names
         Names of the statistics: means and covariances of the state, and weights and standard
         deviations of the modes. A point belongs to the mode with the nearest mean.
@@ -145,10 +138,10 @@ def distribution_check(
 ) -> Outcome:
     """Check that a solver samples the exact distribution, up to the error of its declared order.
 
-    The solver runs on two grids. The check covers each statistic of a `DistributionCase`, and the
-    distance between samples. From the difference of the two grids and the declared order follows
-    the error that is left on the finer grid. The allowed error is twice this error plus 5 standard
-    errors.
+    The solver runs on a grid of ``steps`` steps and on one of half as many. The check covers each
+    statistic of a `DistributionCase`, and the distance between samples. From the difference of the
+    two grids and the declared order follows the error that is left on the finer grid. The allowed
+    error is twice this error plus 5 standard errors.
 
     The check also fails if an error grows by more than 5 standard errors on the finer grid. The
     difference of the grids would hide such an error. If the error that is left exceeds a quarter of
@@ -157,23 +150,10 @@ def distribution_check(
 
     A solver that declares no order must have a Kolmogorov distance of at most 15 % along random
     directions.
-
-    Parameters
-    ----------
-    solver, problem
-        The solver and the problem.
-    case
-        Statistics of the exact distribution.
-    g
-        Random generator of starts and noise.
-    steps
-        Steps of the finer grid; the coarser grid has half as many.
     """
     facts = solver.facts
-    start, seed = (
-        problem.sample(case.samples, g),
-        int(torch.randint(2**62, (), generator=g, device="cpu")),
-    )
+    start = problem.sample(case.samples, g)
+    seed = int(torch.randint(2**62, (), generator=g, device="cpu"))
     evaluations = 0
 
     def run(n: int, factor: float = 1) -> Tensor:

@@ -125,11 +125,6 @@ class Problem:
 def forward_processes() -> dict[str, Callable[[], LinearSDE]]:
     """Processes of every kind, by name, whose kernels a validation checks.
 
-    Returns
-    -------
-    dict
-        Names and functions that create the processes.
-
     Examples
     --------
     >>> forward_processes()["VP"]().components

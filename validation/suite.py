@@ -57,11 +57,6 @@ def checks(
         Whether to use fewer levels and samples.
     seed
         Seed of all samples.
-
-    Yields
-    ------
-    Check
-        One check after the other.
     """
     if kernels:
         for name, make in forward_processes().items():

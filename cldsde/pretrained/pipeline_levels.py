@@ -151,14 +151,7 @@ def levels_of_scheduler(
 ) -> tuple[Tensor, Tensor]:
     """κ of the steps and of the end of a scheduler of diffusers, and its times.
 
-    Parameters
-    ----------
-    scheduler
-        Scheduler, whose ``set_timesteps`` is called.
-    convention
-        Its convention.
-    n, given
-        Arguments of ``set_timesteps``.
+    Its ``set_timesteps`` is called with n and the given arguments.
 
     Raises
     ------

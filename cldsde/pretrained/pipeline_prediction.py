@@ -21,12 +21,7 @@ _KEEPS_NOISE = ("DDIMScheduler", "DDIMParallelScheduler")
 class DataPrediction:
     """Data prediction from a network's output at the levels of a run.
 
-    Parameters
-    ----------
-    replaced
-        The pipeline's own scheduler.
-    convention
-        What its network predicts.
+    It is made from the pipeline's own scheduler, and the convention of its network.
     """
 
     def __init__(self, replaced: Any, convention: Convention) -> None:
