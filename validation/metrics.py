@@ -32,17 +32,12 @@ def bures_wasserstein(
     2.0
     """
     first, second = covariance.to(torch.float64), other_covariance.to(torch.float64)
-    root = _root(first)
+    values, vectors = torch.linalg.eigh(first)
+    root = (vectors * values.clamp_min(0).sqrt()) @ vectors.mT
     cross = torch.linalg.eigvalsh(root @ second @ root).clamp_min(0).sqrt().sum()
     shift = (mean - other_mean).to(torch.float64).square().sum()
     squared = shift + first.trace() + second.trace() - 2 * cross
     return float(squared.clamp_min(0).sqrt())
-
-
-def _root(covariance: Tensor) -> Tensor:
-    values, vectors = torch.linalg.eigh(covariance)
-    root: Tensor = (vectors * values.clamp_min(0).sqrt()) @ vectors.mT
-    return root
 
 
 def sliced_wasserstein(

@@ -122,9 +122,7 @@ def weak_order(
     >>> validation.weak_order(solvers.SSCS(), problem, steps=(32, 64, 128)).verdict
     <Verdict.PASS: 'PASS'>
     """
-    _check_solver(solver)
-    check_problem(problem)
-    _check_levels(steps, grid)
+    _check_arguments(solver, problem, steps, grid)
     _check_samples(samples, 20)
     grids = [grid(problem.start, problem.end, n) for n in steps]
     declared = solver.facts.weak_order
@@ -251,10 +249,9 @@ def ode_order(
     >>> validation.ode_order(solver, validation.problems()["VP"], samples=20).verdict
     <Verdict.PASS: 'PASS'>
     """
-    facts = check_solver(solver).facts
-    check_problem(problem)
-    _check_levels(steps, grid)
+    _check_arguments(solver, problem, steps, grid, adaptive=True)
     as_integer(samples, 1, "samples")
+    facts = solver.facts
     if not facts.adaptive and (facts.weak_order, facts.strong_order) != (None, None):
         raise ValueError(f"solver must be deterministic; {solver!r} has a weak or strong order")
     g = generator if generator is not None else torch.Generator().manual_seed(0)
@@ -326,9 +323,7 @@ def strong_order(
     >>> validation.strong_order(solvers.EulerMaruyama(), problem).verdict
     <Verdict.PASS: 'PASS'>
     """
-    _check_solver(solver)
-    check_problem(problem)
-    _check_levels(steps, grid)
+    _check_arguments(solver, problem, steps, grid)
     if solver.path_noise(problem.process, grid(problem.start, problem.end, 1)) is None:
         raise TypeError(f"solver must have `path_noise` for a strong order; {solver!r} has none")
     batches = 10
@@ -357,7 +352,12 @@ def strong_order(
     )
 
 
-def _check_levels(steps: Sequence[int], grid: Grid) -> None:
+def _check_arguments(
+    solver: Solver, problem: Problem, steps: Sequence[int], grid: Grid, *, adaptive: bool = False
+) -> None:
+    if check_solver(solver).facts.adaptive and not adaptive:
+        raise TypeError(f"solver must work on a fixed grid; got {solver!r}")
+    check_problem(problem)
     check_callable(grid, "grid", "a function of (T, ε, n)")
     numbers = list(steps) if isinstance(steps, Iterable) else []
     whole = all(isinstance(n, Integral) and int(n) > 0 for n in numbers)
@@ -386,8 +386,3 @@ def _along(solver: Solver, problem: Problem, paths: PathCase, stride: int) -> Te
     assert functionals is not None
     noise = RecordedNoise(paths.draws(functionals, stride))
     return solve(problem.process, solver, paths.start, times, noise=noise, warn=False).state
-
-
-def _check_solver(solver: object) -> None:
-    if check_solver(solver).facts.adaptive:
-        raise TypeError(f"solver must work on a fixed grid; got {solver!r}")
