@@ -129,27 +129,26 @@ def posterior_reports(
             msg = f"{name!r} must be a function; got {type(sampler).__name__}"
             raise SettingError("sampler", msg)
     runs = posterior_runs(quick=quick, problems=problems, named=named)
-    return _posterior_reports(runs, {**named, **planted_samplers()}, seed)
+    known = {**named, **planted_samplers()}
 
-
-def _posterior_reports(
-    runs: Sequence[_Run], samplers: Mapping[str, PosteriorSampler], seed: int
-) -> Iterator[PosteriorReport]:
-    found = list[PosteriorError]()
-    growing = PosteriorReport(found)
-    yield growing
-    for run in progress_bar(runs, shown=True, desc="posteriors"):
-        error = posterior_error(
-            samplers.get(run.method, run.method),
-            posterior_problems(run.noise_std)[run.problem],
-            sde=run.sde,
-            samples=run.samples,
-            repeats=run.repeats,
-            seed=seed,
-            name=run.method,
-        )
-        found.append(error)
+    def made() -> Iterator[PosteriorReport]:
+        found = list[PosteriorError]()
+        growing = PosteriorReport(found)
         yield growing
+        for run in progress_bar(runs, shown=True, desc="posteriors"):
+            error = posterior_error(
+                known.get(run.method, run.method),
+                posterior_problems(run.noise_std)[run.problem],
+                sde=run.sde,
+                samples=run.samples,
+                repeats=run.repeats,
+                seed=seed,
+                name=run.method,
+            )
+            found.append(error)
+            yield growing
+
+    return made()
 
 
 @dataclass(frozen=True)

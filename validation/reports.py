@@ -62,35 +62,28 @@ def reports(
             raise SettingError("problem", msg)
     usual = [name for name, problem in known.items() if problem.quick or not quick]
     taken = {name: known[name] for name in cases or usual}
-    return _reports(chosen, taken, kernels=not solvers, quick=quick, draw=draw, seed=seed)
 
+    def made() -> Iterator[Report]:
+        found, tables = list[Check](), list[WorkPrecision]()
+        growing = Report(found, tables, complete=False, solvers=chosen)
+        yield growing
+        options = {"kernels": not solvers, "quick": quick}
+        total = count(chosen, taken, **options)
+        with progress_bar(None, shown=True, total=total, desc="checks") as bar:
+            for check in checks(chosen, taken, **options, seed=seed):
+                found.append(check)
+                bar.set_postfix_str(check.subject)
+                bar.update()
+                yield growing
+        if draw:
+            summary = growing.summary()
+            passed = {name: x for name, x in chosen.items() if summary.get(name) is Verdict.PASS}
+            for problem in taken.values():
+                if "work and precision" in problem.checks:
+                    found += _add_diagram(tables, problem, passed, quick=quick)
+        yield Report(found, tables, solvers=chosen)
 
-def _reports(
-    chosen: Mapping[str, Solver],
-    cases: Mapping[str, Problem],
-    *,
-    kernels: bool,
-    quick: bool,
-    draw: bool,
-    seed: int,
-) -> Iterator[Report]:
-    found, tables = list[Check](), list[WorkPrecision]()
-    growing = Report(found, tables, complete=False, solvers=chosen)
-    yield growing
-    total = count(chosen, cases, kernels=kernels, quick=quick)
-    with progress_bar(None, shown=True, total=total, desc="checks") as bar:
-        for check in checks(chosen, cases, kernels=kernels, quick=quick, seed=seed):
-            found.append(check)
-            bar.set_postfix_str(check.subject)
-            bar.update()
-            yield growing
-    if draw:
-        summary = growing.summary()
-        passed = {name: chosen[name] for name in chosen if summary.get(name) is Verdict.PASS}
-        for problem in cases.values():
-            if "work and precision" in problem.checks:
-                found += _add_diagram(tables, problem, passed, quick=quick)
-    yield Report(found, tables, solvers=chosen)
+    return made()
 
 
 def _add_diagram(
