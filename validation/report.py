@@ -12,7 +12,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from cldsde.files import write_whole
@@ -89,7 +88,7 @@ class Report:
         for subject in dict.fromkeys([*summary, *(c.subject for c in self._not_applicable())]):
             own = self._own(subject)
             if subject == "kernels":
-                errors = [float(np.max(c.measured)) for c in own if c.measured is not None]
+                errors = [c.measured for c in own if c.measured is not None]
                 worst = f"{max(errors):.0e}" if errors else ""
                 counted = f"{len(own)} processes", str(summary[subject])
                 rows.append((subject, "≤ 1e-10", worst, *counted))
@@ -169,11 +168,9 @@ class Report:
             for place in [f" on {check.problem}" if check.problem else ""]
             if check.verdict is Verdict.FAIL
         ]
-        for name in self.solvers:
-            kind = declared_too_low(self._own(name))
-            if kind:
-                lines.append(f"{name}, {kind}: above the declared order on every problem")
-        return lines
+        low = {name: declared_too_low(self._own(name)) for name in self.solvers}
+        words = "above the declared order on every problem"
+        return [*lines, *(f"{name}, {kind}: {words}" for name, kind in low.items() if kind)]
 
     def _own(self, subject: str) -> list[Check]:
         return [check for check in self.checks if subject_of(check) == subject]
@@ -211,8 +208,7 @@ class Report:
         for name, solver in self.solvers.items():
             if facts_fault(solver):
                 continue
-            own = self._own(name)
-            facts = solver.facts
+            own, facts = self._own(name), solver.facts
             row = {
                 "solver": repr(solver),
                 "applies to": facts.applies_to,

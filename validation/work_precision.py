@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from numbers import Integral
 from pathlib import Path
@@ -23,13 +23,11 @@ from cldsde.tables import Entry, Table
 
 from .metrics import bures_wasserstein, mode_spread_error, sliced_wasserstein
 from .moments import propagate_moments
-from .orders import moment_error
+from .orders import Grid, moment_error
 from .plain import plain
 from .plots import canvas
 from .problems import Problem, check_problem
 from .reference import GaussianReference
-
-Grid = Callable[[float, float, int], Tensor]
 
 # Labels of a diagram's axis. Data of the reference problems have no unit.
 _METRICS = {
