@@ -152,9 +152,9 @@ def _levels_agree(model: PublishedModel, checkpoint: Checkpoint) -> bool:
 
 def _load(path: Path | str, family: Family, config: str | PublishedModel | None) -> PublishedScore:
     checkpoint = read_checkpoint(path)
-    known = config is None or isinstance(config, str)
-    model = recognise(checkpoint, path, family, config) if known else config  # type: ignore[arg-type]
-    assert isinstance(model, PublishedModel)
+    model = config
+    if not isinstance(model, PublishedModel):
+        model = recognise(checkpoint, path, family, model)
     network = model.make_network()
     load_weights(network, checkpoint, path)
     check_levels(model, checkpoint, path)
