@@ -73,8 +73,8 @@ class _Weight:
 
     name: str
     own: str
-    transposed: bool
-    trained: bool
+    transposed: bool = False
+    trained: bool = True
 
 
 def read_checkpoint(path: Path | str) -> Checkpoint:
@@ -216,24 +216,16 @@ def _published(network: NCSNpp) -> Iterator[_Weight]:
     places = {module: name for name, module in network.named_modules()}
     for number, (prefix, layer) in enumerate(network.published_layers()):
         start, own = f"all_modules.{number}.", places[layer]
-        children = dict(layer.named_children())
         if layer is network.embedding:
-            yield _Weight(f"{start}W", f"{own}.frequencies", transposed=False, trained=False)
-        elif children:
-            parts = _ATTENTION if "query" in children else _BLOCK
-            for name, part in parts.items():
-                if children.get(part) is not None:
-                    mixes = name.startswith("NIN")
-                    for published, weight in zip(
-                        "Wb" if mixes else ("weight", "bias"), ("weight", "bias"), strict=True
-                    ):
-                        yield _Weight(
-                            f"{start}{name}.{published}",
-                            f"{own}.{part}.{weight}",
-                            transposed=mixes and weight == "weight",
-                            trained=True,
-                        )
-        else:
-            for weight in ("weight", "bias"):
-                name, place = f"{start}{prefix}{weight}", f"{own}.{weight}"
-                yield _Weight(name, place, transposed=False, trained=True)
+            yield _Weight(f"{start}W", f"{own}.frequencies", trained=False)
+            continue
+        parts, children = {prefix: own}, dict(layer.named_children())
+        if children:
+            names = _ATTENTION if "query" in children else _BLOCK
+            held = {name: part for name, part in names.items() if children.get(part) is not None}
+            parts = {f"{name}.": f"{own}.{part}" for name, part in held.items()}
+        for name, place in parts.items():
+            mixes = name.startswith("NIN")
+            weight, bias = ("W", "b") if mixes else ("weight", "bias")
+            yield _Weight(f"{start}{name}{weight}", f"{place}.weight", transposed=mixes)
+            yield _Weight(f"{start}{name}{bias}", f"{place}.bias")
