@@ -197,7 +197,7 @@ def network_and_scheduler(source: Any) -> tuple[Any, Any]:
     for name in _NETWORKS:
         network = getattr(source, name, None)
         if isinstance(_original(network), diffusers.ModelMixin):
-            return network, _replaced(getattr(source, "scheduler", None))
+            return network, getattr(source, "scheduler", None)
     raise TypeError(
         f"source must be a folder, a pipeline or a model of diffusers; got {type(source).__name__}"
     )
@@ -212,11 +212,6 @@ def _check_takes_time(kind: Any, where: str = "") -> None:
     if "timestep" not in inspect.signature(kind.forward).parameters:
         msg = f"source: {kind.__name__}{where} is no network of noisy data and a timestep"
         raise ValueError(msg)
-
-
-def _replaced(scheduler: Any) -> Any:
-    """The scheduler that a `PipelineScheduler` replaced; any other as it is."""
-    return getattr(scheduler, "replaced", scheduler)
 
 
 def _load(folder: Path, name: str, *, download: bool) -> tuple[Any, Any]:
@@ -278,7 +273,7 @@ def _scheduler(given: Any) -> Any:
     """A scheduler of diffusers from itself, its configuration, or a file of it."""
     import diffusers
 
-    given = _replaced(given)
+    given = getattr(given, "replaced", given)  # of a `PipelineScheduler`
     if isinstance(given, diffusers.SchedulerMixin):
         return given
     origin: object = "scheduler"
