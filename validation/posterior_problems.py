@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -66,8 +66,7 @@ class PosteriorProblem:
         y = seen.forward(x)
         noise = torch.randn(y.shape, generator=generator, dtype=torch.float64, device="cpu")
         y = (y + seen.noise_std * noise)[0]
-        drawn = Observation(seen.forward, y, seen.noise_std, seen.shape)
-        return x, PosteriorProblem(self.name, self.data, drawn)
+        return x, replace(self, observation=seen.with_y(y))
 
 
 def posterior_problems(noise_std: float = 0.1) -> dict[str, PosteriorProblem]:

@@ -183,13 +183,8 @@ class PosteriorReport:
 
     def to_text(self) -> str:
         """A table, one line per measurement."""
-        rows = [
-            (
-                *("problem", "noise", "process", "method"),
-                *("distance", "modes", "mean", "spread", "seconds", "verdict"),
-            )
-        ]
-        planted = planted_samplers()
+        head = "problem", "noise", "process", "method", "distance", "modes", "mean", "spread"
+        rows, planted = [(*head, "seconds", "verdict")], planted_samplers()
         for error in self.errors:
             verdict = "" if error.verdict is None else str(error.verdict)
             if error.method in planted:

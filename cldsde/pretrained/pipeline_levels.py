@@ -48,13 +48,12 @@ def window(
     )
     ends = torch.tensor([*default, last, noisiest], dtype=torch.float64, device="cpu")
     *times, low, high = times_of_log_snr(sde, ends, sde.regular_until).tolist()
-    given = start, end
     if end is None and float(sde.log_snr(times[1])) < default[1] - _ROUNDING:
         raise ValueError(
             f"process must have noise levels down to σ = {math.exp(-default[1]):.4g}; {sde!r} has "
             f"none below σ = {math.exp(-float(sde.log_snr(times[1]))):.4g}. Give an end"
         )
-    found = [x if y is None else float(y) for x, y in zip(times, given, strict=True)]
+    found = [x if y is None else float(y) for x, y in zip(times, (start, end), strict=True)]
     for name, t in zip(("start", "end"), found, strict=True):
         kappa = float(sde.log_snr(t)) if 0 < t <= sde.regular_until else math.nan
         if not noisiest - _ROUNDING <= kappa <= last + _ROUNDING:
