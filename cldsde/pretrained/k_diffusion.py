@@ -248,18 +248,14 @@ def _scales(levels: Tensor, path: NoisePath | None) -> tuple[Tensor, Tensor]:
 
 def _check_reached(sde: LinearSDE, log_snr: Tensor) -> None:
     """Raise ValueError if a process has less noise than the first level, unless it is all noise."""
-
-    def noisiest(process: LinearSDE) -> float:
-        return float(process.log_snr(1.0))
-
-    wanted, reach = float(log_snr[0]), noisiest(sde)
+    wanted, reach = float(log_snr[0]), float(sde.log_snr(1.0))
     if wanted == -math.inf or wanted >= reach - _ROUNDING:
         return
     sigma = math.exp(-wanted)
     known: list[LinearSDE] = [CLD(), PSLD(), HOLD(), VPSDE(), SubVPSDE(), VESDE(), RectifiedFlow()]
     if sigma > 50:  # the largest level of VESDE()
         known.append(VESDE(sigma_max=math.ceil(sigma)))
-    found = [repr(other) for other in known if noisiest(other) <= wanted]
+    found = [repr(other) for other in known if float(other.log_snr(1.0)) <= wanted]
     raise ValueError(
         f"sigmas must start at σ = {math.exp(-reach):.4g} or less for {sde!r}; got {sigma:.4g}. "
         f"These processes reach it: {', '.join(found)}"
