@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .checks import Check
+from .order_estimate import Level
 
 
 def canvas(width: float, height: float) -> tuple[Any, Any]:
@@ -26,10 +27,10 @@ def canvas(width: float, height: float) -> tuple[Any, Any]:
     return figure, figure.subplots()
 
 
-def drawable(check: Check) -> bool:
-    """Whether there is a level to draw."""
+def drawable(check: Check) -> list[Level]:
+    """Levels that logarithmic axes can show."""
     levels = () if check.estimate is None else check.estimate.levels
-    return any(math.isfinite(level.error) and level.error > 0 for level in levels)
+    return [level for level in levels if 0 < level.error < math.inf]
 
 
 def order_curves(subject: str, own: Sequence[Check]) -> Any:
@@ -37,7 +38,7 @@ def order_curves(subject: str, own: Sequence[Check]) -> Any:
     figure, axes = canvas(8, 3.6)
     for i, check in enumerate(own):
         assert check.estimate is not None
-        levels = [x for x in check.estimate.levels if math.isfinite(x.error) and x.error > 0]
+        levels = drawable(check)
         kept = [level for level in levels if level.kept]
         colour, marker = f"C{i % 10}", "osD^v<>"[i % 7]
         style = {"color": colour, "markersize": 4, "linewidth": 1}
