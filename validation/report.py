@@ -23,12 +23,12 @@ from .order_estimate import OrderEstimate, Verdict
 from .plain import text_table, write_json
 from .plots import drawable, order_curves
 from .suite import declares_order
-from .summary import ORDERS, declared_too_low, subject_of, summarise
 from .work_precision import WorkPrecision
 
 TABLE = "report.txt"
 """Name of the file with the table in a folder of plots."""
 
+_ORDERS = ("weak order", "strong order", "ODE order")
 _ADVICE = (
     "Measure these orders in Python with more numbers of steps, or a longer range of them, such as "
     "weak_order(solver, problem, steps=(64, 128, …)) of cldsde.validation."
@@ -57,8 +57,26 @@ class Report:
     solvers: Mapping[str, Solver] = field(default_factory=dict)
 
     def summary(self) -> dict[str, Verdict]:
-        """A verdict for each measured solver, and for the kernels."""
-        return summarise(self.checks)
+        """A verdict for each measured solver, and for the kernels.
+
+        - FAIL: a check failed, or an order is declared below the measured order on every problem.
+        - PASS: every kind of order that was measured passed on some problem. If no order was
+          measured, another check of the samples must pass; the number of score evaluations does not
+          count.
+        - INCONCLUSIVE: otherwise.
+        """
+        summary = {}
+        measured = [c for c in self.checks if c.kind != NOT_APPLICABLE or c.verdict is not None]
+        for subject in dict.fromkeys(_subject_of(check) for check in measured):
+            own = self._own(subject)
+            passed = {check.kind for check in own if check.verdict is Verdict.PASS}
+            if any(check.verdict is Verdict.FAIL for check in own) or _declared_too_low(own):
+                summary[subject] = Verdict.FAIL
+            else:
+                orders = {check.kind for check in own} & set(_ORDERS)
+                settled = orders <= passed if orders else bool(passed - {"NFE per step"})
+                summary[subject] = Verdict.PASS if settled else Verdict.INCONCLUSIVE
+        return summary
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to JSON types, with versions and the machine."""
@@ -168,12 +186,12 @@ class Report:
             for place in [f" on {check.problem}" if check.problem else ""]
             if check.verdict is Verdict.FAIL
         ]
-        low = {name: declared_too_low(self._own(name)) for name in self.solvers}
+        low = {name: _declared_too_low(self._own(name)) for name in self.solvers}
         words = "above the declared order on every problem"
         return [*lines, *(f"{name}, {kind}: {words}" for name, kind in low.items() if kind)]
 
     def _own(self, subject: str) -> list[Check]:
-        return [check for check in self.checks if subject_of(check) == subject]
+        return [check for check in self.checks if _subject_of(check) == subject]
 
     def _not_applicable(self) -> list[Check]:
         return [c for c in self.checks if c.kind == NOT_APPLICABLE and c.verdict is None]
@@ -190,7 +208,7 @@ class Report:
     def _complaints(self) -> list[str]:
         """The solvers that failed, and those whose order no problem confirmed, one clause each."""
         summary = self.summary()
-        judged = {subject_of(check) for check in self.checks if check.verdict is not None}
+        judged = {_subject_of(check) for check in self.checks if check.verdict is not None}
         faults = {
             Verdict.FAIL: "failed",
             Verdict.INCONCLUSIVE: "are inconclusive, because no problem confirmed a declared order",
@@ -215,7 +233,7 @@ class Report:
                 "NFE per step": str(facts.nfe_per_step),
             }
             declarations = facts.weak_order, facts.strong_order, facts.ode_order
-            for kind, declared in zip(ORDERS, declarations, strict=True):
+            for kind, declared in zip(_ORDERS, declarations, strict=True):
                 found = [c.estimate for c in own if c.kind == kind and c.estimate is not None]
                 row[kind] = "" if declared is None else f"{declared:g}"
                 row[f"{kind}, measured"] = _span(found, intervals=True)
@@ -254,6 +272,21 @@ class Report:
             write_whole(file, writer)
         for file in left - {*files}:
             file.unlink()
+
+
+def _subject_of(check: Check) -> str:
+    """The solver of a check; all kernels are one subject."""
+    return "kernels" if check.kind == "kernel" else check.subject
+
+
+def _declared_too_low(own: Sequence[Check]) -> str:
+    """Kind of order that exceeds the declared order on every conclusive problem; empty if none."""
+    for kind in _ORDERS:
+        estimates = [c.estimate for c in own if c.kind == kind and c.estimate is not None]
+        conclusive = [e for e in estimates if e.verdict is not Verdict.INCONCLUSIVE]
+        if len(conclusive) > 1 and all(e.exceeds for e in conclusive):
+            return kind
+    return ""
 
 
 def earlier_files(folder: Path) -> list[Path]:

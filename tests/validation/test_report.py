@@ -17,7 +17,6 @@ from cldsde.validation.order_estimate import Verdict
 from cldsde.validation.posterior_suite import posterior_reports
 from cldsde.validation.report import Report
 from cldsde.validation.reports import reports
-from cldsde.validation.summary import summarise
 from cldsde.validation.work_precision import WorkPrecisionPoint
 
 PASS, FAIL, INCONCLUSIVE = Verdict.PASS, Verdict.FAIL, Verdict.INCONCLUSIVE
@@ -49,7 +48,7 @@ SUMMARIES = [
 @pytest.mark.parametrize(("orders", "verdict"), SUMMARIES)
 def test_a_summary_is_made_of_all_problems(orders, verdict):
     found = [check(order, 2, problem=str(i)) for i, order in enumerate(orders)]
-    assert summarise(found) == {"it": verdict}
+    assert Report(found).summary() == {"it": verdict}
 
 
 def test_kinds_of_orders_are_not_mixed_and_solvers_are_apart():
@@ -61,8 +60,8 @@ def test_kinds_of_orders_are_not_mixed_and_solvers_are_apart():
         Check("error at 100 steps", "third", "p", None, 0.1, None, "off", 0.1),
     ]
     expected = {"it": PASS, "other": FAIL, "half": INCONCLUSIVE, "third": INCONCLUSIVE}
-    assert summarise(found) == expected
-    assert summarise([]) == {}
+    assert Report(found).summary() == expected
+    assert Report([]).summary() == {}
 
 
 # Passed, failed, without conclusion, only reported, and of a kernel.
@@ -88,7 +87,7 @@ def test_a_report_goes_through_strict_json(tmp_path):
     read = json.loads(file.read_text())
     json.dumps(read, allow_nan=False)
     assert read["complete"] is False
-    assert read["summary"] == {name: str(v) for name, v in summarise(DIVERSE).items()}
+    assert read["summary"] == {name: str(v) for name, v in Report(DIVERSE).summary().items()}
     for entry, made in zip(read["checks"], DIVERSE, strict=True):
         fields = ("kind", "subject", "problem", "declared", "message", "seconds")
         assert all(entry[name] == getattr(made, name) for name in fields)

@@ -17,7 +17,6 @@ from cldsde.validation.order_estimate import Verdict
 from cldsde.validation.problems import forward_processes
 from cldsde.validation.report import Report
 from cldsde.validation.suite import checks
-from cldsde.validation.summary import summarise
 from faulty_solvers import altered
 from probes import generator, tensor
 from tolerances import rounding, standard_error_of_variance
@@ -94,7 +93,7 @@ FAULTS: list[Any] = [
 def test_a_planted_fault_fails_and_the_healthy_solver_passes(faulty, healthy, kinds, problem):
     for solver, verdict in ((faulty, FAIL), (healthy, PASS)):
         found = measured(solver, [problem])
-        assert summarise(found) == {"it": verdict}
+        assert Report(found).summary() == {"it": verdict}
         assert verdicts(found) == {(kind, problem, verdict) for kind in kinds}
 
 
@@ -121,7 +120,7 @@ def test_a_kernel_with_a_small_error_fails(monkeypatch, process, mean, root, ver
     monkeypatch.setattr(suite, "forward_processes", lambda: {"perturbed": Perturbed})
     (found,) = checks({}, {})
     assert (found.kind, found.subject, found.verdict) == ("kernel", "perturbed", verdict)
-    assert summarise([found]) == {"kernels": verdict}
+    assert Report([found]).summary() == {"kernels": verdict}
     if len(root) == 2:
         # A difference of covariances is rounded.
         assert found.measured == pytest.approx(root[0] ** 2 - 1, rel=rounding(64, 1e6), abs=0)
@@ -160,7 +159,7 @@ def test_a_solver_that_breaks_fails_and_the_others_are_measured(where, how, word
     assert any(words in check.message for check in failed)
     if not words:
         assert {check.kind for check in failed} == {WEAK, STRONG}
-    assert summarise(found) == {"broken": FAIL}
+    assert Report(found).summary() == {"broken": FAIL}
     json.dumps(Report(found).to_dict(), allow_nan=False)
 
 
@@ -197,7 +196,7 @@ def test_a_solver_is_not_measured_on_problems_that_it_rejects():
     rejected = found[0]
     assert (rejected.kind, rejected.problem, rejected.verdict) == ("not applicable", "VE", None)
     assert "SSCS needs" in rejected.message
-    assert summarise([rejected]) == {}
+    assert Report([rejected]).summary() == {}
     assert {c.problem for c in found[1:]} == {VP}
     report = Report(found, solvers={"it": SSCS()})
     assert report.rejections(["it"]) == [f"it is not measured on VE: {rejected.message}"]
@@ -285,7 +284,7 @@ def test_the_verdict_and_the_reason_of_a_single_check(solver, problem, verdict, 
     (found,) = measured(solver, [problem])
     assert (found.kind, found.verdict) == (KINDS.get(problem, "distribution"), verdict)
     assert words in found.message
-    assert summarise([found]) == {"it": verdict or INCONCLUSIVE}
+    assert Report([found]).summary() == {"it": verdict or INCONCLUSIVE}
     if problem == POINTS:  # too little noise, so that points stay further out
         assert (found.measured > 1.005) is (verdict is FAIL)
     elif found.kind == "distribution":  # as a part of the allowed error
@@ -298,7 +297,7 @@ def test_a_solver_that_declares_no_order_is_judged_by_the_distribution_as_a_whol
     wide = straightened(EulerMaruyama, weak_order=None, strong_order=None)()
     for solver, verdict in ((solvers.PredictorCorrector(), PASS), (wide, FAIL), (Nothing(), FAIL)):
         found = measured(solver, names)
-        assert summarise(found) == {"it": verdict}
+        assert Report(found).summary() == {"it": verdict}
         compared = {(c.problem, c.verdict) for c in found if c.kind == "distribution"}
         assert compared == {("VP, ring", verdict), ("CLD, ring", verdict)}
         assert verdict is FAIL or all("declares no order" in c.message for c in found)
