@@ -11,6 +11,7 @@ factor ψ and covariance Σ = L Lᵀ given x_0 needs no more. With g = L⁻¹ψ/
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -189,10 +190,8 @@ def recommended_steps(
     for recipe in RECOMMENDED:
         fits = sde.components <= recipe.most_components and n <= recipe.most_steps
         if fits and recipe.solver.facts.score_at_start:
-            try:
+            with suppress(ValueError):  # try the next one, as `recommended_plan` does
                 return PathSteps(sde, check_steppable(recipe.solver), log_snr, signal, noise)
-            except ValueError:  # try the next one, as `recommended_plan` does
-                continue
     return PathSteps(sde, ExponentialEuler(), log_snr, signal, noise)
 
 
