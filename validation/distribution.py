@@ -66,13 +66,8 @@ class DistributionCase:
         if problem.dimension == 1:
             self._directions = torch.ones(1, 1, dtype=torch.float64, device="cpu")
         else:
-            draw = torch.randn(
-                problem.dimension,
-                _DIRECTIONS,
-                dtype=torch.float64,
-                generator=generator,
-                device="cpu",
-            )
+            shape = problem.dimension, _DIRECTIONS
+            draw = torch.randn(shape, dtype=torch.float64, generator=generator, device="cpu")
             self._directions = draw / draw.norm(dim=0)
         self.reference = self.projected(exact[0])
         distances = torch.tensor(
@@ -239,19 +234,19 @@ def _judge(compared: _Comparison) -> Verdict:
 
 def _in_words(case: DistributionCase, coarse: Tensor, fine: Tensor, compared: _Comparison) -> str:
     """Describe the statistic that is nearest to its limit, or beyond it."""
-    names = [*case.names, "sliced W₂"]
-    exact = _with(case.expected, 0.0)
+    names, exact = [*case.names, "sliced W₂"], _with(case.expected, 0.0)
     first, second = (
         _with(case.statistics(z), case.distance(case.projected(z))) for z in (coarse, fine)
     )
-    worst, grown = int(compared.ratio.argmax()), int(compared.growth.argmax())
-    if not float(compared.growth[grown]) <= _ERRORS:
-        i = grown
-        text = f"wrong distribution: errors grow as steps shrink; {names[grown]} is "
-        text += f"{float(second[i]):.4g}, and {float(first[i]):.4g} with half the steps; "
-        return text + f"the exact value is {float(exact[i]):.4g}"
-    text = f"{names[worst]} is {float(second[worst]):.4g}, the exact value is "
-    text += f"{float(exact[worst]):.4g} ± {float(compared.allowed[worst]):.1g}"
+    grown = not float(compared.growth.max()) <= _ERRORS
+    i = int((compared.growth if grown else compared.ratio).argmax())
+    text = f"{names[i]} is {float(second[i]):.4g}"
+    if grown:
+        return (
+            f"wrong distribution: errors grow as steps shrink; {text}, and {float(first[i]):.4g} "
+            f"with half the steps; the exact value is {float(exact[i]):.4g}"
+        )
+    text += f", the exact value is {float(exact[i]):.4g} ± {float(compared.allowed[i]):.1g}"
     verdict = _judge(compared)
     if verdict is Verdict.FAIL:
         return f"wrong distribution: {text}"
