@@ -81,8 +81,8 @@ def _exact(
     process: ReverseProcess, observation: Observation, times: Tensor, n: int, g: torch.Generator
 ) -> Tensor:
     posterior = _data(process).condition(observation)
-    guided = ReverseProcess(process.sde, posterior.score(process.sde))
-    return solve(guided, _SOLVER, _start(process, n, g), times, generator=g).data
+    reverse = ReverseProcess(process.sde, posterior.score(process.sde))
+    return solve(reverse, _SOLVER, _start(process, n, g), times, generator=g).data
 
 
 def guided(

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 import platform
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from cldsde.solvers.named import canonical_name
 
 from .checks import NOT_APPLICABLE, Check, facts_fault
 from .order_estimate import OrderEstimate, Verdict
-from .plain import text_table, write_json
+from .plain import plain, text_table, write_json
 from .plots import drawable, order_curves
 from .suite import declares_order
 from .work_precision import WorkPrecision
@@ -89,7 +88,7 @@ class Report:
             "inconclusive": self.inconclusive(),
             "solvers": self.solver_table(),
             "checks": [check.to_dict() for check in self.checks],
-            "work_precision": [json.loads(table.to_json()) for table in self.tables],
+            "work_precision": [plain(asdict(table)) for table in self.tables],
         }
 
     def write_json(self, file: Path) -> None:

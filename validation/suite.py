@@ -191,11 +191,7 @@ class _Cases:
 
 
 def _estimate(
-    kind: str,
-    solver: Solver,
-    problem: Problem,
-    cases: _Cases,
-    generator: torch.Generator,
+    kind: str, solver: Solver, problem: Problem, cases: _Cases, generator: torch.Generator
 ) -> OrderEstimate:
     finest = _FINEST_QUICK if cases.quick else _FINEST
     if kind == "ODE order":
@@ -228,12 +224,7 @@ def _estimate(
         return _refined(lambda n: weak_order(solver, problem, steps=n, reference=reference), steps)
     grid, last, samples = _SAMPLED[problem.sde.components > 1, (solver.facts.weak_order or 0) >= 2]
     return weak_order(
-        solver,
-        problem,
-        steps=_halved(last, 5),
-        grid=grid,
-        samples=samples,
-        generator=generator,
+        solver, problem, steps=_halved(last, 5), grid=grid, samples=samples, generator=generator
     )
 
 
