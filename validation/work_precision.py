@@ -121,11 +121,7 @@ class WorkPrecision:
         return Table("", [f"{self.metric} at NFE", *map(str, budgets)], rows, []).markdown()
 
     def plot(
-        self,
-        file: Path | str | BinaryIO,
-        *,
-        against: str = "nfe",
-        file_format: str | None = None,
+        self, file: Path | str | BinaryIO, *, against: str = "nfe", file_format: str | None = None
     ) -> None:
         """Plot error against work on logarithmic axes.
 

@@ -42,10 +42,7 @@ def window(
         If a given time lies outside, or the range is empty.
     """
     noisiest, last = convention.ends
-    default = (
-        max(_FIRST_LOG_SNR, noisiest, log_snr_range(sde)[0]),
-        min(_LAST_LOG_SNR, last),
-    )
+    default = max(_FIRST_LOG_SNR, noisiest, log_snr_range(sde)[0]), min(_LAST_LOG_SNR, last)
     ends = torch.tensor([*default, last, noisiest], dtype=torch.float64, device="cpu")
     *times, low, high = times_of_log_snr(sde, ends, sde.regular_until).tolist()
     if end is None and float(sde.log_snr(times[1])) < default[1] - _ROUNDING:

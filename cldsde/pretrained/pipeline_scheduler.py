@@ -363,10 +363,7 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     @classmethod
     def from_config(
-        cls,
-        config: Mapping[str, Any],
-        return_unused_kwargs: bool = False,
-        **kwargs: Any,
+        cls, config: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
     ) -> Any:
         """Scheduler from a configuration that this class saved, with changes by name.
 
