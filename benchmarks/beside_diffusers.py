@@ -127,6 +127,30 @@ def check_kept(kept: dict[str, Any], now: dict[str, Any]) -> None:
         raise SystemExit(f"the results were measured with other {', '.join(sorted(other))}")
 
 
+class Distances:
+    """Fréchet distances to the data of a run, in the features of two networks."""
+
+    def __init__(self, run: Path, model: TrainedModel) -> None:
+        self.space, data = model.space, model.config.data.load()
+        self.networks = {
+            "distances": kept_classifier(run / CLASSIFIER, data, progress=True),
+            "random features": random_features(self.space.shape[0]),
+        }
+        shape = (len(data.train), *self.space.shape)
+        self.known = {
+            key: FeatureSums(network, shape).of(measured_batches(data.train))
+            for key, network in self.networks.items()
+        }
+
+    def add(self, cell: dict[str, Any], x: Tensor) -> None:
+        """Append the distances of samples to those of a cell."""
+        levels = to_levels(x, self.space.levels, dequantised=self.space.dequantised)
+        parts = measured(levels, self.space.levels).split(_BATCH)  # type: ignore[no-untyped-call]
+        for key, network in self.networks.items():
+            distance = frechet_of(FeatureSums(network, x.shape).of(parts), self.known[key])
+            cell.setdefault(key, []).append(round(distance, 4))
+
+
 def draw_rows(file: Path, model: TrainedModel, names: list[str], nfe: int) -> None:
     """Twelve images of each sampler in a row, with its first choice of levels."""
     draws = {name: draw for name, _, draw in reversed(list(samplers({})))}
@@ -150,15 +174,7 @@ def main() -> None:
         names = arguments.samplers or [*dict.fromkeys(name for name, *_ in samplers({}))]
         draw_rows(arguments.picture, model, names, 5)
         return
-    data, space = model.config.data.load(), model.space
-    features = {
-        "distances": kept_classifier(arguments.run / CLASSIFIER, data, progress=True),
-        "random features": random_features(space.shape[0]),
-    }
-    known = {
-        key: FeatureSums(network, (len(data.train), *space.shape)).of(measured_batches(data.train))
-        for key, network in features.items()
-    }
+    distances, space = Distances(arguments.run, model), model.space
     settings = {
         nfe: SamplerSettings.load(file)
         for nfe in arguments.nfe
@@ -197,16 +213,12 @@ def main() -> None:
             if "fitted" in name and nfe not in settings:
                 continue
             cells = results["samplers"].setdefault(name, {}).setdefault(options, {})
-            found = cells.setdefault(str(nfe), {"evaluations": 0} | {key: [] for key in features})
+            found = cells.setdefault(str(nfe), {"evaluations": 0, "distances": []})
             for seed in range(len(found["distances"]), arguments.sets):
                 calls.clear()
                 x = draw(model.score.denoiser, shape, nfe, seed)
-                levels = to_levels(x, space.levels, dequantised=space.dequantised)
-                parts = measured(levels, space.levels).split(_BATCH)  # type: ignore[no-untyped-call]
                 found["evaluations"] = sum(calls) / len(x)
-                for key, network in features.items():
-                    distance = frechet_of(FeatureSums(network, shape).of(parts), known[key])
-                    found[key].append(round(distance, 4))
+                distances.add(found, x)
                 save()
             mean = sum(found["distances"]) / len(found["distances"])
             print(f"{nfe:3d} {name:24s} {options:50s} {mean:.3f}", flush=True)

@@ -1,8 +1,9 @@
-"""Fréchet distances of 6 to 9 evaluations under VP: the fitted noise levels beside VP's own grid.
+"""Fréchet distances of 5 to 9 evaluations under VP: the fitted noise levels beside VP's own grid.
 
 ``python benchmarks/fitted_levels.py docs/data/fitted-levels.json RUN…`` samples the network of each
-run of ``cldsde train`` under VP: by `cldsde.sample`, and by order 3 with half of the noise on
-`vp_times`. Both have the same seeds. The script can be interrupted and keeps finished sets.
+run of ``cldsde train`` under VP: by `cldsde.sample`, and by the same solver on `vp_times`. Both
+have the same seeds. The features are those of a classifier, and of a network with random weights.
+The script can be interrupted and keeps finished sets.
 """
 
 from __future__ import annotations
@@ -15,13 +16,9 @@ from typing import Any
 
 import torch
 
-from beside_diffusers import check_kept, recipe
+from beside_diffusers import Distances, check_kept, recipe
 from cldsde import VPSDE, DenoiserScore, sample
 from cldsde.files import write_whole
-from cldsde.images.data import to_levels
-from cldsde.images.data.samples import measured, measured_batches
-from cldsde.images.evaluate.classifier import CLASSIFIER, kept_classifier
-from cldsde.images.evaluate.distances import FeatureSums, frechet_of
 from cldsde.images.model import load_model
 from cldsde.solvers import ExponentialMultistep, times_of_log_snr, vp_times
 
@@ -39,7 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("results", type=Path)
     parser.add_argument("runs", type=Path, nargs="+")
-    parser.add_argument("--nfe", type=int, nargs="+", default=[6, 7, 9])
+    parser.add_argument("--nfe", type=int, nargs="+", default=[5, 7, 9])
     parser.add_argument("--images", type=int, default=500, help="images per set")
     parser.add_argument("--sets", type=int, default=5)
     arguments = parser.parse_args()
@@ -52,10 +49,7 @@ def main() -> None:
     for run in arguments.runs:
         model = load_model(run)
         space, sde = model.space, VPSDE()
-        data = model.config.data.load()
-        features = kept_classifier(run / CLASSIFIER, data)
-        known = FeatureSums(features, (len(data.train), *space.shape))
-        known = known.of(measured_batches(data.train))
+        distances = Distances(run, model)
         score = DenoiserScore(model.score.denoiser, sde)
         shape = (arguments.images, *space.shape)
         found = results["networks"].setdefault(run.name, {})
@@ -65,17 +59,15 @@ def main() -> None:
             "weights": sum(x.numel() for x in model.score.parameters()),
             "shape": space.shape,
             "images": arguments.images,
+            "trained_on": model.images_seen,
         }
         check_kept(found.setdefault("about", about), about)
         for nfe in arguments.nfe:
-            rows = found.setdefault(str(nfe), {name: [] for name in ROWS})
+            rows = found.setdefault(str(nfe), {name: {} for name in ROWS})
             for name, options in zip(ROWS, ({}, other(nfe)), strict=True):
-                for seed in range(len(rows[name]), arguments.sets):
+                for seed in range(len(rows[name].get("distances", [])), arguments.sets):
                     x = sample(sde, score, shape, nfe=nfe, seed=seed, batch=250, **options)
-                    levels = to_levels(x, space.levels, dequantised=space.dequantised)
-                    parts = measured(levels, space.levels).split(250)  # type: ignore[no-untyped-call]
-                    distance = frechet_of(FeatureSums(features, shape).of(parts), known)
-                    rows[name].append(round(distance, 4))
+                    distances.add(rows[name], x)
                     text = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
                     save = partial(Path.write_text, data=text, encoding="utf-8")
                     write_whole(arguments.results, save)
