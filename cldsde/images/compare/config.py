@@ -160,8 +160,7 @@ class ComparisonConfig(Measurements, Configuration):
 
     def place(self, model: str, error: SettingError) -> SettingError:
         """An error of a model's configuration with the full name of its key."""
-        path = error.key.split(".")
-        shared = not _holds(self.models[model], path) and _holds(self.base, path)
+        shared = not _holds(self.models[model], error.key) and _holds(self.base, error.key)
         return error.within("base" if shared else f"models.{model}")
 
     def _run(self, name: str) -> RunConfig:
@@ -202,10 +201,8 @@ def _merged(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _holds(values: Any, path: Sequence[str]) -> bool:
-    """Whether nested sections hold a path of keys."""
-    for key in path:
-        if not isinstance(values, Mapping) or key not in values:
-            return False
-        values = values[key]
-    return True
+def _holds(values: Any, path: str) -> bool:
+    """Whether nested sections hold a key, such as ``training.batch``."""
+    key, _, rest = path.partition(".")
+    found = isinstance(values, Mapping) and key in values
+    return found and (not rest or _holds(values[key], rest))
