@@ -23,6 +23,7 @@ from cldsde.images.compare.config import ComparisonConfig, RowConfig, check_comp
 from cldsde.images.compare.report import FORMAT, RESULTS, read_comparison, write_report
 from cldsde.images.data.samples import is_whole_picture, save_grid
 from cldsde.images.evaluate.evaluation import Evaluation
+from cldsde.images.evaluate.measurements import Measurements
 from cldsde.images.evaluate.results import Result, check_comparable
 from cldsde.images.model import TrainedModel, load_model
 from cldsde.images.networks import parameter_count
@@ -48,7 +49,8 @@ class Comparison:
     ) -> None:
         self.config, self.device, self.progress = config, device, progress
         self.data = check_comparison(config, device=device)
-        how: Any = {**config.measurements(), "folder": out, "first_seed": config.first_seed}
+        how: Any = {name: getattr(config, name) for name in Measurements.__dataclass_fields__}
+        how |= {"folder": out, "first_seed": config.first_seed}
         how["weights"] = None if config.weights is None else config.weights.expanduser()
         self.evaluation = Evaluation(data=self.data, device=device, **how)
         self.evaluation.check()

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from cldsde.images.checks import Scale, check_values
 from cldsde.images.data.images import Images
 from cldsde.images.schema import checked
+from cldsde.linear.checks import described
 from cldsde.score import quantisation
 
 
@@ -44,8 +45,7 @@ def to_levels(images: Tensor, levels: Scale = 256, *, dequantised: bool = False)
     (2x + 2U)/levels − 1, instead of 2x/(levels − 1) − 1.
     """
     if not isinstance(images, Tensor) or not images.is_floating_point():
-        got = images.dtype if isinstance(images, Tensor) else type(images).__name__
-        raise TypeError(f"images must be a floating-point tensor; got {got}")
+        raise TypeError(f"images must be a floating-point tensor; got {described(images)}")
     if bool(images.isnan().any()):
         msg = f"images must be numbers; got {int(images.isnan().sum())} NaN of {images.numel()}"
         raise ValueError(msg)

@@ -128,11 +128,6 @@ class DataSet(NamedTuple):
     train: Images
     held_out: Images | None
 
-    @property
-    def all(self) -> list[Images]:
-        """Both parts, or the training part alone."""
-        return [part for part in self if part is not None]
-
 
 @checked
 def digits(*, held_out: HeldOut = 0.2, seed: Natural = 0) -> DataSet:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -38,10 +37,6 @@ class Measurements:
     """Inception weights, for fid, kid, isc and prc."""
     likelihood_images: Count = 64
     """Held-out images whose likelihood is computed."""
-
-    def measurements(self) -> dict[str, Any]:
-        """These settings by their names."""
-        return {one.name: getattr(self, one.name) for one in dataclasses.fields(Measurements)}
 
 
 def place() -> tuple[int, int]:

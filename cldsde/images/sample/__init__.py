@@ -1,17 +1,8 @@
 """Sampling of image models: one sampler for every command, and files of samples."""
 
 from cldsde.images.sample.observed import ObservedImage
-from cldsde.images.sample.outputs import SampleRequest, alone, check_output, draw_to
+from cldsde.images.sample.outputs import SampleRequest
 from cldsde.images.sample.sampler import ImageSampler, Samples
 from cldsde.images.sample.source import speed_up
 
-__all__ = [
-    "ImageSampler",
-    "ObservedImage",
-    "SampleRequest",
-    "Samples",
-    "alone",
-    "check_output",
-    "draw_to",
-    "speed_up",
-]
+__all__ = ["ImageSampler", "ObservedImage", "SampleRequest", "Samples", "speed_up"]
