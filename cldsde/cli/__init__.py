@@ -55,20 +55,19 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     about = "Linear SDEs and the diffusion models built on them."
     parser = _Parser(prog="cldsde", usage="cldsde [options] COMMAND ...", description=about)
     parser.add_argument("--version", action="version", version=f"cldsde {version('cldsde')}")
-    made: dict[str, _Parser] = {}
     commands = parser.add_subparsers(
         title="commands", metavar="COMMAND", dest="command", required=True, prog="cldsde"
     )
     for name, module in _COMMANDS.items():
         text = str(module.__doc__)
-        made[name] = command = commands.add_parser(
+        command = commands.add_parser(
             name, usage=f"cldsde {name} [options]", description=text, help=text.splitlines()[0]
         )
         # No option is a number, so that -1-3 is a value; its error says what is allowed.
         command._negative_number_matcher = re.compile(r"-\d")
         actions = [command.add_argument(*names, **how) for names, how in module.OPTIONS]
         command.names = {x.dest: [str(x.metavar), *x.option_strings][-1] for x in actions}
-    return parser, made
+    return parser, commands.choices
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
