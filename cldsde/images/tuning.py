@@ -156,8 +156,8 @@ class Tuning:
         known = FeatureSums(network, (len(reference), *reference.shape)).of(bar)
 
         def distance(images: Tensor) -> float:
-            parts = images.split(256)  # type: ignore[no-untyped-call]
-            return frechet_of(FeatureSums(network, images.shape).of(parts), known)
+            sums = FeatureSums(network, images.shape)
+            return frechet_of(sums.of(torch.split(images, 256)), known)
 
         return distance
 
@@ -176,8 +176,7 @@ class Tuning:
         """Samples as images ``(B, C, H, W)``."""
         space, vae = self.model.space, self.model.vae
         if vae is not None:
-            parts = data.split(64)  # type: ignore[no-untyped-call]
-            data = torch.cat([vae.images(part) for part in parts])
+            data = torch.cat([vae.images(part) for part in torch.split(data, 64)])
         return to_levels(data.cpu(), space.levels, dequantised=space.dequantised)
 
     def _pixels(self, data: Tensor) -> Tensor:

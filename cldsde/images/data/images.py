@@ -77,7 +77,7 @@ class Images(ABC):
         dtype = torch.int64 if exact else torch.float64
         found = torch.zeros((2, *self.shape), dtype=dtype, device="cpu")
         with progress_bar(None, shown=progress, total=len(rows), desc="statistics", delay=3) as bar:
-            for some in rows.split(max(1, CHUNK // found[0].numel())):  # type: ignore[no-untyped-call]
+            for some in torch.split(rows, max(1, CHUNK // found[0].numel())):
                 x = self.load(some).to(torch.int32 if exact else torch.float64)
                 if exact:
                     found += torch.stack([y.sum(0, dtype=torch.int64) for y in (x, x.square())])
@@ -116,7 +116,7 @@ class ArrayImages(Images):
         check_images(images, "images", least=1)
         levels = levels if isinstance(levels, int) else (levels[0], levels[1])
         shape = images.shape[1:]
-        for part in images.split(max(1, CHUNK // math.prod(shape))):  # type: ignore[no-untyped-call]
+        for part in torch.split(images, max(1, CHUNK // math.prod(shape))):
             check_values(part, levels)
         super().__init__(len(images), shape, levels=levels, labels=labels, classes=classes)
         self._images = images

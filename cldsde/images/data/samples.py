@@ -35,7 +35,7 @@ def measured(images: Tensor, levels: Scale) -> Tensor:
 
 def measured_batches(images: Images, batch: int = 256) -> Iterator[Tensor]:
     """All images of a set as features take them, batch by batch."""
-    for rows in torch.arange(len(images), device="cpu").split(batch):  # type: ignore[no-untyped-call]
+    for rows in torch.split(torch.arange(len(images), device="cpu"), batch):
         yield measured(images.load(rows), images.levels)
 
 
@@ -121,7 +121,7 @@ def is_whole_picture(file: Path) -> bool:
 
 def _shown(images: Tensor) -> Tensor:
     """Images ``(N, C, H, W)`` of 1 or 3 channels; others become grey, side by side."""
-    return images if images.shape[1] in {1, 3} else torch.cat(images.split(1, 1), -1)  # type: ignore[no-untyped-call]
+    return images if images.shape[1] in {1, 3} else torch.cat(torch.split(images, 1, 1), -1)
 
 
 def picture(image: Tensor) -> Image.Image:

@@ -61,7 +61,7 @@ def fashion_part(folder: Path, part: str, size: int) -> ArrayImages:
         images = F.pad(images, [(size - 28) // 2] * 4)
     elif size < 28:
         shrunk = []
-        for some in images.split(CHUNK // 28**2):  # type: ignore[no-untyped-call]
+        for some in torch.split(images, CHUNK // 28**2):
             # In float32: torch's kernels for bytes differ from one processor to another.
             fine = F.interpolate(some.float(), (size, size), mode="bicubic", antialias=True)
             shrunk.append(fine.round().clamp(0, 255).to(torch.uint8))

@@ -140,7 +140,7 @@ def _root(covariance: Tensor) -> Tensor:
 def images_sha256(images: Iterable[Tensor], shape: Sequence[int] = ()) -> str:
     """SHA-256 of the shape and the bytes of uint8 images: a tensor, or batches and their shape."""
     if isinstance(images, Tensor):
-        shape, images = images.shape, images.split(4096)  # type: ignore[no-untyped-call]
+        shape, images = images.shape, torch.split(images, 4096)
     total = hashlib.sha256(f"{tuple(shape)}".encode())
     for part in images:
         total.update(part.numpy().tobytes())
@@ -170,8 +170,7 @@ class FeatureStatistics:
         """Compute statistics batch by batch, in float64; for the arguments see `frechet`."""
         check_images(images, "images", least=2)
         require(batch >= 1, "batch", f"must be at least 1; got {batch}")
-        parts = images.split(batch)  # type: ignore[no-untyped-call]
-        bar = progress_bar(parts, shown=progress, desc="features")
+        bar = progress_bar(torch.split(images, batch), shown=progress, desc="features")
         return FeatureSums(features, images.shape).of(bar)
 
 

@@ -151,7 +151,7 @@ class Evaluation(Measurements):
         ``images`` is a tensor, or batches of ``count`` images in all, which are not kept.
         """
         if isinstance(images, Tensor):
-            count, parts = len(images), images.split(self.batch)  # type: ignore[no-untyped-call]
+            count, parts = len(images), torch.split(images, self.batch)
             images = progress_bar(parts, shown=self.progress, desc="features")
         if place()[0]:  # samples for the first process
             return {metric: {} for some in images for metric in metrics}

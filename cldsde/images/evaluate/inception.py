@@ -162,8 +162,7 @@ def inception_metrics(
     network = InceptionFeatures(Path(weights), device)
 
     def batches(some: Tensor) -> Iterator[Tensor]:
-        parts = some.split(batch)  # type: ignore[no-untyped-call]
-        yield from progress_bar(parts, shown=progress, desc="Inception")
+        yield from progress_bar(torch.split(some, batch), shown=progress, desc="Inception")
 
     own = feature_sums(network, images.shape, metrics).of(batches(images))
     known = reference.shape, distances.images_sha256(reference), network

@@ -117,8 +117,7 @@ def likelihood(
     data = dequantise(images, count=levels, low=-end, high=end, generator=generator)
     start: Any = "replace" if kind == "exact" else "perturb"
     bits, nfev = [], 0
-    parts = data.split(batch)  # type: ignore[no-untyped-call]
-    for part in progress_bar(parts, shown=progress, desc="likelihood"):
+    for part in progress_bar(torch.split(data, batch), shown=progress, desc="likelihood"):
         x = part.to(device)
         found = log_likelihood(process, x, t_min, start=start, generator=generator, **options)
         bits.append(found.bits_per_dim(2 * end / levels).cpu().to(torch.float64))
@@ -156,8 +155,7 @@ def latent_likelihood(
     generator = torch.Generator().manual_seed(seed)
     sampler = TimeSampler.importance(sde, t_min, weighting="likelihood")
     bits = []
-    parts = images.split(batch)  # type: ignore[no-untyped-call]
-    for part in progress_bar(parts, shown=progress, desc="likelihood"):
+    for part in progress_bar(torch.split(images, batch), shown=progress, desc="likelihood"):
         x = to_unit(part, levels).to(device)
         total = torch.zeros(len(x), dtype=torch.float64, device="cpu")
         for _ in range(samples):

@@ -69,7 +69,7 @@ class Feed:
         images, classes, config = self._images, self._classes, self._config
         kind: Any = {name: getattr(config.data, name) for name in ("flip", "crop", "dequantise")}
         shown, labels = [], []
-        for block, some in enumerate(rows.split(self.block)):  # type: ignore[no-untyped-call]
+        for block, some in enumerate(torch.split(rows, self.block)):
             draw = stream(config.seed, "presentation", step, first // self.block + block)
             shown.append(augment(images.load(some), images.levels, generator=draw, **kind))
             if classes is not None:
@@ -258,7 +258,7 @@ class Learner:
         draw = stream(0, "held-out presentation")
         known = images.labels if self.space.classes is not None else None
         sums = []
-        for rows in torch.arange(count, device="cpu").split(self.feed.part_size):  # type: ignore[no-untyped-call]
+        for rows in torch.split(torch.arange(count, device="cpu"), self.feed.part_size):
             x = augment(images.load(rows), images.levels, generator=draw, **kind)
             labels = None if known is None else known[rows]
             batch = self._to_device(Batch(x, labels, tuple(some.take(rows) for some in times)))

@@ -74,7 +74,7 @@ def rehearsal(data: DataSet) -> tuple[DataSet, float]:
     if not train.decodes_once:
         return data, 0.0
     began = time.perf_counter()
-    for rows in torch.arange(len(train), device="cpu").split(8):  # type: ignore[no-untyped-call]
+    for rows in torch.split(torch.arange(len(train), device="cpu"), 8):
         parts.append(train.load(rows))
         done += len(rows)
         if time.perf_counter() - began > _REHEARSAL:
