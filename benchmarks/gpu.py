@@ -278,7 +278,7 @@ def training(setting: Setting, found: Found) -> None:
         learner = Learner(config, data, facts, make_engine(config, setting.device))
         row: dict[str, Any] = {}
         with setting.peak(row):
-            loaded = learner.feed.load(0)
+            loaded = learner.load(0)
             seconds = setting.seconds(partial(learner.step, 0, loaded))
         network, inputs = _network(setting, batch)
         network.train()

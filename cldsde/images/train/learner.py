@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from cldsde.images.config import RunConfig
-from cldsde.images.data import DataSet, Images, augment
+from cldsde.images.data import DataSet, augment
 from cldsde.images.latent import Batch, Times
 from cldsde.images.model import ImageSpace, Statistics, make_model
 from cldsde.images.power_averages import WIDTHS, power
@@ -22,62 +22,6 @@ from cldsde.images.streams import image_order, stream, stream_seed
 from cldsde.images.train.engine import shares
 from cldsde.images.train.objectives import make_objective
 from cldsde.images.train.shards import networks, own, shard, whole
-from cldsde.score import TimeSampler
-
-
-class Part(NamedTuple):
-    """Images of one pass through the network, and their place in the batch."""
-
-    first: int
-    batch: Batch
-
-
-class Feed:
-    """Batches of one process of a training, each from its own random streams."""
-
-    def __init__(
-        self,
-        config: RunConfig,
-        images: Images,
-        classes: int | None,
-        samplers: tuple[TimeSampler, ...],
-        engine: Accelerator,
-    ) -> None:
-        self._config, self._images, self._classes = config, images, classes
-        self._samplers = samplers
-        share, self.part_size, self.block = shares(config, engine.num_processes)
-        begin = engine.process_index * share
-        self._firsts = range(begin, begin + share, self.part_size)  # of each part
-
-    def load(self, step: int) -> list[Part]:
-        """The parts of a step's batch."""
-        batch, seed = self._config.training.batch, self._config.seed
-        times = tuple(
-            Times(*sampler.sample(batch, generator=stream(seed, "times", step, *which)))
-            for sampler, which in zip(self._samplers, ((), (1,)), strict=False)
-        )
-        order = image_order(seed, len(self._images), step * batch, batch)
-        loaded = []
-        for first in self._firsts:
-            mine = slice(first, first + self.part_size)
-            x, labels = self._present(step, first, order[mine])
-            loaded.append(Part(first, Batch(x, labels, tuple(some.take(mine) for some in times))))
-        return loaded
-
-    def _present(self, step: int, first: int, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Augmented images and their classes, some of them hidden."""
-        images, classes, config = self._images, self._classes, self._config
-        kind: Any = {name: getattr(config.data, name) for name in ("flip", "crop", "dequantise")}
-        shown, labels = [], []
-        for block, some in enumerate(torch.split(rows, self.block)):
-            draw = stream(config.seed, "presentation", step, first // self.block + block)
-            shown.append(augment(images.load(some), images.levels, generator=draw, **kind))
-            if classes is not None:
-                assert images.labels is not None
-                uniform = torch.rand(len(some), generator=draw, device="cpu")
-                hidden = uniform < config.network.label_dropout
-                labels.append(images.labels[some].masked_fill(hidden, classes))
-        return torch.cat(shown), torch.cat(labels) if labels else None
 
 
 class Meter:
@@ -151,8 +95,9 @@ class Learner:
         self.average, self.sharded = self.averages[0], engine.is_fsdp2
         shard(engine, self.model)
         self.objective = make_objective(self.model, config)
-        samplers = self.objective.samplers
-        self.feed = Feed(config, data.train, self.space.classes, samplers, engine)
+        share, self.part_size, self._block = shares(config, engine.num_processes)
+        begin = engine.process_index * share
+        self._firsts = range(begin, begin + share, self.part_size)  # of each part of a batch
         self.parts: dict[str, nn.Module] = {"score": self.model.score}
         if self.model.vae is not None:
             self.parts["autoencoder"] = self.model.vae
@@ -174,7 +119,37 @@ class Learner:
         self.modules = {f"average{i or ''}": average for i, average in enumerate(self.averages)}
         self.modules["model"] = self.model
 
-    def step(self, step: int, parts: list[Part]) -> None:
+    def load(self, step: int) -> list[Batch]:
+        """The parts of a step's batch for this process, each for one pass through the networks."""
+        size, seed = self.settings.batch, self.config.seed
+        times = tuple(
+            Times(*sampler.sample(size, generator=stream(seed, "times", step, *which)))
+            for sampler, which in zip(self.objective.samplers, ((), (1,)), strict=False)
+        )
+        order = image_order(seed, len(self.data.train), step * size, size)
+        loaded = []
+        for first in self._firsts:
+            mine = slice(first, first + self.part_size)
+            x, labels = self._present(step, first, order[mine])
+            loaded.append(Batch(x, labels, tuple(some.take(mine) for some in times)))
+        return loaded
+
+    def _present(self, step: int, first: int, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Augmented images and their classes, some of them hidden."""
+        images, classes, config = self.data.train, self.space.classes, self.config
+        kind: Any = {name: getattr(config.data, name) for name in ("flip", "crop", "dequantise")}
+        shown, labels = [], []
+        for block, some in enumerate(torch.split(rows, self._block)):
+            draw = stream(config.seed, "presentation", step, first // self._block + block)
+            shown.append(augment(images.load(some), images.levels, generator=draw, **kind))
+            if classes is not None:
+                assert images.labels is not None
+                uniform = torch.rand(len(some), generator=draw, device="cpu")
+                hidden = uniform < config.network.label_dropout
+                labels.append(images.labels[some].masked_fill(hidden, classes))
+        return torch.cat(shown), torch.cat(labels) if labels else None
+
+    def step(self, step: int, parts: list[Batch]) -> None:
         """Update the weights, and meter this process's mean losses and the gradients' norms."""
         seed, device = self.config.seed, self.engine.device
         self.model.train()
@@ -185,12 +160,11 @@ class Learner:
             group["lr"] = rate
         self.optimiser.zero_grad()
         totals = {name: torch.zeros((), device=device) for name in self.parts}
-        for part in parts:
-            count = len(part.batch.images)
-            blocks = range(part.first // self.feed.block, (part.first + count) // self.feed.block)
+        for first, part in zip(self._firsts, parts, strict=True):
+            blocks = range(first // self._block, (first + len(part.images)) // self._block)
             noise = [stream(seed, "noise", step, block, device=device) for block in blocks]
-            torch.manual_seed(stream_seed(seed, "dropout", step, part.first))
-            batch = self._to_device(part.batch)
+            torch.manual_seed(stream_seed(seed, "dropout", step, first))
+            batch = self._to_device(part)
             with ExitStack() as together:
                 # Shares of gradients take less memory than what is not shared yet.
                 for core in self.cores if part is not parts[-1] and not self.sharded else ():
@@ -258,7 +232,7 @@ class Learner:
         draw = stream(0, "held-out presentation")
         known = images.labels if self.space.classes is not None else None
         sums = []
-        for rows in torch.split(torch.arange(count, device="cpu"), self.feed.part_size):
+        for rows in torch.split(torch.arange(count, device="cpu"), self.part_size):
             x = augment(images.load(rows), images.levels, generator=draw, **kind)
             labels = None if known is None else known[rows]
             batch = self._to_device(Batch(x, labels, tuple(some.take(rows) for some in times)))

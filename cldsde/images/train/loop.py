@@ -145,7 +145,7 @@ class _Trainer:
         with bar, self._logging(), StopRequest(self.engine) as stop:
             if self.done and self._due(settings.sample_every):
                 self._draw(stop)
-            for parts in ahead(self.learner.feed.load, range(self.done, settings.steps)):
+            for parts in ahead(self.learner.load, range(self.done, settings.steps)):
                 self.learner.step(self.done, parts)
                 self.done += 1
                 bar.update(settings.batch)
@@ -241,7 +241,7 @@ class _Trainer:
     @cached_property
     def sampler(self) -> ImageSampler:
         """Sampler of the averaged model; its tables are computed once."""
-        model, batch = self.learner.average, self.learner.feed.part_size
+        model, batch = self.learner.average, self.learner.part_size
         recipe = self.config.sampling
         return ImageSampler(model.score, self.space, recipe, vae=model.vae, batch=batch)
 

@@ -98,7 +98,7 @@ def forecast(learner: Learner, decoding: float) -> list[str]:
     for stage in (range(first), range(first, learner.settings.steps)):
         seconds: list[float] = []
         last = time.perf_counter()
-        for step, parts in zip(stage, ahead(learner.feed.load, stage), strict=True):
+        for step, parts in zip(stage, ahead(learner.load, stage), strict=True):
             learner.step(step, parts)
             if on_gpu:
                 torch.cuda.synchronize(device)
