@@ -46,7 +46,7 @@ def prepare(options: Namespace) -> Callable[[], None]:
     from cldsde.images.evaluate.classifier import CLASSIFIER
     from cldsde.images.model import MODEL as MODEL_FILE
     from cldsde.images.model import weights_of
-    from cldsde.images.tuning import Tuning
+    from cldsde.images.tuning import SETS, Tuning
 
     device, run = resolve_device(options.device), options.run
     model = model_of(options, run, device)
@@ -87,7 +87,8 @@ def prepare(options: Namespace) -> Callable[[], None]:
                     search.best.save(file)
                     print(f"Settings are in {file.resolve()}", file=sys.stderr)
             found = tuning.report(search.best, nfe)
-            print(f"{nfe} evaluations, Fréchet distances of 5 sets of {options.images} new images:")
+            images = f"{SETS} sets of {options.images} new images"
+            print(f"{nfe} evaluations, Fréchet distances of {images}:")
             for features, measured in found.items():
                 print(f"  in {features}: {measured}")
             (gain, error), *others = (measured.gain for measured in found.values())

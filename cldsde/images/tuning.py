@@ -29,7 +29,7 @@ from cldsde.score import ConditionalScore, ReverseProcess, Score
 from cldsde.solvers import SamplerSettings, sample
 from cldsde.solvers.fitting import Distance, Search, default_settings, fewest_tries, import_cma
 
-_SETS = 5  # of new images for the report
+SETS = 20  #: Sets of new images for the report.
 _SEARCHED = 2  # kinds of features whose distances the search minimises; the report has one more
 _REFERENCE, _MANY = 2000, 50  # images of the network itself, and evaluations of each
 
@@ -71,7 +71,7 @@ class Tuning:
     data: DataSet | None  # to compare with; None: images of the model, with 50 evaluations
     classifier: Path  # is trained and kept there if it is missing
     features: str = "classifier"
-    images: int = 500  # of a try, and of each of five sets of the report
+    images: int = 500  # of a try, and of each set of the report
     seed: int = 0  # of the search
     device: str = "cpu"  # of the features' networks
 
@@ -105,7 +105,7 @@ class Tuning:
         The first entry is the geometric mean of two kinds, which the search minimises.
         """
         found: dict[str, list[list[float]]] = {name: [[], []] for name in self._distances}
-        seeds = range(self.seed + 2, self.seed + 2 + _SETS)
+        seeds = range(self.seed + 2, self.seed + 2 + SETS)
         for seed in progress_bar(seeds, shown=True, desc="new images", unit="set"):
             for i, how in enumerate((None, settings)):
                 images = self._pixels(self._draw(seed, nfe, how))

@@ -20,6 +20,12 @@ pytestmark = pytest.mark.usefixtures("untrained_classifier")
 SHORT = ["--nfe", 3, "--tries", 34, "--images", 16, "--device", "cpu"]
 
 
+@pytest.fixture(autouse=True)
+def few_sets(monkeypatch):
+    """Two sets in a report, which is enough for a standard error."""
+    monkeypatch.setattr(tuning, "SETS", 2)
+
+
 @pytest.fixture(scope="module")
 def digits_run(tmp_path_factory):
     """A run with VP, whose plans take the least time: the search makes one for each try."""
@@ -40,7 +46,7 @@ def test_settings_are_kept_in_the_run_and_measured_with_new_seeds(run, capsys):
     assert found.nfe == 3
     assert found.process.startswith(process)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "3 evaluations, Fréchet distances of 5 sets of 16 new images:"
+    assert lines[0] == f"3 evaluations, Fréchet distances of {tuning.SETS} sets of 16 new images:"
     assert lines[1].startswith("  in the geometric mean of the next two: default ")
     assert lines[2].startswith("  in the classifier's features: default ")
     assert [line.split(":")[0] for line in lines[3:5]] == [
