@@ -23,7 +23,7 @@ OPTIONS = (
     option("PATH", Path, "checkpoint, such as checkpoint_800000.pth"),
     option("--as CODE", _CODE, _AS, dest="family", required=True),
     option("--config NAME", str, _CONFIG),
-    several("--set KEY=VALUE", "setting of data or sampling, such as data.options.path=images"),
+    several("--set KEY=VALUE", "data.name, data.options.NAME, or a setting of sampling"),
     option("--out RUN", Path, "folder of the run", required=True),
     flag("--overwrite", "replace the model of a run"),
 )

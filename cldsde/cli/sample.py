@@ -40,6 +40,10 @@ _MODE = Kind({x: x for x in ("default", "reduce-overhead", "max-autotune")}.__ge
 _COMPILE = (
     f"compile the network; MODE is {_MODES}. If MODE is left out, RUN must come before this option"
 )
+_BATCH = (
+    "images per batch; default: 4 for a pipeline of diffusers, else 256, or 64 above 1,024 values "
+    "per image"
+)
 _OPTIONAL = {"dest": "compile_mode", "nargs": "?", "const": "default"}
 OPTIONS = (
     option("RUN", Path, _RUN, nargs="?"),
@@ -51,7 +55,7 @@ OPTIONS = (
     option("--seed N", ONE_SEED, "one seed, the same as --seeds N"),
     option("--out PATH", Path, _OUT, default=Path("samples.png")),
     flag("--overwrite", "replace an existing file"),
-    option("--batch N", int, "images per batch; default: 256, or 64 above 1,024 values per image"),
+    option("--batch N", int, _BATCH),
     option("--class NAME", str, _CLASS, dest="label"),
     option("--guidance W", float, "weight of the class or prompt"),
     option("--prompt TEXT", str, "prompt, for a text-to-image folder of diffusers"),

@@ -28,7 +28,7 @@ OPTIONS = (
     flag("--resume", "fail if there is no run to resume"),
     option("--init-from RUN", str, _INIT),
     DEVICE,
-    flag("--dry-run", "check everything, measure loading and steps, write nothing and stop"),
+    flag("--dry-run", "check everything, measure loading and steps, and write no run"),
     flag("--print-config", "print the resolved configuration and stop"),
 )
 

@@ -20,8 +20,8 @@ from cldsde.solvers import SamplerSettings
 from cldsde.solvers.fitting import TRIES
 
 _REFERENCE = (
-    "run or configuration whose data to compare with; by default the run itself, and images of the "
-    "model with 50 evaluations for --model"
+    "run or configuration whose data to compare with; default for RUN: its own data, and for "
+    "--model: images of the model with 50 evaluations"
 )
 _OUT = "FILE.json for one number of evaluations, or a folder; RUN or the current folder by default"
 OPTIONS = (

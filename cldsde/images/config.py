@@ -154,8 +154,8 @@ class ScoreConfig:
     prediction: Literal["noise", "velocity", "flow"] = "noise"
     """The prediction whose squared error is the loss: ``"noise"``, or for processes of one
     component ``"velocity"`` or ``"flow"``. With the process ``"RectifiedFlow"``, ``"flow"`` is flow
-    matching. The network returns the same quantity for all three. ``weighting = "log_snr"`` takes
-    the noise."""
+    matching. The network returns the same quantity for all three. If ``training.weighting`` is
+    ``"log_snr"``, the loss is always of the noise."""
     mixing: Number | None = None
     """None: the network's part is added to the reference's. A number m: each channel learns the
     weights of the two parts. The weight of the network's part starts at 1/(1 + e^−m)."""
@@ -208,10 +208,10 @@ class SamplingConfig:
     ``"karras"``. None: the recommended solver's grid, and ``"root"`` for other solvers."""
     t_start: StartTime = None
     t_end: Time | None = None
-    """Times at which sampling starts and ends (ε). None: as for `cldsde.sample`. κ, half the log of
-    the signal-to-noise ratio, is then −3.3 and 3.3. Up to 5 evaluations of the recommended solver,
-    or 9 for processes of one component, go from −3.0 to 2.35. The start is less if the numbers of
-    an image times ``nfe`` exceed 29,000, or 16,000 from −3.0."""
+    """Times at which sampling starts and ends (ε). None: as for `cldsde.sample`, from κ = −3.3 to
+    3.3 (κ: half the log of the signal-to-noise ratio). With up to 5 evaluations, or 9 for processes
+    of one component, the recommended solver goes from −3.0 to 2.35. Large images start at a smaller
+    κ. Both ends are within the noise levels of the process and of the score's training."""
     denoise: Flag = True
     """Return the data prediction at ε instead of the state there."""
     options: Mapping[str, Any] = field(default_factory=dict)

@@ -66,11 +66,11 @@ class TrainingConfig:
     """``"AdamW"``, ``"Adam"``, ``"RAdam"``, ``"NAdam"``, ``"Adamax"``, ``"Adafactor"``,
     ``"Adagrad"`` or ``"SGD"`` of `torch.optim`, and its further arguments."""
     learning_rate: Positive = 2e-4
-    """Peak learning rate."""
+    """Learning rate, which warm-up and decay multiply."""
     warmup: Natural = 0
     """Images over which the learning rate rises linearly."""
     decay: Literal["cosine", "constant", "inverse_square_root"] = "constant"
-    """Schedule after the warm-up: ``"constant"``; ``"cosine"`` to zero at the end; or
+    """``"constant"``; ``"cosine"``, from the first step to zero at the end; or after the warm-up
     ``"inverse_square_root"``, √(warmup/images) with at least one batch as warm-up."""
     weight_decay: Annotated[Number, Field(ge=0)] = 0.0
     """Weight decay, decoupled for AdamW and Adafactor."""
