@@ -37,8 +37,8 @@ _BATCH = 250
 _TRAILING, _KARRAS = {"timestep_spacing": "trailing"}, {"use_karras_sigmas": True}
 _SDE = {"algorithm_type": "sde-dpmsolver++"}
 _BOTH = [_TRAILING, _KARRAS]
-# Each with its choices of levels, which are all measured. With Karras' levels the other schedulers
-# had up to ten times these distances.
+# Each with its choices of levels, which are all measured. UniPC, SA-Solver and Heun had 1.4 to 6.6
+# times these distances with Karras' levels.
 SCHEDULERS: dict[str, tuple[str, list[dict[str, Any]]]] = {
     "DDIM": ("DDIMScheduler", [_TRAILING]),
     "DPM-Solver++ 2M": ("DPMSolverMultistepScheduler", _BOTH),

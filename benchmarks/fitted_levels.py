@@ -1,9 +1,9 @@
 """Fréchet distances of 5 to 9 evaluations under VP: the fitted noise levels beside VP's own grid.
 
 ``python benchmarks/fitted_levels.py docs/data/fitted-levels.json RUN…`` samples the network of each
-run of ``cldsde train`` under VP: by `cldsde.sample`, and by the same solver on `vp_times`. Both
-have the same seeds. The features are those of a classifier, and of a network with random weights.
-The script can be interrupted and keeps finished sets.
+run of ``cldsde train`` under VP, with the solver of `cldsde.sample` for up to 9 evaluations, on the
+fitted levels and on `vp_times`. Both have the same seeds. The features are those of a classifier,
+and of a network with random weights. The script can be interrupted and keeps finished sets.
 """
 
 from __future__ import annotations
@@ -16,20 +16,21 @@ from typing import Any
 
 import torch
 
-from beside_diffusers import Distances, check_kept, recipe
+from beside_diffusers import Distances, check_kept
 from cldsde import VPSDE, DenoiserScore, sample
 from cldsde.files import write_whole
 from cldsde.images.model import load_model
-from cldsde.solvers import ExponentialMultistep, times_of_log_snr, vp_times
+from cldsde.solvers import RECOMMENDED, times_of_log_snr
+from cldsde.solvers.recommended import Recipe
 
-ROWS = ("sample", "order 3, λ = 0.5, vp_times")
+FITTED, _, USUAL = RECOMMENDED[:3]
+ROWS = {"fitted levels": FITTED, "vp_times": USUAL}
 
 
-def other(nfe: int) -> dict[str, Any]:
-    """Options of the second row, which ends like the recommended settings for 10 evaluations."""
-    first, last = times_of_log_snr(VPSDE(), torch.tensor([-3.3, 3.3])).tolist()
-    solver = ExponentialMultistep(order=3, stochasticity=0.5, variable="vp_time")
-    return {"solver": solver, "times": vp_times(VPSDE(), first, last, nfe - 1)}
+def options(row: Recipe, nfe: int) -> dict[str, Any]:
+    """Solver and grid of a row."""
+    first, last = times_of_log_snr(VPSDE(), torch.tensor(row.ends)).tolist()
+    return {"solver": row.solver, "times": row.grid(VPSDE(), first, last, nfe - 1)}
 
 
 def main() -> None:
@@ -43,7 +44,7 @@ def main() -> None:
     results: dict[str, Any] = {"recipes": {}, "networks": {}}
     if arguments.results.exists():
         results = json.loads(arguments.results.read_text(encoding="utf-8"))
-    recipes = {str(nfe): recipe("VP", nfe) for nfe in arguments.nfe}
+    recipes = {name: [repr(row.solver), row.grid.__name__, row.ends] for name, row in ROWS.items()}
     check_kept(results["recipes"], recipes)
     results["recipes"] |= recipes
     for run in arguments.runs:
@@ -64,9 +65,9 @@ def main() -> None:
         check_kept(found.setdefault("about", about), about)
         for nfe in arguments.nfe:
             rows = found.setdefault(str(nfe), {name: {} for name in ROWS})
-            for name, options in zip(ROWS, ({}, other(nfe)), strict=True):
+            for name, row in ROWS.items():
                 for seed in range(len(rows[name].get("distances", [])), arguments.sets):
-                    x = sample(sde, score, shape, nfe=nfe, seed=seed, batch=250, **options)
+                    x = sample(sde, score, shape, seed=seed, batch=250, **options(row, nfe))
                     distances.add(rows[name], x)
                     text = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
                     save = partial(Path.write_text, data=text, encoding="utf-8")

@@ -51,8 +51,8 @@ class Recipe:
 # evaluations take levels between them.
 _FITTED_LEVELS = (-3.0, -1.35, -0.33, 0.6, 2.35)
 
-_FITTED_STEPS = 4  # largest number of steps with these levels, of several components
-FEW = 8  # largest number of steps of order 3
+_FITTED_STEPS = 4  # largest number of steps on these levels
+_FEW = 8  # largest number of steps of order 3
 
 
 def fitted_times(sde: LinearSDE, T: float, eps: float, n: int) -> Tensor:
@@ -71,13 +71,16 @@ def _multistep(order: Literal[2, 3], stochasticity: float, variable: Variable = 
     return ExponentialMultistep(order=order, stochasticity=stochasticity, variable=variable)
 
 
-_fitted = partial(Recipe, denoise=True, grid=fitted_times, ends=(-3.0, 2.35))
+_fitted = partial(
+    Recipe, denoise=True, most_steps=_FITTED_STEPS, grid=fitted_times, ends=(-3.0, 2.35)
+)
 
 RECOMMENDED = (
-    _fitted(_multistep(3, 0.5, "vp_time"), most_steps=FEW, most_components=1),
-    _fitted(_multistep(3, 1.0, "vp_time"), most_steps=_FITTED_STEPS),
+    _fitted(_multistep(3, 0.5, "vp_time"), most_components=1),
+    _fitted(_multistep(3, 1.0, "vp_time")),
+    Recipe(_multistep(3, 0.5, "vp_time"), True, _FEW, 1, vp_times),
     Recipe(_multistep(2, 1.0, "vp_time"), True, most_components=1, grid=vp_times),
-    Recipe(_multistep(3, 1.0), True, FEW),
+    Recipe(_multistep(3, 1.0), True, _FEW),
     Recipe(_multistep(2, 1.0), True),
     Recipe(SSCS(), denoise="step"),
     Recipe(StochasticHeun(), denoise="step"),

@@ -27,7 +27,7 @@ def canvas(width: float, height: float) -> tuple[Any, Any]:
     return figure, figure.subplots()
 
 
-def drawable(check: Check) -> list[Level]:
+def drawable_levels(check: Check) -> list[Level]:
     """Levels that logarithmic axes can show."""
     levels = () if check.estimate is None else check.estimate.levels
     return [level for level in levels if 0 < level.error < math.inf]
@@ -38,7 +38,7 @@ def order_curves(subject: str, own: Sequence[Check]) -> Any:
     figure, axes = canvas(8, 3.6)
     for i, check in enumerate(own):
         assert check.estimate is not None
-        levels = drawable(check)
+        levels = drawable_levels(check)
         kept = [level for level in levels if level.kept]
         colour, marker = f"C{i % 10}", "osD^v<>"[i % 7]
         style = {"color": colour, "markersize": 4, "linewidth": 1}

@@ -20,7 +20,7 @@ from cldsde.solvers.named import canonical_name
 from .checks import NOT_APPLICABLE, Check, facts_fault
 from .order_estimate import OrderEstimate, Verdict
 from .plain import plain, text_table, write_json
-from .plots import drawable, order_curves
+from .plots import drawable_levels, order_curves
 from .suite import declares_order
 from .work_precision import WorkPrecision
 
@@ -263,7 +263,7 @@ class Report:
         for table in self.tables:
             files[folder / _file_name("work and precision", table.problem)] = table.plot
         for subject in self.summary():
-            own = [check for check in self._own(subject) if drawable(check)]
+            own = [check for check in self._own(subject) if drawable_levels(check)]
             if own:
                 figure = order_curves(subject, own)
                 files[folder / _file_name("orders", subject)] = figure.savefig

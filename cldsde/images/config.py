@@ -209,9 +209,9 @@ class SamplingConfig:
     t_start: StartTime = None
     t_end: Time | None = None
     """Times at which sampling starts and ends (ε). None: as for `cldsde.sample`, from κ = −3.3 to
-    3.3 (κ: half the log of the signal-to-noise ratio). With up to 5 evaluations, or 9 for processes
-    of one component, the recommended solver goes from −3.0 to 2.35. Large images start at a smaller
-    κ. Both ends are within the noise levels of the process and of the score's training."""
+    3.3 (κ: half the log of the signal-to-noise ratio). With up to 5 evaluations, the recommended
+    solver goes from −3.0 to 2.35. Large images start at a smaller κ. Both ends are within the noise
+    levels of the process and of the score's training."""
     denoise: Flag = True
     """Return the data prediction at ε instead of the state there."""
     options: Mapping[str, Any] = field(default_factory=dict)

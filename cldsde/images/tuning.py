@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,7 +30,8 @@ from cldsde.solvers import SamplerSettings, sample
 from cldsde.solvers.fitting import Distance, Search, default_settings, fewest_tries, import_cma
 
 SETS = 20  #: Sets of new images for the report.
-_SEARCHED = 2  # kinds of features whose distances the search minimises; the report has one more
+_SEARCHED = 2  # networks in whose features the search minimises distances; the report has one more
+_BOTH = "the first two (geometric mean)"
 _REFERENCE, _MANY = 2000, 50  # images of the network itself, and evaluations of each
 
 
@@ -52,6 +53,11 @@ class Measured(NamedTuple):
         return "default {}, fitted {}, gain {}".format(*texts)
 
 
+def _geometric_mean(distances: Sequence[float]) -> float:
+    # Rounding may make a distance of equal sets negative.
+    return math.prod(max(0.0, x) for x in distances) ** (1 / len(distances))
+
+
 def _mean(x: Tensor) -> tuple[float, float]:
     return float(x.mean()), float(x.std()) / math.sqrt(len(x))
 
@@ -60,11 +66,11 @@ def _mean(x: Tensor) -> tuple[float, float]:
 class Tuning:
     """Fits of samplers to one image model.
 
-    The search minimises the geometric mean of two Fréchet distances, because settings that were
-    fitted to one kind of features made the images worse in others. ``features`` are the first kind:
-    ``"classifier"``, of the data's classes; ``"random"``, of a network with random weights; or
-    ``module:attribute``. Without data, or without classes, ``"random"`` replaces ``"classifier"``.
-    The second kind are features of a network with random weights. The report has a third one.
+    The search minimises the geometric mean of the Fréchet distances in features of two networks,
+    because settings that were fitted to one network made the images worse in others. ``features``
+    are those of the first: ``"classifier"``, of the data's classes; ``"random"``, of a network with
+    random weights; or ``module:attribute``. Without data, or without classes, ``"random"`` replaces
+    ``"classifier"``. The second has random weights, and so has a third one in the report.
     """
 
     model: ImageModel
@@ -94,7 +100,7 @@ class Tuning:
 
         def distance(data: Tensor) -> float:
             images = self._pixels(data)
-            return math.prod(max(0.0, of(images)) for of in searched) ** (1 / _SEARCHED)
+            return _geometric_mean([of(images) for of in searched])
 
         name = self.model.digest[:16]
         return Search(self.process, self.shape, nfe, distance, self.seed, name, most=tries)
@@ -102,22 +108,21 @@ class Tuning:
     def report(self, settings: SamplerSettings, nfe: int) -> Mapping[str, Measured]:
         """Distances by features, the search's first; images have the seeds after the search's.
 
-        The first entry is the geometric mean of two kinds, which the search minimises.
+        The first entry is the geometric mean of two distances, which the search minimises.
         """
-        found: dict[str, list[list[float]]] = {name: [[], []] for name in self._distances}
+        found: dict[str, list[list[float]]] = {x: [[], []] for x in (_BOTH, *self._distances)}
         seeds = range(self.seed + 2, self.seed + 2 + SETS)
         for seed in progress_bar(seeds, shown=True, desc="new images", unit="set"):
             for i, how in enumerate((None, settings)):
                 images = self._pixels(self._draw(seed, nfe, how))
-                for name, distance in self._distances.items():
-                    found[name][i].append(distance(images))
-        measured = {
+                distances = [distance(images) for distance in self._distances.values()]
+                both = _geometric_mean(distances[:_SEARCHED])
+                for sets, value in zip(found.values(), (both, *distances), strict=True):
+                    sets[i].append(value)
+        return {
             name: Measured(*(torch.tensor(x, dtype=torch.float64, device="cpu") for x in pair))
             for name, pair in found.items()
         }
-        pairs = zip(*[*measured.values()][:_SEARCHED], strict=True)
-        means = (torch.stack(x).log().mean(0).exp() for x in pairs)
-        return {"the geometric mean of the next two": Measured(*means), **measured}
 
     @cached_property
     def process(self) -> ReverseProcess:

@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 from cldsde import ReverseProcess, solvers
 from cldsde.images import tuning
@@ -47,7 +48,7 @@ def test_settings_are_kept_in_the_run_and_measured_with_new_seeds(run, capsys):
     assert found.process.startswith(process)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"3 evaluations, Fréchet distances of {tuning.SETS} sets of 16 new images:"
-    assert lines[1].startswith("  in the geometric mean of the next two: default ")
+    assert lines[1].startswith("  in the first two (geometric mean): default ")
     assert lines[2].startswith("  in the classifier's features: default ")
     assert [line.split(":")[0] for line in lines[3:5]] == [
         f"  in random features {i}" for i in (0, 1)
@@ -71,6 +72,16 @@ def test_settings_are_kept_in_the_run_and_measured_with_new_seeds(run, capsys):
     assert "--out: " in error
     assert "sampler-3.json is there already; name another place, or set --overwrite" in error
     assert SamplerSettings.load(run / "sampler-3.json") == found
+
+
+def test_the_search_minimises_the_distances_of_two_networks(digits_run, tmp_path):
+    model = load_model(digits_run)
+    tuned = tuning.Tuning(model, model.config.data.load(), tmp_path / "classifier", images=16)
+    tuned.__dict__["_distances"] = {"a": lambda _: 2.0, "b": lambda _: 8.0, "c": lambda _: 1e9}
+    search = tuned.search(3, 40)
+    assert search.distance(torch.zeros(tuned.shape)) == 4.0
+    found = tuned.report(search.best, 3)
+    assert [float(sets.fitted[0]) for sets in found.values()] == [4.0, 2.0, 8.0, 1e9]
 
 
 @pytest.mark.slow

@@ -200,17 +200,19 @@ def test_only_solvers_that_evaluate_at_the_start_are_accepted(method):
 
 
 @pytest.mark.parametrize(
-    ("name", "first", "n", "order", "stochasticity"),
+    ("name", "first", "n", "order", "stochasticity", "variable"),
     [
-        ("VP", -3.0, 8, 3, 0.5),
-        ("VP", -3.0, 9, 2, 1.0),
-        ("CLD", -3.0, 4, 3, 1.0),
-        ("VP", -1.0, 4, 2, 1.0),  # a part of a sampling
+        ("VP", -3.0, 8, 3, 0.5, "vp_time"),
+        ("VP", -3.0, 9, 2, 1.0, "vp_time"),
+        ("CLD", -3.0, 4, 3, 1.0, "vp_time"),
+        ("CLD", -3.0, 5, 3, 1.0, "time"),
+        ("VP", -1.0, 4, 2, 1.0, "vp_time"),  # a part of a sampling
     ],
 )
-def test_order_and_noise_between_given_levels(name, first, n, order, stochasticity):
+def test_order_and_noise_between_given_levels(name, first, n, order, stochasticity, variable):
     levels = torch.linspace(first, 3.0, n + 1, dtype=torch.float64)
     levels = torch.cat([levels, torch.tensor([math.inf])])
     scales = torch.sigmoid(2 * levels).sqrt(), torch.sigmoid(-2 * levels).sqrt()
     found = recommended_steps(PROCESSES[name], None, levels, *scales).solver
     assert (found.order, found.stochasticity) == (order, stochasticity)
+    assert found.variable == variable

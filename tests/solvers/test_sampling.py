@@ -33,7 +33,7 @@ PROCESSES = {
     ),
 }
 ONE = torch.tensor(1.0)
-# κ and λ that CMA-ES found for five evaluations of a CLD network of Fashion-MNIST.
+# κ that CMA-ES found for five evaluations of a CLD network of Fashion-MNIST.
 FITTED = (-3.0, -1.35, -0.33, 0.6, 2.35)
 # A few evaluations of float32 scores.
 SINGLE = {"rtol": rounding(100, dtype=torch.float32), "atol": rounding(100, dtype=torch.float32)}
@@ -116,6 +116,7 @@ def test_a_process_whose_score_does_not_determine_the_data_is_sampled_by_sscs():
 @pytest.mark.parametrize(
     ("name", "nfe", "order", "stochasticity"),
     [
+        ("VP", 6, 3, 0.5),
         ("VP", 9, 3, 0.5),
         ("CLD", 9, 3, 1.0),
         ("VP", 10, 2, 1.0),
