@@ -31,7 +31,7 @@ from cldsde.solvers.fitting import Distance, Search, default_settings, fewest_tr
 
 SETS = 20  #: Sets of new images for the report.
 _SEARCHED = 2  # networks in whose features the search minimises distances; the report has one more
-_BOTH = "the first two (geometric mean)"
+_BOTH = "geometric mean of the next two"
 _REFERENCE, _MANY = 2000, 50  # images of the network itself, and evaluations of each
 
 

@@ -48,7 +48,7 @@ def test_settings_are_kept_in_the_run_and_measured_with_new_seeds(run, capsys):
     assert found.process.startswith(process)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"3 evaluations, Fréchet distances of {tuning.SETS} sets of 16 new images:"
-    assert lines[1].startswith("  in the first two (geometric mean): default ")
+    assert lines[1].startswith("  in geometric mean of the next two: default ")
     assert lines[2].startswith("  in the classifier's features: default ")
     assert [line.split(":")[0] for line in lines[3:5]] == [
         f"  in random features {i}" for i in (0, 1)
