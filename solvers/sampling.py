@@ -51,9 +51,8 @@ def sample(
     The solver is the first of `RECOMMENDED` that applies to the process and number of steps.
     Sampling starts at the noise level σ with σ² = D·nfe/40 for D numbers per sample, at least at
     σ = 27 (κ = −3.3; κ = −log σ = ½ log SNR), and ends at κ = 3.3 with the data prediction. With at
-    most 4 steps it starts at least at σ = 20 and ends at
-    κ = 2.35. A score that knows the noise levels of its training, such as `DenoiserScore`, narrows
-    this range.
+    most 4 steps it starts at least at σ = 20 and ends at κ = 2.35. A score that knows the noise
+    levels of its training, such as `DenoiserScore`, narrows this range.
 
     Parameters
     ----------

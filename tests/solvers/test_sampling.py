@@ -135,6 +135,18 @@ def test_order_and_noise_depend_on_the_evaluations_and_the_components(
     assert recommended_plan(process, nfe=nfe)[1].solver == expected
 
 
+@pytest.mark.parametrize(
+    ("name", "nfe", "spread"),
+    [("VP", 3, 0.77), ("VP", 5, 1.11), ("CLD", 5, 1.22), ("CLD", 7, 1.21)],
+)
+def test_few_evaluations_widen_normal_data_as_documented(name, nfe, spread):
+    n, sde = 20_000, PROCESSES[name]()
+    score = cldsde.GaussianMixture([1.0], [[0.0]], [[[1.0]]]).score(sde)
+    x = cldsde.sample(sde, score, (n, 1), nfe=nfe, seed=0)
+    error = 5 * spread / math.sqrt(2 * n) + 0.01  # five standard errors, and rounding to per cents
+    assert float(x.std()) == pytest.approx(spread, rel=0, abs=error)
+
+
 @pytest.mark.parametrize("name", ["VP", "CLD", "HOLD", "rectified flow"])
 def test_five_evaluations_take_the_fitted_levels(name):
     sde = PROCESSES[name]()
