@@ -1,8 +1,8 @@
 """Fréchet distances of `cldsde.sample` beside the schedulers of diffusers, with the same network.
 
 ``python benchmarks/beside_diffusers.py RUN RESULTS.json`` samples the network of a run of ``cldsde
-train`` that was trained with VP. The features are those of a classifier of the run's data, and of
-a network with random weights.
+train`` that was trained with VP. The features come from a classifier of the run's data, and
+from a network with random weights.
 Settings that ``cldsde tune RUN`` has kept in ``RUN/sampler-N.json`` are measured, too. The script
 can be interrupted and keeps finished sets.
 """
@@ -143,9 +143,9 @@ class Distances:
         }
 
     def add(self, cell: dict[str, Any], x: Tensor) -> None:
-        """Append the distances of samples to those of a cell."""
+        """Append the distances of samples to a cell."""
         levels = to_levels(x, self.space.levels, dequantised=self.space.dequantised)
-        parts = measured(levels, self.space.levels).split(_BATCH)  # type: ignore[no-untyped-call]
+        parts = torch.split(measured(levels, self.space.levels), _BATCH)
         for key, network in self.networks.items():
             distance = frechet_of(FeatureSums(network, x.shape).of(parts), self.known[key])
             cell.setdefault(key, []).append(round(distance, 4))

@@ -2,8 +2,8 @@
 
 ``python benchmarks/fitted_levels.py docs/data/fitted-levels.json RUN…`` samples the network of each
 run of ``cldsde train`` under VP, with the solver of `cldsde.sample` for up to 9 evaluations, on the
-fitted levels and on `vp_times`. Both have the same seeds. The features are those of a classifier,
-and of a network with random weights. The script can be interrupted and keeps finished sets.
+fitted levels and on `vp_times`. Both have the same seeds. The features come from a classifier,
+and from a network with random weights. The script can be interrupted and keeps finished sets.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Fit samplers of few evaluations to a model: noise levels, noise and order.
 
 The search tries settings with the same random numbers, and compares their images with the data of
-the run by Fréchet distances in two kinds of features. A report with new seeds follows. Ctrl-C ends
-the command and keeps the best settings so far. The option ``--settings`` of sample and evaluate
-takes the file.
+the run by Fréchet distances in features of two networks. A report with new seeds follows. Ctrl-C
+ends the command and keeps the best settings so far. The option ``--settings`` of sample and
+evaluate takes the file.
 """
 
 from __future__ import annotations

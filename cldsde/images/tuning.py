@@ -68,9 +68,9 @@ class Tuning:
 
     The search minimises the geometric mean of the Fréchet distances in features of two networks,
     because settings that were fitted to one network made the images worse in others. ``features``
-    are those of the first: ``"classifier"``, of the data's classes; ``"random"``, of a network with
-    random weights; or ``module:attribute``. Without data, or without classes, ``"random"`` replaces
-    ``"classifier"``. The second has random weights, and so has a third one in the report.
+    names the first: ``"classifier"``, of the data's classes; ``"random"``, with random weights; or
+    ``module:attribute``. Without data, or without classes, ``"random"`` replaces ``"classifier"``.
+    The second network has random weights, and so has a third network in the report.
     """
 
     model: ImageModel

@@ -7,6 +7,7 @@ comparison that is interrupted resumes, and keeps its cells if rows or models ar
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import statistics
@@ -49,7 +50,7 @@ class Comparison:
     ) -> None:
         self.config, self.device, self.progress = config, device, progress
         self.data = check_comparison(config, device=device)
-        how: Any = {name: getattr(config, name) for name in Measurements.__dataclass_fields__}
+        how: Any = {x.name: getattr(config, x.name) for x in dataclasses.fields(Measurements)}
         how |= {"folder": out, "first_seed": config.first_seed}
         how["weights"] = None if config.weights is None else config.weights.expanduser()
         self.evaluation = Evaluation(data=self.data, device=device, **how)

@@ -79,7 +79,9 @@ def rehearsal(data: DataSet) -> tuple[DataSet, float]:
         done += len(rows)
         if time.perf_counter() - began > _REHEARSAL:
             break
-    seconds = (time.perf_counter() - began) / done * sum(len(part) for part in data if part)
+    seconds = (
+        (time.perf_counter() - began) / done * sum(len(part) for part in data if part is not None)
+    )
     labels = None if train.labels is None else train.labels[:done]
     classes = train.class_names or train.classes
     kept = ArrayImages(torch.cat(parts), levels=train.levels, labels=labels, classes=classes)
