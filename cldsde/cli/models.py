@@ -27,8 +27,9 @@ MODEL = (
     flag("--trust", "import the network that the run names by module:Class"),
 )
 _FEATURES = (
-    "features of the Fréchet distance (of the first of two for tune): classifier, trained on the "
-    "data's classes; random, for data without classes; or module:attribute"
+    "features of the Fréchet distance, to which tune adds those of a network with random weights: "
+    "classifier, trained on the data's classes; random, for data without classes; or "
+    "module:attribute"
 )
 FEATURES = option("--features NAME", str, _FEATURES, default="classifier")
 DATA = option("--data PATH", Path, "path of the data set, if not as configured")

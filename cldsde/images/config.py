@@ -149,8 +149,8 @@ class ScoreConfig:
     one mean and variance for the whole set (``"scalar"``), per channel or per pixel. For a latent
     model it is standard normal."""
     inputs: Literal["state", "estimate"] = "state"
-    """Input of the network: all components (``"state"``), or the sufficient combination of them for
-    the data (``"estimate"``)."""
+    """Input of the network: all components (``"state"``), or the linear combination of them that
+    carries all information about the data (``"estimate"``)."""
     prediction: Literal["noise", "velocity", "flow"] = "noise"
     """The prediction whose squared error is the loss: ``"noise"``, or for processes of one
     component ``"velocity"`` or ``"flow"``. With the process ``"RectifiedFlow"``, ``"flow"`` is flow
@@ -209,9 +209,10 @@ class SamplingConfig:
     t_start: StartTime = None
     t_end: Time | None = None
     """Times at which sampling starts and ends (ε). None: as for `cldsde.sample`, from κ = −3.3 to
-    3.3 (κ: half the log of the signal-to-noise ratio). With up to 5 evaluations, the recommended
-    solver goes from −3.0 to 2.35. Large images start at a smaller κ. Both ends are within the noise
-    levels of the process and of the score's training."""
+    3.3 (κ: half the log of the signal-to-noise ratio). With up to 4 steps, the recommended solver
+    goes from −3.0 to 2.35. The start is at a smaller κ if the numbers per image times the
+    evaluations exceed 29,000, or 16,000 with up to 4 steps. Both ends are within the noise levels
+    of the process and of the score's training."""
     denoise: Flag = True
     """Return the data prediction at ε instead of the state there."""
     options: Mapping[str, Any] = field(default_factory=dict)

@@ -80,7 +80,7 @@ class UNet(_ScoreNetwork):
     Parameters
     ----------
     shape
-        Shape ``(C, H, W)`` of the data; H and W divisible by 2 to the number of levels less one.
+        Shape ``(C, H, W)`` of the data; H and W are divisible by 2ⁿ⁻¹ for n levels.
     inputs, outputs
         Components of the state and driven components.
     channels
@@ -166,7 +166,7 @@ class NCSNpp(_ScoreNetwork):
     shape, inputs, outputs, classes
         See `UNet`.
     options
-        Arguments of ``cldsde.pretrained.ncsnpp.NCSNpp``, with their defaults: ``channels``,
+        ``channels``, and the arguments of ``cldsde.pretrained.ncsnpp.NCSNpp`` with their defaults:
         ``blocks``, ``attention``, ``dropout``, ``fir``, ``inputs_enter``, ``outputs_leave``,
         ``fourier_scale``, ``gradient_checkpointing``.
 

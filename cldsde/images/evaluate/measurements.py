@@ -22,7 +22,7 @@ class Measurements:
     """Metrics, and the numbers of images and the features that they need."""
 
     samples: Annotated[Count, Field(ge=2)] = 1000
-    """Images per repeat; in a comparison, of each cell of the table."""
+    """Images per set. A comparison makes ``repeats`` sets for each cell of its table."""
     repeats: Count = 1
     """Sets of images with seeds of their own, whose spread is reported."""
     batch: Count = 64

@@ -54,9 +54,9 @@ class ObservedImage:
     mask
         Bool ``(h, w)``, True for observed pixels, if the operator is ``"mask"``.
     method
-        A method of `PosteriorScore`, of which ``"dps"`` is an error for steps too long for the
-        noise; ``"twisted"``: `sample_posterior` with ``"pigdm"``, one run
-        per image; ``"replacement"``: `Imputation`, which ignores the noise.
+        ``"moments"``, ``"pigdm"`` or ``"dps"``: a method of `PosteriorScore`. ``"dps"`` raises an
+        error if the steps are too long for the noise. ``"twisted"``: `sample_posterior` with
+        ``"pigdm"``, one run per image. ``"replacement"``: `Imputation`, which ignores the noise.
     noise_std
         Standard deviation of the noise of the picture, in the scale of the model: from −1 to 1.
     particles
