@@ -13,7 +13,7 @@ import torch
 from cldsde import CLD, GaussianMixture, ReverseProcess, solvers
 
 PATHS, STEPS, SHOWN = 24, 800, 100
-WIDTH, HEIGHT, TOP, GAP = 300, 220, 30, 30
+WIDTH, HEIGHT, TOP, GAP = 300, 220, 40, 30
 GREY, COLOURS = "#7f858d", ("#e69f00", "#3d9bdb")
 SECONDS = 8
 
@@ -59,7 +59,7 @@ def panel(left, title, below, horizontal, vertical, ends, *, traced=True) -> str
     parts = [
         f'<rect {frame} fill="none" stroke="{GREY}" stroke-opacity=".5"/>',
         f'<text {centred} y="{TOP - 10}">{title}</text>',
-        f'<text {centred} y="{TOP + HEIGHT + 20}" font-size="13">{below}</text>',
+        f'<text {centred} y="{TOP + HEIGHT + 30}">{below}</text>',
     ]
     for x, y, end in zip(horizontal, vertical, ends, strict=True) if traced else ():
         colour = COLOURS[int(end > 0)]
@@ -102,7 +102,7 @@ def main() -> None:
             panel(
                 lefts[2],
                 "both",
-                "data x → , velocity v ↑",
+                "x →   v ↑",
                 across(lefts[2], x, x_bound),
                 up(v, v_bound),
                 ends,
@@ -110,10 +110,10 @@ def main() -> None:
             ),
         )
     )
-    width, height = lefts[2] + WIDTH + 4, TOP + HEIGHT + 30
+    width, height = lefts[2] + WIDTH + 4, TOP + HEIGHT + 40
     arguments.picture.write_text(
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" '
-        f'font-family="sans-serif" font-size="15" fill="{GREY}">\n'
+        f'font-family="sans-serif" font-size="26" fill="{GREY}">\n'
         "<title>Samples of critically-damped Langevin diffusion move from noise to two modes: "
         "the data follow smooth curves, the velocities jitter.</title>\n"
         f"{body}\n</svg>\n",
