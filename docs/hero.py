@@ -102,7 +102,7 @@ def main() -> None:
             panel(
                 lefts[2],
                 "both",
-                "x →   v ↑",
+                "→ x, ↑ v",
                 across(lefts[2], x, x_bound),
                 up(v, v_bound),
                 ends,
