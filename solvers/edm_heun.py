@@ -52,13 +52,6 @@ class EDMHeun(StagedSolver):
     ------
     ValueError
         If an option is out of range.
-
-    Examples
-    --------
-    >>> from cldsde import VESDE, GaussianMixture, sample, solvers
-    >>> sde, data = VESDE(), GaussianMixture([1.0], [[0.3]], [[[0.25]]])
-    >>> sample(sde, data.score(sde), (8, 1), nfe=50, solver=solvers.EDMHeun(churn=10.0)).shape
-    torch.Size([8, 1])
     """
 
     churn: float = 0.0

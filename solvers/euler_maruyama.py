@@ -25,13 +25,6 @@ class EulerMaruyama(AffineSolver):
     because the noise is additive, and takes one score evaluation per step. The reverse SDE is stiff
     near the data, so for few steps or high accuracy other solvers need less work. `SSCS` has the
     same order and a smaller error for CLD at low NFE.
-
-    Examples
-    --------
-    >>> from cldsde import CLD, GaussianMixture, sample, solvers
-    >>> sde, data = CLD(), GaussianMixture([1.0], [[0.3]], [[[0.25]]])
-    >>> sample(sde, data.score(sde), (8, 1), nfe=50, solver=solvers.EulerMaruyama()).shape
-    torch.Size([8, 1])
     """
 
     facts = Facts(

@@ -117,13 +117,6 @@ class PredictorCorrector(GridSolver):
     References
     ----------
     Y. Song et al. 2021, §4.2 and appendix G.
-
-    Examples
-    --------
-    >>> from cldsde import VESDE, GaussianMixture, sample, solvers
-    >>> sde, data = VESDE(), GaussianMixture([1.0], [[0.3]], [[[0.25]]])
-    >>> sample(sde, data.score(sde), (8, 1), nfe=50, solver=solvers.PredictorCorrector()).shape
-    torch.Size([8, 1])
     """
 
     predictor: GridSolver = field(default_factory=ReverseDiffusion)

@@ -25,13 +25,6 @@ class ReverseDiffusion(AffineSolver):
     step uses the full score, which is computed from the driven score. The method has weak order 1
     and takes one score evaluation per step. It was designed for one component and is inaccurate for
     processes with velocity.
-
-    Examples
-    --------
-    >>> from cldsde import VESDE, GaussianMixture, sample, solvers
-    >>> sde, data = VESDE(), GaussianMixture([1.0], [[0.3]], [[[0.25]]])
-    >>> sample(sde, data.score(sde), (8, 1), nfe=50, solver=solvers.ReverseDiffusion()).shape
-    torch.Size([8, 1])
     """
 
     facts = Facts(applies_to=DATA_DETERMINED, nfe_per_step=1, weak_order=1, score_at_start=True)
@@ -64,13 +57,6 @@ class Ancestral(AffineSolver):
     VP this is the sampler of DDPM (Ho, Jain and Abbeel 2020). The method has weak order 1 and takes
     one score evaluation per step. It equals ``ExponentialMultistep(order=1, stochasticity=1.0)``,
     and is exact in one step if the data are a single point.
-
-    Examples
-    --------
-    >>> from cldsde import VPSDE, GaussianMixture, sample, solvers
-    >>> sde, data = VPSDE(), GaussianMixture([1.0], [[0.3]], [[[0.25]]])
-    >>> sample(sde, data.score(sde), (8, 1), nfe=50, solver=solvers.Ancestral()).shape
-    torch.Size([8, 1])
     """
 
     facts = Facts(applies_to=DATA_DETERMINED, nfe_per_step=1, weak_order=1, score_at_start=True)

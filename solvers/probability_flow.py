@@ -65,14 +65,6 @@ class ProbabilityFlow(Solver):
     ------
     ValueError
         If an option is out of range.
-
-    Examples
-    --------
-    >>> from cldsde import CLD, GaussianMixture, sample, solvers
-    >>> sde, data = CLD(), GaussianMixture([1.0], [[0.3]], [[[0.25]]])
-    >>> solver = solvers.ProbabilityFlow(rtol=1e-3, atol=1e-3)
-    >>> sample(sde, data.score(sde), (8, 1), nfe=50, solver=solver).shape
-    torch.Size([8, 1])
     """
 
     method: Method = "dopri5"

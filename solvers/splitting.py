@@ -59,13 +59,6 @@ class Splitting(StagedSolver):
         If ``shared_score`` is not a bool.
     ValueError
         If ``scheme`` lacks a letter or has others, or ``score_time`` is unknown.
-
-    Examples
-    --------
-    >>> from cldsde import CLD, GaussianMixture, sample, solvers
-    >>> sde, data = CLD(), GaussianMixture([1.0], [[0.3]], [[[0.25]]])
-    >>> sample(sde, data.score(sde), (8, 1), nfe=50, solver=solvers.Splitting(scheme="OBAB")).shape
-    torch.Size([8, 1])
     """
 
     scheme: str = "OBAB"

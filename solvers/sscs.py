@@ -69,13 +69,6 @@ class SSCS(StagedSolver):
     ------
     ValueError
         If an option is out of range.
-
-    Examples
-    --------
-    >>> from cldsde import CLD, GaussianMixture, sample, solvers
-    >>> sde, data = CLD(), GaussianMixture([1.0], [[0.3]], [[[0.25]]])
-    >>> sample(sde, data.score(sde), (8, 1), nfe=50, solver=solvers.SSCS()).shape
-    torch.Size([8, 1])
     """
 
     score_step: ScoreStep = "euler"

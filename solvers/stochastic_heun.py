@@ -26,13 +26,6 @@ class StochasticHeun(StagedSolver):
 
     with noise N of covariance ∫GGᵀ over the step. The method has weak order 2 and strong order 1,
     and takes two score evaluations per step.
-
-    Examples
-    --------
-    >>> from cldsde import CLD, GaussianMixture, sample, solvers
-    >>> sde, data = CLD(), GaussianMixture([1.0], [[0.3]], [[[0.25]]])
-    >>> sample(sde, data.score(sde), (8, 1), nfe=50, solver=solvers.StochasticHeun()).shape
-    torch.Size([8, 1])
     """
 
     facts = Facts(applies_to="every linear SDE", nfe_per_step=2, weak_order=2, strong_order=1)

@@ -63,13 +63,6 @@ class TorchDiffEq(Solver):
     ------
     ValueError
         If the method is unknown, a number is out of range, or ``options`` sets the grid.
-
-    Examples
-    --------
-    >>> from cldsde import CLD, GaussianMixture, sample, solvers
-    >>> sde, data = CLD(), GaussianMixture([1.0], [[0.3]], [[[0.25]]])
-    >>> sample(sde, data.score(sde), (8, 1), nfe=50, solver=solvers.TorchDiffEq(method="rk4")).shape
-    torch.Size([8, 1])
     """
 
     method: str = "dopri5"

@@ -65,13 +65,6 @@ class TorchSDE(GridSolver):
     ------
     ValueError
         If the method is unknown.
-
-    Examples
-    --------
-    >>> from cldsde import CLD, GaussianMixture, sample, solvers
-    >>> sde, data = CLD(), GaussianMixture([1.0], [[0.3]], [[[0.25]]])
-    >>> sample(sde, data.score(sde), (8, 1), nfe=50, solver=solvers.TorchSDE(method="srk")).shape
-    torch.Size([8, 1])
     """
 
     method: str = "euler"
