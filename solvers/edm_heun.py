@@ -34,9 +34,8 @@ class EDMHeun(StagedSolver):
     data prediction. The first step has no churn, so that the score is never evaluated above the
     first level of the grid.
 
-    Both churn and flow carry the distribution at one level exactly to another level. The error in
-    distribution is therefore the error of Heun's method alone, of order 2 for any churn. A
-    ``noise_scale`` other than 1 compensates for errors of a network, and with an exact score
+    Churn is exact in distribution, so the error is Heun's alone, of order 2 for any churn.
+    A ``noise_scale`` other than 1 compensates for errors of a network, and with an exact score
     samples another distribution.
 
     Parameters

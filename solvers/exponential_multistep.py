@@ -50,17 +50,17 @@ class _Tables(NamedTuple):
 class ExponentialMultistep(GridSolver):
     r"""Exponential multistep solver; DDIM, DPM-Solver++, UniPC and gDDIM are special cases.
 
-    The linear part of the process is solved exactly, and the data prediction is extrapolated by a
-    polynomial (Adams–Bashforth). With x̂₀(z, t) = E[x_0 | z_t] the score is −Σ⁻¹(z − ψx̂₀). The
-    process of stochasticity λ (0: probability flow, 1: reverse SDE) is then linear except for x̂₀,
+    The data prediction is extrapolated by a polynomial (Adams–Bashforth), and the rest is solved
+    exactly. With x̂₀(z, t) = E[x_0 | z_t] the score is −Σ⁻¹(z − ψx̂₀). The process of stochasticity
+    λ (0: probability flow, 1: reverse SDE) is then linear except for x̂₀,
 
     .. math::
         z_u = Φ_λ(u,t)\,z_t + \sum_j B_j\,\hat x_0(t_j) + ζ, \qquad
         B_j = −\tfrac{1+λ^2}2 ∫_t^u Φ_λ(u,τ)\,G G^⊤ Σ_τ^{-1} ψ(τ)\,ℓ_j(τ)\,dτ,
 
     with ζ of covariance Σ_u − Φ_λ Σ_t Φ_λᵀ and Lagrange polynomials ℓ_j through the last ``order``
-    predictions. Each step takes one score evaluation. The data prediction is computed from the
-    driven score, so a network that predicts only the score of the velocity is enough.
+    predictions. Each step takes one score evaluation. The data prediction follows from the driven
+    score, so a network for the score of the velocity is enough.
 
     Special cases for one component (k = 1):
 
@@ -107,14 +107,9 @@ class ExponentialMultistep(GridSolver):
     ``order=3`` claims order 2. For λ > 0 the weak order is the same but at most 2. If the data are
     a single point, every order is exact in one step.
 
-    Recommended settings for CLD, with polynomials in time:
-
-    - trained network: ``order=2, stochasticity=1.0`` on `root_times`, from 10 evaluations; see
-      `RECOMMENDED` for fewer
-    - deterministic map with an exact score: ``order=3, corrector=True`` on `logistic_times`
-
     Polynomials in log-SNR were designed for one component. For CLD with an exact score, order 3
-    with the corrector is less accurate with them, on `root_times` and `logistic_times`.
+    with the corrector is less accurate with them, on `root_times` and `logistic_times`. See
+    `RECOMMENDED` for settings of networks, and `logistic_times` for exact scores.
 
     References
     ----------

@@ -46,10 +46,9 @@ def fit_sampler(
     """Fit the sampler of few evaluations to a network: noise levels, noise per step, and order.
 
     The search is CMA-ES (Hansen 2016), which needs the library ``cma``. It starts from the settings
-    of `sample`. It uses the network as a black box, and the same random numbers for all settings.
-    The best settings, the centre of the search and the settings of `sample` are then compared with
-    new random numbers, and the best ones are returned. Ctrl-C ends the search; the best settings so
-    far are kept.
+    of `sample`, and uses the same random numbers for all settings. Then new random numbers decide
+    between the best settings, the centre of the search and the settings of `sample`. Ctrl-C ends
+    the search; the best settings so far are kept.
 
     Parameters
     ----------
@@ -118,13 +117,7 @@ def _generation(levels: int) -> int:
 def default_settings(
     process: ReverseProcess, shape: Sequence[int], nfe: int, network: str = ""
 ) -> SamplerSettings:
-    """The settings of `sample` for data ``(*D,)``.
-
-    Raises
-    ------
-    ValueError
-        If `sample` uses another solver than `ExponentialMultistep`.
-    """
+    """The settings of `sample` for data ``(*D,)``; raise ValueError if it has another solver."""
     recipe, plan = recommended_plan(process, nfe=nfe, shape=shape)
     solver = plan.solver
     if not isinstance(solver, ExponentialMultistep) or recipe.denoise is not True:

@@ -35,10 +35,9 @@ class GottaGoFast(Solver):
     Its root mean square over a sample is e. The step is accepted if e ≤ 1, and the next step length
     is h ← min(t − ε, θ h e^{−r}), here with θ e^{−r} in [0.2, 5] and h rounded down to ten bits.
 
-    After a rejection the published method draws new noise. Accepted steps then tend to have small
-    noise, and samples in few dimensions are biased. ``noise_on_reject="bridge"`` keeps the known
-    part of the Brownian path, and draws the shorter step's noise from the Brownian bridge. Each
-    attempt, accepted or rejected, takes two score evaluations.
+    After a rejection the published method draws new noise, so that samples in few dimensions are
+    biased. ``noise_on_reject="bridge"`` draws the shorter step's noise from the Brownian bridge.
+    Each attempt, accepted or rejected, takes two score evaluations.
 
     Parameters
     ----------

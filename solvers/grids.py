@@ -138,13 +138,6 @@ def karras_times(sde: LinearSDE, T: float, eps: float, n: int, rho: float = 7.0)
     ----------
     rho
         ρ > 0; larger values put more steps near the data.
-
-    Examples
-    --------
-    >>> from cldsde import VESDE
-    >>> times = karras_times(VESDE(), 1.0, 0.01, 18)
-    >>> times.shape
-    torch.Size([19])
     """
     check_positive(rho, "rho")
     powers = _between(_fractions(T, eps, n), (-_finite_log_snr_ends(sde, T, eps) / rho).exp())
@@ -161,9 +154,9 @@ def logistic_times(
     which samples choose their modes. Both ends of the function are flat, because little changes at
     very high or very low noise.
 
-    Use it with ``ExponentialMultistep(order=3, corrector=True)``. The probability flow of mixtures
-    under CLD is then more accurate than on `root_times`, at 10, 20 and 50 evaluations. The grid is
-    the same in κ for every noise schedule.
+    For an exact score, use it with ``ExponentialMultistep(order=3, corrector=True)``. The
+    probability flow of mixtures under CLD is then more accurate than on `root_times`, at 10, 20 and
+    50 evaluations. The grid is the same in κ for every noise schedule.
 
     See `log_snr_times` for the other arguments, the result and the errors; κ(T) = −∞ is allowed.
 
@@ -174,13 +167,6 @@ def logistic_times(
         about 1.
     rate
         r > 0.
-
-    Examples
-    --------
-    >>> from cldsde import CLD
-    >>> times = logistic_times(CLD(), 1.0, 1e-3, 10)
-    >>> times.shape
-    torch.Size([11])
     """
     check_positive(rate, "rate")
     fractions = _fractions(T, eps, n)

@@ -33,17 +33,6 @@ class Plan:
 
     Create it with `plan`. A plan serves any number of batches, dtypes and devices.
 
-    Attributes
-    ----------
-    process
-        The reverse process.
-    solver
-        The solver.
-    times
-        The grid, ``(n + 1,)`` float64 on the CPU.
-    tables
-        Tables of the solver, in the solver's own layout.
-
     Examples
     --------
     >>> import torch
@@ -59,8 +48,8 @@ class Plan:
 
     process: ReverseProcess
     solver: Solver
-    times: Tensor
-    tables: Any = field(repr=False)
+    times: Tensor  #: The grid, ``(n + 1,)`` float64 on the CPU.
+    tables: Any = field(repr=False)  #: Result of ``solver.prepare``.
     _score_times: KnownTimes | None = field(repr=False)
     _denoisers: dict[Denoise, _Denoiser] = field(default_factory=dict, repr=False)
 
@@ -127,10 +116,9 @@ class Plan:
         return None if known is None else int(self.process.score.evaluations(known.times).sum())
 
     def with_score(self, score: ScoreFunction) -> Plan:
-        """The plan for another score of the same process, such as the score of one class.
+        """The plan with the same tables for another score of its process, such as one class's.
 
-        Plans that differ in the score share their tables. Raises a ValueError if the score cannot
-        be evaluated at the plan's times.
+        Raises a ValueError if the score cannot be evaluated at the plan's times.
         """
         other = replace(self, process=ReverseProcess(self.process.sde, score))
         other._check_times()
@@ -237,10 +225,8 @@ def solve(
 ) -> Solution:
     """Integrate a reverse process from ``times[0]`` down to ``times[-1]``, or encode data.
 
-    An increasing grid encodes data. A deterministic solver then follows the probability flow from
-    states near the data up to the noise that maps to them.
-
-    To solve for several batches, create a `plan` and call its `Plan.solve`. This function is
+    On an increasing grid a deterministic solver follows the probability flow from states near the
+    data up to the noise that maps to them. For several batches, create a `plan`: this function is
     ``plan(process, solver, times).solve(state, …)``.
 
     Parameters
@@ -290,24 +276,14 @@ def solve(
     warn
         Warn if the solve fails. If False, check `Solution.success`.
 
-    Returns
-    -------
-    Solution
-        ``success`` is False, with a message, if the state is not finite.
-
     Raises
     ------
     TypeError
         If an argument has the wrong type.
     ValueError
-        All arguments are checked before the score is evaluated. The error is raised if
-
-        - the state does not fit the process, or the solver does not apply to it;
-        - the grid neither decreases nor increases;
-        - the grid increases, and the solver is stochastic or ``denoise`` is set;
-        - ``log_prob`` is set and the solver's steps are not Gaussian;
-        - ``t_eval`` is not on the grid;
-        - both ``generator`` and ``noise`` are given.
+        If state or solver do not fit the process, the times neither decrease nor increase, or an
+        argument does not fit the others. ``denoise`` does not fit an increasing grid. All arguments
+        are checked before the score is evaluated.
 
     Warns
     -----

@@ -62,11 +62,6 @@ class Langevin:
     ------
     ValueError
         If an option is out of range.
-
-    Examples
-    --------
-    >>> Langevin(snr=0.1, steps=2)
-    Langevin(snr=0.1, steps=2, norm='sample')
     """
 
     snr: float = 0.16

@@ -22,9 +22,8 @@ class ReverseDiffusion(AffineSolver):
     .. math:: z ← (2I − Ψ(t,u))\,z + Q(u,t)\,s(z, t) + L_Q\,ξ
 
     with the matrix Ψ, the covariance Q and its root L_Q of the forward transition from u to t. The
-    step uses the full score, which is computed from the driven score. The method has weak order 1
-    and takes one score evaluation per step. It was designed for one component and is inaccurate for
-    processes with velocity.
+    full score follows from the driven score. The method has weak order 1 and takes one score
+    evaluation per step. It was designed for one component and is inaccurate with velocities.
     """
 
     facts = Facts(applies_to=DATA_DETERMINED, nfe_per_step=1, weak_order=1, score_at_start=True)

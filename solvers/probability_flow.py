@@ -37,10 +37,8 @@ class ProbabilityFlow(Solver):
     r"""Adaptive Runge–Kutta solver of the probability-flow ODE dz/dt = F z − ½ GGᵀ s.
 
     The error of a step is divided elementwise by atol + rtol · max(\|before\|, \|after\|), as in
-    scipy and torchdiffeq. Its root mean square over the batch must be at most 1. With
-    ``pace="sample"`` each sample has an error and step lengths of its own. The score is never
-    evaluated outside [ε, T]. ``Solution.nfev`` is the largest number of evaluations of a sample;
-    ``stats["nfev"]`` holds the numbers of all samples.
+    scipy and torchdiffeq. Its root mean square over the batch must be at most 1. The score is never
+    evaluated outside [ε, T].
 
     Parameters
     ----------
@@ -58,8 +56,8 @@ class ProbabilityFlow(Solver):
     pace
         ``"batch"``: one step length for all samples. An exact score then computes its coefficients
         once per evaluation, but a sample depends on its batch, and a sample that fails stops all.
-        ``"sample"``: step lengths per sample. A result then does not depend on the other samples
-        apart from rounding, and samples that have arrived leave the batch.
+        ``"sample"``: errors and step lengths per sample. A result then does not depend on the other
+        samples apart from rounding, and samples that have arrived leave the batch.
 
     Raises
     ------

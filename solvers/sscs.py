@@ -36,9 +36,6 @@ class SSCS(StagedSolver):
         A(h/2):\; z ← Ψ_H z + L_H ξ, \qquad
         S(h):\; \dot z = G G^⊤ \bigl(s(z, τ) + Σ_∞^{−1} z\bigr), \qquad A(h/2).
 
-    The second half-step of a step and the first half-step of the next are merged into one exact
-    move. The distribution is the same, and half the noise has to be drawn.
-
     With trained networks of digits, ``"euler"`` gave the best images of the three score steps with
     7 evaluations.
 
@@ -62,7 +59,8 @@ class SSCS(StagedSolver):
     data_variance
         Variance of one number of the data for ``score_step="gaussian"``, > 0.
     merge
-        Whether neighbouring half-steps are merged. If False, each step ends at its grid time, as
+        Whether the second half-step of a step and the first half-step of the next are one exact
+        move. The distribution is the same. If False, each step ends at its grid time, as
         trajectories, callbacks and correctors need, and draws twice the noise.
 
     Raises

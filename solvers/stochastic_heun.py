@@ -24,8 +24,8 @@ class StochasticHeun(StagedSolver):
         \tilde z = z + h\,d(z, t) + N, \qquad
         z ← z + \tfrac h2 [d(z, t) + d(\tilde z, t−h)] + N, \qquad d = −F z + G G^⊤ s,
 
-    with noise N of covariance ∫GGᵀ over the step. The method has weak order 2 and strong order 1,
-    and takes two score evaluations per step.
+    with noise N of covariance ∫GGᵀ over the step. It has weak order 2 and strong order 1, and takes
+    two score evaluations per step.
     """
 
     facts = Facts(applies_to="every linear SDE", nfe_per_step=2, weak_order=2, strong_order=1)
