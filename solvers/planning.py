@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -18,13 +18,12 @@ from cldsde.score.reverse import KnownScore, check_reverse_process
 from cldsde.score.times import KnownTimes
 
 from .base import Callback, Run, Solver, check_same_kind, check_solver
-from .combine import combine
+from .combine import Block, combine
 from .noise import CheckedNoise, FreshNoise, NoiseSource
 from .path_density import PathDensity
 from .solution import Solution, finished, finite_samples, warn_of_failure
 
 Denoise = bool | Literal["step"]
-_Denoiser = Callable[[ReverseProcess, Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +50,9 @@ class Plan:
     times: Tensor  #: The grid, ``(n + 1,)`` float64 on the CPU.
     tables: Any = field(repr=False)  #: Result of ``solver.prepare``.
     _score_times: KnownTimes | None = field(repr=False)
-    _denoisers: dict[Denoise, _Denoiser] = field(default_factory=dict, repr=False)
+    _denoisers: dict[Denoise, tuple[Block, Block, KnownTimes]] = field(
+        default_factory=dict, repr=False
+    )
 
     def solve(
         self,
@@ -131,10 +132,6 @@ class Plan:
             return self
         return replace(self, process=ReverseProcess(self.process.sde, score), solver=solver)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """State without the cached denoisers, which are computed again when needed."""
-        return {**self.__dict__, "_denoisers": {}}
-
     @cached_property
     def _on_grid(self) -> Plan:
         """The plan without merged steps, which has a state at each grid time."""
@@ -172,7 +169,12 @@ class Plan:
         self.process.score.check_times(self.times[-1:])
         if denoise not in self._denoisers:
             self._denoisers[denoise] = _denoiser(self.process.sde, self.times[-1], denoise)
-        return partial(self._denoisers[denoise], self.process)
+        state, score, known = self._denoisers[denoise]
+
+        def final(z: Tensor) -> Tensor:
+            return combine((state, z), (score, KnownScore(self.process, known, z)(z, 0)))[:, 0]
+
+        return final
 
 
 def plan(process: ReverseProcess, solver: Solver, times: Tensor) -> Plan:
@@ -319,8 +321,8 @@ def solve(
     )
 
 
-def _denoiser(sde: LinearSDE, t: Tensor, denoise: Denoise) -> _Denoiser:
-    """Function that computes denoised data from states at the last time."""
+def _denoiser(sde: LinearSDE, t: Tensor, denoise: Denoise) -> tuple[Block, Block, KnownTimes]:
+    """Blocks from state and score at the last time to denoised data, and this time."""
     if float(t) == 0:
         raise ValueError(
             f"times must end above 0 for denoise={denoise!r}: the distribution given x_0 has no "
@@ -333,13 +335,7 @@ def _denoiser(sde: LinearSDE, t: Tensor, denoise: Denoise) -> _Denoiser:
     else:
         prediction = Conversion.at(sde, t, "score", "data")
         state, score = prediction.state, prediction.value
-    state_row, score_row = state[:1].tolist(), score[:1].tolist()
-    known = KnownTimes(t.unsqueeze(0))
-
-    def final(process: ReverseProcess, z: Tensor) -> Tensor:
-        return combine((state_row, z), (score_row, KnownScore(process, known, z)(z, 0)))[:, 0]
-
-    return final
+    return state[:1].tolist(), score[:1].tolist(), KnownTimes(t.unsqueeze(0))
 
 
 def _checked_stops(t_eval: Tensor | None, grid: Tensor, *, any_time: bool) -> Tensor:
