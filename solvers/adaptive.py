@@ -124,7 +124,10 @@ class ActiveSamples:
         at_stop = accept & (self._goal >= 0)
         for stop in sorted(set(self._next[at_stop].tolist())):
             if stop < len(self._at_stops):
-                self._save_at_stop(stop, accept_on_device & (self._device_goal == stop))
+                reached = per_sample(accept_on_device & (self._device_goal == stop), z)
+                rows, saved = self._device_rows, self._at_stops[stop]
+                found = torch.where(reached, z, saved if rows is None else saved[rows])
+                self._at_stops[stop] = found if rows is None else saved.index_copy(0, rows, found)
         self._next = self._next + at_stop
         if self._callback is not None:
             self._store()
@@ -143,15 +146,12 @@ class ActiveSamples:
         ]
         stopped = self._stopped and len(self._rows) > 0
         message = "stopped by the callback" if stopped else "; ".join(failed)
-        state, states = self._state, [*self._at_stops]
-        if bool(self._success.all()):
-            states.append(state)
-        else:
-            arrived = self._success.to(state.device)
-            states.append(torch.where(per_sample(arrived, state), state, torch.nan))
+        state = last = self._state
+        if not bool(self._success.all()):
+            last = torch.where(per_sample(self._success.to(state.device), state), state, torch.nan)
         return Integration(
             state,
-            torch.stack(states) if len(states) > 1 else states[0].unsqueeze(0),
+            torch.stack([*self._at_stops, last]),
             self._nfev,
             self._success,
             message or "reached the end of the interval",
@@ -165,13 +165,6 @@ class ActiveSamples:
         self._state = (
             self._latest if rows is None else self._state.index_copy(0, rows, self._latest)
         )
-
-    def _save_at_stop(self, stop: int, reached: Tensor) -> None:
-        """Save the states of the samples that have reached a stop."""
-        z, rows, saved = self._latest, self._device_rows, self._at_stops[stop]
-        before = saved if rows is None else saved[rows]
-        found = torch.where(per_sample(reached, z), z, before)
-        self._at_stops[stop] = found if rows is None else saved.index_copy(0, rows, found)
 
     def _stop(self) -> Tensor:
         """The next stop of each sample."""
