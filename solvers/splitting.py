@@ -127,11 +127,9 @@ class Splitting(StagedSolver):
     def _parts(self, times: Tensor) -> list[tuple[str, Tensor, Tensor]]:
         """Each letter with start and end times of its part of each step, ``(n,)``."""
         start, h = times[:-1], -times.diff()
-        seen = dict.fromkeys(self.scheme, 0)
         parts = []
-        for letter in self.scheme:
-            count, before = self.scheme.count(letter), seen[letter]
-            seen[letter] += 1
+        for i, letter in enumerate(self.scheme):
+            count, before = self.scheme.count(letter), self.scheme[:i].count(letter)
             after = times[1:] if before + 1 == count else start - h * ((before + 1) / count)
             parts.append((letter, start - h * (before / count), after))
         return parts

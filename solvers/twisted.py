@@ -192,7 +192,10 @@ def sample_posterior(
     if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype must be a floating-point type of torch; got {dtype!r}")
     generators, runs = _generators(seeds, generator)
-    data_shape = _data_shape(observation.shape if shape is None else shape)
+    data_shape = observation.shape if shape is None else tuple(shape)
+    if data_shape is None:
+        msg = "shape must be given: this observation does not know the shape of the data; got None"
+        raise ValueError(msg)
     device = as_device(device)
     observation.check(data_shape, dtype=dtype, device=device)
     latest = observation.end_time(sde, data_shape)
@@ -343,13 +346,6 @@ def _generators(
         raise ValueError("generator and seeds are alternatives; got both")
     checked = checked_seeds(seeds)
     return [torch.Generator().manual_seed(seed) for seed in checked], len(checked)
-
-
-def _data_shape(shape: Sequence[int] | None) -> tuple[int, ...]:
-    if shape is None:
-        msg = "shape must be given: this observation does not know the shape of the data; got None"
-        raise ValueError(msg)
-    return tuple(shape)
 
 
 def _uniforms(generators: list[torch.Generator] | None, runs: int) -> Tensor:
