@@ -27,8 +27,7 @@ from .level_noise import LevelNoise
 from .named import find_solver, named_solvers
 from .noise import FreshNoise, NoiseSource, RecordedNoise, SampleNoise
 from .planning import Plan, plan, solve
-from .predictor_corrector import Langevin, PredictorCorrector
-from .predictors import Ancestral, ReverseDiffusion
+from .predictor_corrector import Ancestral, Langevin, PredictorCorrector, ReverseDiffusion
 from .probability_flow import ProbabilityFlow
 from .recommended import RECOMMENDED
 from .sampling import sample

@@ -10,8 +10,7 @@ from .euler_maruyama import EulerMaruyama
 from .exponential_euler import ExponentialEuler
 from .exponential_multistep import ExponentialMultistep
 from .gotta_go_fast import GottaGoFast
-from .predictor_corrector import PredictorCorrector
-from .predictors import Ancestral, ReverseDiffusion
+from .predictor_corrector import Ancestral, PredictorCorrector, ReverseDiffusion
 from .probability_flow import ProbabilityFlow
 from .splitting import Splitting
 from .sscs import SSCS
