@@ -16,8 +16,7 @@ from cldsde.files import write_whole
 from cldsde.linear.log_snr import log_snr_range, times_of_log_snr
 from cldsde.linear.sde import LinearSDE, check_process
 
-from .exponential_multistep import ExponentialMultistep, Variable
-from .level_noise import LevelNoise, numbers
+from .exponential_multistep import ExponentialMultistep, LevelNoise, Variable, numbers
 
 _REACHED = 1e-6  # distance in κ from a level that counts as reached
 
