@@ -41,8 +41,8 @@ class BrownianPath(NoiseSource):
     up to 20 times and then splits exactly there. Each split costs a draw, so pass the finest grid
     that you will use. The order of queries matters for times closer than a millionth of a cell.
 
-    Solvers of the reverse process use +ΔW of each step [u, t]. With a score of zero they add noise
-    from t to u; they do not undo `evolve`.
+    As ``noise`` of `solve` it serves several grids or solvers. They use +ΔW of each step [u, t].
+    With a score of zero they add noise from t to u; they do not undo `evolve`.
 
     Parameters
     ----------
@@ -68,22 +68,11 @@ class BrownianPath(NoiseSource):
 
     Examples
     --------
-    The same path on two grids: the strong error of Euler–Maruyama halves with the step.
-
     >>> import torch
-    >>> from cldsde import CLD, GaussianMixture, ReverseProcess, solvers
-    >>> sde = CLD()
-    >>> process = ReverseProcess(sde, GaussianMixture([1.0], [[0.3]], [[[0.25]]]).score(sde))
-    >>> g = torch.Generator().manual_seed(0)
-    >>> start = sde.prior.sample((200, 1), generator=g)
-    >>> grids = [solvers.uniform_times(sde.T, 0.1, n) for n in (256, 64, 32)]
-    >>> path = solvers.BrownianPath(sde, grids[0], (200, 1), generator=g)
-    >>> ends = [
-    ...     solvers.solve(process, solvers.EulerMaruyama(), start, grid, noise=path).state
-    ...     for grid in grids
-    ... ]
-    >>> errors = [float((end - ends[0]).square().mean().sqrt()) for end in ends[1:]]
-    >>> 1.8 < errors[1] / errors[0] < 3.1
+    >>> from cldsde import CLD, solvers
+    >>> path = solvers.BrownianPath(CLD(), solvers.uniform_times(1.0, 0.1, 256), (200, 1))
+    >>> parts = path.increment(0.3, 0.5) + path.increment(0.5, 0.6)
+    >>> torch.allclose(parts, path.increment(0.3, 0.6), atol=1e-5)
     True
     """
 

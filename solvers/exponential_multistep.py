@@ -172,17 +172,6 @@ class ExponentialMultistep(GridSolver):
     ----------
     Zhang and Chen 2023 (DEIS); Zhang, Tao and Chen 2023 (gDDIM); Lu et al. 2022 (DPM-Solver++);
     Zhao et al. 2023 (UniPC); Xue et al. 2023 (SA-Solver).
-
-    Examples
-    --------
-    >>> import torch
-    >>> from cldsde import CLD, GaussianMixture, ReverseProcess, solvers
-    >>> sde, solver = CLD(), solvers.ExponentialMultistep(order=2, stochasticity=1.0)
-    >>> process = ReverseProcess(sde, GaussianMixture([1.0], [[0.3]], [[[0.25]]]).score(sde))
-    >>> start = sde.prior.sample((8, 1), generator=torch.Generator().manual_seed(0))
-    >>> times = solvers.root_times(sde.T, 1e-3, 10)
-    >>> solvers.solve(process, solver, start, times, denoise=True).nfev
-    11
     """
 
     order: int = 2

@@ -45,10 +45,10 @@ def fit_sampler(
 ) -> SamplerSettings:
     """Fit the sampler of few evaluations to a network: noise levels, noise per step, and order.
 
-    The search is CMA-ES (Hansen 2016), which needs the library ``cma``. It starts from the settings
-    of `sample`, and uses the same random numbers for all settings. Then new random numbers decide
-    between the best settings, the centre of the search and the settings of `sample`. Ctrl-C ends
-    the search; the best settings so far are kept.
+    The search is CMA-ES (Hansen 2016, arXiv 1604.00772), which needs the library ``cma``. It starts
+    from the settings of `sample`, and uses the same random numbers for all settings. Then new
+    random numbers decide between the best settings, the centre of the search and the settings of
+    `sample`. Ctrl-C ends the search; the best settings so far are kept.
 
     Parameters
     ----------
@@ -83,10 +83,6 @@ def fit_sampler(
     -----
     UserWarning
         If Ctrl-C ended the search.
-
-    References
-    ----------
-    Hansen 2016, *The CMA Evolution Strategy: A Tutorial*, arXiv 1604.00772.
     """
     search = Search(process, shape, nfe, distance, seed, network)
     if budget is not None:

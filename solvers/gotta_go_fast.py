@@ -63,18 +63,6 @@ class GottaGoFast(Solver):
         If ``atol`` is neither a number nor a sequence of numbers.
     ValueError
         If an option is out of range.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from cldsde import CLD, GaussianMixture, ReverseProcess, solvers
-    >>> sde = CLD()
-    >>> process = ReverseProcess(sde, GaussianMixture([1.0], [[0.3]], [[[0.25]]]).score(sde))
-    >>> start = sde.prior.sample((8, 1), generator=torch.Generator().manual_seed(0))
-    >>> times = torch.tensor([sde.T, 1e-3], dtype=torch.float64)
-    >>> solution = solvers.solve(process, solvers.GottaGoFast(rtol=0.5), start, times)
-    >>> solution.success, solution.stats["nfev"].shape  # evaluations differ between samples
-    (True, torch.Size([8]))
     """
 
     rtol: float = 0.01

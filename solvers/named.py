@@ -22,13 +22,7 @@ _SHORT = {"em": "euler-maruyama", "multistep": "multistep-2-sde"}
 
 
 def named_solvers() -> dict[str, Solver]:
-    """Registry of solvers: instances with their usual options, by the names used in commands.
-
-    Examples
-    --------
-    >>> named_solvers()["sscs-midpoint"]
-    SSCS(score_step='midpoint', data_variance=1.0, merge=True)
-    """
+    """Registry of solvers: instances with their usual options, by the names used in commands."""
     multistep = ExponentialMultistep
     return {
         "euler-maruyama": EulerMaruyama(),

@@ -137,13 +137,6 @@ class RecordedNoise(NoiseSource):
     ----------
     draws
         Tensors ``(B, rows, *D)`` in the order of use.
-
-    Examples
-    --------
-    >>> import torch
-    >>> noise = RecordedNoise([torch.ones(1, 2, 3)])
-    >>> noise.normal(torch.zeros(1, 2, 3), rows=2).sum()
-    tensor(6.)
     """
 
     def __init__(self, draws: Sequence[Tensor]) -> None:

@@ -36,11 +36,10 @@ class Splitting(StagedSolver):
     to right. A letter that occurs m times acts for 1/m of the step each time, over its own part of
     the step.
 
-    Every scheme with all three letters has weak order 1. Higher orders known from molecular
-    dynamics do not carry over, because the score depends on the velocity, too. For few evaluations
-    and a trained score, Pandey, Yang and Mandt (2024) recommend one evaluation per step at the less
-    noisy end: ``shared_score=True`` and ``score_time="end"``. On Gaussian data these schemes are
-    less accurate than `SSCS` with as many evaluations.
+    Every scheme with all three letters has weak order 1. For few evaluations and a trained score,
+    Pandey, Rudolph and Mandt (2024) recommend one evaluation per step at the less noisy end:
+    ``shared_score=True`` and ``score_time="end"``. On Gaussian data these schemes are less accurate
+    than `SSCS` with as many evaluations.
 
     Parameters
     ----------
