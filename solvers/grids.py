@@ -41,7 +41,8 @@ def _process_first(*, needed: bool) -> Callable[[Callable[P, Tensor]], Callable[
 def uniform_times(T: float, eps: float, n: int) -> Tensor:
     """Uniform grid, t_i = T + (i/n)(ε − T).
 
-    Like every grid it can also be called as ``uniform_times(sde, T, eps, n)``.
+    The result is a decreasing float64 tensor ``(n + 1,)``. Like every grid it can also be called as
+    ``uniform_times(sde, T, eps, n)``.
 
     Parameters
     ----------
@@ -49,11 +50,6 @@ def uniform_times(T: float, eps: float, n: int) -> Tensor:
         Ends, 0 ≤ ε < T.
     n
         Number of steps, at least 1.
-
-    Returns
-    -------
-    Tensor
-        ``(n + 1,)`` float64, decreasing.
 
     Raises
     ------
