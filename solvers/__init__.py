@@ -10,7 +10,7 @@ from .brownian import BrownianPath
 from .edm_heun import EDMHeun
 from .euler_maruyama import EulerMaruyama
 from .exponential_euler import ExponentialEuler
-from .exponential_multistep import ExponentialMultistep
+from .exponential_multistep import ExponentialMultistep, LevelNoise
 from .fitting import fit_sampler
 from .gotta_go_fast import GottaGoFast
 from .grids import (
@@ -23,12 +23,10 @@ from .grids import (
     vp_times,
 )
 from .imputation import Imputation
-from .level_noise import LevelNoise
 from .named import find_solver, named_solvers
 from .noise import FreshNoise, NoiseSource, RecordedNoise, SampleNoise
 from .planning import Plan, plan, solve
-from .predictor_corrector import Langevin, PredictorCorrector
-from .predictors import Ancestral, ReverseDiffusion
+from .predictor_corrector import Ancestral, Langevin, PredictorCorrector, ReverseDiffusion
 from .probability_flow import ProbabilityFlow
 from .recommended import RECOMMENDED
 from .sampling import sample

@@ -24,12 +24,7 @@ class ActiveSamples:
     A sample drops out when it arrives, when its step length underflows, or when its evaluations are
     used up; the other samples continue. Times, step lengths and counts are kept on the CPU. Each
     attempted step copies them to the device once (`moved`), and waits for the device once, for the
-    errors of the samples.
-
-    Attributes
-    ----------
-    t
-        Times of the samples still on their way, float64 on the CPU.
+    errors of the samples. ``t`` are the times of the samples still on their way, float64.
     """
 
     def __init__(self, run: Run, state: Tensor, *, max_nfev: int, name: str) -> None:
@@ -50,19 +45,10 @@ class ActiveSamples:
         self._bar = progress_bar(None, shown=run.progress, total=n, desc=name)
 
     def screen(self, h: Tensor, cost: int) -> Tensor | None:
-        """Drop samples that have arrived or cannot attempt a step.
+        """Drop samples that have arrived or cannot attempt a step of length h ``(N,)``.
 
-        Parameters
-        ----------
-        h
-            Length of the next step of each sample, ``(N,)``.
-        cost
-            Score evaluations of the step.
-
-        Returns
-        -------
-        Tensor or None
-            Indices of the samples that stay, on the CPU; None if all stay.
+        Returns indices of the samples that stay, on the CPU; None if all stay. ``cost`` is the
+        number of score evaluations of the step.
         """
         travelling = self._next < len(self._stops)
         long_enough = (h >= 1e-14 * self.t) | (h >= self.t - self._stop())
@@ -103,19 +89,9 @@ class ActiveSamples:
     def moved(
         self, parts: Sequence[Tensor], states: Sequence[Tensor]
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Copy CPU tensors to the device, and drop samples from tensors on the device.
+        """Copies of CPU tensors on the device, in single precision at least, and remaining states.
 
-        Parameters
-        ----------
-        parts
-            Tensors on the CPU. They are copied together, in single precision at least.
-        states
-            Tensors ``(N, …)`` on the device, with the samples before the last `screen`.
-
-        Returns
-        -------
-        tuple of lists
-            Copies of ``parts``, and ``states`` without the samples that the last `screen` dropped.
+        ``states`` ``(N, …)`` lose the samples that the last `screen` dropped.
         """
         like = self._latest
         dtype = torch.promote_types(like.dtype, torch.float32)
@@ -138,17 +114,8 @@ class ActiveSamples:
     ) -> Tensor:
         """Record states and times after an attempt; return the lengths of the next steps.
 
-        Parameters
-        ----------
-        z
-            States of the samples on their way.
-        accept, accept_on_device
-            Which samples had their step accepted, ``(N,)`` bool on the CPU and on the device.
-        after
-            Times at which accepted steps ended.
-        h
-            Lengths of the next steps. A step that was shortened to end at a stop does not shorten
-            the next step.
+        A step that was shortened to end at a stop does not shorten the next step, of length h.
+        Accepted steps ended at the times ``after``.
         """
         self._attempts += 1
         self._latest = z
@@ -157,7 +124,10 @@ class ActiveSamples:
         at_stop = accept & (self._goal >= 0)
         for stop in sorted(set(self._next[at_stop].tolist())):
             if stop < len(self._at_stops):
-                self._save_at_stop(stop, accept_on_device & (self._device_goal == stop))
+                reached = per_sample(accept_on_device & (self._device_goal == stop), z)
+                rows, saved = self._device_rows, self._at_stops[stop]
+                found = torch.where(reached, z, saved if rows is None else saved[rows])
+                self._at_stops[stop] = found if rows is None else saved.index_copy(0, rows, found)
         self._next = self._next + at_stop
         if self._callback is not None:
             self._store()
@@ -176,15 +146,12 @@ class ActiveSamples:
         ]
         stopped = self._stopped and len(self._rows) > 0
         message = "stopped by the callback" if stopped else "; ".join(failed)
-        state, states = self._state, [*self._at_stops]
-        if bool(self._success.all()):
-            states.append(state)
-        else:
-            arrived = self._success.to(state.device)
-            states.append(torch.where(per_sample(arrived, state), state, torch.nan))
+        state = last = self._state
+        if not bool(self._success.all()):
+            last = torch.where(per_sample(self._success.to(state.device), state), state, torch.nan)
         return Integration(
             state,
-            torch.stack(states) if len(states) > 1 else states[0].unsqueeze(0),
+            torch.stack([*self._at_stops, last]),
             self._nfev,
             self._success,
             message or "reached the end of the interval",
@@ -198,13 +165,6 @@ class ActiveSamples:
         self._state = (
             self._latest if rows is None else self._state.index_copy(0, rows, self._latest)
         )
-
-    def _save_at_stop(self, stop: int, reached: Tensor) -> None:
-        """Save the states of the samples that have reached a stop."""
-        z, rows, saved = self._latest, self._device_rows, self._at_stops[stop]
-        before = saved if rows is None else saved[rows]
-        found = torch.where(per_sample(reached, z), z, before)
-        self._at_stops[stop] = found if rows is None else saved.index_copy(0, rows, found)
 
     def _stop(self) -> Tensor:
         """The next stop of each sample."""

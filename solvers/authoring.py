@@ -1,12 +1,6 @@
 """Base classes and helpers for writing a solver or a noise source.
 
-Choose the base class by the method:
-
-- `AffineSolver`: one score evaluation per step, at its start. The new state is affine in state,
-  score and noise.
-- `StagedSolver`: several such stages per step.
-- `GridSolver`: any other solver on a fixed grid. It writes tables and a step.
-- `Solver`: an adaptive solver, or one with a loop of its own. It gets a `Run`.
+The page "Write a solver of your own" says which base class to choose, with an example of each.
 """
 
 from .base import Facts, GridSolver, Integration, Memory, Run, ScoreAt, Solver

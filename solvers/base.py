@@ -130,11 +130,8 @@ class Solver(ABC):
     def prepare(self, process: ReverseProcess, times: Tensor) -> Any:
         """Compute everything that depends on the process and the grid ``(n + 1,)`` alone.
 
-        Raises
-        ------
-        ValueError
-            If the solver does not apply to the process. The message says why and names an
-            alternative.
+        It raises a ValueError if the solver does not apply to the process. The message says why and
+        names an alternative.
         """
 
     def evaluation_times(self, process: ReverseProcess, times: Tensor) -> Tensor | None:
@@ -165,13 +162,7 @@ class Solver(ABC):
         return self
 
     def with_step(self, h: float) -> Solver:
-        """The same adaptive method with fixed steps of length h and without error control.
-
-        Raises
-        ------
-        ValueError
-            If the solver does not define `with_step`.
-        """
+        """The same adaptive method with fixed steps of length h and without error control."""
         raise ValueError(f"solver must define with_step to take steps of one length; got {self!r}")
 
 
@@ -197,19 +188,14 @@ class GridSolver(Solver):
         z
             State ``(B, k, *D)``; must not be changed in place.
         memory
-            Memory that the previous step returned, ``()`` at the first step.
+            Memory that the previous step returned, ``()`` at the first step and for one-step
+            solvers. It is returned with the state.
         tables
             Result of `prepare`.
         i
             Index of the step.
         score, noise
             Sources of the score and of standard normals.
-
-        Returns
-        -------
-        tuple
-            The state at ``times[i + 1]`` and the memory for the next step; one-step solvers return
-            ``()``.
         """
 
     def integrate(self, run: Run) -> Integration:

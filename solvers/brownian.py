@@ -34,17 +34,15 @@ class BrownianPath(NoiseSource):
 
     They are jointly Gaussian and add up exactly, I_{s,t} = Ψ(t, r) I_{s,r} + I_{r,t}. The path
     stores an interval as normals ξ with (ΔW, I) = L ξ. To split an interval, it rotates ξ and as
-    many new normals into the normals of the halves. The halves then have their exact joint
-    distribution. New normals depend on a seed and the interval alone, so intervals can be queried
-    in any order.
+    many new normals into the normals of the halves. New normals depend on a seed and the interval
+    alone, so intervals can be queried in any order.
 
     The path splits at the given times. To reach another time, it bisects the cell around that time
     up to 20 times and then splits exactly there. Each split costs a draw, so pass the finest grid
-    that you will use. The order of queries matters only for times closer than a millionth of a
-    cell.
+    that you will use. The order of queries matters for times closer than a millionth of a cell.
 
-    Solvers of the reverse process use +ΔW of each step [u, t]. With a score of zero they add noise
-    from t to u; they do not undo `evolve`.
+    As ``noise`` of `solve` it serves several grids or solvers. They use +ΔW of each step [u, t].
+    With a score of zero they add noise from t to u; they do not undo `evolve`.
 
     Parameters
     ----------
@@ -70,22 +68,11 @@ class BrownianPath(NoiseSource):
 
     Examples
     --------
-    The same path on two grids: the strong error of Euler–Maruyama halves with the step.
-
     >>> import torch
-    >>> from cldsde import CLD, GaussianMixture, ReverseProcess, solvers
-    >>> sde = CLD()
-    >>> process = ReverseProcess(sde, GaussianMixture([1.0], [[0.3]], [[[0.25]]]).score(sde))
-    >>> g = torch.Generator().manual_seed(0)
-    >>> start = sde.prior.sample((200, 1), generator=g)
-    >>> grids = [solvers.uniform_times(sde.T, 0.1, n) for n in (256, 64, 32)]
-    >>> path = solvers.BrownianPath(sde, grids[0], (200, 1), generator=g)
-    >>> ends = [
-    ...     solvers.solve(process, solvers.EulerMaruyama(), start, grid, noise=path).state
-    ...     for grid in grids
-    ... ]
-    >>> errors = [float((end - ends[0]).square().mean().sqrt()) for end in ends[1:]]
-    >>> 1.8 < errors[1] / errors[0] < 3.1
+    >>> from cldsde import CLD, solvers
+    >>> path = solvers.BrownianPath(CLD(), solvers.uniform_times(1.0, 0.1, 256), (200, 1))
+    >>> parts = path.increment(0.3, 0.5) + path.increment(0.5, 0.6)
+    >>> torch.allclose(parts, path.increment(0.3, 0.6), atol=1e-5)
     True
     """
 
@@ -136,20 +123,14 @@ class BrownianPath(NoiseSource):
     def increment(self, s: float, t: float) -> Tensor:
         """ΔW over [s, t], ``(B, m, *D)``, for s < t; m is the number of columns of G.
 
-        Raises
-        ------
-        ValueError
-            If s < t do not lie between the path's ends.
+        Raises a ValueError unless s < t lie between the path's ends.
         """
         return self._part(s, t, slice(self._columns))
 
     def integral(self, s: float, t: float) -> Tensor:
         """∫Ψ(t, τ) G dw over [s, t], ``(B, k, *D)``, for s < t.
 
-        Raises
-        ------
-        ValueError
-            As in `increment`, or if the path has no integrals.
+        Raises the error of `increment`, or a ValueError if the path has no integrals.
         """
         self._check_integrals("integral")
         return self._part(s, t, slice(self._columns, None))
@@ -164,19 +145,9 @@ class BrownianPath(NoiseSource):
             return self._tree.read(intervals, blocks)
 
     def evolve(self, z: Tensor, s: float, t: float) -> Tensor:
-        """Exact solution of the forward process at t > s along the path.
+        """Exact solution of the forward process at t > s, from states ``(B, k, *D)`` at s.
 
-        Parameters
-        ----------
-        z
-            States ``(B, k, *D)`` at s.
-        s, t
-            Times, s < t.
-
-        Raises
-        ------
-        ValueError
-            As in `integral`.
+        Raises the errors of `integral`.
         """
         check_state(z, self._sde.components)
         return apply_blocks(self._sde.transition_matrix(s, t), z) + self.integral(s, t).to(z)
@@ -189,14 +160,7 @@ class BrownianPath(NoiseSource):
     def along(
         self, sde: LinearSDE, times: Tensor, functionals: Callable[[], PathNoise | None]
     ) -> NoiseSource:
-        """Noise source for the steps of one solver over a decreasing grid.
-
-        Raises
-        ------
-        ValueError
-            If the solver's noise is not a functional of the path, the grid leaves the path's
-            interval, or the process is not the path's own.
-        """
+        """Noise source for the steps of one solver over a decreasing grid."""
         noise = functionals()
         if noise is None:
             raise ValueError(

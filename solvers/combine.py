@@ -23,19 +23,14 @@ def as_blocks(table: Tensor) -> list[Block]:
 
 
 def combine(*terms: tuple[Block, Tensor], out: Tensor | None = None) -> Tensor:
-    """Σ block · tensor over the component axis.
+    """Σ block · tensor over the component axis, ``(B, k, *D)``.
 
     Parameters
     ----------
     terms
         Pairs of a k×m block and a tensor ``(B, m, *D)``; at least one.
     out
-        Tensor ``(B, k, *D)`` to write to; not differentiable.
-
-    Returns
-    -------
-    Tensor
-        ``(B, k, *D)``: ``out``, or a contiguous tensor.
+        Tensor to write to and return, not differentiable. None: a new contiguous tensor.
     """
     block, like = terms[0]
     rows = _products(len(block), terms)

@@ -34,9 +34,8 @@ class EDMHeun(StagedSolver):
     data prediction. The first step has no churn, so that the score is never evaluated above the
     first level of the grid.
 
-    Both churn and flow carry the distribution at one level exactly to another level. The error in
-    distribution is therefore the error of Heun's method alone, of order 2 for any churn. A
-    ``noise_scale`` other than 1 compensates for errors of a network, and with an exact score
+    Churn is exact in distribution, so the error is Heun's alone, of order 2 for any churn.
+    A ``noise_scale`` other than 1 compensates for errors of a network, and with an exact score
     samples another distribution.
 
     Parameters
@@ -52,13 +51,6 @@ class EDMHeun(StagedSolver):
     ------
     ValueError
         If an option is out of range.
-
-    Examples
-    --------
-    >>> from cldsde import VESDE, GaussianMixture, sample, solvers
-    >>> sde, data = VESDE(), GaussianMixture([1.0], [[0.3]], [[[0.25]]])
-    >>> sample(sde, data.score(sde), (8, 1), nfe=50, solver=solvers.EDMHeun(churn=10.0)).shape
-    torch.Size([8, 1])
     """
 
     churn: float = 0.0

@@ -21,17 +21,9 @@ class EulerMaruyama(AffineSolver):
 
     .. math:: z ← z + h\,[−F(t) z + G G^⊤ s(z, t)] + \sqrt h\,G(t)\,ξ
 
-    Noise is drawn for the driven directions only. The method has weak order 1 and strong order 1,
-    because the noise is additive, and takes one score evaluation per step. The reverse SDE is stiff
-    near the data, so for few steps or high accuracy other solvers need less work. `SSCS` has the
-    same order and a smaller error for CLD at low NFE.
-
-    Examples
-    --------
-    >>> from cldsde import CLD, GaussianMixture, sample, solvers
-    >>> sde, data = CLD(), GaussianMixture([1.0], [[0.3]], [[[0.25]]])
-    >>> sample(sde, data.score(sde), (8, 1), nfe=50, solver=solvers.EulerMaruyama()).shape
-    torch.Size([8, 1])
+    The method has weak order 1 and strong order 1, because the noise is additive, and takes one
+    score evaluation per step. The reverse SDE is stiff near the data, so for few steps or high
+    accuracy other solvers need less work.
     """
 
     facts = Facts(

@@ -28,13 +28,6 @@ class ExponentialEuler(AffineSolver):
     The method has weak order 1 and takes one score evaluation per step. It gains little over
     `EulerMaruyama`, because the stiffness near the data is in the score. `ExponentialMultistep`
     treats the linear part of the score exactly, too.
-
-    Examples
-    --------
-    >>> from cldsde import CLD, GaussianMixture, sample, solvers
-    >>> sde, data = CLD(), GaussianMixture([1.0], [[0.3]], [[[0.25]]])
-    >>> sample(sde, data.score(sde), (8, 1), nfe=50, solver=solvers.ExponentialEuler()).shape
-    torch.Size([8, 1])
     """
 
     facts = Facts(applies_to="every linear SDE", nfe_per_step=1, weak_order=1, score_at_start=True)

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from cldsde.linear.checks import check_at_least, one_of
+from cldsde.linear.checks import as_number, check_at_least, one_of
 from cldsde.linear.log_snr import vp_time
 from cldsde.linear.sde import LinearSDE
 from cldsde.score import Conversion, ReverseProcess
 
 from .base import DATA_DETERMINED, Facts, GridSolver, Memory, ScoreAt
 from .combine import Block, add_to, as_blocks, combine
-from .level_noise import LevelNoise
 from .multistep_coefficients import Steps, data_steps, lagrange, noise_steps
 from .noise import NoiseSource
 
@@ -46,21 +48,76 @@ class _Tables(NamedTuple):
     corrector: list[list[Block]]  # of the predictions at the step's end and before
 
 
+@dataclass(frozen=True)
+class LevelNoise:
+    """Stochasticity λ as a function of the noise level, for any process.
+
+    Parameters
+    ----------
+    log_snr
+        Increasing finite κ = ½ log SNR, one or more.
+    stochasticity
+        λ ≥ 0 at each of them; linear in κ between them and constant outside.
+
+    Raises
+    ------
+    TypeError
+        If a value is not a number.
+    ValueError
+        If κ does not increase, λ is negative, or their numbers differ.
+
+    Examples
+    --------
+    >>> noise = LevelNoise((-3.0, 0.0, 2.0), (0.5, 1.5, 1.0))
+    >>> noise.at(torch.tensor([-4.0, -1.5, 2.0], dtype=torch.float64))
+    tensor([0.5000, 1.0000, 1.0000], dtype=torch.float64)
+    """
+
+    log_snr: tuple[float, ...]
+    stochasticity: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        for name in ("log_snr", "stochasticity"):
+            object.__setattr__(self, name, numbers(getattr(self, name), name))
+        kappa, levels = self.log_snr, self.stochasticity
+        increasing = all(x < y for x, y in pairwise(kappa))
+        if not (kappa and increasing and all(map(math.isfinite, kappa))):
+            raise ValueError(f"log_snr must be increasing finite κ, one or more; got {kappa!r}")
+        if len(levels) != len(kappa) or not all(0 <= x < math.inf for x in levels):
+            msg = f"stochasticity must be one finite λ ≥ 0 for each of {len(kappa)} κ; "
+            raise ValueError(f"{msg}got {levels!r}")
+
+    def at(self, log_snr: Tensor) -> Tensor:
+        """λ at values of κ ``(n,)``, float64 on the CPU."""
+        found = np.interp(log_snr.detach().numpy(), self.log_snr, self.stochasticity)
+        return torch.as_tensor(found, device="cpu")
+
+
+def numbers(values: object, name: str) -> tuple[float, ...]:
+    """A sequence of numbers as a tuple; raise a TypeError that names it for something else."""
+    if isinstance(values, Tensor | np.ndarray):
+        values = values.tolist()
+    try:
+        return tuple(as_number(x, name) for x in values)  # type: ignore[attr-defined]
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} must be a sequence of numbers; got {values!r}") from error
+
+
 @dataclass(frozen=True, kw_only=True)
 class ExponentialMultistep(GridSolver):
     r"""Exponential multistep solver; DDIM, DPM-Solver++, UniPC and gDDIM are special cases.
 
-    The linear part of the process is solved exactly, and the data prediction is extrapolated by a
-    polynomial (Adams–Bashforth). With x̂₀(z, t) = E[x_0 | z_t] the score is −Σ⁻¹(z − ψx̂₀). The
-    process of stochasticity λ (0: probability flow, 1: reverse SDE) is then linear except for x̂₀,
+    The data prediction is extrapolated by a polynomial (Adams–Bashforth), and the rest is solved
+    exactly. With x̂₀(z, t) = E[x_0 | z_t] the score is −Σ⁻¹(z − ψx̂₀). The process of stochasticity
+    λ (0: probability flow, 1: reverse SDE) is then linear except for x̂₀,
 
     .. math::
         z_u = Φ_λ(u,t)\,z_t + \sum_j B_j\,\hat x_0(t_j) + ζ, \qquad
         B_j = −\tfrac{1+λ^2}2 ∫_t^u Φ_λ(u,τ)\,G G^⊤ Σ_τ^{-1} ψ(τ)\,ℓ_j(τ)\,dτ,
 
     with ζ of covariance Σ_u − Φ_λ Σ_t Φ_λᵀ and Lagrange polynomials ℓ_j through the last ``order``
-    predictions. Each step takes one score evaluation. The data prediction is computed from the
-    driven score, so a network that predicts only the score of the velocity is enough.
+    predictions. Each step takes one score evaluation. The data prediction follows from the driven
+    score, so a network for the score of the velocity is enough.
 
     Special cases for one component (k = 1):
 
@@ -107,30 +164,14 @@ class ExponentialMultistep(GridSolver):
     ``order=3`` claims order 2. For λ > 0 the weak order is the same but at most 2. If the data are
     a single point, every order is exact in one step.
 
-    Recommended settings for CLD, with polynomials in time:
-
-    - trained network: ``order=2, stochasticity=1.0`` on `root_times`, from 10 evaluations; see
-      `RECOMMENDED` for fewer
-    - deterministic map with an exact score: ``order=3, corrector=True`` on `logistic_times`
-
     Polynomials in log-SNR were designed for one component. For CLD with an exact score, order 3
-    with the corrector is less accurate with them, on `root_times` and `logistic_times`.
+    with the corrector is less accurate with them, on `root_times` and `logistic_times`. See
+    `RECOMMENDED` for settings of networks, and `logistic_times` for exact scores.
 
     References
     ----------
     Zhang and Chen 2023 (DEIS); Zhang, Tao and Chen 2023 (gDDIM); Lu et al. 2022 (DPM-Solver++);
     Zhao et al. 2023 (UniPC); Xue et al. 2023 (SA-Solver).
-
-    Examples
-    --------
-    >>> import torch
-    >>> from cldsde import CLD, GaussianMixture, ReverseProcess, solvers
-    >>> sde, solver = CLD(), solvers.ExponentialMultistep(order=2, stochasticity=1.0)
-    >>> process = ReverseProcess(sde, GaussianMixture([1.0], [[0.3]], [[[0.25]]]).score(sde))
-    >>> start = sde.prior.sample((8, 1), generator=torch.Generator().manual_seed(0))
-    >>> times = solvers.root_times(sde.T, 1e-3, 10)
-    >>> solvers.solve(process, solver, start, times, denoise=True).nfev
-    11
     """
 
     order: int = 2

@@ -45,11 +45,10 @@ def fit_sampler(
 ) -> SamplerSettings:
     """Fit the sampler of few evaluations to a network: noise levels, noise per step, and order.
 
-    The search is CMA-ES (Hansen 2016), which needs the library ``cma``. It starts from the settings
-    of `sample`. It uses the network as a black box, and the same random numbers for all settings.
-    The best settings, the centre of the search and the settings of `sample` are then compared with
-    new random numbers, and the best ones are returned. Ctrl-C ends the search; the best settings so
-    far are kept.
+    The search is CMA-ES (Hansen 2016, arXiv 1604.00772), which needs the library ``cma``. It starts
+    from the settings of `sample`, and uses the same random numbers for all settings. Then new
+    random numbers decide between the best settings, the centre of the search and the settings of
+    `sample`. Ctrl-C ends the search; the best settings so far are kept.
 
     Parameters
     ----------
@@ -84,10 +83,6 @@ def fit_sampler(
     -----
     UserWarning
         If Ctrl-C ended the search.
-
-    References
-    ----------
-    Hansen 2016, *The CMA Evolution Strategy: A Tutorial*, arXiv 1604.00772.
     """
     search = Search(process, shape, nfe, distance, seed, network)
     if budget is not None:
@@ -118,13 +113,7 @@ def _generation(levels: int) -> int:
 def default_settings(
     process: ReverseProcess, shape: Sequence[int], nfe: int, network: str = ""
 ) -> SamplerSettings:
-    """The settings of `sample` for data ``(*D,)``.
-
-    Raises
-    ------
-    ValueError
-        If `sample` uses another solver than `ExponentialMultistep`.
-    """
+    """The settings of `sample` for data ``(*D,)``; raise ValueError if it has another solver."""
     recipe, plan = recommended_plan(process, nfe=nfe, shape=shape)
     solver = plan.solver
     if not isinstance(solver, ExponentialMultistep) or recipe.denoise is not True:

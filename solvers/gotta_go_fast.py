@@ -35,10 +35,9 @@ class GottaGoFast(Solver):
     Its root mean square over a sample is e. The step is accepted if e ≤ 1, and the next step length
     is h ← min(t − ε, θ h e^{−r}), here with θ e^{−r} in [0.2, 5] and h rounded down to ten bits.
 
-    After a rejection the published method draws new noise. Accepted steps then tend to have small
-    noise, and samples in few dimensions are biased. ``noise_on_reject="bridge"`` keeps the known
-    part of the Brownian path, and draws the shorter step's noise from the Brownian bridge. Each
-    attempt, accepted or rejected, takes two score evaluations.
+    After a rejection the published method draws new noise, so that samples in few dimensions are
+    biased. ``noise_on_reject="bridge"`` draws the shorter step's noise from the Brownian bridge.
+    Each attempt, accepted or rejected, takes two score evaluations.
 
     Parameters
     ----------
@@ -64,18 +63,6 @@ class GottaGoFast(Solver):
         If ``atol`` is neither a number nor a sequence of numbers.
     ValueError
         If an option is out of range.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from cldsde import CLD, GaussianMixture, ReverseProcess, solvers
-    >>> sde = CLD()
-    >>> process = ReverseProcess(sde, GaussianMixture([1.0], [[0.3]], [[[0.25]]]).score(sde))
-    >>> start = sde.prior.sample((8, 1), generator=torch.Generator().manual_seed(0))
-    >>> times = torch.tensor([sde.T, 1e-3], dtype=torch.float64)
-    >>> solution = solvers.solve(process, solvers.GottaGoFast(rtol=0.5), start, times)
-    >>> solution.success, solution.stats["nfev"].shape  # evaluations differ between samples
-    (True, torch.Size([8]))
     """
 
     rtol: float = 0.01

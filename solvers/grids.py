@@ -41,7 +41,8 @@ def _process_first(*, needed: bool) -> Callable[[Callable[P, Tensor]], Callable[
 def uniform_times(T: float, eps: float, n: int) -> Tensor:
     """Uniform grid, t_i = T + (i/n)(ε − T).
 
-    Like every grid it can also be called as ``uniform_times(sde, T, eps, n)``.
+    The result is a decreasing float64 tensor ``(n + 1,)``. Like every grid it can also be called as
+    ``uniform_times(sde, T, eps, n)``.
 
     Parameters
     ----------
@@ -49,11 +50,6 @@ def uniform_times(T: float, eps: float, n: int) -> Tensor:
         Ends, 0 ≤ ε < T.
     n
         Number of steps, at least 1.
-
-    Returns
-    -------
-    Tensor
-        ``(n + 1,)`` float64, decreasing.
 
     Raises
     ------
@@ -75,11 +71,6 @@ def quadratic_times(T: float, eps: float, n: int) -> Tensor:
 
     Dockhorn et al. (2022, appendix) use this grid for CLD. See `uniform_times` for arguments,
     result and errors.
-
-    Examples
-    --------
-    >>> quadratic_times(1.0, 0.2, 4)
-    tensor([1.0000, 0.6500, 0.4000, 0.2500, 0.2000], dtype=torch.float64)
     """
     fraction = _fractions(T, eps, n)
     return _with_ends(eps + (T - eps) * (1 - fraction) ** 2, T, eps)
@@ -91,11 +82,6 @@ def root_times(T: float, eps: float, n: int) -> Tensor:
 
     Its last step, 2d√ε + d² with d = (√T − √ε)/n, is longer than the last step of
     `quadratic_times`. See `uniform_times` for arguments, result and errors.
-
-    Examples
-    --------
-    >>> root_times(1.0, 0.25, 4)
-    tensor([1.0000, 0.7656, 0.5625, 0.3906, 0.2500], dtype=torch.float64)
     """
     fraction = _fractions(T, eps, n)
     return _with_ends((T**0.5 + fraction * (eps**0.5 - T**0.5)) ** 2, T, eps)
@@ -105,9 +91,7 @@ def root_times(T: float, eps: float, n: int) -> Tensor:
 def log_snr_times(sde: LinearSDE, T: float, eps: float, n: int) -> Tensor:
     """Grid uniform in κ(t), half the log of the signal-to-noise ratio (`LinearSDE.log_snr`).
 
-    For VP it is the grid of DPM-Solver (Lu et al. 2022). Under CLD, down to t = 1e-3, multistep
-    solvers with noise are more accurate on it than on `root_times` for Gaussian data. For the
-    probability flow of several modes they are less accurate. See `uniform_times` for the other
+    For VP it is the grid of DPM-Solver (Lu et al. 2022). See `uniform_times` for the other
     arguments and the result.
 
     Raises
@@ -138,13 +122,6 @@ def karras_times(sde: LinearSDE, T: float, eps: float, n: int, rho: float = 7.0)
     ----------
     rho
         ρ > 0; larger values put more steps near the data.
-
-    Examples
-    --------
-    >>> from cldsde import VESDE
-    >>> times = karras_times(VESDE(), 1.0, 0.01, 18)
-    >>> times.shape
-    torch.Size([19])
     """
     check_positive(rho, "rho")
     powers = _between(_fractions(T, eps, n), (-_finite_log_snr_ends(sde, T, eps) / rho).exp())
@@ -158,14 +135,10 @@ def logistic_times(
     r"""Grid uniform in a logistic function of κ(t), half the log of the signal-to-noise ratio.
 
     The function is :math:`1/(1 + e^{r(κ − κ_0)})`. Steps are shortest around κ₀, the noise level at
-    which samples choose their modes. Both ends of the function are flat, because little changes at
-    very high or very low noise.
-
-    Use it with ``ExponentialMultistep(order=3, corrector=True)``. The probability flow of mixtures
-    under CLD is then more accurate than on `root_times`, at 10, 20 and 50 evaluations. The grid is
-    the same in κ for every noise schedule.
-
-    See `log_snr_times` for the other arguments, the result and the errors; κ(T) = −∞ is allowed.
+    which samples choose their modes. Little changes at very high or very low noise. The grid is for
+    exact scores with ``ExponentialMultistep(order=3, corrector=True)``, and the same in κ for every
+    noise schedule. See `log_snr_times` for the other arguments, the result and the errors; κ(T) =
+    −∞ is allowed.
 
     Parameters
     ----------
@@ -174,13 +147,6 @@ def logistic_times(
         about 1.
     rate
         r > 0.
-
-    Examples
-    --------
-    >>> from cldsde import CLD
-    >>> times = logistic_times(CLD(), 1.0, 1e-3, 10)
-    >>> times.shape
-    torch.Size([11])
     """
     check_positive(rate, "rate")
     fractions = _fractions(T, eps, n)
@@ -194,12 +160,6 @@ def vp_times(sde: LinearSDE, T: float, eps: float, n: int) -> Tensor:
 
     Near the end of `cldsde.RectifiedFlow` and others the noise grows fast. This grid has more steps
     there than `root_times`. See `log_snr_times` for arguments, result and errors.
-
-    Examples
-    --------
-    >>> from cldsde import RectifiedFlow
-    >>> vp_times(RectifiedFlow(), 0.99, 0.04, 4)
-    tensor([0.9900, 0.8383, 0.5373, 0.2536, 0.0400], dtype=torch.float64)
     """
     return times_of_vp_roots(sde, T, eps, _fractions(T, eps, n))
 

@@ -10,8 +10,7 @@ from .euler_maruyama import EulerMaruyama
 from .exponential_euler import ExponentialEuler
 from .exponential_multistep import ExponentialMultistep
 from .gotta_go_fast import GottaGoFast
-from .predictor_corrector import PredictorCorrector
-from .predictors import Ancestral, ReverseDiffusion
+from .predictor_corrector import Ancestral, PredictorCorrector, ReverseDiffusion
 from .probability_flow import ProbabilityFlow
 from .splitting import Splitting
 from .sscs import SSCS
@@ -23,13 +22,7 @@ _SHORT = {"em": "euler-maruyama", "multistep": "multistep-2-sde"}
 
 
 def named_solvers() -> dict[str, Solver]:
-    """Registry of solvers: instances with their usual options, by the names used in commands.
-
-    Examples
-    --------
-    >>> named_solvers()["sscs-midpoint"]
-    SSCS(score_step='midpoint', data_variance=1.0, merge=True)
-    """
+    """Registry of solvers: instances with their usual options, by the names used in commands."""
     multistep = ExponentialMultistep
     return {
         "euler-maruyama": EulerMaruyama(),

@@ -68,33 +68,16 @@ class NoiseSource(ABC):
         """
 
     def check(self, z: Tensor) -> None:
-        """Raise for states that the source has no normals for, before the score is evaluated.
-
-        Raises
-        ------
-        ValueError
-            If the states do not fit.
-        """
+        """Raise ValueError for states that the source does not fit, before any evaluation."""
         return
 
     def along(
         self, sde: LinearSDE, times: Tensor, functionals: Callable[[], PathNoise | None]
     ) -> NoiseSource:
-        """Return the source for one solve; by default the source itself.
+        """Return the source for one solve with a process and a grid; by default the source itself.
 
-        Parameters
-        ----------
-        sde
-            The forward process.
-        times
-            Decreasing grid ``(n + 1,)``.
-        functionals
-            Function that returns the solver's normals as functionals of a Brownian path, or None.
-
-        Raises
-        ------
-        ValueError
-            If the source depends on a grid and does not fit this one.
+        Raises a ValueError if the source depends on these and does not fit. ``functionals`` returns
+        the solver's normals as functionals of a Brownian path, or None.
         """
         return self
 
@@ -106,13 +89,6 @@ class FreshNoise(NoiseSource):
     ----------
     generator
         Random generator; None: torch's default generator of the state's device.
-
-    Examples
-    --------
-    >>> import torch
-    >>> noise = FreshNoise(torch.Generator().manual_seed(0))
-    >>> noise.normal(torch.zeros(8, 2, 3), rows=1).shape
-    torch.Size([8, 1, 3])
     """
 
     def __init__(self, generator: torch.Generator | None = None) -> None:
@@ -139,15 +115,7 @@ class CheckedNoise(NoiseSource):
         self._source, self._keep = source, keep
 
     def normal(self, z: Tensor, rows: int) -> Tensor:
-        """Return the source's draw.
-
-        Raises
-        ------
-        TypeError
-            If the draw is not a tensor of the state's dtype.
-        ValueError
-            If the draw has a wrong shape or is on another device.
-        """
+        """Return the source's draw if it has the dtype, shape and device of the state."""
         drawn, shape = self._source.normal(z, rows), (len(z), rows, *z.shape[2:])
         if not isinstance(drawn, Tensor) or drawn.dtype != z.dtype:
             got = described(drawn)
@@ -169,13 +137,6 @@ class RecordedNoise(NoiseSource):
     ----------
     draws
         Tensors ``(B, rows, *D)`` in the order of use.
-
-    Examples
-    --------
-    >>> import torch
-    >>> noise = RecordedNoise([torch.ones(1, 2, 3)])
-    >>> noise.normal(torch.zeros(1, 2, 3), rows=2).sum()
-    tensor(6.)
     """
 
     def __init__(self, draws: Sequence[Tensor]) -> None:
@@ -183,13 +144,7 @@ class RecordedNoise(NoiseSource):
         self._draws, self._used = list(draws), 0
 
     def normal(self, z: Tensor, rows: int) -> Tensor:
-        """Return the next recorded draw.
-
-        Raises
-        ------
-        ValueError
-            If all draws have been used.
-        """
+        """Return the next recorded draw; raise ValueError if all have been used."""
         if self._used == len(self._draws):
             shape = (len(z), rows, *z.shape[2:])
             raise ValueError(
@@ -251,25 +206,11 @@ class SampleNoise(NoiseSource):
         device: torch.device | str = "cpu",
         t: float | None = None,
     ) -> Tensor:
-        """Draw a state to start from for each sample, for data of shape ``(*D)``.
+        """Draw a state ``(len(seeds), k, *D)`` to start from, for one sample's data ``(*D)``.
 
-        Parameters
-        ----------
-        sde
-            The forward process.
-        shape
-            Shape of one sample's data.
-        dtype, device
-            Dtype and device of the state.
-        t
-            Time of the start. None: draw from the prior. Otherwise draw from the distribution at t
-            for Gaussian data of mean 0 and variance 1, whose numbers share a part with a standard
-            deviation of 0.52, as images share their brightness.
-
-        Returns
-        -------
-        Tensor
-            ``(len(seeds), k, *D)``.
+        It is a draw from the prior, or with ``t`` from the distribution at time t of Gaussian data
+        of mean 0 and variance 1. The numbers of such data share a part with a standard deviation of
+        0.52, as images share their brightness.
         """
         like = torch.empty(len(self.seeds), sde.components, *shape, dtype=dtype, device=device)
         root = start_root(sde, t, 1 - _SHARED**2)
@@ -281,13 +222,7 @@ class SampleNoise(NoiseSource):
         return drawn + shared
 
     def check(self, z: Tensor) -> None:
-        """Raise unless the batch has one sample per seed.
-
-        Raises
-        ------
-        ValueError
-            If the numbers of samples and seeds differ.
-        """
+        """Raise ValueError unless the batch has one sample per seed."""
         if len(z) != len(self.seeds):
             msg = f"noise must have one seed per sample, {len(z)}; got {len(self.seeds)} seeds"
             raise ValueError(msg)
@@ -332,15 +267,7 @@ def start_root(sde: LinearSDE, t: float | None, data_variance: float = 1.0) -> T
 
 
 def checked_seeds(seeds: Sequence[int] | Tensor) -> tuple[int, ...]:
-    """Check seeds of CPU generators, which use 32 bits, and return them as integers.
-
-    Raises
-    ------
-    TypeError
-        If ``seeds`` is not a sequence of integers.
-    ValueError
-        If a seed is out of range or ``seeds`` is empty.
-    """
+    """Check seeds of CPU generators, which use 32 bits, and return them as integers."""
     listed = seeds.tolist() if isinstance(seeds, Tensor) else seeds
     if not isinstance(listed, Iterable):
         raise TypeError(f"seeds must be a sequence of integers; got {listed!r}")

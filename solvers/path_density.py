@@ -26,19 +26,9 @@ _RANK = 1e-10  # singular values below this fraction of the largest one count as
 
 
 class PathDensity:
-    """Gaussian densities of the steps of a grid.
+    """Gaussian densities of the steps of a grid, from L of each step, k×r blocks.
 
-    Parameters
-    ----------
-    roots
-        L of each step, k×r blocks.
-    times
-        The grid.
-
-    Raises
-    ------
-    ValueError
-        If a step adds no noise.
+    Raises a ValueError if a step adds no noise.
     """
 
     def __init__(self, roots: Sequence[Block], times: Tensor) -> None:
@@ -59,14 +49,7 @@ class PathDensity:
     def log_prob(self, i: int, z: Tensor, drawn: Tensor) -> Tensor:
         """Log-density of the end of step i, ``(B,)`` nats, as a function of the step's mean alone.
 
-        Parameters
-        ----------
-        i
-            Number of the step.
-        z
-            Its end, ``(B, k, *D)``, with the graph of the mean.
-        drawn
-            ξ, ``(B, r, *D)``.
+        z ``(B, k, *D)`` is the end with the graph of the mean, and ``drawn`` is ξ ``(B, r, *D)``.
         """
         whitening, unit, constant = self._steps[i]
         wide = torch.promote_types(z.dtype, torch.float32)

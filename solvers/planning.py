@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -18,13 +18,12 @@ from cldsde.score.reverse import KnownScore, check_reverse_process
 from cldsde.score.times import KnownTimes
 
 from .base import Callback, Run, Solver, check_same_kind, check_solver
-from .combine import combine
+from .combine import Block, combine
 from .noise import CheckedNoise, FreshNoise, NoiseSource
 from .path_density import PathDensity
 from .solution import Solution, finished, finite_samples, warn_of_failure
 
 Denoise = bool | Literal["step"]
-_Denoiser = Callable[[ReverseProcess, Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,17 +31,6 @@ class Plan:
     """Precomputed solver: everything that depends on process, solver and grid alone.
 
     Create it with `plan`. A plan serves any number of batches, dtypes and devices.
-
-    Attributes
-    ----------
-    process
-        The reverse process.
-    solver
-        The solver.
-    times
-        The grid, ``(n + 1,)`` float64 on the CPU.
-    tables
-        Tables of the solver, in the solver's own layout.
 
     Examples
     --------
@@ -59,10 +47,12 @@ class Plan:
 
     process: ReverseProcess
     solver: Solver
-    times: Tensor
-    tables: Any = field(repr=False)
+    times: Tensor  #: The grid, ``(n + 1,)`` float64 on the CPU.
+    tables: Any = field(repr=False)  #: Result of ``solver.prepare``.
     _score_times: KnownTimes | None = field(repr=False)
-    _denoisers: dict[Denoise, _Denoiser] = field(default_factory=dict, repr=False)
+    _denoisers: dict[Denoise, tuple[Block, Block, KnownTimes]] = field(
+        default_factory=dict, repr=False
+    )
 
     def solve(
         self,
@@ -127,10 +117,9 @@ class Plan:
         return None if known is None else int(self.process.score.evaluations(known.times).sum())
 
     def with_score(self, score: ScoreFunction) -> Plan:
-        """The plan for another score of the same process, such as the score of one class.
+        """The plan with the same tables for another score of its process, such as one class's.
 
-        Plans that differ in the score share their tables. Raises a ValueError if the score cannot
-        be evaluated at the plan's times.
+        Raises a ValueError if the score cannot be evaluated at the plan's times.
         """
         other = replace(self, process=ReverseProcess(self.process.sde, score))
         other._check_times()
@@ -142,10 +131,6 @@ class Plan:
         if score is self.process.score and solver is self.solver:
             return self
         return replace(self, process=ReverseProcess(self.process.sde, score), solver=solver)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """State without the cached denoisers, which are computed again when needed."""
-        return {**self.__dict__, "_denoisers": {}}
 
     @cached_property
     def _on_grid(self) -> Plan:
@@ -184,7 +169,12 @@ class Plan:
         self.process.score.check_times(self.times[-1:])
         if denoise not in self._denoisers:
             self._denoisers[denoise] = _denoiser(self.process.sde, self.times[-1], denoise)
-        return partial(self._denoisers[denoise], self.process)
+        state, score, known = self._denoisers[denoise]
+
+        def final(z: Tensor) -> Tensor:
+            return combine((state, z), (score, KnownScore(self.process, known, z)(z, 0)))[:, 0]
+
+        return final
 
 
 def plan(process: ReverseProcess, solver: Solver, times: Tensor) -> Plan:
@@ -237,10 +227,8 @@ def solve(
 ) -> Solution:
     """Integrate a reverse process from ``times[0]`` down to ``times[-1]``, or encode data.
 
-    An increasing grid encodes data. A deterministic solver then follows the probability flow from
-    states near the data up to the noise that maps to them.
-
-    To solve for several batches, create a `plan` and call its `Plan.solve`. This function is
+    On an increasing grid a deterministic solver follows the probability flow from states near the
+    data up to the noise that maps to them. For several batches, create a `plan`: this function is
     ``plan(process, solver, times).solve(state, …)``.
 
     Parameters
@@ -290,24 +278,14 @@ def solve(
     warn
         Warn if the solve fails. If False, check `Solution.success`.
 
-    Returns
-    -------
-    Solution
-        ``success`` is False, with a message, if the state is not finite.
-
     Raises
     ------
     TypeError
         If an argument has the wrong type.
     ValueError
-        All arguments are checked before the score is evaluated. The error is raised if
-
-        - the state does not fit the process, or the solver does not apply to it;
-        - the grid neither decreases nor increases;
-        - the grid increases, and the solver is stochastic or ``denoise`` is set;
-        - ``log_prob`` is set and the solver's steps are not Gaussian;
-        - ``t_eval`` is not on the grid;
-        - both ``generator`` and ``noise`` are given.
+        If state or solver do not fit the process, the times neither decrease nor increase, or an
+        argument does not fit the others. ``denoise`` does not fit an increasing grid. All arguments
+        are checked before the score is evaluated.
 
     Warns
     -----
@@ -343,8 +321,8 @@ def solve(
     )
 
 
-def _denoiser(sde: LinearSDE, t: Tensor, denoise: Denoise) -> _Denoiser:
-    """Function that computes denoised data from states at the last time."""
+def _denoiser(sde: LinearSDE, t: Tensor, denoise: Denoise) -> tuple[Block, Block, KnownTimes]:
+    """Blocks from state and score at the last time to denoised data, and this time."""
     if float(t) == 0:
         raise ValueError(
             f"times must end above 0 for denoise={denoise!r}: the distribution given x_0 has no "
@@ -357,13 +335,7 @@ def _denoiser(sde: LinearSDE, t: Tensor, denoise: Denoise) -> _Denoiser:
     else:
         prediction = Conversion.at(sde, t, "score", "data")
         state, score = prediction.state, prediction.value
-    state_row, score_row = state[:1].tolist(), score[:1].tolist()
-    known = KnownTimes(t.unsqueeze(0))
-
-    def final(process: ReverseProcess, z: Tensor) -> Tensor:
-        return combine((state_row, z), (score_row, KnownScore(process, known, z)(z, 0)))[:, 0]
-
-    return final
+    return state[:1].tolist(), score[:1].tolist(), KnownTimes(t.unsqueeze(0))
 
 
 def _checked_stops(t_eval: Tensor | None, grid: Tensor, *, any_time: bool) -> Tensor:

@@ -1,4 +1,4 @@
-"""Predictor–corrector sampling: Langevin steps between the steps of another solver."""
+"""Predictor–corrector sampling: Langevin steps between the steps of a predictor."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from cldsde.linear.checks import as_integer, check_positive, one_of
-from cldsde.score import ReverseProcess
+from cldsde.score import Conversion, ReverseProcess
 
 from .base import (
+    DATA_DETERMINED,
     Facts,
     GridSolver,
     Memory,
@@ -22,8 +23,9 @@ from .base import (
     check_state_on_grid,
     evaluations_per_step,
 )
-from .noise import NoiseSource
-from .predictors import ReverseDiffusion
+from .combine import as_blocks
+from .noise import NoiseSource, PathNoise
+from .staged import AffineSolver, Stage, Stages
 
 Norm = Literal["sample", "batch"]
 
@@ -33,6 +35,66 @@ class _Tables(NamedTuple):
     predictor_evaluations: int  # per step
     driven: tuple[int, ...]  # components that the corrector changes
     scale: list[float]  # α of each step
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReverseDiffusion(AffineSolver):
+    r"""Reverse diffusion sampling (Song et al. 2021, appendix E), also for several components.
+
+    .. math:: z ← (2I − Ψ(t,u))\,z + Q(u,t)\,s(z, t) + L_Q\,ξ
+
+    with the matrix Ψ, the covariance Q and its root L_Q of the forward transition from u to t. The
+    full score follows from the driven score. The method has weak order 1 and takes one score
+    evaluation per step. It was designed for one component and is inaccurate with velocities.
+    """
+
+    facts = Facts(applies_to=DATA_DETERMINED, nfe_per_step=1, weak_order=1, score_at_start=True)
+
+    def prepare(self, process: ReverseProcess, times: Tensor) -> Stages:
+        """Blocks of each step."""
+        sde, start, end = process.sde, times[:-1], times[1:]
+        check_regular(sde, times, "ReverseDiffusion")
+        kernel = sde.transition(end, start)
+        full = Conversion.at(sde, start, "score", "full_score")
+        eye = torch.eye(sde.components, dtype=torch.float64, device="cpu")
+        stage = Stage(
+            as_blocks(2 * eye - kernel.mean + kernel.covariance @ full.state),
+            as_blocks(kernel.covariance @ full.value),
+            noise=as_blocks(kernel.root),
+        )
+        return Stages.of(stage)
+
+    def path_noise(self, process: ReverseProcess, times: Tensor) -> PathNoise:
+        """Noise of the forward transition."""
+        root = process.sde.transition(times[1:], times[:-1]).root
+        return PathNoise.integrals(root, torch.eye(len(root[0]), dtype=torch.float64, device="cpu"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ancestral(AffineSolver):
+    r"""Ancestral sampling: draw from p(z_u | z_t, x_0) with the data prediction for x_0.
+
+    Each step samples the posterior of the forward process (`LinearSDE.posterior`) at x̂_0(z, t). For
+    VP this is the sampler of DDPM (Ho, Jain and Abbeel 2020). The method has weak order 1 and takes
+    one score evaluation per step. It equals ``ExponentialMultistep(order=1, stochasticity=1.0)``,
+    and is exact in one step if the data are a single point.
+    """
+
+    facts = Facts(applies_to=DATA_DETERMINED, nfe_per_step=1, weak_order=1, score_at_start=True)
+
+    def prepare(self, process: ReverseProcess, times: Tensor) -> Stages:
+        """Blocks of each step."""
+        sde, start, end = process.sde, times[:-1], times[1:]
+        check_regular(sde, times, "Ancestral")
+        posterior = sde.posterior(end, start)
+        data = Conversion.at(sde, start, "score", "data")
+        pull = posterior.initial[..., :1]
+        stage = Stage(
+            as_blocks(posterior.state + pull @ data.state),
+            as_blocks(pull @ data.value),
+            noise=as_blocks(posterior.root),
+        )
+        return Stages.of(stage)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,11 +124,6 @@ class Langevin:
     ------
     ValueError
         If an option is out of range.
-
-    Examples
-    --------
-    >>> Langevin(snr=0.1, steps=2)
-    Langevin(snr=0.1, steps=2, norm='sample')
     """
 
     snr: float = 0.16
@@ -117,13 +174,6 @@ class PredictorCorrector(GridSolver):
     References
     ----------
     Y. Song et al. 2021, §4.2 and appendix G.
-
-    Examples
-    --------
-    >>> from cldsde import VESDE, GaussianMixture, sample, solvers
-    >>> sde, data = VESDE(), GaussianMixture([1.0], [[0.3]], [[[0.25]]])
-    >>> sample(sde, data.score(sde), (8, 1), nfe=50, solver=solvers.PredictorCorrector()).shape
-    torch.Size([8, 1])
     """
 
     predictor: GridSolver = field(default_factory=ReverseDiffusion)

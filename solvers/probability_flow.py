@@ -37,10 +37,8 @@ class ProbabilityFlow(Solver):
     r"""Adaptive Runge–Kutta solver of the probability-flow ODE dz/dt = F z − ½ GGᵀ s.
 
     The error of a step is divided elementwise by atol + rtol · max(\|before\|, \|after\|), as in
-    scipy and torchdiffeq. Its root mean square over the batch must be at most 1. With
-    ``pace="sample"`` each sample has an error and step lengths of its own. The score is never
-    evaluated outside [ε, T]. ``Solution.nfev`` is the largest number of evaluations of a sample;
-    ``stats["nfev"]`` holds the numbers of all samples.
+    scipy and torchdiffeq. Its root mean square over the batch must be at most 1. The score is never
+    evaluated outside [ε, T].
 
     Parameters
     ----------
@@ -58,21 +56,13 @@ class ProbabilityFlow(Solver):
     pace
         ``"batch"``: one step length for all samples. An exact score then computes its coefficients
         once per evaluation, but a sample depends on its batch, and a sample that fails stops all.
-        ``"sample"``: step lengths per sample. A result then does not depend on the other samples
-        apart from rounding, and samples that have arrived leave the batch.
+        ``"sample"``: errors and step lengths per sample. A result then does not depend on the other
+        samples apart from rounding, and samples that have arrived leave the batch.
 
     Raises
     ------
     ValueError
         If an option is out of range.
-
-    Examples
-    --------
-    >>> from cldsde import CLD, GaussianMixture, sample, solvers
-    >>> sde, data = CLD(), GaussianMixture([1.0], [[0.3]], [[[0.25]]])
-    >>> solver = solvers.ProbabilityFlow(rtol=1e-3, atol=1e-3)
-    >>> sample(sde, data.score(sde), (8, 1), nfe=50, solver=solver).shape
-    torch.Size([8, 1])
     """
 
     method: Method = "dopri5"
@@ -149,9 +139,15 @@ class ProbabilityFlow(Solver):
 
     def _run(self, run: Run, samples: ActiveSamples, flow: _Flow) -> Integration:
         """Integrate N states ``(N, …)``, each with step lengths of its own."""
-        z = run.state
-        weights = _Weights(run.tables, z)
-        end = float(run.times[-1])
+        z, tableau, end = run.state, run.tables, float(run.times[-1])
+        errors = [tableau.E5, tableau.E3] if hasattr(tableau, "E5") else [tableau.E]
+        table = [*(a[:n] for n, a in enumerate(tableau.A[1:], start=1)), tableau.B, *errors]
+        rows = on_device([torch.as_tensor(row, device="cpu") for row in table], z.dtype, z.device)
+        # Weights of the slopes for each stage after the first, the step and its error estimates.
+        *stages, step = rows[: tableau.n_stages]
+        errors = rows[tableau.n_stages :]
+        # Times of these stages, in units of the step length, (S, 1) on the CPU.
+        nodes = torch.as_tensor(tableau.C[1:], device="cpu").unsqueeze(1)
         h, f, rejected = samples.t - end, z, torch.zeros(len(z), dtype=torch.bool, device="cpu")
         at_start = 2 if self.first_step is None else 1
         kept = samples.screen(h, cost=at_start)
@@ -162,38 +158,38 @@ class ProbabilityFlow(Solver):
             h = torch.full_like(samples.t, self.first_step or 0.0)
             if self.first_step is None:
                 h = self._first_step(flow, z, samples.t, f, end)
-            kept = samples.screen(h, run.tables.n_stages)
+            kept = samples.screen(h, tableau.n_stages)
         while samples.on_their_way():
             if kept is not None:
                 h, rejected = h[kept], rejected[kept]
             h, after = samples.attempt(h.clamp_max(self.max_step))
-            within = (samples.t - weights.nodes * h).clamp_min_(end)
+            within = (samples.t - nodes * h).clamp_min_(end)
             velocity, dt, (z, f) = flow(torch.cat([within, after.unsqueeze(0)]), h, z, f)
-            slopes = _Slopes(f, run.tables.n_stages + 1)
-            for number, a in enumerate(weights.stages):
+            slopes = _Slopes(f, tableau.n_stages + 1)
+            for number, a in enumerate(stages):
                 slopes.append(velocity(slopes.step(z, a, dt), number))
-            new = slopes.step(z, weights.step, dt)
-            last = velocity(new, len(weights.stages))
+            new = slopes.step(z, step, dt)
+            last = velocity(new, len(stages))
             slopes.append(last)
-            errors = self._error(weights, slopes, dt, z, new)
+            sizes = self._error(errors, slopes, dt, z, new)
             del slopes  # so that its memory is free before the next attempt
-            error = errors.cpu().to(torch.float64)
-            accept, accept_on_device = error <= 1, errors <= 1
-            growth = _growth(error, run.tables.error_estimator_order, after_rejection=rejected)
+            error = sizes.cpu().to(torch.float64)
+            accept, accept_on_device = error <= 1, sizes <= 1
+            growth = _growth(error, tableau.error_estimator_order, after_rejection=rejected)
             z = _where(accept, accept_on_device, new, z)
             f = _where(accept, accept_on_device, last, f)
             rejected = ~accept
             h = samples.settle(z, accept, accept_on_device, after, h * growth)
-            kept = samples.screen(h, run.tables.n_stages)
+            kept = samples.screen(h, tableau.n_stages)
         return samples.result()
 
     def _error(
-        self, weights: _Weights, slopes: _Slopes, dt: Tensor, z: Tensor, new: Tensor
+        self, weights: list[Tensor], slopes: _Slopes, dt: Tensor, z: Tensor, new: Tensor
     ) -> Tensor:
         """Error of each sample in units of the tolerance, by scipy's estimate."""
         with torch.no_grad():
             scale = torch.maximum(z.abs(), new.abs()).mul_(self.rtol).add_(self.atol)
-            sizes = [dt * _size(slopes.sum(one).div_(scale)) for one in weights.errors]
+            sizes = [dt * _size(slopes.sum(one).div_(scale)) for one in weights]
         if len(sizes) == 1:
             return sizes[0]
         fifth, third = sizes
@@ -263,21 +259,6 @@ class _Flow(NamedTuple):
             return apply_blocks(drift[i], z) + apply_blocks(gain[i], score(z, i))
 
         return velocity, dt, kept
-
-
-class _Weights:
-    """A Butcher tableau with the dtype and on the device of the states."""
-
-    def __init__(self, tableau: Any, like: Tensor) -> None:
-        errors = (tableau.E5, tableau.E3) if hasattr(tableau, "E5") else (tableau.E,)
-        stages = [a[:number] for number, a in enumerate(tableau.A[1:], start=1)]
-        rows = [torch.as_tensor(row, device="cpu") for row in (*stages, tableau.B, *errors)]
-        rows = on_device(rows, like.dtype, like.device)
-        # Times of the stages after the first, in units of the step length, (S, 1) on the CPU.
-        self.nodes = torch.as_tensor(tableau.C[1:], device="cpu").unsqueeze(1)
-        # Weights of the slopes for each of these stages, for the step, and for its error estimates.
-        self.stages, self.step = rows[: len(stages)], rows[len(stages)]
-        self.errors = rows[len(stages) + 1 :]
 
 
 class _Slopes:

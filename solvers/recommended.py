@@ -87,11 +87,7 @@ RECOMMENDED = (
 )
 """Solvers in order of preference; the first that applies to a process is used.
 
-- `ExponentialMultistep` with noise, for processes whose driven score determines the data. The first
-  two have noise levels that were fitted to a CLD network of Fashion-MNIST (16 × 16). At equal κ,
-  processes of one component differ in scale alone: they all have the samples of VP.
-- `SSCS`, for processes with a stationary distribution
-- `StochasticHeun`, for every process"""
+At equal κ, processes of one component differ in scale alone: they all have the samples of VP."""
 
 
 def recommended_plan(
@@ -104,19 +100,9 @@ def recommended_plan(
     start: float | None = None,
     end: float | None = None,
 ) -> tuple[Recipe, Plan]:
-    """Recipe and plan that `sample` uses for a process.
+    """Recipe and plan that `sample` uses for a process; see `sample` and `window`.
 
-    Parameters
-    ----------
-    process, nfe, solver, times
-        See `sample`.
-    shape, start, end
-        See `window`.
-
-    Raises
-    ------
-    ValueError
-        If no recipe applies, or ``nfe`` allows no step.
+    Raises a ValueError if no recipe applies, or ``nfe`` allows no step.
     """
     components = process.sde.components
     recipes = tuple(recipe for recipe in RECOMMENDED if components <= recipe.most_components)
@@ -164,26 +150,9 @@ def fit_grid(
 ) -> Tensor:
     """The longest grid on which a solver evaluates the score at most ``nfe`` times.
 
-    Parameters
-    ----------
-    process, solver, start, end
-        The reverse process, its solver, first and last time.
-    nfe
-        Largest number of score evaluations.
-    grid
-        Function grid(sde, start, end, n), such as `root_times`.
-    denoise
-        Whether to reserve one evaluation for the data prediction at the end.
-
-    Returns
-    -------
-    Tensor
-        Grid ``(n + 1,)``; for an adaptive solver the two ends.
-
-    Raises
-    ------
-    ValueError
-        If ``nfe`` is too small for one step.
+    ``grid`` is a function grid(sde, start, end, n). ``denoise`` reserves an evaluation for the data
+    prediction at the end. An adaptive solver gets the two ends. Raises a ValueError if ``nfe`` is
+    too small for one step.
     """
     if solver.facts.adaptive:
         return torch.tensor([start, end], dtype=torch.float64, device="cpu")
@@ -229,25 +198,11 @@ def window(
     nfe: int = 20,
     levels: tuple[float, float] = _LOG_SNR,
 ) -> tuple[float, float]:
-    """Start and end times of `sample`, see `Recipe.ends`.
+    """Start and end times of `sample`, or the given ones in their place.
 
-    The noise levels of the score's training narrow the range, if they are known.
-
-    Parameters
-    ----------
-    process
-        The reverse process.
-    start, end
-        Times that replace the start or the end.
-    shape, nfe
-        Shape of one sample, and largest number of evaluations, see `sample`.
-    levels
-        κ of small data at the start, and at the end.
-
-    Raises
-    ------
-    ValueError
-        If the range is empty.
+    ``levels`` are κ of small data at the start, and at the end. The start depends on the shape of a
+    sample and the number of evaluations. The noise levels of the score's training narrow the range,
+    if they are known. Raises a ValueError if the range is empty.
     """
     of_shape = -0.5 * math.log(hiding_variance(shape, nfe))
     low, high = min(levels[0], of_shape), levels[1]

@@ -43,7 +43,7 @@ def sample(
     progress: bool = False,
     settings: SamplerSettings | None = None,
 ) -> Tensor:
-    """Generate samples from a score, with solver, grid, start and end chosen for the process.
+    """Generate samples ``(B, *D)`` from a score, with solver and grid chosen for the process.
 
     The choice is for data with a standard deviation of about 1. Scale other data: for EDM's data,
     with σ_data = 0.5, take the denoiser ``2 * net(u / 2, sigma / 2)`` and halve the samples.
@@ -88,11 +88,6 @@ def sample(
         Show a progress bar on stderr.
     settings
         Solver and grid in place of ``nfe``, ``solver`` and ``times``.
-
-    Returns
-    -------
-    Tensor
-        Data ``(B, *D)`` on the device.
 
     Raises
     ------
@@ -173,7 +168,7 @@ def sample(
 
 
 def checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
-    """Shape ``(B, *D)`` of samples; raise a ValueError for another one."""
+    """Check the shape ``(B, *D)`` of samples."""
     if not isinstance(shape, Sequence) or len(shape) < 2:
         msg = f"shape must be (B, *D), positive integers and at least one data axis; got {shape!r}"
         raise ValueError(msg)

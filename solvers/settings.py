@@ -16,8 +16,7 @@ from cldsde.files import write_whole
 from cldsde.linear.log_snr import log_snr_range, times_of_log_snr
 from cldsde.linear.sde import LinearSDE, check_process
 
-from .exponential_multistep import ExponentialMultistep, Variable
-from .level_noise import LevelNoise, numbers
+from .exponential_multistep import ExponentialMultistep, LevelNoise, Variable, numbers
 
 _REACHED = 1e-6  # distance in κ from a level that counts as reached
 
@@ -51,17 +50,13 @@ class SamplerSettings:
 
     Examples
     --------
-    >>> import torch, cldsde
-    >>> data = cldsde.GaussianMixture([0.5, 0.5], [[-2.0, 0.0], [2.0, 1.0]], [torch.eye(2) / 4] * 2)
-    >>> sde = cldsde.CLD()
-    >>> settings = cldsde.solvers.SamplerSettings(
-    ...     log_snr=(-3.0, -1.35, -0.33, 0.6, 2.35),
-    ...     stochasticity=(0.54, 1.29, 1.76, 1.19),
-    ...     process=repr(sde),
-    ...     order=3,
+    >>> from cldsde import CLD, GaussianMixture, sample, solvers
+    >>> sde, data = CLD(), GaussianMixture([1.0], [[0.3]], [[[0.25]]])
+    >>> settings = solvers.SamplerSettings(
+    ...     log_snr=(-3.0, -0.33, 2.35), stochasticity=(1.0, 0.5), process=repr(sde)
     ... )
-    >>> cldsde.sample(sde, data.score(sde), (1000, 2), settings=settings).shape
-    torch.Size([1000, 2])
+    >>> sample(sde, data.score(sde), (1000, 1), settings=settings).shape
+    torch.Size([1000, 1])
     """
 
     log_snr: tuple[float, ...]
@@ -104,10 +99,7 @@ class SamplerSettings:
     def times(self, sde: LinearSDE) -> Tensor:
         """Decreasing times ``(n,)`` of a process at which it has the noise levels.
 
-        Raises
-        ------
-        ValueError
-            If the settings are for another process, or the process does not reach a level.
+        Raises a ValueError if the settings are for another process, or it does not reach a level.
         """
         if repr(check_process(sde)) != self.process:
             raise ValueError(
@@ -130,13 +122,7 @@ class SamplerSettings:
 
     @classmethod
     def load(cls, file: str | Path) -> Self:
-        """Read settings that `save` wrote.
-
-        Raises
-        ------
-        ValueError
-            If the file does not hold settings.
-        """
+        """Read settings that `save` wrote; raise ValueError if the file does not hold any."""
         try:
             found = json.loads(Path(file).read_text(encoding="utf-8"))
         except (UnicodeDecodeError, json.JSONDecodeError) as error:

@@ -72,13 +72,7 @@ class Solution:
         return self.status == 0
 
     def raise_for_failure(self) -> Solution:
-        """Return the solution if the solve did not fail.
-
-        Raises
-        ------
-        FloatingPointError
-            If ``status`` is 1.
-        """
+        """Return the solution; raise FloatingPointError if ``status`` is 1."""
         if self.status == 1:
             raise FloatingPointError(self.message)
         return self
@@ -99,8 +93,7 @@ def finished(
 ) -> Solution:
     """Make a solution from an integration, and requested states ``(S, B, k, *D)`` with times.
 
-    ``final`` computes denoised data from final states by some score evaluations; None takes the
-    data component.
+    ``final`` computes denoised data by some score evaluations; None takes the data component.
     """
     nfev, z = done.nfev, done.state.contiguous()
     arrived = bool(done.success.all())

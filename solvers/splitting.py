@@ -36,12 +36,10 @@ class Splitting(StagedSolver):
     to right. A letter that occurs m times acts for 1/m of the step each time, over its own part of
     the step.
 
-    Every scheme with all three letters has weak order 1, among them OBA, BAO, OBAB, BAOAB and
-    OABAO. Higher orders known from molecular dynamics do not carry over, because the score depends
-    on the velocity, too. For few evaluations and a trained score, Pandey, Yang and Mandt (2024)
-    recommend one evaluation per step at the less noisy end: ``shared_score=True`` and
-    ``score_time="end"``. On Gaussian data these schemes are less accurate than `SSCS` with as many
-    evaluations.
+    Every scheme with all three letters has weak order 1. For few evaluations and a trained score,
+    Pandey, Rudolph and Mandt (2024) recommend one evaluation per step at the less noisy end:
+    ``shared_score=True`` and ``score_time="end"``. On Gaussian data these schemes are less accurate
+    than `SSCS` with as many evaluations.
 
     Parameters
     ----------
@@ -59,13 +57,6 @@ class Splitting(StagedSolver):
         If ``shared_score`` is not a bool.
     ValueError
         If ``scheme`` lacks a letter or has others, or ``score_time`` is unknown.
-
-    Examples
-    --------
-    >>> from cldsde import CLD, GaussianMixture, sample, solvers
-    >>> sde, data = CLD(), GaussianMixture([1.0], [[0.3]], [[[0.25]]])
-    >>> sample(sde, data.score(sde), (8, 1), nfe=50, solver=solvers.Splitting(scheme="OBAB")).shape
-    torch.Size([8, 1])
     """
 
     scheme: str = "OBAB"
@@ -135,11 +126,9 @@ class Splitting(StagedSolver):
     def _parts(self, times: Tensor) -> list[tuple[str, Tensor, Tensor]]:
         """Each letter with start and end times of its part of each step, ``(n,)``."""
         start, h = times[:-1], -times.diff()
-        seen = dict.fromkeys(self.scheme, 0)
         parts = []
-        for letter in self.scheme:
-            count, before = self.scheme.count(letter), seen[letter]
-            seen[letter] += 1
+        for i, letter in enumerate(self.scheme):
+            count, before = self.scheme.count(letter), self.scheme[:i].count(letter)
             after = times[1:] if before + 1 == count else start - h * ((before + 1) / count)
             parts.append((letter, start - h * (before / count), after))
         return parts

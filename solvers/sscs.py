@@ -36,46 +36,32 @@ class SSCS(StagedSolver):
         A(h/2):\; z ← Ψ_H z + L_H ξ, \qquad
         S(h):\; \dot z = G G^⊤ \bigl(s(z, τ) + Σ_∞^{−1} z\bigr), \qquad A(h/2).
 
-    The second half-step of a step and the first half-step of the next are merged into one exact
-    move. The distribution is the same, and half the noise has to be drawn.
-
-    With trained networks of digits, ``"euler"`` gave the best images of the three score steps with
-    7 evaluations.
-
     Parameters
     ----------
     score_step
         Method for the score step.
 
         ``"euler"``: z ← z + ∫ GGᵀ (s(z, t) + Σ∞⁻¹z) with the score at the step's start, as
-        published for constant β. It takes one evaluation and has weak order 1: the symmetry of the
-        splitting does not raise the order of the Euler step. For Gaussian data under CLD its error
-        is smaller than the error of `EulerMaruyama`.
+        published for constant β. It takes one evaluation and has weak order 1.
 
         ``"midpoint"``: the explicit midpoint rule with stages at t and t − h/2. It takes two
         evaluations and has weak order 2.
 
         ``"gaussian"``: the score of data N(·, ``data_variance``) is integrated exactly, with the
         coefficients at the step's middle, and the rest of the score is frozen. It takes one
-        evaluation. The weak order is 2 for such Gaussian data, and 1 otherwise. It does not
-        overshoot near the data as the Euler step does.
+        evaluation, has weak order 2 for such Gaussian data and 1 for others, and does not overshoot
+        near the data as the Euler step does.
     data_variance
         Variance of one number of the data for ``score_step="gaussian"``, > 0.
     merge
-        Whether neighbouring half-steps are merged. If False, each step ends at its grid time, as
+        Whether the second half-step of a step and the first half-step of the next are one exact
+        move. The distribution is the same. If False, each step ends at its grid time, as
         trajectories, callbacks and correctors need, and draws twice the noise.
 
     Raises
     ------
     ValueError
         If an option is out of range.
-
-    Examples
-    --------
-    >>> from cldsde import CLD, GaussianMixture, sample, solvers
-    >>> sde, data = CLD(), GaussianMixture([1.0], [[0.3]], [[[0.25]]])
-    >>> sample(sde, data.score(sde), (8, 1), nfe=50, solver=solvers.SSCS()).shape
-    torch.Size([8, 1])
     """
 
     score_step: ScoreStep = "euler"

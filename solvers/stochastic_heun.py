@@ -24,15 +24,8 @@ class StochasticHeun(StagedSolver):
         \tilde z = z + h\,d(z, t) + N, \qquad
         z ← z + \tfrac h2 [d(z, t) + d(\tilde z, t−h)] + N, \qquad d = −F z + G G^⊤ s,
 
-    with noise N of covariance ∫GGᵀ over the step. The method has weak order 2 and strong order 1,
-    and takes two score evaluations per step.
-
-    Examples
-    --------
-    >>> from cldsde import CLD, GaussianMixture, sample, solvers
-    >>> sde, data = CLD(), GaussianMixture([1.0], [[0.3]], [[[0.25]]])
-    >>> sample(sde, data.score(sde), (8, 1), nfe=50, solver=solvers.StochasticHeun()).shape
-    torch.Size([8, 1])
+    with noise N of covariance ∫GGᵀ over the step. It has weak order 2 and strong order 1, and takes
+    two score evaluations per step.
     """
 
     facts = Facts(applies_to="every linear SDE", nfe_per_step=2, weak_order=2, strong_order=1)

@@ -77,17 +77,13 @@ class PosteriorSamples:
         return self.log_weights.softmax(0)
 
     def resample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
-        """Draw ``n`` samples of equal weight, ``(n, *D)``, by systematic resampling.
-
-        Samples of large weight are repeated.
-        """
+        """Draw ``n`` samples of equal weight, ``(n, *D)``, by systematic resampling."""
         check_generator(generator, several=False)
         uniform = _uniforms([generator] if generator is not None else None, 1)
         chosen = _systematic(self.weights.unsqueeze(0), uniform, n)[0]
         return self.samples[chosen.to(self.samples.device)]
 
     def __repr__(self) -> str:
-        """Facts in one line."""
         return (
             f"PosteriorSamples(samples={tuple(self.samples.shape)}, "
             f"log_evidence={self.log_evidence:.4g}, nfev={self.nfev})"
@@ -115,9 +111,9 @@ def sample_posterior(
 ) -> PosteriorSamples:
     """Posterior sampling by twisted sequential Monte Carlo: samples and evidence of p(x_0 | y).
 
-    Each run is a population of particles. Guided steps move them, weights measure how well they
-    explain y, and particles of small weight are replaced by copies of others. The error falls with
-    the number of particles and of steps, for any score; `PosteriorScore` alone keeps a bias.
+    Guided steps move particles, weights measure how well they explain y, and particles of small
+    weight are replaced by copies of others. The error falls with the number of particles and of
+    steps, for any score; `PosteriorScore` alone keeps a bias.
 
     Parameters
     ----------
@@ -132,8 +128,8 @@ def sample_posterior(
     threshold
         A run resamples when its effective sample size falls below this part of K, in [0, 1].
     seeds
-        One integer in [0, 2³²) per run. A run depends on its own seed, not on the runs beside it.
-        None makes one run from ``generator``.
+        One integer in [0, 2³²) per run; a run depends on its own seed alone. None makes one run
+        from ``generator``.
     generator
         Source of all randomness in place of seeds.
     shape
@@ -154,11 +150,6 @@ def sample_posterior(
         Of the particles.
     progress
         Show a progress bar on stderr.
-
-    Returns
-    -------
-    PosteriorSamples
-        N = runs · particles weighted samples.
 
     Raises
     ------
@@ -201,7 +192,10 @@ def sample_posterior(
     if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype must be a floating-point type of torch; got {dtype!r}")
     generators, runs = _generators(seeds, generator)
-    data_shape = _data_shape(observation.shape if shape is None else shape)
+    data_shape = observation.shape if shape is None else tuple(shape)
+    if data_shape is None:
+        msg = "shape must be given: this observation does not know the shape of the data; got None"
+        raise ValueError(msg)
     device = as_device(device)
     observation.check(data_shape, dtype=dtype, device=device)
     latest = observation.end_time(sde, data_shape)
@@ -352,13 +346,6 @@ def _generators(
         raise ValueError("generator and seeds are alternatives; got both")
     checked = checked_seeds(seeds)
     return [torch.Generator().manual_seed(seed) for seed in checked], len(checked)
-
-
-def _data_shape(shape: Sequence[int] | None) -> tuple[int, ...]:
-    if shape is None:
-        msg = "shape must be given: this observation does not know the shape of the data; got None"
-        raise ValueError(msg)
-    return tuple(shape)
 
 
 def _uniforms(generators: list[torch.Generator] | None, runs: int) -> Tensor:

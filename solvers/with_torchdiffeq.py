@@ -41,9 +41,8 @@ class TorchDiffEq(Solver):
     """Solver of the probability-flow ODE by a method of torchdiffeq (Chen et al. 2018).
 
     Methods with fixed steps use the given grid. Adaptive methods use its ends, with one step size
-    for the whole batch, and step onto each requested time. The score is never evaluated outside
-    the grid's ends. torchdiffeq reads numbers back from the device at every step, so
-    `ProbabilityFlow` has less overhead.
+    for the whole batch, and step onto each requested time. torchdiffeq reads numbers back from the
+    device at every step, so `ProbabilityFlow` has less overhead.
 
     Parameters
     ----------
@@ -63,13 +62,6 @@ class TorchDiffEq(Solver):
     ------
     ValueError
         If the method is unknown, a number is out of range, or ``options`` sets the grid.
-
-    Examples
-    --------
-    >>> from cldsde import CLD, GaussianMixture, sample, solvers
-    >>> sde, data = CLD(), GaussianMixture([1.0], [[0.3]], [[[0.25]]])
-    >>> sample(sde, data.score(sde), (8, 1), nfe=50, solver=solvers.TorchDiffEq(method="rk4")).shape
-    torch.Size([8, 1])
     """
 
     method: str = "dopri5"
@@ -113,13 +105,7 @@ class TorchDiffEq(Solver):
         return torch.stack([times[:-1] + c * times.diff() for c in stages], dim=1).flatten()
 
     def with_step(self, h: float) -> TorchDiffEq:
-        """The same adaptive method with fixed steps of length h and without error control.
-
-        Raises
-        ------
-        ValueError
-            If the method has fixed steps already.
-        """
+        """The same adaptive method with fixed steps of length h and without error control."""
         if not self.facts.adaptive:
             msg = f"method must be adaptive to take steps of one length; got {self.method!r}"
             raise ValueError(msg)

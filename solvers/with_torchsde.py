@@ -49,9 +49,8 @@ class _Tables(NamedTuple):
 class TorchSDE(GridSolver):
     """Solver of the reverse SDE by a method of torchsde (Li et al. 2020; Kidger et al. 2021).
 
-    Each step of the grid is one step of torchsde's method, so no step leaves the grid. The Brownian
-    motion comes from the noise source of `solve`, so a seed gives the same bits. Orders are for
-    additive noise.
+    Each step of the grid is one step of torchsde's method. The Brownian motion comes from the noise
+    source of `solve`. Orders are for additive noise.
 
     Parameters
     ----------
@@ -65,13 +64,6 @@ class TorchSDE(GridSolver):
     ------
     ValueError
         If the method is unknown.
-
-    Examples
-    --------
-    >>> from cldsde import CLD, GaussianMixture, sample, solvers
-    >>> sde, data = CLD(), GaussianMixture([1.0], [[0.3]], [[[0.25]]])
-    >>> sample(sde, data.score(sde), (8, 1), nfe=50, solver=solvers.TorchSDE(method="srk")).shape
-    torch.Size([8, 1])
     """
 
     method: str = "euler"

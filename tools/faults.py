@@ -102,8 +102,8 @@ FAULTS = [
     Fault(
         "evaluation beyond ε by the probability flow",
         "solvers/probability_flow.py",
-        "(samples.t - weights.nodes * h).clamp_min_(end)",
-        "(samples.t - weights.nodes * (1 + 1e-9) * h)",
+        "(samples.t - nodes * h).clamp_min_(end)",
+        "(samples.t - nodes * (1 + 1e-9) * h)",
         CONTRACT,
     ),
     Fault(
