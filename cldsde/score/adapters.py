@@ -44,7 +44,7 @@ def as_torchdiffeq(process: LinearSDE | ReverseProcess) -> torch.nn.Module:
     >>> torchdiffeq.odeint(solvers.as_torchdiffeq(process), z, times, method="rk4").shape
     torch.Size([2, 8, 2, 1])
     """
-    return _Flow(process)
+    return _ProcessModule(process)
 
 
 class _ProcessModule(torch.nn.Module):
@@ -59,8 +59,6 @@ class _ProcessModule(torch.nn.Module):
         if isinstance(process, ReverseProcess) and isinstance(process.score, torch.nn.Module):
             self.score = process.score
 
-
-class _Flow(_ProcessModule):
     def forward(self, t: Tensor, z: Tensor) -> Tensor:
         at = t.detach().to("cpu", torch.float64)
         if isinstance(self._process, LinearSDE):

@@ -25,7 +25,6 @@ from cldsde.linear.checks import check_at_least, check_between, check_positive, 
 from cldsde.linear.kernel import Gaussian
 from cldsde.linear.log_snr import times_of_log_snr
 from cldsde.linear.random import check_generator, standard_normal
-from cldsde.linear.sde import LinearSDE
 from cldsde.messages import counted
 from cldsde.score.reverse import ReverseProcess, check_reverse_process, checked_score
 from cldsde.score.times import score_argument
@@ -133,7 +132,8 @@ def flow_log_prob(
     check_state(z, sde.components)
     if not bool(z.isfinite().all()):
         raise ValueError("z must be finite; it holds NaN or infinity")
-    T = _end(sde)
+    # The prior replaces the distribution of the states at T.
+    T = 1.0 if sde.regular_until == 1 else float(times_of_log_snr(sde, -10.0))
     check_between(t, 0.0, T * (1 - 1e-9), "t")
     one_of(divergence, Divergence, "divergence")
     check_positive(rtol, "rtol")
@@ -174,11 +174,6 @@ def flow_log_prob(
 
 # Adaptive methods of torchdiffeq that meet a tolerance. fehlberg2 misses it by a factor of 100.
 _ADAPTIVE = ("dopri5", "dopri8", "bosh3", "adaptive_heun")
-
-
-def _end(sde: LinearSDE) -> float:
-    """Time at which the distribution of the states is replaced by the prior."""
-    return 1.0 if sde.regular_until == 1 else float(times_of_log_snr(sde, -10.0))
 
 
 def _worst_sample(y: tuple[Tensor, Tensor]) -> Tensor:

@@ -226,9 +226,8 @@ class GuidedScore(Score):
             return call(self.conditional)
         dtype, z = z.dtype, z.to(torch.promote_types(z.dtype, torch.float32))
         call = methodcaller(name, z, t, planned=planned, **conditions)
-        joined = None
-        if not (guided.ndim or conditions):
-            joined = _joined(self.conditional, self.unconditional, z)
+        apart = guided.ndim or conditions
+        joined = None if apart else _joined(self.conditional, self.unconditional, z)
         if joined is None:
             pair: Sequence[Tensor] = call(self.conditional), call(self.unconditional)
         else:

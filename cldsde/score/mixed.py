@@ -169,7 +169,8 @@ class MixedScore(NetworkScore):
         self.network = network
         self.sde = sde
         self.inputs = inputs
-        self.predicts_data = self._of_data
+        # `_estimate` then gives the data directly, without the noise.
+        self.predicts_data = sde.components == 1 and mixing_logits is None
         self.register_buffer("data_mean", data_mean.to(torch.float32))
         self.register_buffer("data_variance", single)
         # A float64 copy on the CPU for the coefficients, which .to(device) does not move.
@@ -191,7 +192,7 @@ class MixedScore(NetworkScore):
         table = coefficients_at(
             self, t, z, self._coefficients, z.dtype, planned=planned, version=self._loads
         )
-        direct = self._of_data and prediction not in ("score", "noise")
+        direct = self.predicts_data and prediction not in ("score", "noise")
         source: Prediction = "data" if direct else "noise"
         value = self._estimate(source, z, table, condition)
         if prediction == source:
@@ -231,15 +232,10 @@ class MixedScore(NetworkScore):
         if isinstance(weighting, _LogSNRWeighting) and weighting.model is self and pair.t.ndim:
             known = weighting.of_known(pair.whitened, coefficients)
             weighting = lambda t: known  # noqa: E731
-        direct = self._of_data and prediction != "noise"
+        direct = self.predicts_data and prediction != "noise"
         source: Prediction = "data" if direct else "noise"
         value = self._estimate(source, pair.z, coefficients.to(pair.z), condition)
         return pair.loss(value, source, weighting=weighting, measured=prediction)
-
-    @property
-    def _of_data(self) -> bool:
-        """Whether `_estimate` gives the data prediction directly, without the noise."""
-        return self.sde.components == 1 and self.mixing_logits is None
 
     def residual_variance(self, t: Tensor, prediction: Prediction = "noise") -> Tensor:
         """Mean squared error of the reference's noise, velocity or flow, at times ``(n,)``.

@@ -172,7 +172,6 @@ class GaussianMixture:
         ValueError
             If shapes do not fit or the distribution has no density at some time.
         """
-        check_process(sde)
         _, _, log_terms = self._whitened(sde, z, t)
         return log_terms.logsumexp(-1).to(z.dtype)
 
@@ -194,7 +193,6 @@ class GaussianMixture:
 
         See `log_prob` for arguments and errors.
         """
-        check_process(sde)
         marginal, whitened, log_terms = self._whitened(sde, z, t)
         with torch.autocast(z.device.type, enabled=False):
             signal = torch.einsum("...njkl,...l->...nkj", marginal.whitening, marginal.psi)
@@ -287,6 +285,7 @@ class GaussianMixture:
 
     def _whitened(self, sde: LinearSDE, z: Tensor, t: TimeLike) -> tuple[_Marginal, Tensor, Tensor]:
         """The distribution of a state, and its `_terms`."""
+        check_process(sde)
         flat = self._flat_state(sde, z)
         with torch.autocast(z.device.type, enabled=False):
             marginal = self._marginal(sde, score_times(t, z)).to(flat)

@@ -18,16 +18,10 @@ def same_dynamics(first: LinearSDE, second: LinearSDE) -> bool:
     """Whether two processes have the same drift, diffusion and initial covariance."""
     if first is second:
         return True
-    if (first.components, first.driven) != (second.components, second.driven):
-        return False
     end = min(first.regular_until, second.regular_until)
     t = torch.linspace(0, end, 5, dtype=torch.float64, device="cpu")
-    pairs = (
-        (first.drift(t), second.drift(t)),
-        (first.diffusion(t), second.diffusion(t)),
-        (first.initial_covariance, second.initial_covariance),
-    )
-    return all(a.shape == b.shape and bool((a == b).all()) for a, b in pairs)
+    parts = ((sde.drift(t), sde.diffusion(t), sde.initial_covariance) for sde in (first, second))
+    return all(map(torch.equal, *parts))
 
 
 def checked_score(value: Tensor, z: Tensor, driven: int) -> Tensor:

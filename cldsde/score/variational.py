@@ -124,7 +124,12 @@ def evidence_lower_bound(
     known: Tensor | float = 0.0
     baseline: Tensor | float = 0.0
     if data_variance is not None:
-        mean = _broadcast_mean(data_mean, x0)
+        mean = torch.as_tensor(data_mean, dtype=x0.dtype, device=x0.device)
+        try:
+            mean = mean.expand(x0.shape)
+        except RuntimeError:
+            msg = f"data_mean must broadcast with x0, {tuple(x0.shape)}; got {tuple(mean.shape)}"
+            raise ValueError(msg) from None
         guess = _gaussian_noise(pair, mean, data_variance)
         baseline = pair.loss(guess, "noise", weighting="likelihood")
         known = _gaussian_diffusion(pair, mean, data_variance, t_min)
@@ -236,15 +241,6 @@ def _check_times(pair: PerturbedData, weight: Tensor | float, t_min: float) -> N
         raise ValueError(
             f"weight must be one number or have shape ({len(pair.x0)},); got {tuple(weight.shape)}"
         )
-
-
-def _broadcast_mean(mean: Tensor | float, x0: Tensor) -> Tensor:
-    mean = torch.as_tensor(mean, dtype=x0.dtype, device=x0.device)
-    try:
-        return mean.expand(x0.shape)
-    except RuntimeError:
-        msg = f"data_mean must broadcast with x0, {tuple(x0.shape)}; got {tuple(mean.shape)}"
-        raise ValueError(msg) from None
 
 
 def _gaussian_noise(pair: PerturbedData, mean: Tensor, variance: float) -> Tensor:
