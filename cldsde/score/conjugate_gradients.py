@@ -8,9 +8,7 @@ import torch
 from torch import Tensor
 
 from cldsde.linear.blocks import per_sample
-
-Operator = Callable[[Tensor], Tensor]
-"""A linear map of a batch ``(B, *E)`` that acts on each sample separately."""
+from cldsde.score.operators import Operator
 
 
 def conjugate_gradients(

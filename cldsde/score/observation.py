@@ -14,8 +14,15 @@ from torch import Tensor
 from cldsde.linear.checks import as_integer, check_at_least, check_callable
 from cldsde.linear.log_snr import first_times
 from cldsde.linear.sde import LinearSDE
-from cldsde.score.linearity import check_linear, operator_norm
-from cldsde.score.operators import Copies, block_means, correlation, matrix_product, selection
+from cldsde.score.operators import (
+    Copies,
+    block_means,
+    check_linear,
+    correlation,
+    matrix_product,
+    operator_norm,
+    selection,
+)
 
 # Largest ratio of the samples' noise at the end of sampling to the noise of the observation. At 0.3
 # the variance of exact samples in an observed direction is 9 % too large if the data vary widely.
