@@ -18,7 +18,6 @@ from cldsde.linear.random import check_generator, standard_normal
 from cldsde.linear.reprs import constructor_repr
 from cldsde.linear.sde import LinearSDE, check_process
 from cldsde.score.conditioning import conditioned
-from cldsde.score.dense_mixture import DenseMarginal
 from cldsde.score.observation import Observation
 from cldsde.score.operators import Copies
 from cldsde.score.protocol import Score
@@ -44,6 +43,25 @@ class _Marginal(NamedTuple):
 
     def to(self, like: Tensor) -> _Marginal:
         return _Marginal(*(field.to(like) for field in self))
+
+
+class _DenseMarginal(NamedTuple):
+    """The same for small states, as matrices over all numbers, component by component."""
+
+    mean: Tensor  # (*, n, k D, 1)
+    whitening: Tensor  # (*, n, k D, k D)
+    log_scale: Tensor  # (*, n, 1)
+    pull: Tensor  # (*, d D, n k D), from whitened residuals to the score
+
+    def score(self, flat: Tensor) -> Tensor:
+        """Score ``(B, d D)`` of states ``(B, k, D)`` that share a time."""
+        # Sums and softmaxes over few entries are much faster if the long axis, the batch, is last.
+        whitened = self.whitening @ (flat.flatten(1).mT - self.mean)
+        if len(whitened) > 1:
+            log_terms = self.log_scale - 0.5 * whitened.square().sum(1)
+            whitened = whitened * log_terms.softmax(0).unsqueeze(1)
+        score: Tensor = (self.pull @ whitened.flatten(0, 1)).mT
+        return score
 
 
 class GaussianMixture:
@@ -298,9 +316,12 @@ class GaussianMixture:
         whitened = torch.einsum("...njkl,...nlj->...nkj", marginal.whitening, residual)
         return whitened, marginal.log_scale - 0.5 * whitened.square().sum((-2, -1))
 
-    def _dense_marginal(self, sde: LinearSDE, rows: list[int], t: Tensor) -> DenseMarginal:
-        _, mean, whitening, log_scale, _ = self._marginal(sde, t)
-        return DenseMarginal.rotated(mean, whitening, log_scale, self._axes, rows)
+    def _dense_marginal(self, sde: LinearSDE, rows: list[int], t: Tensor) -> _DenseMarginal:
+        _, mean, blocks, log_scale, _ = self._marginal(sde, t)
+        whitening = torch.einsum("...njkl,nij->...nkjli", blocks, self._axes)
+        pull = -whitening[..., rows, :].flatten(-2).flatten(-4, -2).mT
+        whole = whitening.flatten(-2).flatten(-3, -2)
+        return _DenseMarginal(mean.flatten(-2).unsqueeze(-1), whole, log_scale.unsqueeze(-1), pull)
 
     def _score(self, flat: Tensor, rows: list[int], marginal: _Marginal) -> Tensor:
         whitened, log_terms = self._terms(flat, marginal)
