@@ -23,11 +23,6 @@ def as_torchdiffeq(process: LinearSDE | ReverseProcess) -> torch.nn.Module:
     of an adaptive method pass ``first_step``, because torchdiffeq's own estimate depends on the
     state. Pass ``step_t`` with the last time, or the method evaluates past it.
 
-    Parameters
-    ----------
-    process
-        A `ReverseProcess` or a `LinearSDE`.
-
     Raises
     ------
     TypeError
@@ -48,8 +43,6 @@ def as_torchdiffeq(process: LinearSDE | ReverseProcess) -> torch.nn.Module:
 
 
 class _ProcessModule(torch.nn.Module):
-    """A process for another library; it owns the parameters of a score that is a module."""
-
     def __init__(self, process: LinearSDE | ReverseProcess) -> None:
         super().__init__()
         if not isinstance(process, LinearSDE | ReverseProcess):
@@ -120,9 +113,8 @@ def as_torchsde(
 ) -> _TorchSDEForm:
     """Adapt a process to the object that ``torchsde.sdeint`` integrates.
 
-    torchsde's states are ``(batch, d)``. Every data dimension has the same dynamics, so states are
-    laid out as ``(B ∏D, k)`` with noise of type ``"additive"``. No matrix then grows with the
-    square of the data's size. ``pack`` and ``unpack`` convert states. ``clock`` converts times,
+    Every data dimension has the same dynamics, so torchsde's states are ``(B ∏D, k)``, with noise
+    of type ``"additive"``. ``pack`` and ``unpack`` convert states. ``clock`` converts times,
     because times of a reverse process decrease and torchsde's times increase.
 
     Parameters

@@ -60,11 +60,6 @@ class DenoiserScore(Score):
     ValueError
         If ``noise_levels`` are not two increasing numbers ≥ 0.
 
-    Notes
-    -----
-    ``score(z, t, **conditions)`` passes conditions, such as class labels, to the denoiser. For a
-    solver, wrap the score and its conditions in a `ConditionalScore`.
-
     Examples
     --------
     Normal data of variance 4, sampled with critically damped Langevin dynamics:
@@ -110,21 +105,19 @@ class DenoiserScore(Score):
 
         Parameters
         ----------
-        z
-            States ``(B, k, *D)``.
+        z, planned
+            See `Score`.
         t
             One time or ``(B,)``, above 0.
-        planned
-            Planned time of ``t``; see `Score`.
         conditions
-            Passed to the denoiser.
+            Passed to the denoiser, such as class labels. A solver passes none: give it a
+            `ConditionalScore`.
 
         Raises
         ------
         ValueError
-            If the noise level at a time lies outside of the denoiser's, or the denoiser returns
-            another shape. The levels of all times that a solver knows are checked before the first
-            evaluation.
+            If the noise level at a time lies outside of the denoiser's, which solvers check before
+            the first evaluation, or the denoiser returns another shape.
         """
         wide, rows, data = self._denoised(z, t, planned, **conditions)
         return (apply_blocks(rows.state, wide) + apply_blocks(rows.value, data)).to(z.dtype)

@@ -5,9 +5,8 @@ Given noisy data u = x_0 + σ n, a state at the time of the noise level σ is
 .. math:: z = ψ u + L P ξ, \qquad P = I − w w^⊤ / w^⊤ w, \quad w = L^{-1} ψ.
 
 Its best estimate of the data is u, and LPξ is independent of the data. The score at z gives
-E[x_0 | z] = D(u, σ). An exact score gives the same for every ξ. A network that was trained on
-states needs ξ. Without it, or with one ξ for all samples, the network gets states that it was not
-trained on.
+E[x_0 | z] = D(u, σ). An exact score gives the same for every ξ. A network needs one ξ per sample,
+or it gets states that it was not trained on.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ class ScoreDenoiser(Denoiser):
         Whether to add ξ to states of several components. Use False for scores that depend on the
         state only through its estimate of the data, such as exact scores.
     start
-        Smallest time that the score was trained on, > 0.
+        Smallest time that the score was trained on, 0 < start < T.
     seed
         Seed of ξ. The i-th sample of a batch has the same ξ at every evaluation, so that the
         denoiser is a function of u, σ, the place in the batch and the batch's size.
@@ -60,8 +59,8 @@ class ScoreDenoiser(Denoiser):
     TypeError
         If ``score`` is not callable or there is no process.
     ValueError
-        If not 0 < ``start`` < T. At an evaluation: if the driven score does not determine the data
-        (see `Conversion`), or a noise level lies outside of the process's range.
+        If ``start`` is out of range. At an evaluation: if the driven score does not determine the
+        data (see `Conversion`), or a noise level lies outside of the process's range.
 
     Examples
     --------
@@ -110,7 +109,7 @@ class ScoreDenoiser(Denoiser):
         planned: PlannedTime | None = None,
         **conditions: Any,
     ) -> Tensor:
-        """Estimate of the data, like ``u``; see `PredictionDenoiser.forward` for the arguments.
+        """Estimate of the data, like ``u``; see `Denoiser` for the arguments.
 
         The score gets states in single precision at least, and the conditions.
         """
