@@ -7,8 +7,7 @@ instantaneous change of variables (Song et al. 2021, §4.3),
           ∇·f = D\,\mathrm{tr}F − \tfrac12 \sum_{i,j\ \text{driven}} (G G^⊤)_{ij}\,
           \mathrm{tr}\frac{∂ s_i}{∂ z_j}.
 
-This is the density of the whole state at t > 0. `cldsde.score.likelihood` derives the likelihood of
-data from it.
+This is the density of the whole state at t > 0.
 """
 
 from __future__ import annotations
@@ -42,16 +41,9 @@ class UnsolvedFlowError(RuntimeError):
 class FlowDensity:
     """Log-density of states under the model; the result of `flow_log_prob`.
 
-    Attributes
-    ----------
-    log_prob
-        Log-density of the prior at ``latent`` plus ``divergence``, ``(B,)`` nats.
-    latent
-        The states at T, ``(B, k, *D)``.
-    divergence
-        ∫ ∇·f along the path, ``(B,)``.
-    nfev
-        Number of score evaluations.
+    ``log_prob`` is the log-density of the prior at ``latent`` plus ``divergence``, ``(B,)`` nats.
+    ``latent`` holds the states at T, ``(B, k, *D)``, and ``divergence`` ∫ ∇·f along the path,
+    ``(B,)``. ``nfev`` is the number of score evaluations.
     """
 
     log_prob: Tensor
@@ -74,20 +66,17 @@ def flow_log_prob(
 ) -> FlowDensity:
     """Log-density of states at time t under the model, by its probability-flow ODE.
 
-    torchdiffeq solves the ODE in float64 (float32 on devices without float64). The score gets
-    states of the dtype of ``z``. The tolerances hold for each sample, including its divergence
-    integral, so the most demanding sample sets the step lengths. Times stay in [t, T], with T = 1,
-    or the time with κ = −10 (`LinearSDE.log_snr`) if drift and diffusion diverge at 1.
-    The result has no gradients.
+    torchdiffeq solves the ODE. The score gets states of the dtype of ``z``. The tolerances hold for
+    each sample, including its divergence integral, so the most demanding sample sets the step
+    lengths. Times stay in [t, T], with T = 1, or the time with κ = −10 (`LinearSDE.log_snr`) if
+    drift and diffusion diverge at 1.
 
     Parameters
     ----------
     process
         Forward process and score. The score must be differentiable in the state.
-    z
-        States ``(B, k, *D)``.
-    t
-        Time of the states, 0 ≤ t < T.
+    z, t
+        States ``(B, k, *D)`` and their time, 0 ≤ t < T.
     divergence
         ``"exact"``: D·len(driven) backward passes per evaluation. ``"hutchinson"``: one backward
         pass, with a random vector of signs per sample that is fixed along its path; unbiased.
@@ -103,7 +92,7 @@ def flow_log_prob(
     Returns
     -------
     FlowDensity
-        In float64 (float32 on devices without float64).
+        In float64 (float32 on devices without float64), as the ODE; without gradients.
 
     Raises
     ------

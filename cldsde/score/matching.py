@@ -3,8 +3,7 @@ r"""Score matching: hybrid and denoising targets, losses, and the loss of the be
 A state z_t drawn given the start has the score target −L_t^{−⊤}ξ. Its driven rows are −L_dd^{−⊤}n*
 with the noise n* of the driven components given all others (see `cldsde.score.conversion`).
 Conditioning on the data alone is hybrid score matching (Dockhorn et al. 2022). Conditioning on all
-of z_0 is denoising score matching. Both have the same minimiser, the score of the marginal. The
-expectation of the denoising target given (z_t, x_0) is the hybrid target, which varies less.
+of z_0 is denoising score matching. docs/explanation/hybrid-score-matching.md compares them.
 """
 
 from __future__ import annotations
@@ -50,22 +49,16 @@ class PerturbedData:
 
     Attributes
     ----------
-    sde
-        The forward process.
-    x0
-        The data ``(B, *D)``.
+    sde, x0, conditioning
+        See `PerturbedData.draw`.
     z
         States ``(B, k, *D)``.
     noise
         n*, the noise of the driven components, ``(B, d, *D)``, standard normal.
     t
         Times ``()`` or ``(B,)``, float64 on the CPU.
-    kernel
-        Distribution of z_t given the data, or given all of z_0.
-    conditioning
-        ``"data"`` or ``"all"``.
-    whitened
-        The kernel, whitened.
+    kernel, whitened
+        Distribution of z_t given the data, or given all of z_0; the same, whitened.
 
     Examples
     --------
@@ -113,10 +106,9 @@ class PerturbedData:
 
         Raises
         ------
-        TypeError
-            If the data are not a floating-point tensor, or a time is not a number.
-        ValueError
-            If shapes do not fit, a time lies outside (0, 1] or ``conditioning`` is unknown.
+        TypeError, ValueError
+            If an argument has the wrong type, shapes do not fit, a time lies outside (0, 1] or
+            ``conditioning`` is unknown.
         """
         check_process(sde)
         one_of(conditioning, Conditioning, "conditioning")
@@ -138,11 +130,8 @@ class PerturbedData:
     def target(self, prediction: Prediction = "score") -> Tensor:
         """Training target of a network that predicts the given quantity.
 
-        Returns
-        -------
-        Tensor
-            ``"score"``: s* = −L_dd^{−⊤} n*, ``(B, d, *D)``. ``"noise"``: n*. ``"data"``: x_0.
-            ``"velocity"``: α n* − σ x_0, and ``"flow"``: α′ x_0 + σ′ n*, ``(B, 1, *D)``.
+        ``"score"``: s* = −L_dd^{−⊤} n*, ``(B, d, *D)``. ``"noise"``: n*. ``"data"``: x_0.
+        ``"velocity"``: α n* − σ x_0, and ``"flow"``: α′ x_0 + σ′ n*, ``(B, 1, *D)``.
 
         Raises
         ------
@@ -184,11 +173,9 @@ class PerturbedData:
 
         Raises
         ------
-        TypeError
-            If the output is not a tensor.
-        ValueError
-            If the output has another shape or an option is unknown. Also if a velocity or a flow is
-            used with several components, or with states drawn given all of z_0.
+        TypeError, ValueError
+            If the output is not a tensor of this shape, an option is unknown, or for a velocity or
+            a flow as `target`.
         """
         one_of(prediction, TRAINED, "prediction")
         if measured is None:
@@ -250,7 +237,7 @@ def score_matching_loss(
     weighting: Weighting = "reweighted",
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    r"""Score-matching loss of a network at random states of the forward process.
+    r"""Score-matching loss ``(B,)`` of a network at random states of the forward process.
 
     Parameters
     ----------
@@ -263,12 +250,7 @@ def score_matching_loss(
         Prediction of the model: ``"score"``, ``"noise"``, ``"data"``, ``"velocity"`` or ``"flow"``.
         With ``"flow"`` and `cldsde.RectifiedFlow` this is the flow-matching loss.
     weighting
-        See `Weighting`.
-
-    Returns
-    -------
-    Tensor
-        Loss of each sample ``(B,)``, without the weights of a `TimeSampler`.
+        See `Weighting`. The weights of a `TimeSampler` are not included.
 
     Raises
     ------
@@ -309,30 +291,17 @@ def optimal_loss(
 
     Parameters
     ----------
-    sde
-        The forward process.
     t
-        Times of any shape in (0, 1].
+        Times of any shape in (0, 1]. The result has this shape, float64 on the CPU.
     data_variance
         s₀², the mean variance of the data's entries.
-    conditioning, weighting
+    sde, conditioning, weighting
         See `score_matching_loss`.
-
-    Returns
-    -------
-    Tensor
-        Of the shape of t, float64 on the CPU.
 
     Raises
     ------
     ValueError
         If the distribution has no density at some time, or an argument is out of range.
-
-    Examples
-    --------
-    >>> from cldsde import VPSDE
-    >>> bool(optimal_loss(VPSDE(), 0.9) < optimal_loss(VPSDE(), 0.1))
-    True
     """
     check_process(sde)
     check_positive(data_variance, "data_variance")
