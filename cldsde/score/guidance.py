@@ -34,8 +34,8 @@ class ConditionalScore(ScoreWrapper):
 
     Raises
     ------
-    TypeError
-        If ``score`` is not callable.
+    TypeError, ValueError
+        If ``score`` is not callable, or a condition is called z, t or planned.
 
     Examples
     --------
@@ -108,23 +108,15 @@ class GuidedScore(Score):
 
     Raises
     ------
-    TypeError
-        If a score is not callable or the weight is not a number.
-    ValueError
-        If the weight is not finite, the scores belong to different processes, or the interval is
-        empty or given for scores whose process is not known.
+    TypeError, ValueError
+        If a score is not callable, the weight is not a finite number, the scores belong to
+        different processes, or the interval is empty or given for scores of an unknown process.
 
     Notes
     -----
     A guided evaluation costs the evaluations of both scores. Outside of the interval only the
     conditional score is evaluated. With times per sample both scores are evaluated for all samples
     if any sample is guided. The scores get states in single precision at least.
-
-    References
-    ----------
-    J. Ho and T. Salimans, *Classifier-free diffusion guidance*, 2021. T. Kynkäänniemi et al.,
-    *Applying guidance in a limited interval improves sample and distribution quality in diffusion
-    models*, 2024.
 
     Examples
     --------

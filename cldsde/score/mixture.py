@@ -30,10 +30,7 @@ _DENSE = 32  # largest size of a state for which dense matrices over all its num
 
 
 class _Marginal(NamedTuple):
-    """The distribution of z_t for each mixture component, in the eigenbasis of its covariance.
-
-    Axes are ``(*times, component of the mixture, eigen-direction, k, k)``.
-    """
+    """The distribution of z_t for each of n mixture components, in the basis of its covariance."""
 
     psi: Tensor  # (*, k), maps the data to the mean of the state
     mean: Tensor  # (*, n, k, D)
@@ -82,9 +79,9 @@ class GaussianMixture:
 
     Raises
     ------
-    ValueError
-        If shapes do not fit, a number is not finite, a weight is not positive, or a covariance is
-        not symmetric positive semi-definite or requires gradients.
+    TypeError, ValueError
+        If an argument has another type or shape, a number is not finite, a weight is not positive,
+        or a covariance is not symmetric positive semi-definite or requires gradients.
 
     Examples
     --------
@@ -144,7 +141,6 @@ class GaussianMixture:
         self._rotation = Copies(self._axes)
 
     def __repr__(self) -> str:
-        """Facts in one line."""
         return f"GaussianMixture(modes={len(self.weights)}, dimension={self.dimension})"
 
     @property
@@ -183,7 +179,7 @@ class GaussianMixture:
         z
             ``(B, k, *D)`` with D numbers per component.
         t
-            One time or ``(B,)``, at which the distribution has a density; t > 0 always has one.
+            One time or ``(B,)``. t > 0 always has a density.
 
         Raises
         ------
@@ -196,9 +192,8 @@ class GaussianMixture:
     def conditional_log_prob(self, sde: LinearSDE, z: Tensor, t: TimeLike) -> Tensor:
         """Log-density of the auxiliary components given the data component, log p_t(v, … | x).
 
-        Its gradient is ``score(sde, rows="auxiliary")``. It equals the gradient of log p_t(z),
-        because p_t(x) does not depend on the auxiliary components. See `log_prob` for arguments,
-        result and errors. A process of one component raises a ValueError, too.
+        Its gradient is ``score(sde, rows="auxiliary")``. See `log_prob` for arguments, result and
+        errors. A process of one component raises a ValueError, too.
         """
         _rows(sde, "auxiliary")
         marginal, whitened, log_joint = self._whitened(sde, z, t)
@@ -240,22 +235,16 @@ class GaussianMixture:
         return MixtureScore(self, sde, rows=rows)
 
     def condition(self, observation: Observation) -> GaussianMixture:
-        """Exact posterior p(x_0 | y) given a linear observation, which is a mixture again.
+        """Exact posterior p(x_0 | y) given one linear observation, which is a mixture again.
 
         ``mixture.condition(observation).score(sde)`` is the exact guided score ∂ log p(z_t | y)/∂z
-        of any process.
-
-        Parameters
-        ----------
-        observation
-            One observation of data of D numbers. Modes keep their order.
+        of any process. Modes keep their order.
 
         Raises
         ------
-        TypeError
-            If ``observation`` is not an `Observation`.
-        ValueError
-            If it does not fit the data, holds several observations, or has no density.
+        TypeError, ValueError
+            If ``observation`` is not an `Observation`, does not fit the data, holds several
+            observations, or has no density.
 
         Examples
         --------
@@ -361,11 +350,7 @@ def _numbers(value: object, name: str) -> Tensor:
 
 
 class MixtureScore(Score):
-    """Exact score ∂ log p_t(z)/∂z of a `GaussianMixture`; create it with `GaussianMixture.score`.
-
-    Call it as ``score(z, t)`` with a state ``(B, k, *D)`` and one time or ``(B,)``. It returns
-    ``(B, len(rows), *D)``.
-    """
+    """Exact score ∂ log p_t(z)/∂z of a `GaussianMixture`, which `GaussianMixture.score` makes."""
 
     predicts_data = True
     sde: LinearSDE
@@ -377,11 +362,10 @@ class MixtureScore(Score):
         self.sde = sde
 
     def __repr__(self) -> str:
-        """Data, process and components in one line."""
         return constructor_repr(self)
 
     def forward(self, z: Tensor, t: TimeLike, *, planned: PlannedTime | None = None) -> Tensor:
-        """Score at one time or ``(B,)`` times."""
+        """Score ``(B, len(rows), *D)`` of states ``(B, k, *D)`` at one time or ``(B,)``."""
         data, rows = self.data, self.rows
         # Compare densities in single precision at least, also for states in half precision.
         flat, version = data._flat_state(self.sde, z), data._version()

@@ -49,15 +49,8 @@ class Observation:
 
     Raises
     ------
-    TypeError
-        If ``forward`` is not callable, or y or the noise are not real numbers.
-    ValueError
-        If y is not finite or the noise is negative.
-
-    Notes
-    -----
-    `check` tests that ``forward`` is linear and fits y. Samplers call it before they evaluate a
-    score.
+    TypeError, ValueError
+        If ``forward`` is not callable, y is not real and finite, or the noise is no number ≥ 0.
 
     Examples
     --------
@@ -68,9 +61,6 @@ class Observation:
     tensor([[1., 0., 0.],
             [1., 1., 0.],
             [1., 1., 1.]])
-    >>> seen = torch.tensor([True, False, True])
-    >>> Observation.mask(seen, torch.tensor([1.0, float("nan"), 2.0]), 0.1).y
-    tensor([1., 2.])
     """
 
     forward: Callable[[Tensor], Tensor]
@@ -104,14 +94,12 @@ class Observation:
         y
             Data ``(*D)`` or ``(B, *D)``. Entries outside of the mask are ignored.
         noise_std
-            Standard deviation of the noise.
+            See `Observation`.
 
         Raises
         ------
-        TypeError
-            If the mask is not boolean.
-        ValueError
-            If the mask marks no entry, or y does not have the mask's shape.
+        TypeError, ValueError
+            If the mask is not boolean or marks no entry, or y does not have the mask's shape.
         """
         forward = selection(mask)
         values, shape = _as_tensor(y, "y"), tuple(mask.shape)
@@ -124,19 +112,7 @@ class Observation:
     def matrix(cls, A: Tensor | Sequence[Sequence[float]], y: Tensor, noise_std: float) -> Self:
         """Observe A x_0 for a matrix ``(m, D)``; data of other shapes are flattened.
 
-        Parameters
-        ----------
-        A
-            ``(m, D)``.
-        y
-            ``(m,)`` or ``(B, m)``.
-        noise_std
-            Standard deviation of the noise.
-
-        Raises
-        ------
-        ValueError
-            If A is not a finite matrix.
+        y is ``(m,)`` or ``(B, m)``. If A is not a finite matrix, a ValueError is raised.
         """
         matrix = _as_tensor(A, "A")
         return cls(matrix_product(matrix), y, noise_std, (matrix.shape[1],))
@@ -153,7 +129,7 @@ class Observation:
             ``(C, *S)``: channels, then one or more spatial axes. The data are
             ``(C, *(factor · S))``.
         noise_std
-            Standard deviation of the noise.
+            See `Observation`.
 
         Raises
         ------
@@ -181,7 +157,7 @@ class Observation:
         y
             ``(C, H, W)``.
         noise_std
-            Standard deviation of the noise.
+            See `Observation`.
 
         Raises
         ------
@@ -250,13 +226,7 @@ class Observation:
 
         The data component at time t is ψ x_0 plus noise of variance Σ (`LinearSDE.marginal`). If
         the norm of A times √Σ/ψ is above 0.3 s, samples are visibly wider than the posterior.
-
-        Parameters
-        ----------
-        sde
-            The forward process.
-        shape
-            Shape ``(*D)`` of one data point.
+        ``shape`` is the shape ``(*D)`` of one data point.
 
         Raises
         ------
@@ -284,15 +254,13 @@ class Observation:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        """Check that ``forward`` is linear on data of shape ``(*D)`` and fits y.
+        """Check that ``forward`` is linear on data of shape ``(*D)``, as samplers do first.
 
         Raises
         ------
-        TypeError
-            If ``forward`` does not return a tensor that autograd can differentiate.
-        ValueError
-            If it has a constant part, is not linear, mixes samples of a batch, or does not return
-            y's shape.
+        TypeError, ValueError
+            If ``forward`` does not return a tensor of y's shape that autograd can differentiate,
+            has a constant part, is not linear, or mixes samples of a batch.
         """
         key = (tuple(shape), dtype, torch.device(device))
         if key not in self._checked:
