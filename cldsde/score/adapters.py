@@ -27,17 +27,6 @@ def as_torchdiffeq(process: LinearSDE | ReverseProcess) -> torch.nn.Module:
     ------
     TypeError
         If ``process`` is neither.
-
-    Examples
-    --------
-    >>> import torch, torchdiffeq
-    >>> from cldsde import CLD, GaussianMixture, ReverseProcess, solvers
-    >>> sde = CLD()
-    >>> process = ReverseProcess(sde, GaussianMixture([1.0], [[0.3]], [[[0.25]]]).score(sde))
-    >>> z = sde.prior.sample((8, 1), generator=torch.Generator().manual_seed(0))
-    >>> times = torch.tensor([1.0, 1e-3])
-    >>> torchdiffeq.odeint(solvers.as_torchdiffeq(process), z, times, method="rk4").shape
-    torch.Size([2, 8, 2, 1])
     """
     return _ProcessModule(process)
 

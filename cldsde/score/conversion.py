@@ -221,15 +221,8 @@ def whiten(sde: LinearSDE, kernel: Kernel, t: Tensor) -> WhitenedKernel:
 class Conversion:
     """Conversion of one prediction to another, linear in the state; `Conversion.at` makes it.
 
-    Attributes
-    ----------
-    state
-        Coefficients of the state, ``(*, out, k)`` float64 on the CPU.
-    value
-        Coefficients of the prediction, ``(*, out, in)`` float64 on the CPU.
-    source, target
-        Predictions that are converted from and to. ``in`` and ``out`` are 1 for data, velocity and
-        flow, the number of driven components for score and noise, and k for the full score.
+    The sizes ``in`` and ``out`` of predictions are 1 for data, velocity and flow, the number of
+    driven components for score and noise, and k for the full score.
 
     Examples
     --------
@@ -245,8 +238,8 @@ class Conversion:
     True
     """
 
-    state: Tensor
-    value: Tensor
+    state: Tensor  #: Coefficients of the state, ``(*, out, k)`` float64 on the CPU.
+    value: Tensor  #: Coefficients of the prediction, ``(*, out, in)`` float64 on the CPU.
     source: Prediction
     target: Prediction
 

@@ -39,17 +39,12 @@ class UnsolvedFlowError(RuntimeError):
 
 @dataclass(frozen=True, eq=False)
 class FlowDensity:
-    """Log-density of states under the model; the result of `flow_log_prob`.
+    """Log-density of states under the model; the result of `flow_log_prob`."""
 
-    ``log_prob`` is the log-density of the prior at ``latent`` plus ``divergence``, ``(B,)`` nats.
-    ``latent`` holds the states at T, ``(B, k, *D)``, and ``divergence`` ∫ ∇·f along the path,
-    ``(B,)``. ``nfev`` is the number of score evaluations.
-    """
-
-    log_prob: Tensor
-    latent: Tensor
-    divergence: Tensor
-    nfev: int
+    log_prob: Tensor  #: Log-density of the prior at ``latent`` plus ``divergence``, ``(B,)`` nats.
+    latent: Tensor  #: States at T, ``(B, k, *D)``.
+    divergence: Tensor  #: ∫ ∇·f along the path, ``(B,)``.
+    nfev: int  #: Number of score evaluations.
 
 
 def flow_log_prob(

@@ -30,26 +30,13 @@ Start = Literal["perturb", "replace"]
 
 @dataclass(frozen=True, eq=False)
 class Likelihood:
-    """Log-likelihood of data; the result of `log_likelihood`.
+    """Log-likelihood of data; the result of `log_likelihood`."""
 
-    Attributes
-    ----------
-    log_prob, standard_error
-        Log-likelihood of each data point, ``(B,)`` nats, and its standard error from the spread of
-        its samples; NaN for a single sample.
-    is_bound
-        Whether the expectation of ``log_prob`` is a lower bound instead of the value itself.
-    dimension
-        Number D of entries of a data point.
-    nfev
-        Score evaluations of each sample of each data point.
-    """
-
-    log_prob: Tensor
-    standard_error: Tensor
-    is_bound: bool
-    dimension: int
-    nfev: int
+    log_prob: Tensor  #: Log-likelihood of each data point, ``(B,)`` nats.
+    standard_error: Tensor  #: From the spread of the samples, ``(B,)``; NaN for a single sample.
+    is_bound: bool  #: Whether the expectation of ``log_prob`` is a lower bound, not the value.
+    dimension: int  #: Number D of entries of a data point.
+    nfev: int  #: Score evaluations of each sample of each data point.
 
     def bits_per_dim(self, bin_width: float = 1.0) -> Tensor:
         """Negative log-likelihood in bits per dimension, ``(B,)``; see `bits_per_dim`."""

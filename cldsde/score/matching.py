@@ -47,34 +47,15 @@ returns ``(n,)``: its value times ``"reweighted"``."""
 class PerturbedData:
     """Perturbed data and training targets: random states of the forward process with their noise.
 
-    Attributes
-    ----------
-    sde, x0, conditioning
-        See `PerturbedData.draw`.
-    z
-        States ``(B, k, *D)``.
-    noise
-        n*, the noise of the driven components, ``(B, d, *D)``, standard normal.
-    t
-        Times ``()`` or ``(B,)``, float64 on the CPU.
-    kernel, whitened
-        Distribution of z_t given the data, or given all of z_0; the same, whitened.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from cldsde import CLD
-    >>> pair = PerturbedData.draw(CLD(), torch.randn(8, 3), 0.5)
-    >>> pair.z.shape, pair.target("noise").shape
-    (torch.Size([8, 2, 3]), torch.Size([8, 1, 3]))
+    `PerturbedData.draw` makes them.
     """
 
     sde: LinearSDE
-    x0: Tensor
-    z: Tensor
-    noise: Tensor
-    t: Tensor
-    kernel: Kernel
+    x0: Tensor  #: The data, ``(B, *D)``.
+    z: Tensor  #: States, ``(B, k, *D)``.
+    noise: Tensor  #: n*, the standard normal noise of the driven components, ``(B, d, *D)``.
+    t: Tensor  #: Times, ``()`` or ``(B,)`` float64 on the CPU.
+    kernel: Kernel  #: Distribution of z_t given the data, or given all of z_0.
     conditioning: Conditioning
     whitened: WhitenedKernel
 

@@ -245,15 +245,6 @@ class GaussianMixture:
         TypeError, ValueError
             If ``observation`` is not an `Observation`, does not fit the data, holds several
             observations, or has no density.
-
-        Examples
-        --------
-        >>> import torch
-        >>> from cldsde.score import Observation
-        >>> data = GaussianMixture([1.0], [[0.0, 0.0]], [[[1.0, 0.8], [0.8, 1.0]]])
-        >>> seen = Observation.matrix([[1.0, 0.0]], torch.tensor([1.0]), noise_std=0.5)
-        >>> data.condition(seen).means
-        tensor([[0.8000, 0.6400]], dtype=torch.float64)
         """
         log_evidence, means, covariances = conditioned(self.means, self.covariances, observation)
         # Weights must be positive, so a weight that underflows is set to the smallest number.

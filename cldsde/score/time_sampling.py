@@ -149,14 +149,6 @@ def log_snr_density(
     ------
     ValueError
         If ``std`` is not positive or a number is not finite.
-
-    Examples
-    --------
-    >>> from cldsde import CLD
-    >>> sampler = TimeSampler(log_snr_density(CLD()), t_min=1e-3)
-    >>> t, _ = sampler.sample(10_000, generator=torch.Generator().manual_seed(0))
-    >>> f"{CLD().log_snr(t).mean():.1f}, {CLD().log_snr(t).std():.1f}"
-    '1.2, 1.2'
     """
     check_process(sde)
     check_normal(mean, std)

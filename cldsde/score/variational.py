@@ -147,11 +147,10 @@ def cross_entropy(
 
     Notes
     -----
-    Auxiliary components start independent of the data and add their own entropy: for CLD
-    ½ log(2πeγM) nats per data dimension. Subtracting it does not give the cross-entropy of the data
-    if the auxiliary components start far from equilibrium. For CLD with ``velocity_scale=0.04`` at
-    t_min = 1e-3 the difference is 0.3 nats per dimension. With ``velocity_scale=1`` there is none,
-    which makes it the best choice for latent variables. ``of="data"`` does not have this gap.
+    Auxiliary components add their own entropy: for CLD ½ log(2πeγM) nats per data dimension.
+    Subtracting it does not give the cross-entropy of the data if they start far from equilibrium.
+    For CLD with ``velocity_scale=0.04`` at t_min = 1e-3 the difference is 0.3 nats per dimension.
+    With ``velocity_scale=1``, or ``of="data"``, there is none.
 
     Examples
     --------
