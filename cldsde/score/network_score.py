@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from cldsde.linear.checks import TimeLike, check_state, one_of
 from cldsde.linear.sde import LinearSDE
 from cldsde.score.conversion import TRAINED, Prediction
+from cldsde.score.denoiser_score import ScoreDenoiser
 from cldsde.score.denoisers import input_dtype
 from cldsde.score.matching import PerturbedData, Weighting
 from cldsde.score.protocol import Score
-from cldsde.score.score_denoiser import ScoreDenoiser
 from cldsde.score.times import PlannedTime
 
 Inputs = Literal["state", "estimate"]
