@@ -61,10 +61,10 @@ def flow_log_prob(
 ) -> FlowDensity:
     """Log-density of states at time t under the model, by its probability-flow ODE.
 
-    torchdiffeq solves the ODE. The score gets states of the dtype of ``z``. The tolerances hold for
-    each sample, including its divergence integral, so the most demanding sample sets the step
-    lengths. Times stay in [t, T], with T = 1, or the time with κ = −10 (`LinearSDE.log_snr`) if
-    drift and diffusion diverge at 1.
+    torchdiffeq solves the ODE in float64 (float32 on devices without float64), without gradients.
+    The score gets states of the dtype of ``z``. The tolerances hold for each sample, including its
+    divergence integral, so the most demanding sample sets the step lengths. Times stay in [t, T],
+    with T = 1, or the time with κ = −10 (`LinearSDE.log_snr`) if drift and diffusion diverge at 1.
 
     Parameters
     ----------
@@ -83,11 +83,6 @@ def flow_log_prob(
         Largest number of score evaluations, ≥ 1.
     generator
         Random generator of the signs.
-
-    Returns
-    -------
-    FlowDensity
-        In float64 (float32 on devices without float64), as the ODE; without gradients.
 
     Raises
     ------

@@ -18,7 +18,7 @@ from cldsde.linear.blocks import apply_blocks, flatten_data
 from cldsde.linear.checks import as_integer, check_between, one_of
 from cldsde.linear.covariance import joint_root
 from cldsde.linear.kernel import Gaussian
-from cldsde.linear.random import check_generator, standard_normal
+from cldsde.linear.random import standard_normal
 from cldsde.linear.sde import LinearSDE
 from cldsde.score.conversion import whiten
 from cldsde.score.flow_density import Divergence, flow_log_prob
@@ -113,7 +113,6 @@ def log_likelihood(
     (torch.Size([1]), True)
     """
     check_reverse_process(process)
-    check_generator(generator)
     sde = process.sde
     mean = sde.embed(x0)
     check_between(t_min, 1e-300, 1 - 1e-9, "t_min")

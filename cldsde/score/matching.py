@@ -20,7 +20,7 @@ from cldsde.linear.blocks import apply_blocks
 from cldsde.linear.checks import TimeLike, as_times, check_positive, one_of
 from cldsde.linear.covariance import joint_root, triangular_inverse
 from cldsde.linear.kernel import Kernel
-from cldsde.linear.random import Generators, check_generator
+from cldsde.linear.random import Generators
 from cldsde.linear.sde import LinearSDE, check_process
 from cldsde.score.conversion import (
     MEASURED,
@@ -92,8 +92,6 @@ class PerturbedData:
             ``conditioning`` is unknown.
         """
         check_process(sde)
-        one_of(conditioning, Conditioning, "conditioning")
-        check_generator(generator)
         start = sde.embed(x0)
         times = score_times(t, start)
         if conditioning == "all":

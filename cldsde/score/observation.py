@@ -43,7 +43,7 @@ class Observation:
     y
         Observed values, ``(*E)``, or one observation per sample, ``(B, *E)``.
     noise_std
-        s ≥ 0, the standard deviation of the noise.
+        s ≥ 0, the standard deviation of the noise; also an argument of the methods below.
     shape
         Shape ``(*D)`` of one data point, if it is known.
 
@@ -93,8 +93,6 @@ class Observation:
             Bool ``(*D)``, True for observed entries.
         y
             Data ``(*D)`` or ``(B, *D)``. Entries outside of the mask are ignored.
-        noise_std
-            See `Observation`.
 
         Raises
         ------
@@ -128,8 +126,6 @@ class Observation:
         y
             ``(C, *S)``: channels, then one or more spatial axes. The data are
             ``(C, *(factor · S))``.
-        noise_std
-            See `Observation`.
 
         Raises
         ------
@@ -156,8 +152,6 @@ class Observation:
             kernel, as by `torch.nn.functional.conv2d`; flip the kernel for a convolution.
         y
             ``(C, H, W)``.
-        noise_std
-            See `Observation`.
 
         Raises
         ------
