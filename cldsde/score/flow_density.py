@@ -92,17 +92,6 @@ def flow_log_prob(
         If the score is not finite.
     UnsolvedFlowError
         If ``max_nfev`` is exhausted or the tolerances cannot be met; it is a RuntimeError.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from cldsde import VPSDE, GaussianMixture
-    >>> sde, data = VPSDE(), GaussianMixture([1.0], [[1.0]], [[[0.25]]])
-    >>> x = torch.tensor([[[0.5]]], dtype=torch.float64)
-    >>> found = flow_log_prob(ReverseProcess(sde, data.score(sde)), x, 1e-3)
-    >>> exact = data.log_prob(sde, x, 1e-3)
-    >>> bool((found.log_prob - exact).abs() < 1e-2)  # the prior is p_T up to e^{-B/2} = 0.007
-    True
     """
     from torchdiffeq import odeint  # imported here because it is slow to import
 

@@ -200,12 +200,6 @@ def mode_density(scale: float = 1.29) -> Callable[[Tensor], Tensor]:
     scale
         s in (−1, 2/(π − 2)). 0 is uniform; a positive s prefers the middle, a negative s the ends.
         See `log_snr_density` for the result and errors; times 0 are allowed.
-
-    Examples
-    --------
-    >>> density = mode_density(1.29)
-    >>> f"{density(0.5):.2f} {density(1.0):.2f}"
-    '3.79 0.44'
     """
     check_between(scale, -1 + 1e-9, 2 / (math.pi - 2) - 1e-9, "scale")
     return partial(_mode, scale=scale)
