@@ -21,12 +21,8 @@ def as_torchdiffeq(process: LinearSDE | ReverseProcess) -> torch.nn.Module:
     `LinearSDE` it is the flow of the mean, F(t) z. If the score is a module, its parameters are
     parameters of the result, as ``odeint_adjoint`` needs them. Times are constants. For gradients
     of an adaptive method pass ``first_step``, because torchdiffeq's own estimate depends on the
-    state. Pass ``step_t`` with the last time, or the method evaluates past it.
-
-    Raises
-    ------
-    TypeError
-        If ``process`` is neither.
+    state. Pass ``step_t`` with the last time, or the method evaluates past it. Another ``process``
+    raises a TypeError.
     """
     return _ProcessModule(process)
 

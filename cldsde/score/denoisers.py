@@ -159,12 +159,8 @@ class PredictionDenoiser(Denoiser):
         """Estimate of the data, like ``u``; see `Denoiser` for the arguments.
 
         ``sigma`` may be one level for all. The network gets αu in the precision of its parameters,
-        and the conditions. The rest is computed in single precision at least.
-
-        Raises
-        ------
-        ValueError
-            If a level lies outside of the path's, or the network returns another shape.
+        and the conditions. The rest is computed in single precision at least. If a level lies
+        outside of the path's, or the network returns another shape, a ValueError is raised.
         """
         wide = u.to(torch.promote_types(u.dtype, torch.float32))
         table = coefficients_at(

@@ -225,12 +225,8 @@ class GaussianMixture:
         rows
             Components of the score. ``"driven"``: the components that noise enters, as a
             `ReverseProcess` needs. ``"all"``: all components. ``"auxiliary"``: all but the data,
-            which is the conditional score ∂ log p_t(v, … | x)/∂(v, …).
-
-        Raises
-        ------
-        ValueError
-            If ``rows`` is unknown, or ``"auxiliary"`` for a process of one component.
+            which is the conditional score ∂ log p_t(v, … | x)/∂(v, …). For a process of one
+            component it raises a ValueError.
         """
         return MixtureScore(self, sde, rows=rows)
 

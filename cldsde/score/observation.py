@@ -125,12 +125,7 @@ class Observation:
             Size of a block along each spatial axis, at least 2.
         y
             ``(C, *S)``: channels, then one or more spatial axes. The data are
-            ``(C, *(factor · S))``.
-
-        Raises
-        ------
-        ValueError
-            If the factor is below 2 or y has no spatial axis.
+            ``(C, *(factor · S))``. Other shapes raise a ValueError.
         """
         as_integer(factor, 2, "factor")
         low = _as_tensor(y, "y")
@@ -151,12 +146,7 @@ class Observation:
             ``(h, w)`` with odd sizes. The image is padded with zeros and correlated with the
             kernel, as by `torch.nn.functional.conv2d`; flip the kernel for a convolution.
         y
-            ``(C, H, W)``.
-
-        Raises
-        ------
-        ValueError
-            If the kernel does not have odd sizes or is not finite, or y is not an image.
+            ``(C, H, W)``. Other shapes, or a kernel that is not finite, raise a ValueError.
         """
         weights, image = _as_tensor(kernel, "kernel"), _as_tensor(y, "y")
         if image.ndim != 3:
@@ -220,12 +210,8 @@ class Observation:
 
         The data component at time t is ψ x_0 plus noise of variance Σ (`LinearSDE.marginal`). If
         the norm of A times √Σ/ψ is above 0.3 s, samples are visibly wider than the posterior.
-        ``shape`` is the shape ``(*D)`` of one data point.
-
-        Raises
-        ------
-        ValueError
-            If ``noise_std`` is 0.
+        ``shape`` is the shape ``(*D)`` of one data point. Without noise, ``noise_std`` = 0, a
+        ValueError is raised.
         """
         if self.noise_std == 0:
             raise ValueError(

@@ -34,14 +34,9 @@ class TimeSampler:
         Function of float64 times ``(n,)`` that returns values ``(n,)``, finite and positive, at
         both ends also 0. It need not be normalised. The best density is the root of the loss's
         second moment at each time. A density proportional to the loss makes the expected weighted
-        loss constant in time.
+        loss constant in time. Other values raise a ValueError.
     t_min
         Smallest time, in (0, ½].
-
-    Raises
-    ------
-    ValueError
-        If ``t_min`` is out of range or the density is not finite and positive.
 
     Examples
     --------
@@ -137,18 +132,14 @@ def log_snr_density(
     mean, std
         Mean and standard deviation of κ = −log σ with the noise level σ. The defaults are from
         Karras et al. (2022, table 1), who train on images in [−1, 1] with a standard deviation of
-        about ½. For data with standard deviation s take mean − log 2s.
+        about ½. For data with standard deviation s take mean − log 2s. If ``std`` is not positive
+        or a number is not finite, a ValueError is raised.
 
     Returns
     -------
     callable
         Function of float64 times of any shape in (0, 1] that returns values of that shape. Use it
         with `TimeSampler`, and with `MixedScore.log_snr_weighting` for a loss by noise levels.
-
-    Raises
-    ------
-    ValueError
-        If ``std`` is not positive or a number is not finite.
     """
     check_process(sde)
     check_normal(mean, std)
