@@ -2,7 +2,7 @@
 
 from cldsde.linear.paths import NoisePath
 from cldsde.score.conversion import Conversion
-from cldsde.score.denoiser_score import DenoiserScore
+from cldsde.score.denoiser_score import DenoiserScore, ScoreDenoiser
 from cldsde.score.denoisers import Denoiser, PredictionDenoiser
 from cldsde.score.flow_density import flow_log_prob
 from cldsde.score.guidance import ConditionalScore, GuidedScore
@@ -15,7 +15,6 @@ from cldsde.score.posterior_score import PosteriorScore
 from cldsde.score.protocol import Score, ScoreFunction, ScoreWrapper
 from cldsde.score.quantisation import bits_per_dim, dequantise
 from cldsde.score.reverse import ReverseProcess
-from cldsde.score.score_denoiser import ScoreDenoiser
 from cldsde.score.time_sampling import (
     TimeSampler,
     log_snr_density,

@@ -21,35 +21,13 @@ def as_torchdiffeq(process: LinearSDE | ReverseProcess) -> torch.nn.Module:
     `LinearSDE` it is the flow of the mean, F(t) z. If the score is a module, its parameters are
     parameters of the result, as ``odeint_adjoint`` needs them. Times are constants. For gradients
     of an adaptive method pass ``first_step``, because torchdiffeq's own estimate depends on the
-    state. Pass ``step_t`` with the last time, or the method evaluates past it.
-
-    Parameters
-    ----------
-    process
-        A `ReverseProcess` or a `LinearSDE`.
-
-    Raises
-    ------
-    TypeError
-        If ``process`` is neither.
-
-    Examples
-    --------
-    >>> import torch, torchdiffeq
-    >>> from cldsde import CLD, GaussianMixture, ReverseProcess, solvers
-    >>> sde = CLD()
-    >>> process = ReverseProcess(sde, GaussianMixture([1.0], [[0.3]], [[[0.25]]]).score(sde))
-    >>> z = sde.prior.sample((8, 1), generator=torch.Generator().manual_seed(0))
-    >>> times = torch.tensor([1.0, 1e-3])
-    >>> torchdiffeq.odeint(solvers.as_torchdiffeq(process), z, times, method="rk4").shape
-    torch.Size([2, 8, 2, 1])
+    state. Pass ``step_t`` with the last time, or the method evaluates past it. Another ``process``
+    raises a TypeError.
     """
-    return _Flow(process)
+    return _ProcessModule(process)
 
 
 class _ProcessModule(torch.nn.Module):
-    """A process for another library; it owns the parameters of a score that is a module."""
-
     def __init__(self, process: LinearSDE | ReverseProcess) -> None:
         super().__init__()
         if not isinstance(process, LinearSDE | ReverseProcess):
@@ -59,8 +37,6 @@ class _ProcessModule(torch.nn.Module):
         if isinstance(process, ReverseProcess) and isinstance(process.score, torch.nn.Module):
             self.score = process.score
 
-
-class _Flow(_ProcessModule):
     def forward(self, t: Tensor, z: Tensor) -> Tensor:
         at = t.detach().to("cpu", torch.float64)
         if isinstance(self._process, LinearSDE):
@@ -122,9 +98,8 @@ def as_torchsde(
 ) -> _TorchSDEForm:
     """Adapt a process to the object that ``torchsde.sdeint`` integrates.
 
-    torchsde's states are ``(batch, d)``. Every data dimension has the same dynamics, so states are
-    laid out as ``(B ∏D, k)`` with noise of type ``"additive"``. No matrix then grows with the
-    square of the data's size. ``pack`` and ``unpack`` convert states. ``clock`` converts times,
+    Every data dimension has the same dynamics, so torchsde's states are ``(B ∏D, k)``, with noise
+    of type ``"additive"``. ``pack`` and ``unpack`` convert states. ``clock`` converts times,
     because times of a reverse process decrease and torchsde's times increase.
 
     Parameters

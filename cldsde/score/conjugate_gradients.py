@@ -8,36 +8,18 @@ import torch
 from torch import Tensor
 
 from cldsde.linear.blocks import per_sample
-
-Operator = Callable[[Tensor], Tensor]
-"""A linear map of a batch ``(B, *E)`` that acts on each sample separately."""
+from cldsde.score.operators import Operator
 
 
 def conjugate_gradients(
     apply: Callable[[Tensor], tuple[Tensor, Tensor]], safe: Operator, b: Tensor, *, iterations: int
 ) -> Tensor:
-    """Solve R x = b for each sample of a batch.
+    """Solve R x = b for each sample of a batch ``(B, *E)`` with at most ``iterations`` products.
 
-    With a learnt Jacobian R may be neither symmetric nor positive definite. A sample stops with its
-    current x when the curvature pᵀRp of its direction p falls below a theoretical bound. If this
-    happens in the first direction, x is the first step for the matrix of ``safe``.
-
-    Parameters
-    ----------
-    apply
-        Function of a direction p that returns R p and the bound on pᵀRp of each sample, ``(B,)``.
-    safe
-        Product with a positive definite matrix that replaces R.
-    b
-        Right-hand side ``(B, *E)``.
-    iterations
-        Largest number of products with R; fewer if every sample has converged to the precision of
-        its dtype.
-
-    Returns
-    -------
-    Tensor
-        ``(B, *E)``.
+    With a learnt Jacobian R may be neither symmetric nor positive definite. ``apply`` returns R p
+    of a direction p, and the theoretical bound on its curvature pᵀRp of each sample, ``(B,)``. A
+    sample stops with its current x when the curvature falls below this bound. If this happens in
+    the first direction, x is the first step for the positive definite matrix of ``safe``.
     """
     x, residual, direction = torch.zeros_like(b), b, b
     square = dot(b, b)

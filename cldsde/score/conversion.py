@@ -1,18 +1,12 @@
 r"""Conversions between predictions of a network: score, noise, data, velocity and flow.
 
-Given the distribution z_t | x_0 ~ N(ψ x_0, Σ_t), the score of the marginal satisfies
-Σ_t s = −(z − ψ x̂₀) with x̂₀ = E[x_0 | z_t]. These are k·D equations with only D unknowns. Order the
-components so that the driven components d come last, and whiten with the root L of the reordered
-covariance,
+Let z_t | x_0 ~ N(ψ x_0, Σ_t) and x̂₀ = E[x_0 | z_t]. Order the components so that the driven
+components d come last, and whiten with the root L of the reordered covariance,
 
 .. math:: w = L^{-1} z, \qquad c = L^{-1} ψ, \qquad n = −L_{dd}^⊤ s_d.
 
-n is the best prediction of the noise in z_t. Then w_d − n = c_d x̂₀. So the driven score alone
+n is the best prediction of the noise in z_t, and w_d − n = c_d x̂₀. So the driven score alone
 determines x̂₀ by least squares, and x̂₀ determines the full score s = −L^{−⊤}(w − c x̂₀).
-
-Every prediction is a combination of the data and of the noise w − c x_0: `WhitenedKernel.form` is
-the table of all kinds. `WhitenedKernel.convert` solves the state and one prediction for data and
-noise, and combines these to another prediction.
 """
 
 from __future__ import annotations
@@ -54,10 +48,7 @@ _LARGEST_AMPLIFICATION = 20.0
 
 
 class Form(NamedTuple):
-    """A prediction as the combination a x_0 + B n of the data and the noise n = w − c x_0.
-
-    A score or noise has no part of the data. It depends on its own number of last rows of n.
-    """
+    """A prediction as the combination a x_0 + B n of the data and the noise n = w − c x_0."""
 
     data: Tensor  # a, (*, 1, 1); 0 for a score or noise
     noise: Tensor  # B, (*, out, rows), of the last rows of n
@@ -66,36 +57,16 @@ class Form(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class WhitenedKernel:
-    """The distribution of z_t given the start, whitened with the driven components last.
+    """The distribution of z_t given the start, whitened with the driven components last."""
 
-    Attributes
-    ----------
-    root
-        L, lower-triangular root of the covariance in the order (rest, driven), ``(*, k, k)``.
-    inverse
-        L⁻¹ with columns in the components' own order, so that w = inverse z, ``(*, k, k)``.
-    psi
-        ψ = Ψ(t, 0) e₀, in the components' own order, ``(*, k, 1)``.
-    signal
-        c = L⁻¹ψ, ``(*, k, 1)``.
-    times
-        ``(*)``, float64 on the CPU.
-    driven
-        The driven components.
-    rates
-        Function that returns α′ and σ′ of x_t = α x_0 + σ n, ``(*)``, for one component.
-    end
-        Latest time at which something of x_0 is left in the state.
-    """
-
-    root: Tensor
-    inverse: Tensor
-    psi: Tensor
-    signal: Tensor
-    times: Tensor
+    root: Tensor  # L, in the order (rest, driven), (*, k, k)
+    inverse: Tensor  # L⁻¹ with columns in the components' own order: w = inverse z, (*, k, k)
+    psi: Tensor  # ψ = Ψ(t, 0) e₀, in the components' own order, (*, k, 1)
+    signal: Tensor  # c = L⁻¹ψ, (*, k, 1)
+    times: Tensor  # (*), float64 on the CPU
     driven: tuple[int, ...]
-    rates: Callable[[], tuple[Tensor, Tensor]]
-    end: float = 1.0
+    rates: Callable[[], tuple[Tensor, Tensor]]  # α′, σ′ of x_t = α x_0 + σ n, (*), for k = 1
+    end: float = 1.0  # latest time at which something of x_0 is left in the state
 
     @classmethod
     def of_path(
@@ -121,17 +92,7 @@ class WhitenedKernel:
     def form(self, kind: Prediction, noise_root: Tensor | None = None) -> Form:
         """A prediction as a combination of data and noise: the table of all kinds.
 
-        Parameters
-        ----------
-        kind
-            The prediction.
-        noise_root
-            Root K of the noise −Kᵀ s_d that ``"noise"`` means, ``(*, d, d)``. None: L_dd.
-
-        Raises
-        ------
-        ValueError
-            If it is a velocity or a flow, and the process has several components.
+        ``"noise"`` means −Kᵀ s_d with the root K = ``noise_root``, ``(*, d, d)``; None: L_dd.
         """
         k, d, root = self.root.shape[-1], len(self.driven), self.driven_root()
         nothing = torch.zeros_like(self.signal.mT)
@@ -159,10 +120,7 @@ class WhitenedKernel:
     def convert(
         self, source: Prediction, target: Prediction, noise_root: Tensor | None = None
     ) -> Conversion:
-        """Solve state and source for data and noise, of which the target is a combination.
-
-        See `form` for the arguments, and `Conversion.at` for errors.
-        """
+        """Solve state and source for data and noise, of which the target is a combination."""
         given, wanted = (self.form(kind, noise_root) for kind in (source, target))
         inverse, c = self.inverse, self.signal
         k, out = inverse.shape[-1], given.noise.shape[-2]
@@ -248,13 +206,7 @@ def component_order(k: int, driven: tuple[int, ...]) -> list[int]:
 
 
 def whiten(sde: LinearSDE, kernel: Kernel, t: Tensor) -> WhitenedKernel:
-    """Whiten the distribution of z_t given the start, at times t > 0.
-
-    Raises
-    ------
-    ValueError
-        If the distribution has no density at some time.
-    """
+    """Whiten the distribution of z_t given the start; raise ValueError if it has no density."""
     root, psi = kernel.root, kernel.mean[..., :1]
     check_density(root, t, "t")
     order = component_order(sde.components, sde.driven)
@@ -267,40 +219,27 @@ def whiten(sde: LinearSDE, kernel: Kernel, t: Tensor) -> WhitenedKernel:
 
 @dataclass(frozen=True, eq=False)
 class Conversion:
-    """Conversion of one prediction to another, linear in the state and the prediction.
+    """Conversion of one prediction to another, linear in the state; `Conversion.at` makes it.
 
-    Create it with `Conversion.at`, and call it with states and predictions.
-
-    Attributes
-    ----------
-    state
-        Coefficients of the state, ``(*, out, k)`` float64 on the CPU.
-    value
-        Coefficients of the prediction, ``(*, out, in)`` float64 on the CPU.
-    source, target
-        Predictions that are converted from and to. ``in`` and ``out`` are 1 for data, velocity and
-        flow, the number of driven components for score and noise, and k for the full score.
+    The sizes ``in`` and ``out`` of predictions are 1 for data, velocity and flow, the number of
+    driven components for score and noise, and k for the full score.
 
     Examples
     --------
-    The full score and x̂₀ from the velocity's score alone:
+    x̂₀ from the velocity's score alone:
 
     >>> import torch
     >>> from cldsde import CLD, GaussianMixture
     >>> sde, t = CLD(), 0.3
     >>> data = GaussianMixture([0.5, 0.5], [[-1.0], [2.0]], [[[0.1]], [[0.0]]])
     >>> z = sde.prior.sample((4, 1), dtype=torch.float64)
-    >>> velocity_score = data.score(sde)(z, t)
-    >>> x0 = Conversion.at(sde, t, "score", "data")(z, velocity_score)
+    >>> x0 = Conversion.at(sde, t, "score", "data")(z, data.score(sde)(z, t))
     >>> bool(torch.allclose(x0, data.posterior_mean(sde, z, t)))
-    True
-    >>> full = Conversion.at(sde, t, "score", "full_score")(z, velocity_score)
-    >>> bool(torch.allclose(full, data.score(sde, rows="all")(z, t)))
     True
     """
 
-    state: Tensor
-    value: Tensor
+    state: Tensor  #: Coefficients of the state, ``(*, out, k)`` float64 on the CPU.
+    value: Tensor  #: Coefficients of the prediction, ``(*, out, in)`` float64 on the CPU.
     source: Prediction
     target: Prediction
 
@@ -324,9 +263,8 @@ class Conversion:
             Times of any shape in (0, 1].
         source, target
             ``"score"``, ``"noise"``, ``"data"``, ``"full_score"``, ``"velocity"`` or ``"flow"``.
-            The last two need a process of one component. The full score amplifies rounding errors:
-            its relative error is about √(ψᵀΣ⁻¹ψ) times the rounding error, which is large for
-            third-order processes at small times.
+            The full score amplifies rounding errors: its relative error is about √(ψᵀΣ⁻¹ψ) times
+            the rounding error, which is large for third-order processes at small times.
         conditioning
             Meaning of ``"noise"``: the noise of z_t given the data (hybrid score matching), or
             given all of z_0 (denoising score matching).
@@ -336,14 +274,14 @@ class Conversion:
         TypeError
             If ``sde`` is not a `LinearSDE`, or a time is not a number.
         ValueError
-            The error is raised in any of these cases:
+            In any of these cases:
 
             - The distribution given the data has no density at some time.
             - Source or target is a velocity or a flow, and the process has several components.
             - The target is the data or the flow, and nothing of x_0 is left in the state, as for
               `RectifiedFlow` at t = 1.
-            - The target is the data, and the driven score does not determine it. This happens at
-              and near isolated times of an underdamped process.
+            - The target is the data, and the driven score does not determine it, as at and near
+              isolated times of an underdamped process.
             - The target is the full score, and float64 has too few digits for it.
         """
         check_process(sde)
@@ -359,24 +297,9 @@ class Conversion:
         return whitened.convert(source, target, noise_root)
 
     def __call__(self, z: Tensor, value: Tensor) -> Tensor:
-        """Convert a prediction at a state.
+        """Convert a prediction at states ``(B, k, *D)`` from ``(B, in, *D)`` to ``(B, out, *D)``.
 
-        Parameters
-        ----------
-        z
-            ``(B, k, *D)``.
-        value
-            ``(B, in, *D)``, or ``(B, *D)`` for the data.
-
-        Returns
-        -------
-        Tensor
-            ``(B, out, *D)``, or ``(B, *D)`` if the target is the data.
-
-        Raises
-        ------
-        ValueError
-            If a shape does not fit.
+        Data have the shape ``(B, *D)``. Other shapes raise a ValueError.
         """
         check_kernel_shape(self.state, z, "z")
         axes = () if self.source == "data" else (self.value.shape[-1],)

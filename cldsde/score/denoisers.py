@@ -100,23 +100,20 @@ class PredictionDenoiser(Denoiser):
 
     Raises
     ------
-    TypeError
-        If an argument has the wrong type.
-    ValueError
-        If ``predicts`` or ``clock`` is unknown, or the clock is ``"index"`` and the times of the
-        path are not indices.
+    TypeError, ValueError
+        If an argument has the wrong type, ``predicts`` or ``clock`` is unknown, or the clock is
+        ``"index"`` and the times of the path are not indices.
 
     Examples
     --------
-    A network that predicts the noise of 1,000 levels, as a denoiser and as a score of CLD:
+    A network that predicts the noise of 1,000 levels, as a score of CLD:
 
     >>> import torch
     >>> from cldsde import CLD, DenoiserScore
     >>> betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
     >>> path = NoisePath.from_alphas_cumprod((1 - betas).cumprod(0))
     >>> network = lambda x, index: x  # predicts the noise of normal data at every level, nearly
-    >>> denoiser = PredictionDenoiser(network, path, predicts="noise")
-    >>> score = DenoiserScore(denoiser, CLD())
+    >>> score = DenoiserScore(PredictionDenoiser(network, path, predicts="noise"), CLD())
     >>> score(torch.randn(8, 2, 3), 0.5).shape
     torch.Size([8, 1, 3])
     """
@@ -159,24 +156,11 @@ class PredictionDenoiser(Denoiser):
         planned: PlannedTime | None = None,
         **conditions: Any,
     ) -> Tensor:
-        """Estimate of the data, like ``u``.
+        """Estimate of the data, like ``u``; see `Denoiser` for the arguments.
 
-        Parameters
-        ----------
-        u
-            Data plus noise of level σ, ``(B, *D)``. The network gets αu in the precision of its
-            parameters; the rest is computed in single precision at least.
-        sigma
-            Noise levels, one or ``(B,)``.
-        planned
-            Planned level of ``sigma``; see `Denoiser`.
-        conditions
-            Passed to the network.
-
-        Raises
-        ------
-        ValueError
-            If a level lies outside of the path's, or the network returns another shape.
+        ``sigma`` may be one level for all. The network gets αu in the precision of its parameters,
+        and the conditions. The rest is computed in single precision at least. If a level lies
+        outside of the path's, or the network returns another shape, a ValueError is raised.
         """
         wide = u.to(torch.promote_types(u.dtype, torch.float32))
         table = coefficients_at(
@@ -227,13 +211,7 @@ def outside_levels(levels: Tensor, low: float, high: float) -> Tensor:
 
 
 def checked_levels(levels: Tensor, low: float, high: float) -> Tensor:
-    """Return noise levels clamped to the range of training.
-
-    Raises
-    ------
-    ValueError
-        If a level lies outside, apart from rounding.
-    """
+    """Return levels clamped to the range of training; raise ValueError if one lies outside."""
     outside = outside_levels(levels, low, high)
     if bool(outside.any()):
         raise ValueError(

@@ -39,11 +39,8 @@ class Estimator(nn.Module):
     def evaluations(self, t: Tensor) -> Tensor:
         """Number of network evaluations per call at each time, int64 of the shape of ``t``.
 
-        Parameters
-        ----------
-        t
-            Times, for denoisers noise levels, ``(n,)`` of n calls, or ``(n, B)`` if each sample has
-            its own.
+        ``t`` holds times, for denoisers noise levels, of n calls: ``(n,)``, or ``(n, B)`` if each
+        sample has its own.
         """
         return torch.ones_like(t, dtype=torch.int64)
 
@@ -55,19 +52,9 @@ class Estimator(nn.Module):
     def part(self, samples: slice, shape: Sequence[int]) -> Self:
         """The same estimate for some samples of a batch: everything per sample keeps their rows.
 
-        Only direct submodules are asked for their parts.
-
-        Parameters
-        ----------
-        samples
-            The samples.
-        shape
-            Shape ``(B, *D)`` of the data of all samples.
-
-        Raises
-        ------
-        ValueError
-            If a condition or an observation has another number of rows than B.
+        ``shape`` is the shape ``(B, *D)`` of the data of all samples. Only direct submodules are
+        asked for their parts. A condition or an observation with another number of rows than B
+        raises a ValueError.
         """
         changed = {}
         for name, child in self._modules.items():

@@ -7,8 +7,7 @@ instantaneous change of variables (Song et al. 2021, §4.3),
           ∇·f = D\,\mathrm{tr}F − \tfrac12 \sum_{i,j\ \text{driven}} (G G^⊤)_{ij}\,
           \mathrm{tr}\frac{∂ s_i}{∂ z_j}.
 
-This is the density of the whole state at t > 0. `cldsde.score.likelihood` derives the likelihood of
-data from it.
+This is the density of the whole state at t > 0.
 """
 
 from __future__ import annotations
@@ -25,7 +24,6 @@ from cldsde.linear.checks import check_at_least, check_between, check_positive, 
 from cldsde.linear.kernel import Gaussian
 from cldsde.linear.log_snr import times_of_log_snr
 from cldsde.linear.random import check_generator, standard_normal
-from cldsde.linear.sde import LinearSDE
 from cldsde.messages import counted
 from cldsde.score.reverse import ReverseProcess, check_reverse_process, checked_score
 from cldsde.score.times import score_argument
@@ -41,24 +39,12 @@ class UnsolvedFlowError(RuntimeError):
 
 @dataclass(frozen=True, eq=False)
 class FlowDensity:
-    """Log-density of states under the model; the result of `flow_log_prob`.
+    """Log-density of states under the model; the result of `flow_log_prob`."""
 
-    Attributes
-    ----------
-    log_prob
-        Log-density of the prior at ``latent`` plus ``divergence``, ``(B,)`` nats.
-    latent
-        The states at T, ``(B, k, *D)``.
-    divergence
-        ∫ ∇·f along the path, ``(B,)``.
-    nfev
-        Number of score evaluations.
-    """
-
-    log_prob: Tensor
-    latent: Tensor
-    divergence: Tensor
-    nfev: int
+    log_prob: Tensor  #: Log-density of the prior at ``latent`` plus ``divergence``, ``(B,)`` nats.
+    latent: Tensor  #: States at T, ``(B, k, *D)``.
+    divergence: Tensor  #: ∫ ∇·f along the path, ``(B,)``.
+    nfev: int  #: Number of score evaluations.
 
 
 def flow_log_prob(
@@ -75,20 +61,17 @@ def flow_log_prob(
 ) -> FlowDensity:
     """Log-density of states at time t under the model, by its probability-flow ODE.
 
-    torchdiffeq solves the ODE in float64 (float32 on devices without float64). The score gets
-    states of the dtype of ``z``. The tolerances hold for each sample, including its divergence
-    integral, so the most demanding sample sets the step lengths. Times stay in [t, T], with T = 1,
-    or the time with κ = −10 (`LinearSDE.log_snr`) if drift and diffusion diverge at 1.
-    The result has no gradients.
+    torchdiffeq solves the ODE in float64 (float32 on devices without float64), without gradients.
+    The score gets states of the dtype of ``z``. The tolerances hold for each sample, including its
+    divergence integral, so the most demanding sample sets the step lengths. Times stay in [t, T],
+    with T = 1, or the time with κ = −10 (`LinearSDE.log_snr`) if drift and diffusion diverge at 1.
 
     Parameters
     ----------
     process
         Forward process and score. The score must be differentiable in the state.
-    z
-        States ``(B, k, *D)``.
-    t
-        Time of the states, 0 ≤ t < T.
+    z, t
+        States ``(B, k, *D)`` and their time, 0 ≤ t < T.
     divergence
         ``"exact"``: D·len(driven) backward passes per evaluation. ``"hutchinson"``: one backward
         pass, with a random vector of signs per sample that is fixed along its path; unbiased.
@@ -101,11 +84,6 @@ def flow_log_prob(
     generator
         Random generator of the signs.
 
-    Returns
-    -------
-    FlowDensity
-        In float64 (float32 on devices without float64).
-
     Raises
     ------
     ValueError
@@ -114,17 +92,6 @@ def flow_log_prob(
         If the score is not finite.
     UnsolvedFlowError
         If ``max_nfev`` is exhausted or the tolerances cannot be met; it is a RuntimeError.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from cldsde import VPSDE, GaussianMixture
-    >>> sde, data = VPSDE(), GaussianMixture([1.0], [[1.0]], [[[0.25]]])
-    >>> x = torch.tensor([[[0.5]]], dtype=torch.float64)
-    >>> found = flow_log_prob(ReverseProcess(sde, data.score(sde)), x, 1e-3)
-    >>> exact = data.log_prob(sde, x, 1e-3)
-    >>> bool((found.log_prob - exact).abs() < 1e-2)  # the prior is p_T up to e^{-B/2} = 0.007
-    True
     """
     from torchdiffeq import odeint  # imported here because it is slow to import
 
@@ -133,7 +100,8 @@ def flow_log_prob(
     check_state(z, sde.components)
     if not bool(z.isfinite().all()):
         raise ValueError("z must be finite; it holds NaN or infinity")
-    T = _end(sde)
+    # The prior replaces the distribution of the states at T.
+    T = 1.0 if sde.regular_until == 1 else float(times_of_log_snr(sde, -10.0))
     check_between(t, 0.0, T * (1 - 1e-9), "t")
     one_of(divergence, Divergence, "divergence")
     check_positive(rtol, "rtol")
@@ -174,11 +142,6 @@ def flow_log_prob(
 
 # Adaptive methods of torchdiffeq that meet a tolerance. fehlberg2 misses it by a factor of 100.
 _ADAPTIVE = ("dopri5", "dopri8", "bosh3", "adaptive_heun")
-
-
-def _end(sde: LinearSDE) -> float:
-    """Time at which the distribution of the states is replaced by the prior."""
-    return 1.0 if sde.regular_until == 1 else float(times_of_log_snr(sde, -10.0))
 
 
 def _worst_sample(y: tuple[Tensor, Tensor]) -> Tensor:

@@ -34,8 +34,8 @@ class ConditionalScore(ScoreWrapper):
 
     Raises
     ------
-    TypeError
-        If ``score`` is not callable.
+    TypeError, ValueError
+        If ``score`` is not callable, or a condition is called z, t or planned.
 
     Examples
     --------
@@ -108,23 +108,15 @@ class GuidedScore(Score):
 
     Raises
     ------
-    TypeError
-        If a score is not callable or the weight is not a number.
-    ValueError
-        If the weight is not finite, the scores belong to different processes, or the interval is
-        empty or given for scores whose process is not known.
+    TypeError, ValueError
+        If a score is not callable, the weight is not a finite number, the scores belong to
+        different processes, or the interval is empty or given for scores of an unknown process.
 
     Notes
     -----
     A guided evaluation costs the evaluations of both scores. Outside of the interval only the
     conditional score is evaluated. With times per sample both scores are evaluated for all samples
     if any sample is guided. The scores get states in single precision at least.
-
-    References
-    ----------
-    J. Ho and T. Salimans, *Classifier-free diffusion guidance*, 2021. T. Kynkäänniemi et al.,
-    *Applying guidance in a limited interval improves sample and distribution quality in diffusion
-    models*, 2024.
 
     Examples
     --------
@@ -226,9 +218,8 @@ class GuidedScore(Score):
             return call(self.conditional)
         dtype, z = z.dtype, z.to(torch.promote_types(z.dtype, torch.float32))
         call = methodcaller(name, z, t, planned=planned, **conditions)
-        joined = None
-        if not (guided.ndim or conditions):
-            joined = _joined(self.conditional, self.unconditional, z)
+        apart = guided.ndim or conditions
+        joined = None if apart else _joined(self.conditional, self.unconditional, z)
         if joined is None:
             pair: Sequence[Tensor] = call(self.conditional), call(self.unconditional)
         else:

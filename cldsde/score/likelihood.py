@@ -1,9 +1,8 @@
 r"""Log-likelihoods of data by the probability-flow ODE.
 
-`cldsde.score.flow_density` gives the density of a whole state at t > 0. The likelihood of data
-needs two further steps. Importance sampling integrates out the auxiliary components; its expected
-logarithm is a lower bound. A choice of the state at t bridges the gap to time 0 (see
-`log_likelihood`).
+`flow_log_prob` gives the density of a whole state at t > 0. The likelihood of data needs two
+further steps. Importance sampling integrates out the auxiliary components. A choice of the state at
+t bridges the gap to time 0 (see `log_likelihood`).
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from cldsde.linear.blocks import apply_blocks, flatten_data
 from cldsde.linear.checks import as_integer, check_between, one_of
 from cldsde.linear.covariance import joint_root
 from cldsde.linear.kernel import Gaussian
-from cldsde.linear.random import check_generator, standard_normal
+from cldsde.linear.random import standard_normal
 from cldsde.linear.sde import LinearSDE
 from cldsde.score.conversion import whiten
 from cldsde.score.flow_density import Divergence, flow_log_prob
@@ -31,28 +30,13 @@ Start = Literal["perturb", "replace"]
 
 @dataclass(frozen=True, eq=False)
 class Likelihood:
-    """Log-likelihood of data; the result of `log_likelihood`.
+    """Log-likelihood of data; the result of `log_likelihood`."""
 
-    Attributes
-    ----------
-    log_prob
-        Log-likelihood of each data point, ``(B,)`` nats.
-    standard_error
-        Standard error of each estimate, ``(B,)``, from the spread of its samples; NaN for a single
-        sample.
-    is_bound
-        Whether the expectation of ``log_prob`` is a lower bound instead of the value itself.
-    dimension
-        Number D of entries of a data point.
-    nfev
-        Score evaluations of each sample of each data point.
-    """
-
-    log_prob: Tensor
-    standard_error: Tensor
-    is_bound: bool
-    dimension: int
-    nfev: int
+    log_prob: Tensor  #: Log-likelihood of each data point, ``(B,)`` nats.
+    standard_error: Tensor  #: From the spread of the samples, ``(B,)``; NaN for a single sample.
+    is_bound: bool  #: Whether the expectation of ``log_prob`` is a lower bound, not the value.
+    dimension: int  #: Number D of entries of a data point.
+    nfev: int  #: Score evaluations of each sample of each data point.
 
     def bits_per_dim(self, bin_width: float = 1.0) -> Tensor:
         """Negative log-likelihood in bits per dimension, ``(B,)``; see `bits_per_dim`."""
@@ -83,18 +67,6 @@ def log_likelihood(
 
     E w is the model's density at x_0, and E log w is a lower bound on its logarithm.
 
-    ``start="perturb"``
-        q is the forward process given x_0 at ``t_min``. p(x_0 | z) is the Gaussian with mean
-        x̃ = ψᵀΣ⁻¹z / ψᵀΣ⁻¹ψ, the estimate of the data, and variance 1/ψᵀΣ⁻¹ψ. This is a proper
-        bound for a model that stops at ``t_min``.
-    ``start="replace"``
-        The state is (x_0, v) with auxiliary components v from their initial distribution, and
-        p(x_0|z) is left out. This is the common practice: the density of the model's x at
-        ``t_min``, evaluated at the data. Without auxiliary components it is exact; with them it is
-        a bound on that density. The variance of the velocity grows from its initial value. If it
-        has doubled at ``t_min``, importance weights have infinite variance and ``standard_error``
-        is meaningless. Take a smaller ``t_min`` or ``"perturb"``.
-
     Parameters
     ----------
     process
@@ -104,7 +76,16 @@ def log_likelihood(
     t_min
         Time at which the model stops, 0 < t_min < T.
     start
-        See above.
+        ``"perturb"``: q is the forward process given x_0 at ``t_min``. p(x_0 | z) is the Gaussian
+        with mean x̃ = ψᵀΣ⁻¹z / ψᵀΣ⁻¹ψ, the estimate of the data, and variance 1/ψᵀΣ⁻¹ψ. This is a
+        proper bound for a model that stops at ``t_min``.
+
+        ``"replace"``: the state is (x_0, v) with auxiliary components v from their initial
+        distribution, and p(x_0|z) is left out. This is the common practice: the density of the
+        model's x at ``t_min``, evaluated at the data. Without auxiliary components it is exact;
+        with them it is a bound on that density. If the variance of the velocity has doubled at
+        ``t_min``, importance weights have infinite variance and ``standard_error`` is meaningless.
+        Take a smaller ``t_min`` or ``"perturb"``.
     samples
         Number of states drawn for each data point, ≥ 1.
     importance_weighted
@@ -115,37 +96,27 @@ def log_likelihood(
     generator
         Random generator of all noise.
 
-    Returns
-    -------
-    Likelihood
-        In nats; `Likelihood.bits_per_dim` converts.
-
     Raises
     ------
     ValueError
         If an argument is out of range, shapes do not fit, or ``start="replace"`` and the auxiliary
-        components have no initial density.
+        components have no initial density. `flow_log_prob` raises further errors.
 
     Examples
     --------
     >>> import torch
     >>> from cldsde import CLD, GaussianMixture
     >>> sde, data = CLD(), GaussianMixture([1.0], [[1.0]], [[[0.25]]])
-    >>> process = ReverseProcess(sde, data.score(sde))
     >>> x = torch.tensor([[0.5]], dtype=torch.float64)
-    >>> g = torch.Generator().manual_seed(0)
-    >>> options = {"samples": 16, "rtol": 1e-3, "atol": 1e-3, "generator": g}
-    >>> found = log_likelihood(process, x, importance_weighted=True, **options)
-    >>> found.is_bound, found.nfev > 0
-    (True, True)
+    >>> found = log_likelihood(ReverseProcess(sde, data.score(sde)), x, rtol=1e-3, atol=1e-3)
+    >>> found.log_prob.shape, found.is_bound
+    (torch.Size([1]), True)
     """
     check_reverse_process(process)
-    check_generator(generator)
     sde = process.sde
     mean = sde.embed(x0)
     check_between(t_min, 1e-300, 1 - 1e-9, "t_min")
     one_of(start, Start, "start")
-    one_of(divergence, Divergence, "divergence")
     as_integer(samples, 1, "samples")
     if x0.numel() == 0 and len(x0):
         msg = f"x0 must hold at least one number per data point; got shape {tuple(x0.shape)}"

@@ -3,8 +3,7 @@ r"""Score matching: hybrid and denoising targets, losses, and the loss of the be
 A state z_t drawn given the start has the score target −L_t^{−⊤}ξ. Its driven rows are −L_dd^{−⊤}n*
 with the noise n* of the driven components given all others (see `cldsde.score.conversion`).
 Conditioning on the data alone is hybrid score matching (Dockhorn et al. 2022). Conditioning on all
-of z_0 is denoising score matching. Both have the same minimiser, the score of the marginal. The
-expectation of the denoising target given (z_t, x_0) is the hybrid target, which varies less.
+of z_0 is denoising score matching. docs/explanation/hybrid-score-matching.md compares them.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from cldsde.linear.blocks import apply_blocks
 from cldsde.linear.checks import TimeLike, as_times, check_positive, one_of
 from cldsde.linear.covariance import joint_root, triangular_inverse
 from cldsde.linear.kernel import Kernel
-from cldsde.linear.random import Generators, check_generator
+from cldsde.linear.random import Generators
 from cldsde.linear.sde import LinearSDE, check_process
 from cldsde.score.conversion import (
     MEASURED,
@@ -48,40 +47,15 @@ returns ``(n,)``: its value times ``"reweighted"``."""
 class PerturbedData:
     """Perturbed data and training targets: random states of the forward process with their noise.
 
-    Attributes
-    ----------
-    sde
-        The forward process.
-    x0
-        The data ``(B, *D)``.
-    z
-        States ``(B, k, *D)``.
-    noise
-        n*, the noise of the driven components, ``(B, d, *D)``, standard normal.
-    t
-        Times ``()`` or ``(B,)``, float64 on the CPU.
-    kernel
-        Distribution of z_t given the data, or given all of z_0.
-    conditioning
-        ``"data"`` or ``"all"``.
-    whitened
-        The kernel, whitened.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from cldsde import CLD
-    >>> pair = PerturbedData.draw(CLD(), torch.randn(8, 3), 0.5)
-    >>> pair.z.shape, pair.target("noise").shape
-    (torch.Size([8, 2, 3]), torch.Size([8, 1, 3]))
+    `PerturbedData.draw` makes them.
     """
 
     sde: LinearSDE
-    x0: Tensor
-    z: Tensor
-    noise: Tensor
-    t: Tensor
-    kernel: Kernel
+    x0: Tensor  #: The data, ``(B, *D)``.
+    z: Tensor  #: States, ``(B, k, *D)``.
+    noise: Tensor  #: n*, the standard normal noise of the driven components, ``(B, d, *D)``.
+    t: Tensor  #: Times, ``()`` or ``(B,)`` float64 on the CPU.
+    kernel: Kernel  #: Distribution of z_t given the data, or given all of z_0.
     conditioning: Conditioning
     whitened: WhitenedKernel
 
@@ -113,14 +87,11 @@ class PerturbedData:
 
         Raises
         ------
-        TypeError
-            If the data are not a floating-point tensor, or a time is not a number.
-        ValueError
-            If shapes do not fit, a time lies outside (0, 1] or ``conditioning`` is unknown.
+        TypeError, ValueError
+            If an argument has the wrong type, shapes do not fit, a time lies outside (0, 1] or
+            ``conditioning`` is unknown.
         """
         check_process(sde)
-        one_of(conditioning, Conditioning, "conditioning")
-        check_generator(generator)
         start = sde.embed(x0)
         times = score_times(t, start)
         if conditioning == "all":
@@ -138,11 +109,8 @@ class PerturbedData:
     def target(self, prediction: Prediction = "score") -> Tensor:
         """Training target of a network that predicts the given quantity.
 
-        Returns
-        -------
-        Tensor
-            ``"score"``: s* = −L_dd^{−⊤} n*, ``(B, d, *D)``. ``"noise"``: n*. ``"data"``: x_0.
-            ``"velocity"``: α n* − σ x_0, and ``"flow"``: α′ x_0 + σ′ n*, ``(B, 1, *D)``.
+        ``"score"``: s* = −L_dd^{−⊤} n*, ``(B, d, *D)``. ``"noise"``: n*. ``"data"``: x_0.
+        ``"velocity"``: α n* − σ x_0, and ``"flow"``: α′ x_0 + σ′ n*, ``(B, 1, *D)``.
 
         Raises
         ------
@@ -184,11 +152,9 @@ class PerturbedData:
 
         Raises
         ------
-        TypeError
-            If the output is not a tensor.
-        ValueError
-            If the output has another shape or an option is unknown. Also if a velocity or a flow is
-            used with several components, or with states drawn given all of z_0.
+        TypeError, ValueError
+            If the output is not a tensor of this shape, an option is unknown, or for a velocity or
+            a flow as `target`.
         """
         one_of(prediction, TRAINED, "prediction")
         if measured is None:
@@ -250,7 +216,7 @@ def score_matching_loss(
     weighting: Weighting = "reweighted",
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    r"""Score-matching loss of a network at random states of the forward process.
+    r"""Score-matching loss ``(B,)`` of a network at random states of the forward process.
 
     Parameters
     ----------
@@ -263,12 +229,7 @@ def score_matching_loss(
         Prediction of the model: ``"score"``, ``"noise"``, ``"data"``, ``"velocity"`` or ``"flow"``.
         With ``"flow"`` and `cldsde.RectifiedFlow` this is the flow-matching loss.
     weighting
-        See `Weighting`.
-
-    Returns
-    -------
-    Tensor
-        Loss of each sample ``(B,)``, without the weights of a `TimeSampler`.
+        See `Weighting`. The weights of a `TimeSampler` are not included.
 
     Raises
     ------
@@ -309,30 +270,17 @@ def optimal_loss(
 
     Parameters
     ----------
-    sde
-        The forward process.
     t
-        Times of any shape in (0, 1].
+        Times of any shape in (0, 1]. The result has this shape, float64 on the CPU.
     data_variance
         s₀², the mean variance of the data's entries.
-    conditioning, weighting
+    sde, conditioning, weighting
         See `score_matching_loss`.
-
-    Returns
-    -------
-    Tensor
-        Of the shape of t, float64 on the CPU.
 
     Raises
     ------
     ValueError
         If the distribution has no density at some time, or an argument is out of range.
-
-    Examples
-    --------
-    >>> from cldsde import VPSDE
-    >>> bool(optimal_loss(VPSDE(), 0.9) < optimal_loss(VPSDE(), 0.1))
-    True
     """
     check_process(sde)
     check_positive(data_variance, "data_variance")

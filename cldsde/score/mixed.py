@@ -1,33 +1,16 @@
 r"""Mixed score: a Gaussian reference in closed form plus a network.
 
-If the data were N(μ, s₀²), the marginal would be Gaussian with covariance Σ_ref = Σ_t + s₀² ψψᵀ,
-and its score would be linear. The network only has to learn the difference,
+docs/explanation/hybrid-score-matching.md derives the additive form n = n_ref + c_out n_θ of the
+noise. For data N(μ, s₀²) the reference n_ref is the best prediction of the noise. The remaining
+noise then has the covariance s₀² c_d c_dᵀ / (1 + s₀² cᵀc) with c = L⁻¹ψ. So the network's target
+has unit size at every t with c_out = s₀ c_d / √(1 + s₀² cᵀc).
 
-.. math::
-    s_d = −L_{dd}^{−⊤} n, \qquad
-    n = \underbrace{L_{dd}^⊤ [Σ_{ref}^{−1}(z − ψ μ)]_d}_{n_{ref}} + c_{out}\, n_θ(z, t),
+With inputs="estimate" the network's input is û of `DenoiserScore`, a sufficient statistic of the
+state. E[x_0 | û] is the same function of û and of the signal-to-noise ratio for every process, so
+one network serves all processes.
 
-where n is the prediction of the noise of the driven components (see `cldsde.score.conversion`).
-With s₀² the variance of the data, the reference is exact for Gaussian data at all t, including the
-correlation of x and v. Dockhorn et al. (2022, §3.2) use −v/Σ_vv with s₀ = 0, which is close to it
-for t → 1.
-
-For Gaussian data n_ref is the best prediction of the noise. The remaining noise has the covariance
-s₀² c_d c_dᵀ / (1 + s₀² cᵀc) with c = L⁻¹ψ, so c_out = s₀ c_d / √(1 + s₀² cᵀc). The network's target
-is the error of the reference's x_0 divided by its standard deviation. It has unit size at every t.
-
-The best unbiased estimate of the data is a sufficient statistic of the state for x_0,
-
-.. math:: \hat u = ψ^⊤Σ^{−1} z \,/\, ψ^⊤Σ^{−1}ψ = x_0 + ξ / \sqrt{ψ^⊤Σ^{−1}ψ}.
-
-So E[x_0 | z_t] = E[x_0 | û], which is the same function of û and of the signal-to-noise ratio for
-every process. A network with û as its input need not learn the combination, and serves all
-processes.
-
-The convex form (Vahdat, Kreis and Kautz 2021, §3.2) has a learnt weight a per channel, the logistic
-function of a parameter:
-
-.. math:: n = (1 − a)\, n_{ref} + a\, n_θ(z, t).
+The convex form n = (1 − a) n_ref + a n_θ (Vahdat, Kreis and Kautz 2021, §3.2) has a learnt weight a
+per channel, the logistic function of a parameter.
 """
 
 from __future__ import annotations
@@ -99,11 +82,10 @@ class MixedScore(NetworkScore):
 
     Raises
     ------
-    TypeError
-        If an argument has the wrong type.
-    ValueError
-        If mean, variance or logits are not finite, mean and variance do not broadcast, the variance
-        is not positive, or logits are given with ``inputs="estimate"``.
+    TypeError, ValueError
+        If an argument has the wrong type, mean, variance or logits are not finite, mean and
+        variance do not broadcast, the variance is not positive, or logits are given with
+        ``inputs="estimate"``.
 
     Examples
     --------
@@ -169,7 +151,8 @@ class MixedScore(NetworkScore):
         self.network = network
         self.sde = sde
         self.inputs = inputs
-        self.predicts_data = self._of_data
+        # `_estimate` then gives the data directly, without the noise.
+        self.predicts_data = sde.components == 1 and mixing_logits is None
         self.register_buffer("data_mean", data_mean.to(torch.float32))
         self.register_buffer("data_variance", single)
         # A float64 copy on the CPU for the coefficients, which .to(device) does not move.
@@ -191,7 +174,7 @@ class MixedScore(NetworkScore):
         table = coefficients_at(
             self, t, z, self._coefficients, z.dtype, planned=planned, version=self._loads
         )
-        direct = self._of_data and prediction not in ("score", "noise")
+        direct = self.predicts_data and prediction not in ("score", "noise")
         source: Prediction = "data" if direct else "noise"
         value = self._estimate(source, z, table, condition)
         if prediction == source:
@@ -213,15 +196,12 @@ class MixedScore(NetworkScore):
         Parameters
         ----------
         pair
-            Perturbed data. Hybrid score matching shares its kernels with the score, so that they
-            are computed once.
+            Perturbed data. The score shares their kernels given the data.
         prediction
             Quantity whose squared error is the loss: ``"noise"``, or for processes of one component
             ``"velocity"`` or ``"flow"``. The meaning of the network's output does not change.
-        weighting
-            See `Weighting`.
-        condition
-            Condition of each sample, or of all; see `NetworkScore`.
+        weighting, condition
+            See `Weighting` and `NetworkScore.forward`.
         """
         one_of(prediction, MEASURED, "prediction")
         if pair.conditioning == "all":
@@ -231,15 +211,10 @@ class MixedScore(NetworkScore):
         if isinstance(weighting, _LogSNRWeighting) and weighting.model is self and pair.t.ndim:
             known = weighting.of_known(pair.whitened, coefficients)
             weighting = lambda t: known  # noqa: E731
-        direct = self._of_data and prediction != "noise"
+        direct = self.predicts_data and prediction != "noise"
         source: Prediction = "data" if direct else "noise"
         value = self._estimate(source, pair.z, coefficients.to(pair.z), condition)
         return pair.loss(value, source, weighting=weighting, measured=prediction)
-
-    @property
-    def _of_data(self) -> bool:
-        """Whether `_estimate` gives the data prediction directly, without the noise."""
-        return self.sde.components == 1 and self.mixing_logits is None
 
     def residual_variance(self, t: Tensor, prediction: Prediction = "noise") -> Tensor:
         """Mean squared error of the reference's noise, velocity or flow, at times ``(n,)``.
@@ -266,15 +241,8 @@ class MixedScore(NetworkScore):
         same for every process. The relative weights of several driven components, or of different
         variances, stay as they are at each time.
 
-        Parameters
-        ----------
-        mean, std
-            See `log_snr_density`, which is also the density to draw times from.
-
-        Returns
-        -------
-        callable
-            A `Weighting`.
+        The result is a `Weighting`. See `log_snr_density` for ``mean`` and ``std``; it is also the
+        density to draw times from.
         """
         check_normal(mean, std)
         return _LogSNRWeighting(self, mean, std)

@@ -18,7 +18,6 @@ from cldsde.linear.random import check_generator, standard_normal
 from cldsde.linear.reprs import constructor_repr
 from cldsde.linear.sde import LinearSDE, check_process
 from cldsde.score.conditioning import conditioned
-from cldsde.score.dense_mixture import DenseMarginal
 from cldsde.score.observation import Observation
 from cldsde.score.operators import Copies
 from cldsde.score.protocol import Score
@@ -31,10 +30,7 @@ _DENSE = 32  # largest size of a state for which dense matrices over all its num
 
 
 class _Marginal(NamedTuple):
-    """The distribution of z_t for each mixture component, in the eigenbasis of its covariance.
-
-    Axes are ``(*times, component of the mixture, eigen-direction, k, k)``.
-    """
+    """The distribution of z_t for each of n mixture components, in the basis of its covariance."""
 
     psi: Tensor  # (*, k), maps the data to the mean of the state
     mean: Tensor  # (*, n, k, D)
@@ -44,6 +40,25 @@ class _Marginal(NamedTuple):
 
     def to(self, like: Tensor) -> _Marginal:
         return _Marginal(*(field.to(like) for field in self))
+
+
+class _DenseMarginal(NamedTuple):
+    """The same for small states, as matrices over all numbers, component by component."""
+
+    mean: Tensor  # (*, n, k D, 1)
+    whitening: Tensor  # (*, n, k D, k D)
+    log_scale: Tensor  # (*, n, 1)
+    pull: Tensor  # (*, d D, n k D), from whitened residuals to the score
+
+    def score(self, flat: Tensor) -> Tensor:
+        """Score ``(B, d D)`` of states ``(B, k, D)`` that share a time."""
+        # Sums and softmaxes over few entries are much faster if the long axis, the batch, is last.
+        whitened = self.whitening @ (flat.flatten(1).mT - self.mean)
+        if len(whitened) > 1:
+            log_terms = self.log_scale - 0.5 * whitened.square().sum(1)
+            whitened = whitened * log_terms.softmax(0).unsqueeze(1)
+        score: Tensor = (self.pull @ whitened.flatten(0, 1)).mT
+        return score
 
 
 class GaussianMixture:
@@ -64,9 +79,9 @@ class GaussianMixture:
 
     Raises
     ------
-    ValueError
-        If shapes do not fit, a number is not finite, a weight is not positive, or a covariance is
-        not symmetric positive semi-definite or requires gradients.
+    TypeError, ValueError
+        If an argument has another type or shape, a number is not finite, a weight is not positive,
+        or a covariance is not symmetric positive semi-definite or requires gradients.
 
     Examples
     --------
@@ -126,7 +141,6 @@ class GaussianMixture:
         self._rotation = Copies(self._axes)
 
     def __repr__(self) -> str:
-        """Facts in one line."""
         return f"GaussianMixture(modes={len(self.weights)}, dimension={self.dimension})"
 
     @property
@@ -165,23 +179,21 @@ class GaussianMixture:
         z
             ``(B, k, *D)`` with D numbers per component.
         t
-            One time or ``(B,)``, at which the distribution has a density; t > 0 always has one.
+            One time or ``(B,)``. t > 0 always has a density.
 
         Raises
         ------
         ValueError
             If shapes do not fit or the distribution has no density at some time.
         """
-        check_process(sde)
         _, _, log_terms = self._whitened(sde, z, t)
         return log_terms.logsumexp(-1).to(z.dtype)
 
     def conditional_log_prob(self, sde: LinearSDE, z: Tensor, t: TimeLike) -> Tensor:
         """Log-density of the auxiliary components given the data component, log p_t(v, … | x).
 
-        Its gradient is ``score(sde, rows="auxiliary")``. It equals the gradient of log p_t(z),
-        because p_t(x) does not depend on the auxiliary components. See `log_prob` for arguments,
-        result and errors. A process of one component raises a ValueError, too.
+        Its gradient is ``score(sde, rows="auxiliary")``. See `log_prob` for arguments, result and
+        errors. A process of one component raises a ValueError, too.
         """
         _rows(sde, "auxiliary")
         marginal, whitened, log_joint = self._whitened(sde, z, t)
@@ -194,7 +206,6 @@ class GaussianMixture:
 
         See `log_prob` for arguments and errors.
         """
-        check_process(sde)
         marginal, whitened, log_terms = self._whitened(sde, z, t)
         with torch.autocast(z.device.type, enabled=False):
             signal = torch.einsum("...njkl,...l->...nkj", marginal.whitening, marginal.psi)
@@ -214,41 +225,22 @@ class GaussianMixture:
         rows
             Components of the score. ``"driven"``: the components that noise enters, as a
             `ReverseProcess` needs. ``"all"``: all components. ``"auxiliary"``: all but the data,
-            which is the conditional score ∂ log p_t(v, … | x)/∂(v, …).
-
-        Raises
-        ------
-        ValueError
-            If ``rows`` is unknown, or ``"auxiliary"`` for a process of one component.
+            which is the conditional score ∂ log p_t(v, … | x)/∂(v, …). For a process of one
+            component it raises a ValueError.
         """
         return MixtureScore(self, sde, rows=rows)
 
     def condition(self, observation: Observation) -> GaussianMixture:
-        """Exact posterior p(x_0 | y) given a linear observation, which is a mixture again.
+        """Exact posterior p(x_0 | y) given one linear observation, which is a mixture again.
 
         ``mixture.condition(observation).score(sde)`` is the exact guided score ∂ log p(z_t | y)/∂z
-        of any process.
-
-        Parameters
-        ----------
-        observation
-            One observation of data of D numbers. Modes keep their order.
+        of any process. Modes keep their order.
 
         Raises
         ------
-        TypeError
-            If ``observation`` is not an `Observation`.
-        ValueError
-            If it does not fit the data, holds several observations, or has no density.
-
-        Examples
-        --------
-        >>> import torch
-        >>> from cldsde.score import Observation
-        >>> data = GaussianMixture([1.0], [[0.0, 0.0]], [[[1.0, 0.8], [0.8, 1.0]]])
-        >>> seen = Observation.matrix([[1.0, 0.0]], torch.tensor([1.0]), noise_std=0.5)
-        >>> data.condition(seen).means
-        tensor([[0.8000, 0.6400]], dtype=torch.float64)
+        TypeError, ValueError
+            If ``observation`` is not an `Observation`, does not fit the data, holds several
+            observations, or has no density.
         """
         log_evidence, means, covariances = conditioned(self.means, self.covariances, observation)
         # Weights must be positive, so a weight that underflows is set to the smallest number.
@@ -287,6 +279,7 @@ class GaussianMixture:
 
     def _whitened(self, sde: LinearSDE, z: Tensor, t: TimeLike) -> tuple[_Marginal, Tensor, Tensor]:
         """The distribution of a state, and its `_terms`."""
+        check_process(sde)
         flat = self._flat_state(sde, z)
         with torch.autocast(z.device.type, enabled=False):
             marginal = self._marginal(sde, score_times(t, z)).to(flat)
@@ -299,9 +292,12 @@ class GaussianMixture:
         whitened = torch.einsum("...njkl,...nlj->...nkj", marginal.whitening, residual)
         return whitened, marginal.log_scale - 0.5 * whitened.square().sum((-2, -1))
 
-    def _dense_marginal(self, sde: LinearSDE, rows: list[int], t: Tensor) -> DenseMarginal:
-        _, mean, whitening, log_scale, _ = self._marginal(sde, t)
-        return DenseMarginal.rotated(mean, whitening, log_scale, self._axes, rows)
+    def _dense_marginal(self, sde: LinearSDE, rows: list[int], t: Tensor) -> _DenseMarginal:
+        _, mean, blocks, log_scale, _ = self._marginal(sde, t)
+        whitening = torch.einsum("...njkl,nij->...nkjli", blocks, self._axes)
+        pull = -whitening[..., rows, :].flatten(-2).flatten(-4, -2).mT
+        whole = whitening.flatten(-2).flatten(-3, -2)
+        return _DenseMarginal(mean.flatten(-2).unsqueeze(-1), whole, log_scale.unsqueeze(-1), pull)
 
     def _score(self, flat: Tensor, rows: list[int], marginal: _Marginal) -> Tensor:
         whitened, log_terms = self._terms(flat, marginal)
@@ -341,11 +337,7 @@ def _numbers(value: object, name: str) -> Tensor:
 
 
 class MixtureScore(Score):
-    """Exact score ∂ log p_t(z)/∂z of a `GaussianMixture`; create it with `GaussianMixture.score`.
-
-    Call it as ``score(z, t)`` with a state ``(B, k, *D)`` and one time or ``(B,)``. It returns
-    ``(B, len(rows), *D)``.
-    """
+    """Exact score ∂ log p_t(z)/∂z of a `GaussianMixture`, which `GaussianMixture.score` makes."""
 
     predicts_data = True
     sde: LinearSDE
@@ -357,11 +349,10 @@ class MixtureScore(Score):
         self.sde = sde
 
     def __repr__(self) -> str:
-        """Data, process and components in one line."""
         return constructor_repr(self)
 
     def forward(self, z: Tensor, t: TimeLike, *, planned: PlannedTime | None = None) -> Tensor:
-        """Score at one time or ``(B,)`` times."""
+        """Score ``(B, len(rows), *D)`` of states ``(B, k, *D)`` at one time or ``(B,)``."""
         data, rows = self.data, self.rows
         # Compare densities in single precision at least, also for states in half precision.
         flat, version = data._flat_state(self.sde, z), data._version()

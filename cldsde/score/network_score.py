@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from cldsde.linear.checks import TimeLike, check_state, one_of
 from cldsde.linear.sde import LinearSDE
 from cldsde.score.conversion import TRAINED, Prediction
+from cldsde.score.denoiser_score import ScoreDenoiser
 from cldsde.score.denoisers import input_dtype
 from cldsde.score.matching import PerturbedData, Weighting
 from cldsde.score.protocol import Score
-from cldsde.score.score_denoiser import ScoreDenoiser
 from cldsde.score.times import PlannedTime
 
 Inputs = Literal["state", "estimate"]
@@ -26,13 +26,8 @@ class NetworkScore(Score, ABC):
 
     Attributes
     ----------
-    network
-        Module called as (state, clock), or with a condition as (state, clock, condition).
-    sde
-        The forward process.
-    inputs
-        ``"state"``: the network's input is the state. ``"estimate"``: its input is the best
-        unbiased estimate of the data.
+    network, sde, inputs
+        See `MixedScore`.
     """
 
     network: nn.Module
@@ -41,10 +36,9 @@ class NetworkScore(Score, ABC):
 
     @property
     def denoiser(self) -> ScoreDenoiser:
-        """The model's denoiser D(u, σ), for sampling with other processes.
+        """The model's denoiser D(u, σ, condition=…), for sampling with other processes.
 
-        It accepts the model's conditions, as in ``denoiser(u, sigma, condition=label)``. If the
-        network's input is a state of several components, noise fills the state up; see
+        If the network's input is a state of several components, noise fills the state up; see
         `ScoreDenoiser`.
         """
         return ScoreDenoiser(self, fill=self.inputs == "state")
@@ -62,12 +56,10 @@ class NetworkScore(Score, ABC):
 
         Parameters
         ----------
-        z
-            States ``(B, k, *D)``.
+        z, planned
+            See `Score`.
         t
             One time or ``(B,)``, above 0.
-        planned
-            Planned time of ``t``; see `Score`.
         prediction
             ``"score"``, ``"noise"``, ``"data"`` of shape ``(B, *D)``, or for processes of one
             component ``"velocity"`` or ``"flow"``; see `Conversion`. In the additive form of

@@ -14,8 +14,15 @@ from torch import Tensor
 from cldsde.linear.checks import as_integer, check_at_least, check_callable
 from cldsde.linear.log_snr import first_times
 from cldsde.linear.sde import LinearSDE
-from cldsde.score.linearity import check_linear, operator_norm
-from cldsde.score.operators import Copies, block_means, correlation, matrix_product, selection
+from cldsde.score.operators import (
+    Copies,
+    block_means,
+    check_linear,
+    correlation,
+    matrix_product,
+    operator_norm,
+    selection,
+)
 
 # Largest ratio of the samples' noise at the end of sampling to the noise of the observation. At 0.3
 # the variance of exact samples in an observed direction is 9 % too large if the data vary widely.
@@ -36,21 +43,14 @@ class Observation:
     y
         Observed values, ``(*E)``, or one observation per sample, ``(B, *E)``.
     noise_std
-        s ≥ 0, the standard deviation of the noise.
+        s ≥ 0, the standard deviation of the noise; also an argument of the methods below.
     shape
         Shape ``(*D)`` of one data point, if it is known.
 
     Raises
     ------
-    TypeError
-        If ``forward`` is not callable, or y or the noise are not real numbers.
-    ValueError
-        If y is not finite or the noise is negative.
-
-    Notes
-    -----
-    `check` tests that ``forward`` is linear and fits y. Samplers call it before they evaluate a
-    score.
+    TypeError, ValueError
+        If ``forward`` is not callable, y is not real and finite, or the noise is no number ≥ 0.
 
     Examples
     --------
@@ -61,9 +61,6 @@ class Observation:
     tensor([[1., 0., 0.],
             [1., 1., 0.],
             [1., 1., 1.]])
-    >>> seen = torch.tensor([True, False, True])
-    >>> Observation.mask(seen, torch.tensor([1.0, float("nan"), 2.0]), 0.1).y
-    tensor([1., 2.])
     """
 
     forward: Callable[[Tensor], Tensor]
@@ -96,15 +93,11 @@ class Observation:
             Bool ``(*D)``, True for observed entries.
         y
             Data ``(*D)`` or ``(B, *D)``. Entries outside of the mask are ignored.
-        noise_std
-            Standard deviation of the noise.
 
         Raises
         ------
-        TypeError
-            If the mask is not boolean.
-        ValueError
-            If the mask marks no entry, or y does not have the mask's shape.
+        TypeError, ValueError
+            If the mask is not boolean or marks no entry, or y does not have the mask's shape.
         """
         forward = selection(mask)
         values, shape = _as_tensor(y, "y"), tuple(mask.shape)
@@ -117,19 +110,7 @@ class Observation:
     def matrix(cls, A: Tensor | Sequence[Sequence[float]], y: Tensor, noise_std: float) -> Self:
         """Observe A x_0 for a matrix ``(m, D)``; data of other shapes are flattened.
 
-        Parameters
-        ----------
-        A
-            ``(m, D)``.
-        y
-            ``(m,)`` or ``(B, m)``.
-        noise_std
-            Standard deviation of the noise.
-
-        Raises
-        ------
-        ValueError
-            If A is not a finite matrix.
+        y is ``(m,)`` or ``(B, m)``. If A is not a finite matrix, a ValueError is raised.
         """
         matrix = _as_tensor(A, "A")
         return cls(matrix_product(matrix), y, noise_std, (matrix.shape[1],))
@@ -144,14 +125,7 @@ class Observation:
             Size of a block along each spatial axis, at least 2.
         y
             ``(C, *S)``: channels, then one or more spatial axes. The data are
-            ``(C, *(factor · S))``.
-        noise_std
-            Standard deviation of the noise.
-
-        Raises
-        ------
-        ValueError
-            If the factor is below 2 or y has no spatial axis.
+            ``(C, *(factor · S))``. Other shapes raise a ValueError.
         """
         as_integer(factor, 2, "factor")
         low = _as_tensor(y, "y")
@@ -172,14 +146,7 @@ class Observation:
             ``(h, w)`` with odd sizes. The image is padded with zeros and correlated with the
             kernel, as by `torch.nn.functional.conv2d`; flip the kernel for a convolution.
         y
-            ``(C, H, W)``.
-        noise_std
-            Standard deviation of the noise.
-
-        Raises
-        ------
-        ValueError
-            If the kernel does not have odd sizes or is not finite, or y is not an image.
+            ``(C, H, W)``. Other shapes, or a kernel that is not finite, raise a ValueError.
         """
         weights, image = _as_tensor(kernel, "kernel"), _as_tensor(y, "y")
         if image.ndim != 3:
@@ -243,18 +210,8 @@ class Observation:
 
         The data component at time t is ψ x_0 plus noise of variance Σ (`LinearSDE.marginal`). If
         the norm of A times √Σ/ψ is above 0.3 s, samples are visibly wider than the posterior.
-
-        Parameters
-        ----------
-        sde
-            The forward process.
-        shape
-            Shape ``(*D)`` of one data point.
-
-        Raises
-        ------
-        ValueError
-            If ``noise_std`` is 0.
+        ``shape`` is the shape ``(*D)`` of one data point. Without noise, ``noise_std`` = 0, a
+        ValueError is raised.
         """
         if self.noise_std == 0:
             raise ValueError(
@@ -277,15 +234,13 @@ class Observation:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        """Check that ``forward`` is linear on data of shape ``(*D)`` and fits y.
+        """Check that ``forward`` is linear on data of shape ``(*D)``, as samplers do first.
 
         Raises
         ------
-        TypeError
-            If ``forward`` does not return a tensor that autograd can differentiate.
-        ValueError
-            If it has a constant part, is not linear, mixes samples of a batch, or does not return
-            y's shape.
+        TypeError, ValueError
+            If ``forward`` does not return a tensor of y's shape that autograd can differentiate,
+            has a constant part, is not linear, or mixes samples of a batch.
         """
         key = (tuple(shape), dtype, torch.device(device))
         if key not in self._checked:

@@ -1,9 +1,9 @@
-"""Linear operators on a batch of data, for `Observation`, which documents their errors."""
+"""Linear operators on a batch of data, for `Observation`, and their numerical test and norm."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -12,7 +12,10 @@ from torch.nn import functional
 from cldsde.linear.checks import described
 
 Operator = Callable[[Tensor], Tensor]
-"""Function of data ``(B, *D)`` that returns ``(B, *E)``."""
+"""Function of data ``(B, *D)`` that returns ``(B, *E)`` and acts on each sample separately."""
+
+# Largest relative error of a linear function. GPUs convolve with 10-bit mantissas (TF32).
+_TOLERANCE = 3e-3
 
 
 class Copies:
@@ -103,3 +106,61 @@ def _check_size(x: Tensor, size: int, name: str) -> None:
 def _check_shape(x: Tensor, shape: tuple[int, ...]) -> None:
     if x.shape[1:] != shape:
         raise ValueError(f"y must fit the data: it is for shape {shape}; got {tuple(x.shape[1:])}")
+
+
+def check_linear(
+    forward: Operator, y: Tensor, shape: Sequence[int], *, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Raise an error as `Observation.check`, by a test on random data ``(*D)``."""
+    with torch.inference_mode(False):
+        probes = _probes(2, shape).to(dtype).to(device).requires_grad_()
+        a, b = probes[:1], probes[1:]
+        with torch.enable_grad():
+            values = forward(torch.cat([a, b, 3 * a - 2 * b, 0 * a]))
+        if not isinstance(values, Tensor) or not values.requires_grad:
+            raise TypeError(
+                "forward must return a tensor that autograd can differentiate with respect to its "
+                f"argument; got {type(values).__name__}"
+            )
+        values = values.detach()
+        with torch.no_grad():
+            alone = forward(a.detach())
+    seen = values.shape[1:]
+    if len(values) != 4 or y.shape[-len(seen) :] != seen or y.ndim > len(seen) + 1:
+        raise ValueError(
+            f"y must have shape {tuple(seen)}, which forward returns for data of shape "
+            f"{tuple(shape)}; got {tuple(y.shape)}"
+        )
+    size = float(values.abs().max()) + torch.finfo(dtype).tiny
+    tolerance = max(_TOLERANCE, 4 * torch.finfo(dtype).eps)
+    # The comparisons are written so that NaN fails, too.
+    if not float((values[0] - alone[0]).abs().max()) <= tolerance * size:
+        msg = "forward must act on each sample separately; got values that depend on the batch"
+        raise ValueError(msg)
+    if not float(values[3].abs().max()) <= tolerance * size:
+        raise ValueError(
+            "forward must be linear; got forward(0) ≠ 0. Subtract the constant from forward and "
+            "from y"
+        )
+    error = float((values[2] - (3 * values[0] - 2 * values[1])).abs().max())
+    if not error <= tolerance * size:
+        raise ValueError(
+            f"forward must be linear; got a relative difference of {error / size:.2g} between "
+            "forward(3a − 2b) and 3 forward(a) − 2 forward(b)"
+        )
+
+
+def operator_norm(
+    forward: Operator, adjoint: Callable[[Tensor, Sequence[int]], Tensor], shape: Sequence[int]
+) -> float:
+    """Largest singular value of a linear function of data ``(*D)``, by power iteration."""
+    x = _probes(1, shape)
+    for _ in range(20):
+        x = adjoint(forward(x / x.norm()), shape)
+    return float(x.norm().sqrt())
+
+
+def _probes(n: int, shape: Sequence[int]) -> Tensor:
+    """Fixed random data ``(n, *D)``, float64 on the CPU."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(n, *shape, generator=generator, dtype=torch.float64, device="cpu")

@@ -1,14 +1,10 @@
 r"""Posterior scores given a linear observation of the data, for inverse problems.
 
-Notation: û = aᵀz is the best unbiased estimate of x_0 from the state. Its error has the standard
-deviation σ = e^{−κ(t)} with κ = ½ log SNR. D = E[x_0 | û], J = ∂D/∂û, and V = Cov[x_0 | û] = σ²J.
-If x_0 given û were Gaussian, then
-
-.. math:: D_y = E[x_0 | z_t, y] = D + V A^⊤ R^{-1} (y − A D), \qquad R = A V A^⊤ + s^2 I,
-
-and the score of p(z_t | y) would follow from D_y as the score of p(z_t) follows from D. Because
-û(z + ψδ) = û + δ, products with J need gradients by the state only: Jᵀw = ψᵀ ∂_z (wᵀD). The method
-therefore works with any score that determines D.
+û = aᵀz is the best unbiased estimate of x_0 from the state. Its error has the standard deviation
+σ = e^{−κ(t)} with κ = ½ log SNR. D = E[x_0 | û], J = ∂D/∂û, and V = Cov[x_0 | û] = σ²J.
+docs/explanation/posterior-samplers.md derives the methods. Because û(z + ψδ) = û + δ, products with
+J need gradients by the state only: Jᵀw = ψᵀ ∂_z (wᵀD). The method therefore works with any score
+that determines D.
 """
 
 from __future__ import annotations
@@ -31,8 +27,7 @@ from cldsde.score.reverse import checked_score
 from cldsde.score.times import PlannedTime, coefficients_at, score_argument, score_times
 
 PosteriorMethod = Literal["moments", "pigdm", "dps"]
-"""Approximations of p(y | z_t). ``"moments"``: R = A V Aᵀ + s²I, moment matching (MMPS).
-``"pigdm"``: R = r²A Aᵀ + s²I (ΠGDM). ``"dps"``: R = s²I (DPS)."""
+"""Approximations of p(y | z_t); see `PosteriorScore`."""
 
 # Weight of the wide R of "pigdm" in the likelihood of particles by "moments". Between modes of the
 # data, moment matching can give a particle a likelihood that is far too small. A later step
@@ -88,9 +83,10 @@ class PosteriorScore(ScoreWrapper):
     observation
         The observation; the score's ``.to(device)`` moves it.
     method
-        ``"moments"``: R = A V Aᵀ + s²I by conjugate gradients; the least biased.
-        ``"pigdm"``: R = r² A Aᵀ + s²I with r² = σ²v₀/(σ² + v₀).
-        ``"dps"``: R = s²I; with the right noise it overshoots, and diverges for small s.
+        ``"moments"``: R = A V Aᵀ + s²I by conjugate gradients (Rozet et al. 2024); the least
+        biased. ``"pigdm"``: R = r² A Aᵀ + s²I with r² = σ²v₀/(σ² + v₀) (Song et al. 2023).
+        ``"dps"``: R = s²I (Chung et al. 2023); with the right noise it overshoots, and diverges for
+        small s.
     iterations
         Conjugate-gradient iterations of ``"moments"``; each takes one gradient of the score. None:
         to convergence, with at most as many as y has numbers and at most 100.
@@ -105,10 +101,9 @@ class PosteriorScore(ScoreWrapper):
 
     Raises
     ------
-    TypeError
-        If an argument has the wrong type, or the process is not known.
-    ValueError
-        If an option is out of range, or the observation has no noise and the method divides by it.
+    TypeError, ValueError
+        If an argument has the wrong type or is out of range, the process is not known, or the
+        observation has no noise and the method divides by it.
 
     Notes
     -----
@@ -116,13 +111,6 @@ class PosteriorScore(ScoreWrapper):
     of it for ``"moments"``, one otherwise. It records its own gradients, also under
     `torch.no_grad` and `torch.inference_mode`, and returns a score without any. End sampling at
     `Observation.end_time` or below.
-
-    References
-    ----------
-    F. Rozet et al., *Learning diffusion priors from observations by expectation maximization*,
-    2024 (moment matching). J. Song et al., *Pseudoinverse-guided diffusion models for inverse
-    problems*, 2023. H. Chung et al., *Diffusion posterior sampling for general noisy inverse
-    problems*, 2023.
 
     Examples
     --------
@@ -212,13 +200,8 @@ class PosteriorScore(ScoreWrapper):
         """D, D_y − D, and log p̃(y | z) with R as a dense matrix, for particle samplers.
 
         For ``"pigdm"``, p̃ = N(y; A D, R). For ``"moments"``, p̃ is 0.9 of this density plus 0.1 of
-        the density for ``"pigdm"``, so that no particle is underrated by far. ``"moments"`` takes
-        one gradient of the score per number of y here, and no conjugate gradients.
-
-        Raises
-        ------
-        ValueError
-            If the method is ``"dps"``, which has no likelihood.
+        the density for ``"pigdm"``, and takes one gradient of the score per number of y. ``"dps"``
+        has no likelihood and raises a ValueError.
         """
         if self.method == "dps":
             raise ValueError("method must be 'moments' or 'pigdm' to weigh particles; got 'dps'")

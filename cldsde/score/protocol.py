@@ -33,9 +33,8 @@ class Score(Estimator):
     A score maps states ``(B, k, *D)`` and times ``(B,)`` to ``(B, d, *D)``. A subclass defines
     ``forward(z, t, *, planned=None, **conditions)``, and overrides the methods of its other
     abilities. ``planned`` is the index of t among times that a solver knows. Pass it on to other
-    scores along with t. A
-    plain function, a module or another callable object becomes a score when a `ReverseProcess` or
-    another score takes it.
+    scores along with t. Any other callable becomes a score when a `ReverseProcess` or another score
+    takes it.
 
     Attributes
     ----------
@@ -64,13 +63,7 @@ class Score(Estimator):
     predicts_data: bool = False
 
     def data_prediction(self, z: Tensor, t: Any, **options: Any) -> Tensor:
-        """E[x_0 | z_t], ``(B, *D)``, with the options of ``forward``.
-
-        Raises
-        ------
-        ValueError
-            If the score has no data prediction of its own.
-        """
+        """E[x_0 | z_t], ``(B, *D)``, as ``forward`` is called; the default raises ValueError."""
         raise ValueError(f"score must have a data prediction of its own; got {self!r} without one")
 
 
@@ -100,11 +93,6 @@ class ScoreWrapper(Score):
 
     A subclass overrides the methods that it changes. If it overrides ``forward`` alone, it does not
     predict the data, because the other score's prediction does not follow the change.
-
-    Parameters
-    ----------
-    score
-        The other score.
 
     Examples
     --------
@@ -149,13 +137,7 @@ class ScoreWrapper(Score):
 
 
 def as_score(score: object, name: str = "score") -> Score:
-    """Return a `Score`, and adapt any other function score(z, t).
-
-    Raises
-    ------
-    TypeError
-        If the argument is not callable, or is a denoiser.
-    """
+    """Return a `Score`, and adapt any other function score(z, t); TypeError for other objects."""
     if isinstance(score, Score):
         return score
     if isinstance(inside := compiled_module(score), Score):

@@ -17,17 +17,12 @@ def bits_per_dim(log_prob: Tensor, dimension: int, bin_width: float = 1.0) -> Te
     Parameters
     ----------
     log_prob
-        Log-density in nats, of any shape.
+        Log-density in nats, of any shape, which the result has, too.
     dimension
         Number D of entries of a data point.
     bin_width
         Distance between two levels in the units of the density: 2/256 for bytes scaled to [−1, 1],
         1/256 for [0, 1], and 1 for continuous data.
-
-    Returns
-    -------
-    Tensor
-        Of the shape of ``log_prob``.
 
     Examples
     --------
@@ -56,32 +51,16 @@ def dequantise(
     Parameters
     ----------
     levels
-        Integers in 0 … count − 1, of any shape.
-    count
-        Number of levels.
-    low, high
-        Ends of the scale.
+        Integers in 0 … count − 1, of any shape. The result has this shape, float32.
+    count, low, high
+        Number of levels, and ends of the scale.
     generator
         Random generator of U.
 
-    Returns
-    -------
-    Tensor
-        float32, of the shape of ``levels``.
-
     Raises
     ------
-    TypeError
-        If the levels are not integers.
-    ValueError
-        If a level is out of range or low ≥ high.
-
-    Examples
-    --------
-    >>> import torch
-    >>> x = dequantise(torch.tensor([0, 255]), generator=torch.Generator().manual_seed(0))
-    >>> bool((x[0] < -0.99) and (x[1] > 0.99))
-    True
+    TypeError, ValueError
+        If the levels are not integers, a level is out of range, or low ≥ high.
     """
     if not isinstance(levels, Tensor) or levels.is_floating_point() or levels.is_complex():
         raise TypeError(f"levels must be a tensor of integers; got {described(levels)}")

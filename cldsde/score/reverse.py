@@ -18,16 +18,10 @@ def same_dynamics(first: LinearSDE, second: LinearSDE) -> bool:
     """Whether two processes have the same drift, diffusion and initial covariance."""
     if first is second:
         return True
-    if (first.components, first.driven) != (second.components, second.driven):
-        return False
     end = min(first.regular_until, second.regular_until)
     t = torch.linspace(0, end, 5, dtype=torch.float64, device="cpu")
-    pairs = (
-        (first.drift(t), second.drift(t)),
-        (first.diffusion(t), second.diffusion(t)),
-        (first.initial_covariance, second.initial_covariance),
-    )
-    return all(a.shape == b.shape and bool((a == b).all()) for a, b in pairs)
+    parts = ((sde.drift(t), sde.diffusion(t), sde.initial_covariance) for sde in (first, second))
+    return all(map(torch.equal, *parts))
 
 
 def checked_score(value: Tensor, z: Tensor, driven: int) -> Tensor:
@@ -67,10 +61,9 @@ class ReverseProcess:
 
     Raises
     ------
-    TypeError
-        If ``sde`` is not a `LinearSDE`, or ``score`` cannot be called or is a denoiser.
-    ValueError
-        If ``score`` belongs to a process with other dynamics or another initial covariance.
+    TypeError, ValueError
+        If ``sde`` is not a `LinearSDE`, or ``score`` cannot be called, is a denoiser, or belongs to
+        a process with other dynamics or another initial covariance.
 
     Examples
     --------
@@ -94,21 +87,10 @@ class ReverseProcess:
             )
 
     def __repr__(self) -> str:
-        """One line with process and score."""
         return constructor_repr(self)
 
     def drift(self, z: Tensor, t: TimeLike, *, stochasticity: float = 1.0) -> Tensor:
-        """Drift F z − (1 + λ²)/2 GGᵀ s in forward time, ``(B, k, *D)``.
-
-        Parameters
-        ----------
-        z
-            States ``(B, k, *D)``.
-        t
-            One time or ``(B,)``.
-        stochasticity
-            λ ≥ 0; the default is the reverse SDE, F z − GGᵀ s.
-        """
+        """Drift F z − (1 + λ²)/2 GGᵀ s in forward time, ``(B, k, *D)``; λ is the stochasticity."""
         check_at_least(stochasticity, 0.0, "stochasticity")
         times = score_times(t, check_state(z, self.sde.components))
         G = self.sde.diffusion(times)
@@ -128,21 +110,12 @@ class ReverseProcess:
     def data_prediction(self, z: Tensor, t: TimeLike) -> Tensor:
         """Data prediction E[x_0 | z_t] from the driven score, ``(B, *D)``; one score evaluation.
 
-        Raises
-        ------
-        ValueError
-            If the driven score does not determine x_0 at a time; see `Conversion`.
+        If the driven score does not determine x_0 at a time, it raises as `Conversion.at`.
         """
         return self._converted(z, t, "data")
 
     def full_score(self, z: Tensor, t: TimeLike) -> Tensor:
-        """Score ∂ log p_t(z)/∂z of all components, ``(B, k, *D)``, from the driven score.
-
-        Raises
-        ------
-        ValueError
-            If the driven score does not determine it at a time; see `Conversion`.
-        """
+        """Score ∂ log p_t(z)/∂z of all components, ``(B, k, *D)``; raises as `data_prediction`."""
         return self._converted(z, t, "full_score")
 
     def _converted(self, z: Tensor, t: TimeLike, target: Prediction) -> Tensor:
@@ -150,13 +123,7 @@ class ReverseProcess:
         return Conversion.at(self.sde, times, "score", target)(z, self.evaluate(z, times))
 
     def evaluate(self, z: Tensor, times: Tensor) -> Tensor:
-        """Evaluate and check the score at float64 times on the CPU, ``()`` or ``(B,)``.
-
-        Raises
-        ------
-        TypeError, ValueError
-            If the score does not return a tensor ``(B, len(driven), *D)``.
-        """
+        """Evaluate and check the score at float64 times on the CPU, ``()`` or ``(B,)``."""
         argument = score_argument(times, z).expand(len(z))
         return checked_score(self.score(z, argument), z, len(self.sde.driven))
 

@@ -24,10 +24,9 @@ class TimeSampler:
     The mean of weight · loss is an unbiased estimate of the mean loss over times uniform on
     [t_min, 1], for any loss.
 
-    The density is tabulated at 2,001 times uniform in log t, and its distribution function is
-    inverted by linear interpolation. The density of the draws is therefore constant between knots,
-    and the weights belong to this density exactly. Each interval between knots gets at least 1e-13
-    of the draws.
+    The density is tabulated at 2,001 times uniform in log t. The density of the draws is constant
+    between these knots, and the weights belong to this density exactly. Each interval between knots
+    gets at least 1e-13 of the draws.
 
     Parameters
     ----------
@@ -35,14 +34,9 @@ class TimeSampler:
         Function of float64 times ``(n,)`` that returns values ``(n,)``, finite and positive, at
         both ends also 0. It need not be normalised. The best density is the root of the loss's
         second moment at each time. A density proportional to the loss makes the expected weighted
-        loss constant in time.
+        loss constant in time. Other values raise a ValueError.
     t_min
         Smallest time, in (0, ½].
-
-    Raises
-    ------
-    ValueError
-        If ``t_min`` is out of range or the density is not finite and positive.
 
     Examples
     --------
@@ -87,20 +81,7 @@ class TimeSampler:
     ) -> TimeSampler:
         """Importance sampler for Gaussian data: the density is the loss of the best score.
 
-        Parameters
-        ----------
-        sde
-            The forward process.
-        t_min
-            Smallest time, above 0.
-        data_variance, conditioning, weighting
-            See `cldsde.score.optimal_loss`.
-
-        Examples
-        --------
-        >>> from cldsde import CLD
-        >>> sampler = TimeSampler.importance(CLD(), 1e-5, weighting="likelihood")
-        >>> t, weight = sampler.quantiles(torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64))
+        See `cldsde.score.optimal_loss` for the arguments.
         """
         density = partial(
             optimal_loss,
@@ -112,15 +93,10 @@ class TimeSampler:
         return cls(density, t_min)
 
     def sample(self, n: int, *, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """Draw ``n`` stratified times and their weights: one time in each n-th of the distribution.
+        """Draw ``n`` times, one in each n-th of the distribution, and their weights.
 
-        The order of the strata is random, so each time by itself has the density. Together they are
-        spread more evenly than independent times.
-
-        Returns
-        -------
-        t, weight : tuple of Tensor
-            ``(n,)`` float64 on the CPU.
+        Both are ``(n,)`` float64 on the CPU. The order of the strata is random, so each time by
+        itself has the density.
         """
         check_generator(generator, several=False)
         device = torch.device("cpu") if generator is None else generator.device
@@ -130,13 +106,7 @@ class TimeSampler:
         return self.quantiles((part + shift) / n)
 
     def quantiles(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Quantiles of the times at u ∈ [0, 1], and their weights.
-
-        Raises
-        ------
-        ValueError
-            If a number lies outside [0, 1].
-        """
+        """Quantiles of the times at u ∈ [0, 1], and their weights; ValueError for other numbers."""
         if not bool(((u >= 0) & (u <= 1)).all()):
             msg = f"u must lie in [0, 1]; got values from {float(u.min()):g} to {float(u.max()):g}"
             raise ValueError(msg)
@@ -159,31 +129,17 @@ def log_snr_density(
 
     Parameters
     ----------
-    sde
-        The forward process.
     mean, std
         Mean and standard deviation of κ = −log σ with the noise level σ. The defaults are from
         Karras et al. (2022, table 1), who train on images in [−1, 1] with a standard deviation of
-        about ½. For data with standard deviation s take mean − log 2s.
+        about ½. For data with standard deviation s take mean − log 2s. If ``std`` is not positive
+        or a number is not finite, a ValueError is raised.
 
     Returns
     -------
     callable
         Function of float64 times of any shape in (0, 1] that returns values of that shape. Use it
         with `TimeSampler`, and with `MixedScore.log_snr_weighting` for a loss by noise levels.
-
-    Raises
-    ------
-    ValueError
-        If ``std`` is not positive or a number is not finite.
-
-    Examples
-    --------
-    >>> from cldsde import CLD
-    >>> sampler = TimeSampler(log_snr_density(CLD()), t_min=1e-3)
-    >>> t, _ = sampler.sample(10_000, generator=torch.Generator().manual_seed(0))
-    >>> f"{CLD().log_snr(t).mean():.1f}, {CLD().log_snr(t).std():.1f}"
-    '1.2, 1.2'
     """
     check_process(sde)
     check_normal(mean, std)
@@ -215,13 +171,6 @@ def logit_normal_density(*, mean: float = 0.0, std: float = 1.0) -> Callable[[Te
     mean, std
         Mean and standard deviation of the logit. A negative mean prefers times near the data. See
         `log_snr_density` for the result and errors.
-
-    Examples
-    --------
-    >>> sampler = TimeSampler(logit_normal_density(), t_min=1e-3)
-    >>> t, _ = sampler.sample(10_000, generator=torch.Generator().manual_seed(0))
-    >>> f"{t.logit().mean():.2f}, {t.logit().std():.2f}"
-    '0.00, 1.00'
     """
     check_normal(mean, std)
     return partial(_logit_normal, mean=mean, std=std)
@@ -241,23 +190,7 @@ def mode_density(scale: float = 1.29) -> Callable[[Tensor], Tensor]:
     ----------
     scale
         s in (−1, 2/(π − 2)). 0 is uniform; a positive s prefers the middle, a negative s the ends.
-
-    Returns
-    -------
-    callable
-        Function of float64 times of any shape in [0, 1] that returns values of that shape, for
-        `TimeSampler`.
-
-    Raises
-    ------
-    ValueError
-        If ``scale`` is out of range.
-
-    Examples
-    --------
-    >>> density = mode_density(1.29)
-    >>> f"{density(0.5):.2f} {density(1.0):.2f}"
-    '3.79 0.44'
+        See `log_snr_density` for the result and errors; times 0 are allowed.
     """
     check_between(scale, -1 + 1e-9, 2 / (math.pi - 2) - 1e-9, "scale")
     return partial(_mode, scale=scale)

@@ -41,13 +41,7 @@ def _outside_graphs(function: Callable[P, R]) -> Callable[P, R]:
 
 
 class KnownTimes:
-    """Times of score evaluations that are known before the evaluations.
-
-    Parameters
-    ----------
-    times
-        ``(n,)``, shared by the batch, or ``(n, B)``; float64 on the CPU.
-    """
+    """Times of score evaluations known before these: ``(n,)`` or ``(n, B)``, float64 on the CPU."""
 
     def __init__(self, times: Tensor) -> None:
         self.times = times
@@ -55,14 +49,9 @@ class KnownTimes:
         self._mapped: WeakKeyDictionary[object, KnownTimes] = WeakKeyDictionary()
 
     def arguments(self, z: Tensor, moved: Tensor | None = None) -> list[PlannedTime]:
-        """Times as a score receives them, one per evaluation.
+        """Times as a score receives them with states like z, one per evaluation.
 
-        Parameters
-        ----------
-        z
-            States ``(B, k, *D)`` with the shape, dtype and device of the score's argument.
-        moved
-            The times in that dtype and on that device, if they have been copied already.
+        ``moved`` holds the times in that dtype and on that device, if they have been copied.
         """
         table = score_argument(self.times, z) if moved is None else moved
         rows = enumerate(table.unbind())
@@ -104,19 +93,11 @@ class KnownTimes:
 
 
 class PlannedTime(NamedTuple):
-    """The time of a score evaluation, as a place among known times.
-
-    Attributes
-    ----------
-    times, number
-        Known times and the index of this one.
-    argument
-        Time t ``(B,)`` that the score is called with.
-    """
+    """The time of a score evaluation, as a place among known times."""
 
     times: KnownTimes
     number: int
-    argument: Tensor
+    argument: Tensor  # t, (B,), that the score is called with
 
     def moved(self, t: TimeLike, argument: Tensor) -> PlannedTime | None:
         """The place of t for another tensor with its values; None if t is not planned."""
@@ -126,11 +107,7 @@ class PlannedTime(NamedTuple):
     def mapped(
         self, t: TimeLike, owner: object, function: Callable[[Tensor], Tensor], argument: Tensor
     ) -> PlannedTime | None:
-        """The place of a function of t, such as its noise level; None if t is not planned.
-
-        The function is called once per ``owner`` for all known times. ``argument`` are its values
-        ``(B,)`` on the state's device.
-        """
+        """The place of a function of t with the values ``argument``; None if t is not planned."""
         if self.argument is not t:
             return None
         return PlannedTime(self.times.mapped(owner, function), self.number, argument)
@@ -152,22 +129,8 @@ def score_times(
 ) -> Tensor:
     """Times of a score call in float64 on the CPU, ``()`` if the batch shares one.
 
-    Parameters
-    ----------
-    t
-        One time or ``(B,)``. A ``(B,)`` tensor expanded from one number (stride 0) counts as shared
-        without a look at its values.
-    z
-        The state, ``(B, k, *D)``.
-    planned
-        Planned time of ``t``, if there is one. Its value is not read back.
-    levels
-        Whether ``t`` holds noise levels, which have no upper limit.
-
-    Raises
-    ------
-    ValueError
-        If t has another shape or a time lies outside [0, 1].
+    A ``(B,)`` tensor expanded from one number (stride 0) counts as shared without a look at its
+    values. ``levels`` says whether ``t`` holds noise levels, which have no upper limit.
     """
     if (at := _valid(planned, t)) is not None:
         times = at.times.times[at.number]
@@ -196,19 +159,9 @@ def coefficients_at(
 ) -> Coefficients:
     """Coefficients of a score at the times of a call, on the state's device.
 
-    Parameters
-    ----------
-    owner
-        The score, which owns the tables of known times.
-    t, z, planned, levels
-        See `score_times`.
-    make
-        Function of float64 times on the CPU that returns a NamedTuple of float64 tensors.
-    dtype
-        Dtype of the result.
-    version
-        Version of everything that the coefficients depend on. A table of another version is
-        computed again. None: the coefficients need gradients and are computed at each call.
+    ``owner`` is the score, which owns the tables of known times, and ``make`` a function of float64
+    times on the CPU. A table is computed again if ``version``, the version of everything that it
+    depends on, changes. None: coefficients need gradients and are computed at each call.
     """
 
     def moved(times: Tensor) -> Coefficients:
