@@ -27,9 +27,8 @@ MODEL = (
     flag("--trust", "import the network that the run names by module:Class"),
 )
 _FEATURES = (
-    "features of the Fréchet distance, to which tune adds those of a network with random weights: "
-    "classifier, trained on the data's classes; random, for data without classes; or "
-    "module:attribute"
+    "features of the Fréchet distance: classifier, trained on the data's classes; random, of a "
+    "network with random weights, for data without classes; or module:attribute; tune adds random"
 )
 FEATURES = option("--features NAME", str, _FEATURES, default="classifier")
 DATA = option("--data PATH", Path, "path of the data set, if not as configured")

@@ -120,7 +120,7 @@ class NetworkConfig:
 
     name: str = "UNet"
     """A class of `cldsde.images.networks`, such as ``"UNet"`` or ``"NCSNpp"``; or ``module:Class``
-    of a network of one's own, see `cldsde.images.networks.NETWORKS`."""
+    of a network of one's own, see the page "Train an image model"."""
     options: Mapping[str, Any] = field(default_factory=lambda: {"channels": (32, 64)})
     """Arguments of the class; of ``"NCSNpp"`` see ``cldsde.pretrained.ncsnpp.NCSNpp``."""
     conditional: Flag = False
@@ -154,8 +154,8 @@ class ScoreConfig:
     prediction: Literal["noise", "velocity", "flow"] = "noise"
     """The prediction whose squared error is the loss: ``"noise"``, or for processes of one
     component ``"velocity"`` or ``"flow"``. With the process ``"RectifiedFlow"``, ``"flow"`` is flow
-    matching. The network returns the same quantity for all three. If ``training.weighting`` is
-    ``"log_snr"``, the loss is always of the noise."""
+    matching. The network returns the same quantity for all three. The key has no effect if
+    ``training.weighting`` is ``"log_snr"``: the loss is then of the network's output."""
     mixing: Number | None = None
     """None: the network's part is added to the reference's. A number m: each channel learns the
     weights of the two parts. The weight of the network's part starts at 1/(1 + e^−m)."""
@@ -211,8 +211,9 @@ class SamplingConfig:
     """Times at which sampling starts and ends (ε). None: as for `cldsde.sample`, from κ = −3.3 to
     3.3 (κ: half the log of the signal-to-noise ratio). With up to 4 steps, the recommended solver
     goes from −3.0 to 2.35. The start is at a smaller κ if the numbers per image times the
-    evaluations exceed 29,000, or 16,000 with up to 4 steps. Both ends are within the noise levels
-    of the process and of the score's training."""
+    evaluations exceed 29,000, or 16,000 for the recommended solver with up to 4 steps. In a latent
+    model the numbers are the latent variables. Both ends are within the noise levels of the process
+    and of the score's training."""
     denoise: Flag = True
     """Return the data prediction at ε instead of the state there."""
     options: Mapping[str, Any] = field(default_factory=dict)

@@ -166,9 +166,10 @@ class NCSNpp(_ScoreNetwork):
     shape, inputs, outputs, classes
         See `UNet`.
     options
-        ``channels``, and the arguments of ``cldsde.pretrained.ncsnpp.NCSNpp`` with their defaults:
-        ``blocks``, ``attention``, ``dropout``, ``fir``, ``inputs_enter``, ``outputs_leave``,
-        ``fourier_scale``, ``gradient_checkpointing``.
+        ``channels``; ``blocks=2``; ``attention=()``, heights of the levels with attention;
+        ``dropout=0.0``; ``fir=True``, resample with a filter; ``inputs_enter="residual"``, or
+        ``"once"`` or ``"skip"``; ``outputs_leave="once"``, or ``"skip"``; ``fourier_scale=None``,
+        scale of Fourier features of the clock; ``gradient_checkpointing=False``.
 
     Raises
     ------

@@ -30,7 +30,7 @@ _NEGLIGIBLE = 1e-9  # of a combination; single precision rounds weights by 6e-8
 
 def wanted_width(file: Path) -> float | None:
     """The width in the name of a file that is made when it is read: ``power-0.075.safetensors``."""
-    found = re.fullmatch(r"power-(0\.\d*[1-9])\.safetensors", file.name)
+    found = re.fullmatch(r"power-(0\.\d+)\.safetensors", file.name)
     return None if found is None or file.is_file() else float(found[1])
 
 

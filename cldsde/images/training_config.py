@@ -35,11 +35,15 @@ class LatentConfig:
 
     latent_channels: Count = 4
     channels: tuple[Width, ...] = (32, 64)
+    """Channels of the latent variables, and of each level of the autoencoder from full resolution
+    down; each level has half the height and width of the one before."""
     blocks: Blocks = 1
     groups: Count = 8
+    """Residual blocks per level of the encoder, one less than in the decoder, and groups of the
+    group normalisation."""
     likelihood: Literal["logistic", "bernoulli"] = "logistic"
-    """See `cldsde.images.latent.VAE`. With the likelihood ``"bernoulli"`` a model can be trained on
-    images of more than two grey levels, but has no bits per dim for them."""
+    """Distribution of a pixel. With ``"bernoulli"`` a model can be trained on images of more than
+    two grey levels, but has no bits per dim for them."""
     pretraining: Count
     """Images of the first stage, in which the prior is standard normal. In the second stage, the
     rest of ``training.images``, autoencoder and prior are trained together."""
@@ -105,7 +109,8 @@ class TrainingConfig:
     mode_scale: Annotated[Number, Field(ge=-0.99, le=1.75)] = 1.29
     """For ``times = "mode"``; see `cldsde.score.mode_density`."""
     t_min: Time = 1e-3
-    """Smallest time; the loss is the mean over [t_min, 1]."""
+    """Smallest time; the loss is the mean over [t_min, 1], with the density of ``times`` if they
+    are ``"logit_normal"`` or ``"mode"``."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Precision of the network alone: ``"fp32"``, ``"bf16"`` or ``"fp16"``."""
     compile: Flag = False

@@ -114,7 +114,7 @@ class ComparisonConfig(Measurements, Configuration):
     seed: Annotated[int, Strict(), Field(ge=0, lt=2**32 // _IMAGES)] = 0
     """Seed of weights and training of all models; the seed of each image follows from it."""
     metrics: tuple[str, ...] = ("fd", "bpd")
-    """Some of `cldsde.images.evaluate.measurements.METRICS`."""
+    """Some of ``"fd"``, ``"fid"``, ``"kid"``, ``"isc"``, ``"prc"`` and ``"bpd"``."""
     base: Mapping[str, Any] = field(default_factory=dict)
     """Sections of a `RunConfig` that all models share."""
     models: Mapping[str, Mapping[str, Any]]

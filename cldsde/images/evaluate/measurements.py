@@ -28,7 +28,7 @@ class Measurements:
     batch: Count = 64
     """Images per batch."""
     metrics: tuple[str, ...] = ("fd",)
-    """Some of `cldsde.images.evaluate.measurements.METRICS`."""
+    """Some of ``"fd"``, ``"fid"``, ``"kid"``, ``"isc"``, ``"prc"`` and ``"bpd"``."""
     features: str = "classifier"
     """Features of the Fréchet distance: ``"classifier"``, of a classifier trained on the data's
     classes; ``"random"``, of one with random weights, also used for data without classes; or
