@@ -45,10 +45,7 @@ returns ``(n,)``: its value times ``"reweighted"``."""
 
 @dataclass(frozen=True, eq=False)
 class PerturbedData:
-    """Perturbed data and training targets: random states of the forward process with their noise.
-
-    `PerturbedData.draw` makes them.
-    """
+    """Perturbed data: random states with their noise and training targets; `draw` makes them."""
 
     sde: LinearSDE
     x0: Tensor  #: The data, ``(B, *D)``.
@@ -153,8 +150,8 @@ class PerturbedData:
         Raises
         ------
         TypeError, ValueError
-            If the output is not a tensor of this shape, an option is unknown, or for a velocity or
-            a flow as `target`.
+            If the output is not a tensor of this shape, or an option is unknown. `target` lists the
+            errors for a velocity or a flow.
         """
         one_of(prediction, TRAINED, "prediction")
         if measured is None:

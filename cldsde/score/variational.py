@@ -33,7 +33,7 @@ from cldsde.linear.checks import TimeLike, check_between, check_positive, one_of
 from cldsde.linear.covariance import triangular_inverse
 from cldsde.linear.kernel import Gaussian, check_density
 from cldsde.linear.sde import LinearSDE
-from cldsde.score.conversion import Prediction
+from cldsde.score.conversion import TRAINED, Prediction
 from cldsde.score.matching import PerturbedData
 from cldsde.score.protocol import ScoreFunction
 from cldsde.score.times import score_argument
@@ -82,6 +82,7 @@ def evidence_lower_bound(
     ValueError
         If a time lies outside [t_min, T], shapes do not fit, or a distribution has no density.
     """
+    one_of(prediction, TRAINED, "prediction")  # before the model is evaluated
     if data_variance is None and not (isinstance(data_mean, int | float) and data_mean == 0):
         msg = "data_variance must be given with data_mean, for the control variate; got None"
         raise ValueError(msg)
