@@ -23,9 +23,8 @@ from .base import (
     check_state_on_grid,
     evaluations_per_step,
 )
-from .combine import as_blocks
 from .noise import NoiseSource, PathNoise
-from .staged import AffineSolver, Stage, Stages
+from .staged import AffineSolver, Stages
 
 Norm = Literal["sample", "batch"]
 
@@ -57,12 +56,8 @@ class ReverseDiffusion(AffineSolver):
         kernel = sde.transition(end, start)
         full = Conversion.at(sde, start, "score", "full_score")
         eye = torch.eye(sde.components, dtype=torch.float64, device="cpu")
-        stage = Stage(
-            as_blocks(2 * eye - kernel.mean + kernel.covariance @ full.state),
-            as_blocks(kernel.covariance @ full.value),
-            noise=as_blocks(kernel.root),
-        )
-        return Stages.of(stage)
+        state = 2 * eye - kernel.mean + kernel.covariance @ full.state
+        return Stages.affine(state, kernel.covariance @ full.value, kernel.root)
 
     def path_noise(self, process: ReverseProcess, times: Tensor) -> PathNoise:
         """Noise of the forward transition."""
@@ -89,12 +84,7 @@ class Ancestral(AffineSolver):
         posterior = sde.posterior(end, start)
         data = Conversion.at(sde, start, "score", "data")
         pull = posterior.initial[..., :1]
-        stage = Stage(
-            as_blocks(posterior.state + pull @ data.state),
-            as_blocks(pull @ data.value),
-            noise=as_blocks(posterior.root),
-        )
-        return Stages.of(stage)
+        return Stages.affine(posterior.state + pull @ data.state, pull @ data.value, posterior.root)
 
 
 @dataclass(frozen=True, kw_only=True)
