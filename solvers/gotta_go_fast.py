@@ -93,11 +93,11 @@ class GottaGoFast(Solver):
     def prepare(self, process: ReverseProcess, times: Tensor) -> Tensor:
         """The tolerance of each component, ``(k,)``."""
         k = process.sde.components
-        values = [self.atol] * k if isinstance(self.atol, int | float) else list(self.atol)
+        values = torch.tensor(self.atol, dtype=torch.float64, device="cpu").flatten()
         if len(values) not in (1, k):
             msg = f"atol must be a number or one for each of the {k} components; got {len(values)}"
             raise ValueError(msg)
-        return torch.tensor(values, dtype=torch.float64, device="cpu").expand(k)
+        return values.expand(k)
 
     def integrate(self, run: Run) -> Integration:
         """Integrate each sample to the end with step lengths of its own."""
