@@ -267,12 +267,11 @@ def solve(
         constants. Memory then grows with the number of steps.
     log_prob
         Also return the log-density of the path given its start, `Solution.log_prob`, and of each
-        step, ``Solution.log_probs``. The log-density of the start is
-        ``sde.prior.log_prob(state)``. For solvers whose steps add Gaussian noise last. If a step's
-        noise does not reach all components (Euler–Maruyama under CLD), the density is on the range
-        of the noise. With ``differentiable`` the path is treated as fixed: gradients reach the
-        score's parameters through the density alone, as policy gradients need, and ``state`` has
-        no gradient.
+        step, ``Solution.log_probs``, for solvers whose steps add Gaussian noise last. The start has
+        the log-density ``sde.prior.log_prob(state)``. If a step's noise does not reach all
+        components (Euler–Maruyama under CLD), the density is on the range of the noise. With
+        ``differentiable`` the path is fixed: gradients reach the score's parameters through the
+        density alone, and ``state`` has no gradient.
     progress
         Show a progress bar on stderr for steps, or for samples that have arrived.
     warn
