@@ -37,7 +37,8 @@ class GottaGoFast(Solver):
 
     After a rejection the published method draws new noise, so that samples in few dimensions are
     biased. ``noise_on_reject="bridge"`` draws the shorter step's noise from the Brownian bridge.
-    Each attempt, accepted or rejected, takes two score evaluations.
+    Each attempt, accepted or rejected, takes two score evaluations. Options out of range raise a
+    ValueError, and ``atol`` of another type a TypeError.
 
     Parameters
     ----------
@@ -56,13 +57,6 @@ class GottaGoFast(Solver):
         Length of the first step, > 0.
     max_nfev
         Largest number of evaluations per sample, ≥ 2. A sample that needs more has failed.
-
-    Raises
-    ------
-    TypeError
-        If ``atol`` is neither a number nor a sequence of numbers.
-    ValueError
-        If an option is out of range.
     """
 
     rtol: float = 0.01

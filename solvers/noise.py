@@ -163,17 +163,11 @@ class SampleNoise(NoiseSource):
     Parameters
     ----------
     seeds
-        One integer in [0, 2³²) per sample.
+        One integer in [0, 2³²) per sample, at least one. Other seeds raise a ValueError, or a
+        TypeError if they are not integers.
     key
         Integer ≥ 0 that the streams depend on, too: two keys have no stream in common. None: a
         stream depends on its seed alone.
-
-    Raises
-    ------
-    TypeError
-        If a seed is not an integer.
-    ValueError
-        If a seed is out of range or ``seeds`` is empty.
 
     Examples
     --------

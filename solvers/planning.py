@@ -180,14 +180,7 @@ class Plan:
 def plan(process: ReverseProcess, solver: Solver, times: Tensor) -> Plan:
     """Precompute everything that depends on process, solver and grid alone, for many solves.
 
-    Call `Plan.solve` of the result for each batch. The arguments are those of `solve`.
-
-    Raises
-    ------
-    TypeError
-        If an argument has the wrong type.
-    ValueError
-        If the grid does not fit the solver or the solver does not apply to the process.
+    Call `Plan.solve` of the result for each batch. See `solve` for arguments and errors.
     """
     check_reverse_process(process)
     check_solver(solver)

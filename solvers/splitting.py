@@ -39,7 +39,8 @@ class Splitting(StagedSolver):
     Every scheme with all three letters has weak order 1. For few evaluations and a trained score,
     Pandey, Rudolph and Mandt (2024) recommend one evaluation per step at the less noisy end:
     ``shared_score=True`` and ``score_time="end"``. On Gaussian data these schemes are less accurate
-    than `SSCS` with as many evaluations.
+    than `SSCS` with as many evaluations. Options out of range raise a ValueError, and a
+    ``shared_score`` that is no bool a TypeError.
 
     Parameters
     ----------
@@ -50,13 +51,6 @@ class Splitting(StagedSolver):
     score_time
         Time of the score evaluation within a letter's part of the step, or with ``shared_score``
         within the step: its ``"start"``, or its less noisy ``"end"``.
-
-    Raises
-    ------
-    TypeError
-        If ``shared_score`` is not a bool.
-    ValueError
-        If ``scheme`` lacks a letter or has others, or ``score_time`` is unknown.
     """
 
     scheme: str = "OBAB"
