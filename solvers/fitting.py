@@ -49,7 +49,7 @@ def fit_sampler(
     The search is CMA-ES (Hansen 2016, arXiv 1604.00772), which needs the library ``cma``. It starts
     from the settings of `sample`, and uses the same random numbers for all settings. Then new
     random numbers decide between the best settings, the centre of the search and the settings of
-    `sample`. Ctrl-C ends the search; the best settings so far are kept.
+    `sample`. Ctrl-C ends the search with a UserWarning; the best settings so far are kept.
 
     Parameters
     ----------
@@ -79,11 +79,6 @@ def fit_sampler(
         If ``cma`` is missing.
     TypeError, ValueError
         If an argument is not allowed, or no `ExponentialMultistep` applies to the process.
-
-    Warns
-    -----
-    UserWarning
-        If Ctrl-C ended the search.
     """
     search = Search(process, shape, nfe, distance, seed, network)
     if budget is not None:

@@ -83,13 +83,7 @@ class NoiseSource(ABC):
 
 
 class FreshNoise(NoiseSource):
-    """Independent normals from one generator.
-
-    Parameters
-    ----------
-    generator
-        Random generator; None: torch's default generator of the state's device.
-    """
+    """Independent normals from a generator; None: torch's default one of the state's device."""
 
     def __init__(self, generator: torch.Generator | None = None) -> None:
         self.generator = generator
@@ -131,13 +125,7 @@ class CheckedNoise(NoiseSource):
 
 
 class RecordedNoise(NoiseSource):
-    """Noise source that replays given normals, for tests and for probing a solver.
-
-    Parameters
-    ----------
-    draws
-        Tensors ``(B, rows, *D)`` in the order of use.
-    """
+    """Noise source that replays draws ``(B, rows, *D)`` in their order, for tests."""
 
     def __init__(self, draws: Sequence[Tensor]) -> None:
         # Count draws by an integer, because torch.compile cannot trace an iterator.
