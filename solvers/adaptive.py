@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -40,7 +41,7 @@ class ActiveSamples:
         self._nfev = torch.zeros(n, dtype=torch.int64, device="cpu")
         self._next = torch.zeros(n, dtype=torch.int64, device="cpu")
         self._success = torch.zeros(n, dtype=torch.bool, device="cpu")
-        self._failures: dict[str, int] = {}
+        self._failures: Counter[str] = Counter()
         self._attempts, self._stopped = 0, False
         self._bar = progress_bar(None, shown=run.progress, total=n, desc=name)
 
@@ -57,14 +58,12 @@ class ActiveSamples:
         if bool(stays.all()):
             return None
         self._success[self._rows[~travelling]] = True
-        self._note_failures(
-            travelling & ~long_enough,
-            "the step length underflowed: the score is not finite, or rtol and atol cannot be met",
-        )
-        self._note_failures(
-            travelling & long_enough & ~in_budget,
-            f"max_nfev: {counted(self._max_nfev, 'evaluation')} did not reach the end",
-        )
+        short = "the step length underflowed: "
+        short += "the score is not finite, or rtol and atol cannot be met"
+        spent = f"max_nfev: {counted(self._max_nfev, 'evaluation')} did not reach the end"
+        for reason, failed in ((short, ~long_enough), (spent, long_enough & ~in_budget)):
+            if count := int((travelling & failed).sum()):
+                self._failures[reason] += count
         kept = self._kept = stays.nonzero().flatten()
         self._rows, self._next, self.t = self._rows[kept], self._next[kept], self.t[kept]
         self._bar.update(len(self._success) - len(self._rows) - self._bar.n)
@@ -169,8 +168,3 @@ class ActiveSamples:
     def _stop(self) -> Tensor:
         """The next stop of each sample."""
         return self._stops[self._next.clamp_max(len(self._stops) - 1)]
-
-    def _note_failures(self, failed: Tensor, reason: str) -> None:
-        count = int(failed.sum())
-        if count:
-            self._failures[reason] = self._failures.get(reason, 0) + count

@@ -50,7 +50,7 @@ class BrownianPath(NoiseSource):
         The process, which defines G and Ψ.
     times
         ``(n + 1,)``, increasing or decreasing, in [0, T], e.g. the finest grid to be solved on. The
-        path lies between its ends.
+        path lies between its ends. Other times raise a ValueError.
     shape
         ``(B, *D)``: number of samples and shape of one sample's data.
     generator
@@ -60,11 +60,6 @@ class BrownianPath(NoiseSource):
         that need ΔW alone: `EulerMaruyama`, `StochasticHeun` and most methods of `TorchSDE`.
     dtype, device
         Dtype and device of the results.
-
-    Raises
-    ------
-    ValueError
-        If the times do not increase or decrease within [0, T], or the shape is not ``(B, *D)``.
 
     Examples
     --------

@@ -25,12 +25,8 @@ def as_blocks(table: Tensor) -> list[Block]:
 def combine(*terms: tuple[Block, Tensor], out: Tensor | None = None) -> Tensor:
     """Σ block · tensor over the component axis, ``(B, k, *D)``.
 
-    Parameters
-    ----------
-    terms
-        Pairs of a k×m block and a tensor ``(B, m, *D)``; at least one.
-    out
-        Tensor to write to and return, not differentiable. None: a new contiguous tensor.
+    ``terms`` are one or more pairs of a k×m block and a tensor ``(B, m, *D)``. ``out`` is a tensor
+    to write to and return, not differentiable. None: a new contiguous tensor.
     """
     block, like = terms[0]
     rows = _products(len(block), terms)

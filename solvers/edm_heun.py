@@ -36,7 +36,7 @@ class EDMHeun(StagedSolver):
 
     Churn is exact in distribution, so the error is Heun's alone, of order 2 for any churn.
     A ``noise_scale`` other than 1 compensates for errors of a network, and with an exact score
-    samples another distribution.
+    samples another distribution. Options out of range raise a ValueError.
 
     Parameters
     ----------
@@ -46,11 +46,6 @@ class EDMHeun(StagedSolver):
         Noise levels (S_min, S_max) between which churn is applied.
     noise_scale
         S_noise > 0, scale of the churn's noise.
-
-    Raises
-    ------
-    ValueError
-        If an option is out of range.
     """
 
     churn: float = 0.0

@@ -10,9 +10,8 @@ from torch import Tensor
 from cldsde.score import ReverseProcess
 
 from .base import Facts, check_regular
-from .combine import as_blocks
 from .noise import PathNoise
-from .staged import AffineSolver, Stage, Stages
+from .staged import AffineSolver, Stages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,12 +39,8 @@ class EulerMaruyama(AffineSolver):
         check_regular(sde, times, "EulerMaruyama")
         start, h = times[:-1], -times.diff()[:, None, None]
         F, G = sde.drift(start), sde.diffusion(start)
-        stage = Stage(
-            as_blocks(torch.eye(sde.components, dtype=torch.float64, device="cpu") - h * F),
-            as_blocks(h * (G @ G.mT)[..., list(sde.driven)]),
-            noise=as_blocks(h.sqrt() * G),
-        )
-        return Stages.of(stage)
+        state = torch.eye(sde.components, dtype=torch.float64, device="cpu") - h * F
+        return Stages.affine(state, h * (G @ G.mT)[..., list(sde.driven)], h.sqrt() * G)
 
     def path_noise(self, process: ReverseProcess, times: Tensor) -> PathNoise:
         """ΔW/√h."""

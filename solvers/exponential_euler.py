@@ -13,9 +13,8 @@ from cldsde.linear.schedule import gauss_legendre
 from cldsde.score import ReverseProcess
 
 from .base import Facts, check_regular
-from .combine import as_blocks
 from .noise import PathNoise
-from .staged import AffineSolver, Stage, Stages
+from .staged import AffineSolver, Stages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,12 +43,8 @@ class ExponentialEuler(AffineSolver):
         measure = (span * weights)[..., None, None]
         score = (measure * pulled @ sde.diffusion(at).mT).sum(1)
         columns = (measure.sqrt() * pulled).movedim(1, 2).flatten(2)
-        stage = Stage(
-            as_blocks(block_solve(sde.transition_matrix(end, start), eye)),
-            as_blocks(score[..., list(sde.driven)]),
-            noise=as_blocks(joint_root(columns)),
-        )
-        return Stages.of(stage)
+        state = block_solve(sde.transition_matrix(end, start), eye)
+        return Stages.affine(state, score[..., list(sde.driven)], joint_root(columns))
 
     def path_noise(self, process: ReverseProcess, times: Tensor) -> PathNoise:
         """∫Ψ(u, τ) G dw = Ψ(t, u)⁻¹ I over each step."""

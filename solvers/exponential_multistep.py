@@ -52,19 +52,14 @@ class _Tables(NamedTuple):
 class LevelNoise:
     """Stochasticity λ as a function of the noise level, for any process.
 
+    Values out of range raise a ValueError, and values that are not numbers a TypeError.
+
     Parameters
     ----------
     log_snr
         Increasing finite κ = ½ log SNR, one or more.
     stochasticity
         λ ≥ 0 at each of them; linear in κ between them and constant outside.
-
-    Raises
-    ------
-    TypeError
-        If a value is not a number.
-    ValueError
-        If κ does not increase, λ is negative, or their numbers differ.
 
     Examples
     --------
@@ -117,7 +112,8 @@ class ExponentialMultistep(GridSolver):
 
     with ζ of covariance Σ_u − Φ_λ Σ_t Φ_λᵀ and Lagrange polynomials ℓ_j through the last ``order``
     predictions. Each step takes one score evaluation. The data prediction follows from the driven
-    score, so a network for the score of the velocity is enough.
+    score, so a network for the score of the velocity is enough. Options that are out of range or
+    exclude each other raise a ValueError.
 
     Special cases for one component (k = 1):
 
@@ -151,11 +147,6 @@ class ExponentialMultistep(GridSolver):
     weights
         ``"exact"``, or ``"published"`` for ``variable="log_snr"``: formulas of two points weight
         their difference by B H/(2H'), as in DPM-Solver++(2M) and UniPC.
-
-    Raises
-    ------
-    ValueError
-        If an option is out of range, or options exclude each other.
 
     Notes
     -----

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from cldsde.linear.checks import as_integer
+from cldsde.linear.checks import as_integer, check_callable
 from cldsde.linear.log_snr import log_snr_range
 from cldsde.progress import progress_bar
 from cldsde.score import ReverseProcess
+from cldsde.score.reverse import check_reverse_process
 
 from .exponential_multistep import ExponentialMultistep
 from .recommended import recommended_plan
@@ -48,7 +49,7 @@ def fit_sampler(
     The search is CMA-ES (Hansen 2016, arXiv 1604.00772), which needs the library ``cma``. It starts
     from the settings of `sample`, and uses the same random numbers for all settings. Then new
     random numbers decide between the best settings, the centre of the search and the settings of
-    `sample`. Ctrl-C ends the search; the best settings so far are kept.
+    `sample`. Ctrl-C ends the search with a UserWarning; the best settings so far are kept.
 
     Parameters
     ----------
@@ -78,11 +79,6 @@ def fit_sampler(
         If ``cma`` is missing.
     TypeError, ValueError
         If an argument is not allowed, or no `ExponentialMultistep` applies to the process.
-
-    Warns
-    -----
-    UserWarning
-        If Ctrl-C ended the search.
     """
     search = Search(process, shape, nfe, distance, seed, network)
     if budget is not None:
@@ -150,10 +146,8 @@ class Search:
     tries: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.process, ReverseProcess):
-            raise TypeError(f"process must be a ReverseProcess; got {type(self.process).__name__}")
-        if not callable(self.distance):
-            raise TypeError(f"distance must be a function of samples; got {self.distance!r}")
+        check_reverse_process(self.process)
+        check_callable(self.distance, "distance", "a function of samples")
         self.shape = checked_shape(self.shape)
         self.nfe, self.seed = as_integer(self.nfe, 2, "nfe"), as_integer(self.seed, 0, "seed")
         self._cma = import_cma()
@@ -236,9 +230,7 @@ class Search:
         """Range of κ in which process and score can be evaluated."""
         first, last = log_snr_range(self.process.sde)
         low, high = self.process.score.noise_levels or (0.0, math.inf)
-        smallest = -math.log(low) if low > 0 else math.inf
-        largest = -math.log(high) if high < math.inf else -math.inf
-        return max(first, largest), min(last, smallest)
+        return max(first, -math.log(high)), min(last, -math.log(low) if low > 0 else math.inf)
 
 
 def import_cma() -> Any:

@@ -37,7 +37,8 @@ class GottaGoFast(Solver):
 
     After a rejection the published method draws new noise, so that samples in few dimensions are
     biased. ``noise_on_reject="bridge"`` draws the shorter step's noise from the Brownian bridge.
-    Each attempt, accepted or rejected, takes two score evaluations.
+    Each attempt, accepted or rejected, takes two score evaluations. Options out of range raise a
+    ValueError, and ``atol`` of another type a TypeError.
 
     Parameters
     ----------
@@ -56,13 +57,6 @@ class GottaGoFast(Solver):
         Length of the first step, > 0.
     max_nfev
         Largest number of evaluations per sample, ≥ 2. A sample that needs more has failed.
-
-    Raises
-    ------
-    TypeError
-        If ``atol`` is neither a number nor a sequence of numbers.
-    ValueError
-        If an option is out of range.
     """
 
     rtol: float = 0.01
@@ -93,11 +87,11 @@ class GottaGoFast(Solver):
     def prepare(self, process: ReverseProcess, times: Tensor) -> Tensor:
         """The tolerance of each component, ``(k,)``."""
         k = process.sde.components
-        values = [self.atol] * k if isinstance(self.atol, int | float) else list(self.atol)
+        values = torch.tensor(self.atol, dtype=torch.float64, device="cpu").flatten()
         if len(values) not in (1, k):
             msg = f"atol must be a number or one for each of the {k} components; got {len(values)}"
             raise ValueError(msg)
-        return torch.tensor(values, dtype=torch.float64, device="cpu").expand(k)
+        return values.expand(k)
 
     def integrate(self, run: Run) -> Integration:
         """Integrate each sample to the end with step lengths of its own."""

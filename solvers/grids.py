@@ -42,7 +42,7 @@ def uniform_times(T: float, eps: float, n: int) -> Tensor:
     """Uniform grid, t_i = T + (i/n)(ε − T).
 
     The result is a decreasing float64 tensor ``(n + 1,)``. Like every grid it can also be called as
-    ``uniform_times(sde, T, eps, n)``.
+    ``uniform_times(sde, T, eps, n)``. Values out of range raise a ValueError.
 
     Parameters
     ----------
@@ -50,11 +50,6 @@ def uniform_times(T: float, eps: float, n: int) -> Tensor:
         Ends, 0 ≤ ε < T.
     n
         Number of steps, at least 1.
-
-    Raises
-    ------
-    ValueError
-        If ε ≥ T, ε < 0 or n < 1.
 
     Examples
     --------
@@ -92,14 +87,8 @@ def log_snr_times(sde: LinearSDE, T: float, eps: float, n: int) -> Tensor:
     """Grid uniform in κ(t), half the log of the signal-to-noise ratio (`LinearSDE.log_snr`).
 
     For VP it is the grid of DPM-Solver (Lu et al. 2022). See `uniform_times` for the other
-    arguments and the result.
-
-    Raises
-    ------
-    TypeError
-        If ``sde`` is missing.
-    ValueError
-        As in `uniform_times`, or if κ(T) or κ(ε) is not finite.
+    arguments, the result and the errors. If κ(T) or κ(ε) is not finite, a ValueError is raised, and
+    without a process a TypeError.
 
     Examples
     --------

@@ -50,6 +50,7 @@ class Imputation(GridSolver):
 
     If the grid ends at t = 0, the known entries of the result are exact. Otherwise they carry the
     noise of the last time, or a small error with ``denoise=True``. `impose` sets them exactly.
+    Arguments that do not fit raise a ValueError or TypeError.
 
     Even on fine grids the samples are not from the posterior, because each step sees the known part
     through fresh noise. `PosteriorScore` with its default method and `sample_posterior` are closer.
@@ -57,7 +58,8 @@ class Imputation(GridSolver):
     Parameters
     ----------
     solver
-        A solver on a fixed grid, such as ``SSCS()``. Half-steps of a solver are not merged.
+        A solver with a state at each time of a fixed grid, such as ``SSCS()``, whose half-steps are
+        not merged then.
     known
         Known data ``(*D)``, or ``(B, *D)`` per sample; floating point and finite, in the scale of
         the data. Entries outside of the mask may hold any number.
@@ -73,14 +75,6 @@ class Imputation(GridSolver):
         Number of steps in a group, ≥ 1. If noise enters the velocity alone, a jump of 1 increases
         the error, because the data hardly move over one step. For CLD and two Gaussian numbers
         about a fifth of the grid was best; for VP, 1.
-
-    Raises
-    ------
-    TypeError
-        If an argument has the wrong type.
-    ValueError
-        If shapes do not fit, ``known`` is not finite, the basis is not orthonormal, ``resample`` or
-        ``jump`` is below 1, or the solver's state between two steps belongs to no grid time.
 
     Notes
     -----

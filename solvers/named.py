@@ -63,7 +63,7 @@ def canonical_name(name: str) -> str:
 
 
 def find_solver(name: str, *others: str) -> Solver:
-    """Look up a solver by name, or import a user's solver.
+    """Look up a solver by name, or import a user's solver; raise ValueError if there is none.
 
     Parameters
     ----------
@@ -72,11 +72,6 @@ def find_solver(name: str, *others: str) -> Solver:
         ``multistep-2-sde``, or ``module:ClassName`` of a solver that needs no arguments.
     others
         Further names that the caller accepts, for the error.
-
-    Raises
-    ------
-    ValueError
-        If the name is unknown, the import fails, or the imported object is not a solver.
 
     Examples
     --------

@@ -83,13 +83,7 @@ class NoiseSource(ABC):
 
 
 class FreshNoise(NoiseSource):
-    """Independent normals from one generator.
-
-    Parameters
-    ----------
-    generator
-        Random generator; None: torch's default generator of the state's device.
-    """
+    """Independent normals from a generator; None: torch's default one of the state's device."""
 
     def __init__(self, generator: torch.Generator | None = None) -> None:
         self.generator = generator
@@ -131,13 +125,7 @@ class CheckedNoise(NoiseSource):
 
 
 class RecordedNoise(NoiseSource):
-    """Noise source that replays given normals, for tests and for probing a solver.
-
-    Parameters
-    ----------
-    draws
-        Tensors ``(B, rows, *D)`` in the order of use.
-    """
+    """Noise source that replays draws ``(B, rows, *D)`` in their order, for tests."""
 
     def __init__(self, draws: Sequence[Tensor]) -> None:
         # Count draws by an integer, because torch.compile cannot trace an iterator.
@@ -163,17 +151,11 @@ class SampleNoise(NoiseSource):
     Parameters
     ----------
     seeds
-        One integer in [0, 2³²) per sample.
+        One integer in [0, 2³²) per sample, at least one. Other seeds raise a ValueError, or a
+        TypeError if they are not integers.
     key
         Integer ≥ 0 that the streams depend on, too: two keys have no stream in common. None: a
         stream depends on its seed alone.
-
-    Raises
-    ------
-    TypeError
-        If a seed is not an integer.
-    ValueError
-        If a seed is out of range or ``seeds`` is empty.
 
     Examples
     --------

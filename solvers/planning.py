@@ -180,14 +180,7 @@ class Plan:
 def plan(process: ReverseProcess, solver: Solver, times: Tensor) -> Plan:
     """Precompute everything that depends on process, solver and grid alone, for many solves.
 
-    Call `Plan.solve` of the result for each batch. The arguments are those of `solve`.
-
-    Raises
-    ------
-    TypeError
-        If an argument has the wrong type.
-    ValueError
-        If the grid does not fit the solver or the solver does not apply to the process.
+    Call `Plan.solve` of the result for each batch. See `solve` for arguments and errors.
     """
     check_reverse_process(process)
     check_solver(solver)
@@ -267,12 +260,11 @@ def solve(
         constants. Memory then grows with the number of steps.
     log_prob
         Also return the log-density of the path given its start, `Solution.log_prob`, and of each
-        step, ``Solution.log_probs``. The log-density of the start is
-        ``sde.prior.log_prob(state)``. For solvers whose steps add Gaussian noise last. If a step's
-        noise does not reach all components (Euler–Maruyama under CLD), the density is on the range
-        of the noise. With ``differentiable`` the path is treated as fixed: gradients reach the
-        score's parameters through the density alone, as policy gradients need, and ``state`` has
-        no gradient.
+        step, ``Solution.log_probs``, for solvers whose steps add Gaussian noise last. The start has
+        the log-density ``sde.prior.log_prob(state)``. If a step's noise does not reach all
+        components (Euler–Maruyama under CLD), the density is on the range of the noise. With
+        ``differentiable`` the path is fixed: gradients reach the score's parameters through the
+        density alone, and ``state`` has no gradient.
     progress
         Show a progress bar on stderr for steps, or for samples that have arrived.
     warn

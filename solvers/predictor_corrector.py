@@ -23,9 +23,8 @@ from .base import (
     check_state_on_grid,
     evaluations_per_step,
 )
-from .combine import as_blocks
 from .noise import NoiseSource, PathNoise
-from .staged import AffineSolver, Stage, Stages
+from .staged import AffineSolver, Stages
 
 Norm = Literal["sample", "batch"]
 
@@ -57,12 +56,8 @@ class ReverseDiffusion(AffineSolver):
         kernel = sde.transition(end, start)
         full = Conversion.at(sde, start, "score", "full_score")
         eye = torch.eye(sde.components, dtype=torch.float64, device="cpu")
-        stage = Stage(
-            as_blocks(2 * eye - kernel.mean + kernel.covariance @ full.state),
-            as_blocks(kernel.covariance @ full.value),
-            noise=as_blocks(kernel.root),
-        )
-        return Stages.of(stage)
+        state = 2 * eye - kernel.mean + kernel.covariance @ full.state
+        return Stages.affine(state, kernel.covariance @ full.value, kernel.root)
 
     def path_noise(self, process: ReverseProcess, times: Tensor) -> PathNoise:
         """Noise of the forward transition."""
@@ -89,12 +84,7 @@ class Ancestral(AffineSolver):
         posterior = sde.posterior(end, start)
         data = Conversion.at(sde, start, "score", "data")
         pull = posterior.initial[..., :1]
-        stage = Stage(
-            as_blocks(posterior.state + pull @ data.state),
-            as_blocks(pull @ data.value),
-            noise=as_blocks(posterior.root),
-        )
-        return Stages.of(stage)
+        return Stages.affine(posterior.state + pull @ data.state, pull @ data.value, posterior.root)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +96,8 @@ class Langevin:
     on the driven components d (Song et al. 2021, algorithms 4 and 5). The distribution is preserved
     to first order in η. For a process with velocity the steps sample the distribution of the
     velocity given the data, which has the same score. α is the squared transition Ψ(t, u)² of the
-    next step for one component (1 for VE, α_t²/α_u² for VP), and 1 for several components.
+    next step for one component (1 for VE, α_t²/α_u² for VP), and 1 for several components. Options
+    out of range raise a ValueError.
 
     Parameters
     ----------
@@ -119,11 +110,6 @@ class Langevin:
         for all, from the batch means of the norms, as published. With few dimensions take
         ``"batch"``, because the score of a single sample may nearly vanish, which makes its step
         far too long.
-
-    Raises
-    ------
-    ValueError
-        If an option is out of range.
     """
 
     snr: float = 0.16
@@ -156,24 +142,16 @@ class Langevin:
 class PredictorCorrector(GridSolver):
     """Predictor–corrector sampler: at each time corrector steps, then one predictor step.
 
+    It is from Y. Song et al. 2021, §4.2 and appendix G. Options of other types raise a TypeError.
+
     Parameters
     ----------
     predictor
         A one-step solver, such as `ReverseDiffusion` (published for VE), `Ancestral` or
-        `EulerMaruyama`.
+        `EulerMaruyama`. If its state between two steps belongs to no grid time, as for `SSCS`, a
+        ValueError is raised.
     corrector
         `Langevin` steps.
-
-    Raises
-    ------
-    TypeError
-        If the predictor is not a solver or the corrector is not a `Langevin`.
-    ValueError
-        If the predictor's state between two steps belongs to no grid time, as for `SSCS`.
-
-    References
-    ----------
-    Y. Song et al. 2021, §4.2 and appendix G.
     """
 
     predictor: GridSolver = field(default_factory=ReverseDiffusion)

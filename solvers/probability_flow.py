@@ -38,7 +38,7 @@ class ProbabilityFlow(Solver):
 
     The error of a step is divided elementwise by atol + rtol · max(\|before\|, \|after\|), as in
     scipy and torchdiffeq. Its root mean square over the batch must be at most 1. The score is never
-    evaluated outside [ε, T].
+    evaluated outside [ε, T]. Options out of range raise a ValueError.
 
     Parameters
     ----------
@@ -58,11 +58,6 @@ class ProbabilityFlow(Solver):
         once per evaluation, but a sample depends on its batch, and a sample that fails stops all.
         ``"sample"``: errors and step lengths per sample. A result then does not depend on the other
         samples apart from rounding, and samples that have arrived leave the batch.
-
-    Raises
-    ------
-    ValueError
-        If an option is out of range.
     """
 
     method: Method = "dopri5"

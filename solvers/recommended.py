@@ -209,7 +209,7 @@ def window(
     known = process.score.noise_levels
     if known is not None:
         known = two_increasing(known, "score.noise_levels")
-        low = max(low, -math.log(known[1]) if known[1] < math.inf else -math.inf)
+        low = max(low, -math.log(known[1]))
         high = min(high, -math.log(known[0]) if known[0] > 0 else math.inf)
     ends = torch.tensor([low, high], dtype=torch.float64, device="cpu")
     first, last = times_of_log_snr(process.sde, ends, process.sde.regular_until).tolist()

@@ -109,9 +109,8 @@ def sample(
 
     Notes
     -----
-    The end at κ = 3.3 smooths structure finer than e^{−κ} ≈ 0.04, which networks do not resolve
-    accurately; the end at κ = 2.35 smooths structure finer than 0.1. If an exact score has finer
-    structure, pass ``times`` with a smaller end.
+    The end at κ = 3.3 smooths structure finer than e^{−κ} ≈ 0.04, and κ = 2.35 finer than 0.1. If
+    an exact score has finer structure, pass ``times`` with a smaller end.
 
     The settings of few steps suit networks. With an exact score of normal data of variance 1, 4 to
     9 evaluations give standard deviations up to 11 % (VP) or 22 % (CLD) too large, and 3

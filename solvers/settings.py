@@ -26,7 +26,8 @@ class SamplerSettings:
     """Noise levels, noise and order of a sampler with few evaluations.
 
     The sampler is `ExponentialMultistep`, which ends with the data prediction. n levels are n
-    network evaluations, or 2n with guidance.
+    network evaluations, or 2n with guidance. Values out of range raise a ValueError, and values of
+    another type a TypeError.
 
     Parameters
     ----------
@@ -40,13 +41,6 @@ class SamplerSettings:
         See `ExponentialMultistep`.
     network
         Name of the network that the settings were fitted to.
-
-    Raises
-    ------
-    TypeError
-        If a value has the wrong type.
-    ValueError
-        If κ does not increase, λ is negative, or their numbers do not fit.
 
     Examples
     --------

@@ -20,45 +20,27 @@ class SolveWarning(RuntimeWarning):
 
 @dataclass(frozen=True, eq=False)
 class Solution:
-    """Result of `solve`; fields have the names that `scipy.integrate` uses.
+    """Result of `solve`; fields have the names that `scipy.integrate` uses."""
 
-    Attributes
-    ----------
-    state
-        Final state ``(B, k, *D)``.
-    data
-        ``(B, *D)``: the data component of the state, or the denoised data if ``denoise`` is set.
-        It shares no memory with ``state`` and ``y``.
-    t
-        Times ``(S,)`` of the states in ``y``: the last time, or ``t_eval``.
-    y
-        States at these times, ``(S, B, k, *D)``; states that a sample never reached are NaN. If
-        only the last time is requested, ``y`` may share memory with ``state``.
-    nfev
-        Score evaluations per sample, counted by wrapping the score. If samples differ, the largest
-        number; ``stats["nfev"]`` holds all.
-    status
-        0: every sample arrived. 1: a state is not finite, or a solver gave up. 2: the callback
-        stopped the solve.
-    message
-        The outcome in words.
-    log_probs
-        With ``log_prob=True`` the log-densities of the steps given the past, ``(n, B)`` nats;
-        otherwise None.
-    stats
-        Further numbers. ``success`` ``(B,)``: which samples arrived with finite numbers. ``nfev``
-        ``(B,)``: evaluations of each sample. ``steps``: for solvers on a grid. ``attempts``: for
-        adaptive solvers.
-    """
-
-    state: Tensor
+    state: Tensor  #: Final state ``(B, k, *D)``.
+    #: ``(B, *D)``: the data component of the state, or the denoised data if ``denoise`` is set. It
+    #: shares no memory with ``state`` and ``y``.
     data: Tensor
-    t: Tensor
+    t: Tensor  #: Times ``(S,)`` of the states in ``y``: the last time, or ``t_eval``.
+    #: States at these times, ``(S, B, k, *D)``; states that a sample never reached are NaN. If only
+    #: the last time is requested, ``y`` may share memory with ``state``.
     y: Tensor
+    #: Score evaluations per sample, counted by wrapping the score; the largest number if samples
+    #: differ.
     nfev: int
+    #: 0: every sample arrived. 1: a state is not finite, or a solver gave up. 2: the callback
+    #: stopped the solve.
     status: int
-    message: str
+    message: str  #: The outcome in words.
+    #: ``success`` ``(B,)``: which samples arrived with finite numbers. ``nfev`` ``(B,)``:
+    #: evaluations of each sample. ``steps`` of a solver on a grid, ``attempts`` of an adaptive one.
     stats: dict[str, Any] = field(default_factory=dict)
+    #: With ``log_prob=True`` the log-densities of the steps given the past, ``(n, B)`` nats.
     log_probs: Tensor | None = None
 
     @property

@@ -39,7 +39,8 @@ class Splitting(StagedSolver):
     Every scheme with all three letters has weak order 1. For few evaluations and a trained score,
     Pandey, Rudolph and Mandt (2024) recommend one evaluation per step at the less noisy end:
     ``shared_score=True`` and ``score_time="end"``. On Gaussian data these schemes are less accurate
-    than `SSCS` with as many evaluations.
+    than `SSCS` with as many evaluations. Options out of range raise a ValueError, and a
+    ``shared_score`` that is no bool a TypeError.
 
     Parameters
     ----------
@@ -50,13 +51,6 @@ class Splitting(StagedSolver):
     score_time
         Time of the score evaluation within a letter's part of the step, or with ``shared_score``
         within the step: its ``"start"``, or its less noisy ``"end"``.
-
-    Raises
-    ------
-    TypeError
-        If ``shared_score`` is not a bool.
-    ValueError
-        If ``scheme`` lacks a letter or has others, or ``score_time`` is unknown.
     """
 
     scheme: str = "OBAB"
@@ -85,7 +79,11 @@ class Splitting(StagedSolver):
         """Blocks of each letter."""
         sde = process.sde
         covariance = _stationary_variances(sde)
-        row_of, ratio = _drift_per_noise(sde, times)
+        driven = sde.driven[-1]
+        rate = sde.diffusion(times).square().sum(-1)[:, driven]
+        fastest = int(rate.argmax())
+        # F/(GGᵀ)_jj of a driven component j does not depend on the noise schedule.
+        ratio = sde.drift(times[fastest]) / rate[fastest]
         eye = torch.eye(2, dtype=torch.float64, device="cpu")
         stages: list[Stage] = []
         evaluated = False
@@ -93,15 +91,15 @@ class Splitting(StagedSolver):
             noise = sde.accumulated_noise(end, start)
             friction = 0.5 * noise / covariance
             if letter == "O":
-                rate = friction.diagonal(dim1=-2, dim2=-1)
-                spread = (covariance * -torch.expm1(-2 * rate)).sqrt()
+                damping = friction.diagonal(dim1=-2, dim2=-1)
+                spread = (covariance * -torch.expm1(-2 * damping)).sqrt()
                 root = torch.diag_embed(spread)[..., list(sde.driven)]
-                decay = torch.diag_embed(torch.exp(-rate))
+                decay = torch.diag_embed(torch.exp(-damping))
                 stages.append(Stage(as_blocks(decay), noise=as_blocks(root)))
                 continue
             row = "AB".index(letter)
             own = eye[:, row : row + 1]  # selects the letter's row
-            pull = friction - ratio * noise[:, row_of, row_of, None, None]
+            pull = friction - ratio * noise[:, driven, driven, None, None]
             stage = Stage(as_blocks(eye + own * pull))
             if row in sde.driven:
                 blocks = as_blocks(own * noise[..., list(sde.driven)])
@@ -152,11 +150,3 @@ def _stationary_variances(sde: LinearSDE) -> Tensor:
             f"{type(sde).__name__} has correlated ones. Use SSCS"
         )
     return covariance.diagonal()
-
-
-def _drift_per_noise(sde: LinearSDE, times: Tensor) -> tuple[int, Tensor]:
-    """A driven component j and F/(GGᵀ)_jj, which does not depend on the noise schedule."""
-    j = sde.driven[-1]
-    noise = sde.diffusion(times).square().sum(-1)[:, j]
-    fastest = int(noise.argmax())
-    return j, sde.drift(times[fastest]) / noise[fastest]

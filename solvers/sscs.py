@@ -36,6 +36,8 @@ class SSCS(StagedSolver):
         A(h/2):\; z ← Ψ_H z + L_H ξ, \qquad
         S(h):\; \dot z = G G^⊤ \bigl(s(z, τ) + Σ_∞^{−1} z\bigr), \qquad A(h/2).
 
+    Options out of range raise a ValueError.
+
     Parameters
     ----------
     score_step
@@ -49,19 +51,14 @@ class SSCS(StagedSolver):
 
         ``"gaussian"``: the score of data N(·, ``data_variance``) is integrated exactly, with the
         coefficients at the step's middle, and the rest of the score is frozen. It takes one
-        evaluation, has weak order 2 for such Gaussian data and 1 for others, and does not overshoot
-        near the data as the Euler step does.
+        evaluation. The weak order is 2 for such Gaussian data, and 1 otherwise. It does not
+        overshoot near the data as the Euler step does.
     data_variance
         Variance of one number of the data for ``score_step="gaussian"``, > 0.
     merge
         Whether the second half-step of a step and the first half-step of the next are one exact
         move. The distribution is the same. If False, each step ends at its grid time, as
         trajectories, callbacks and correctors need, and draws twice the noise.
-
-    Raises
-    ------
-    ValueError
-        If an option is out of range.
     """
 
     score_step: ScoreStep = "euler"

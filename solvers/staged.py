@@ -11,7 +11,7 @@ from torch import Tensor
 from cldsde.score import ReverseProcess
 
 from .base import GridSolver, Memory, ScoreAt
-from .combine import Block, add_to, combine
+from .combine import Block, add_to, as_blocks, combine
 from .noise import NoiseSource
 
 
@@ -50,6 +50,11 @@ class Stages(NamedTuple):
         uses_base = any(stage.base is not None for stage in stages)
         uses_first = any(stage.first is not None for stage in stages)
         return cls(stages, [0, *accumulate(counts)], uses_base, uses_first)
+
+    @classmethod
+    def affine(cls, state: Tensor, score: Tensor, noise: Tensor) -> Stages:
+        """Create one stage from tables ``(n, k, m)`` for n steps."""
+        return cls.of(Stage(as_blocks(state), as_blocks(score), noise=as_blocks(noise)))
 
 
 class StagedSolver(GridSolver):

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -42,34 +42,22 @@ _Twist = Literal["moments", "pigdm"]
 
 @dataclass(frozen=True, eq=False)
 class PosteriorSamples:
-    """Weighted samples of a posterior, made by `sample_posterior`.
+    """Weighted samples of a posterior, made by `sample_posterior`."""
 
-    Attributes
-    ----------
-    samples
-        Data ``(N, *D)``, the particles of all runs.
-    log_weights
-        ``(N,)`` float64 on the CPU, not normalised: the mean of their exponentials is the estimate
-        of p(y). So the samples of several calls with as many particles can be put together.
-    log_evidence
-        Estimate of log p(y). Before the logarithm, its bias is the error of the steps alone, for
-        any number of particles.
-    log_evidence_std
-        Its standard error, from the spread of the runs; NaN for a single run. A value near 1, the
-        largest possible, means that one run has most of the weight: take more particles.
-    ess
-        Effective sample size of each run at each time of the grid, ``(runs, n + 1)``, before
-        particles are resampled.
-    nfev
-        Score evaluations of each particle.
-    """
-
-    samples: Tensor
+    samples: Tensor  #: Data ``(N, *D)``, the particles of all runs.
+    #: ``(N,)`` float64 on the CPU, not normalised: the mean of their exponentials is the estimate
+    #: of p(y). So the samples of several calls with as many particles can be put together.
     log_weights: Tensor
+    #: Estimate of log p(y). Before the logarithm, its bias is the error of the steps alone, for any
+    #: number of particles.
     log_evidence: float
+    #: Its standard error, from the spread of the runs; NaN for a single run. A value near 1, the
+    #: largest possible, means that one run has most of the weight: take more particles.
     log_evidence_std: float
-    ess: Tensor = field(repr=False)
-    nfev: int
+    #: Effective sample size of each run at each time of the grid, ``(runs, n + 1)``, before
+    #: particles are resampled.
+    ess: Tensor
+    nfev: int  #: Score evaluations of each particle.
 
     @property
     def weights(self) -> Tensor:

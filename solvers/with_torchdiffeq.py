@@ -42,7 +42,8 @@ class TorchDiffEq(Solver):
 
     Methods with fixed steps use the given grid. Adaptive methods use its ends, with one step size
     for the whole batch, and step onto each requested time. torchdiffeq reads numbers back from the
-    device at every step, so `ProbabilityFlow` has less overhead.
+    device at every step, so `ProbabilityFlow` has less overhead. Options out of range raise a
+    ValueError.
 
     Parameters
     ----------
@@ -54,14 +55,9 @@ class TorchDiffEq(Solver):
     rtol, atol
         Relative and absolute tolerance of adaptive methods, > 0.
     options
-        Further options of torchdiffeq's method.
+        Further options of torchdiffeq's method, except for options that set the grid.
     max_nfev
         Largest number of evaluations, ≥ 1. A solve that needs more has failed.
-
-    Raises
-    ------
-    ValueError
-        If the method is unknown, a number is out of range, or ``options`` sets the grid.
     """
 
     method: str = "dopri5"

@@ -58,12 +58,8 @@ class TorchSDE(GridSolver):
         ``"euler"``, ``"milstein"`` (the same for additive noise), ``"srk"`` (SRA1 of Rößler 2010),
         ``"heun"``, ``"euler_heun"`` or ``"midpoint"``. Two methods are not supported: ``"log_ode"``
         equals ``"midpoint"`` for additive noise, and ``"reversible_heun"`` is unstable near the
-        data. With CLD and 320 uniform steps to 0.05 its moments have an error of a tenth.
-
-    Raises
-    ------
-    ValueError
-        If the method is unknown.
+        data. With CLD and 320 uniform steps to 0.05 its moments have an error of a tenth. Methods
+        that are not supported raise a ValueError.
     """
 
     method: str = "euler"

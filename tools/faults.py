@@ -39,8 +39,8 @@ FAULTS = [
     Fault(
         "noise × 1.001 in Euler–Maruyama",
         "solvers/euler_maruyama.py",
-        "noise=as_blocks(h.sqrt() * G)",
-        "noise=as_blocks(1.001 * h.sqrt() * G)",
+        ", h.sqrt() * G)",
+        ", 1.001 * h.sqrt() * G)",
         ORDERS,
     ),
     Fault(
