@@ -30,40 +30,22 @@ _KERNEL_TOLERANCE = 1e-10
 
 @dataclass(frozen=True)
 class Check:
-    """One measurement compared with the declared value.
+    """One measurement compared with the declared value."""
 
-    Attributes
-    ----------
-    kind
-        ``"kernel"``, ``"weak order"``, ``"strong order"``, ``"ODE order"``, ``"distribution"``,
-        ``"NFE per step"``, ``"bias"`` or ``"error at 100 steps"``. If nothing could be measured:
-        ``"facts"``, ``"not applicable"`` or ``"work and precision"``.
-    subject
-        Name of the solver, or of the process of a kernel.
-    problem
-        Name of the problem.
-    declared, measured
-        Orders or errors; None if there are none. For a distribution ``measured`` is the worst ratio
-        of a statistic's error to the allowed error; at most 1 passes.
-    verdict
-        PASS, FAIL or INCONCLUSIVE; None for a check that is only reported.
-    message
-        Result in words, on one line.
-    seconds
-        Duration of the check.
-    estimate
-        Estimate of an order, with its levels; None for other kinds.
-    """
-
+    #: ``"kernel"``, ``"weak order"``, ``"strong order"``, ``"ODE order"``, ``"distribution"``,
+    #: ``"NFE per step"``, ``"bias"`` or ``"error at 100 steps"``. If nothing could be measured:
+    #: ``"facts"``, ``"not applicable"`` or ``"work and precision"``.
     kind: str
-    subject: str
+    subject: str  #: Name of the solver, or of the process of a kernel.
     problem: str
-    declared: float | None
+    declared: float | None  #: Order or error.
+    #: Order or error. For a distribution the worst ratio of a statistic's error to the allowed
+    #: error; at most 1 passes.
     measured: float | None
-    verdict: Verdict | None
-    message: str
-    seconds: float
-    estimate: OrderEstimate | None = field(default=None, repr=False)
+    verdict: Verdict | None  #: None for a check that is only reported.
+    message: str  #: Result in words, on one line.
+    seconds: float  #: Duration of the check.
+    estimate: OrderEstimate | None = field(default=None, repr=False)  #: None for other kinds.
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to JSON types."""

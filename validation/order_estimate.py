@@ -34,64 +34,31 @@ class Verdict(enum.StrEnum):
 
 @dataclass(frozen=True)
 class Level:
-    """One grid: its step size, its error, and whether the estimate uses it.
-
-    Attributes
-    ----------
-    step
-        Step size.
-    error
-        Error; NaN if the solver diverged.
-    standard_error
-        Standard error of the error; 0 for an exact error.
-    kept
-        Whether the estimate uses the level.
-    reason
-        Reason why the level was dropped; empty if it is kept.
-    """
+    """One grid: its step size, its error, and whether the estimate uses it."""
 
     step: float
-    error: float
-    standard_error: float
-    kept: bool
-    reason: str = ""
+    error: float  #: NaN if the solver diverged.
+    standard_error: float  #: 0 for an exact error.
+    kept: bool  #: Whether the estimate uses the level.
+    reason: str = ""  #: Reason why the level was dropped; empty if it is kept.
 
 
 @dataclass(frozen=True)
 class OrderEstimate:
-    """A measured order of convergence; the result of `estimate_order`.
+    """A measured order of convergence; see `estimate_order` for its options."""
 
-    Attributes
-    ----------
-    order, low, high
-        Estimate and ends of its confidence interval; NaN if fewer than 3 levels are left.
-    expected
-        Declared order, or None.
-    tolerance
-        Largest shortfall from ``expected``, and largest half-width of an interval, that pass.
-    confidence
-        Confidence level of the interval.
-    local_orders
-        Order, low and high between neighbouring kept levels, from the coarsest. These intervals
-        cover sampling and rounding errors only.
-    levels
-        All levels, from the coarsest.
-    verdict
-        PASS, FAIL or INCONCLUSIVE; None without ``expected``.
-    message
-        The outcome in a sentence.
-    """
-
-    order: float
-    low: float
-    high: float
+    order: float  #: NaN if fewer than 3 levels are left.
+    low: float  #: Lower end of the confidence interval.
+    high: float  #: Upper end of the confidence interval.
     expected: float | None
     tolerance: float
     confidence: float
+    #: Order, low and high between neighbouring kept levels, from the coarsest. These intervals
+    #: cover sampling and rounding errors only.
     local_orders: tuple[tuple[float, float, float], ...]
-    levels: tuple[Level, ...]
-    verdict: Verdict | None
-    message: str
+    levels: tuple[Level, ...]  #: All levels, from the coarsest.
+    verdict: Verdict | None  #: None without ``expected``.
+    message: str  #: The outcome in a sentence.
 
     @property
     def exceeds(self) -> bool:

@@ -35,48 +35,28 @@ class PosteriorError:
 
     Numbers are means over repetitions; ``…_std`` are their standard errors. A "floor" is the value
     for the same number of exact samples, so a ratio of 1 is as good as exact.
-
-    Attributes
-    ----------
-    method, problem, process
-        Names.
-    noise_std
-        Standard deviation of the observation's noise.
-    distance, distance_std
-        Sliced Wasserstein-2 distance over its floor.
-    mode_error, mode_error_std, mode_floor
-        Total variation distance of the weights of the posterior's components, and its floor.
-    mean_error, mean_error_std
-        Length of the mean, after whitening by the exact posterior, over its floor.
-    spread_error, spread_error_std
-        Largest deviation from 1 of an eigenvalue of the covariance, after whitening, over its
-        floor.
-    samples, steps, repeats
-        Size of the measurement.
-    seconds
-        Time per repetition.
-    exact
-        Whether the sampler claims the exact posterior of these data.
     """
 
     method: str
     problem: str
     process: str
-    noise_std: float
-    distance: float
+    noise_std: float  #: Standard deviation of the observation's noise.
+    distance: float  #: Sliced Wasserstein-2 distance over its floor.
     distance_std: float
-    mode_error: float
+    mode_error: float  #: Total variation distance of the weights of the posterior's components.
     mode_error_std: float
     mode_floor: float
+    #: Length of the mean, after whitening by the exact posterior, over its floor.
     mean_error: float
     mean_error_std: float
+    #: Largest deviation from 1 of an eigenvalue of the covariance, after whitening, over its floor.
     spread_error: float
     spread_error_std: float
     samples: int
     steps: int
     repeats: int
-    seconds: float
-    exact: bool
+    seconds: float  #: Time per repetition.
+    exact: bool  #: Whether the sampler claims the exact posterior of these data.
 
     @property
     def verdict(self) -> Verdict | None:

@@ -23,24 +23,15 @@ _END_LEVEL = 0.1
 class PosteriorProblem:
     """Data whose distribution is a mixture of Gaussians, and a linear observation of them.
 
-    Attributes
-    ----------
-    name
-        Name in reports.
-    data
-        The distribution of the data.
-    observation
-        Observation of data of shape ``(D,)``.
-
     Examples
     --------
     >>> posterior_problems(noise_std=0.1)["two modes"].posterior
     GaussianMixture(modes=2, dimension=2)
     """
 
-    name: str
+    name: str  #: Name in reports.
     data: GaussianMixture
-    observation: Observation
+    observation: Observation  #: Observation of data of shape ``(D,)``.
 
     @cached_property
     def posterior(self) -> GaussianMixture:

@@ -153,13 +153,7 @@ def posterior_reports(
 
 @dataclass(frozen=True)
 class PosteriorReport:
-    """Measurements of posterior samplers, and the failures among them.
-
-    Attributes
-    ----------
-    errors
-        All measurements.
-    """
+    """Measurements of posterior samplers, and the failures among them."""
 
     errors: Sequence[PosteriorError]
 

@@ -36,24 +36,12 @@ _ADVICE = (
 
 @dataclass(frozen=True)
 class Report:
-    """Report of a validation.
-
-    Attributes
-    ----------
-    checks
-        The checks, in their order.
-    tables
-        Work–precision tables.
-    complete
-        Whether all checks were made.
-    solvers
-        The solvers by name, for their declared facts.
-    """
+    """Report of a validation."""
 
     checks: Sequence[Check]
     tables: Sequence[WorkPrecision] = ()
-    complete: bool = True
-    solvers: Mapping[str, Solver] = field(default_factory=dict)
+    complete: bool = True  #: Whether all checks were made.
+    solvers: Mapping[str, Solver] = field(default_factory=dict)  #: For their declared facts.
 
     def summary(self) -> dict[str, Verdict]:
         """A verdict for each measured solver, and for the kernels.

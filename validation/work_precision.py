@@ -40,51 +40,27 @@ _METRICS = {
 
 @dataclass(frozen=True)
 class WorkPrecisionPoint:
-    """One solver at one budget.
-
-    Attributes
-    ----------
-    solver
-        Name of the solver.
-    nfe
-        Number of score evaluations per sample.
-    seconds
-        Time of a solve of ``samples`` states.
-    error, standard_error
-        Error in the metric of the table, and its standard error, which is 0 for exact errors.
-    pareto
-        Whether the point is on the Pareto front: no other solver reaches a smaller error with as
-        few evaluations.
-    """
+    """One solver at one budget."""
 
     solver: str
-    nfe: int
-    seconds: float
-    error: float
-    standard_error: float
+    nfe: int  #: Number of score evaluations per sample.
+    seconds: float  #: Time of a solve of ``samples`` states.
+    error: float  #: Error in the metric of the table.
+    standard_error: float  #: 0 for exact errors.
+    #: Whether the point is on the Pareto front: no other solver reaches a smaller error with as few
+    #: evaluations.
     pareto: bool = False
 
 
 @dataclass(frozen=True)
 class WorkPrecision:
-    """A work–precision table; the result of `work_precision`.
-
-    Attributes
-    ----------
-    problem
-        Name of the problem.
-    metric
-        Name of the error metric.
-    points
-        One point for each solver and budget.
-    floor
-        Error of the same number of exact samples, below which errors are not significant; None if
-        errors are exact.
-    """
+    """A work–precision table; the result of `work_precision`."""
 
     problem: str
     metric: str
-    points: tuple[WorkPrecisionPoint, ...]
+    points: tuple[WorkPrecisionPoint, ...]  #: One point for each solver and budget.
+    #: Error of the same number of exact samples, below which errors are not significant; None if
+    #: errors are exact.
     floor: float | None = None
 
     @classmethod
