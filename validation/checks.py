@@ -6,11 +6,12 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import torch
+from pydantic_core import to_jsonable_python
 
 from cldsde.linear import LinearSDE
 from cldsde.messages import counted, in_words, one_line
@@ -20,7 +21,6 @@ from cldsde.solvers.grids import quadratic_times
 
 from .order_estimate import OrderEstimate, Verdict
 from .orders import moment_error
-from .plain import plain
 from .problems import Problem
 from .reference import GaussianReference, reference_kernel
 
@@ -50,8 +50,7 @@ class Check:
     def to_dict(self) -> dict[str, Any]:
         """Convert to JSON types."""
         estimate = None if self.estimate is None else self.estimate.to_dict()
-        result: dict[str, Any] = plain({**asdict(self), "estimate": estimate})
-        return result
+        return {**to_jsonable_python(self, inf_nan_mode="null"), "estimate": estimate}
 
 
 class Outcome(NamedTuple):

@@ -10,15 +10,15 @@ import enum
 import json
 import math
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
+from pydantic_core import to_jsonable_python
 
 from .levels import check_options, checked_levels
-from .plain import plain
 from .regression import is_steady, local_orders, log_slope, turns
 
 _MODEL = 1e-3  # relative error of every expansion of an error, however smooth it looks
@@ -67,7 +67,7 @@ class OrderEstimate:
 
     def to_dict(self) -> dict[str, Any]:
         """Fields and `exceeds` in types of strict JSON: lists for tuples, None for NaN."""
-        return {**plain(asdict(self)), "exceeds": self.exceeds}
+        return {**to_jsonable_python(self, inf_nan_mode="null"), "exceeds": self.exceeds}
 
     def to_json(self) -> str:
         """`to_dict` as a JSON text."""

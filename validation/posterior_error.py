@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pydantic_core import to_jsonable_python
 from torch import Tensor
 
 from cldsde.linear import CLD, LinearSDE
@@ -16,7 +17,6 @@ from cldsde.score import GaussianMixture, ReverseProcess
 
 from .metrics import responsibilities, sliced_wasserstein
 from .order_estimate import Verdict
-from .plain import plain
 from .posterior_methods import PosteriorMethod, PosteriorSampler, posterior_methods
 from .posterior_problems import PosteriorProblem
 
@@ -79,8 +79,8 @@ class PosteriorError:
 
     def to_dict(self) -> dict[str, Any]:
         """In JSON types."""
-        found: dict[str, Any] = plain({**asdict(self), "verdict": self.verdict})
-        return found
+        verdict = None if self.verdict is None else str(self.verdict)
+        return {**to_jsonable_python(self, inf_nan_mode="null"), "verdict": verdict}
 
 
 def posterior_error(

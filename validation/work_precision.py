@@ -6,12 +6,13 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from numbers import Integral
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
+from pydantic_core import to_jsonable_python
 from torch import Tensor
 
 from cldsde.messages import counted
@@ -24,7 +25,6 @@ from cldsde.tables import Entry, Table
 from .metrics import bures_wasserstein, mode_spread_error, sliced_wasserstein
 from .moments import propagate_moments
 from .orders import Grid, moment_error
-from .plain import plain
 from .plots import canvas
 from .problems import Problem, check_problem
 from .reference import GaussianReference
@@ -73,7 +73,7 @@ class WorkPrecision:
 
     def to_json(self) -> str:
         """Convert the table to JSON, with null for an error that is not finite."""
-        return json.dumps(plain(asdict(self)), indent=1, allow_nan=False)
+        return json.dumps(to_jsonable_python(self, inf_nan_mode="null"), indent=1)
 
     def to_markdown(self) -> str:
         """Convert the table to Markdown: one line per solver, one column per budget.
