@@ -39,10 +39,7 @@ class _Run:
 
 
 def planted_samplers() -> dict[str, PosteriorSampler]:
-    """Wrong samplers that a measurement has to find, for a problem with one Gaussian.
-
-    Moment matching, exact there, with the noise 1.5 times too large, and with A in place of Aᵀ.
-    """
+    """Wrong samplers that a measurement has to find: moment matching, exact for one Gaussian."""
     options: dict[str, Any] = {"iterations": 10, "data_variance": 1.0}
     return {
         "noise_std × 1.5": guided(
@@ -67,17 +64,7 @@ def posterior_runs(
     problems: Sequence[str] = (),
     named: Mapping[str, PosteriorSampler] | None = None,
 ) -> list[_Run]:
-    """Measurements of a quick or a full validation, and of planted samplers.
-
-    Parameters
-    ----------
-    quick
-        One process and one noise only.
-    problems
-        Names; none: all.
-    named
-        Samplers of one's own, which are then measured in place of the package's.
-    """
+    """Measurements of a validation, and of planted samplers; see `posterior_reports`."""
     methods = tuple(named or posterior_methods())
     cases: list[tuple[LinearSDE, float]] = [(CLD(), 0.1)]
     if not quick:
@@ -99,7 +86,7 @@ def posterior_reports(
     quick: bool = False,
     seed: int = 0,
 ) -> Iterator[PosteriorReport]:
-    """Measure posterior samplers; see `posterior_runs`.
+    """Measure posterior samplers: a report that grows, at the beginning and after each measurement.
 
     Parameters
     ----------
@@ -111,11 +98,6 @@ def posterior_reports(
         One process and one noise only.
     seed
         Seed of all samples.
-
-    Returns
-    -------
-    Iterator[PosteriorReport]
-        A report that grows, at the beginning and after each measurement.
 
     Raises
     ------

@@ -81,10 +81,9 @@ class WorkPrecision:
         Bold marks the Pareto front. If errors are measured on samples, the last line is the floor.
         """
         budgets = sorted({point.nfe for point in self.points})
-        names = list(dict.fromkeys(point.solver for point in self.points))
         cells = {(point.solver, point.nfe): point for point in self.points}
         rows = []
-        for name in names:
+        for name in dict.fromkeys(point.solver for point in self.points):
             row = [Entry(name, number=False)]
             for budget in budgets:
                 point = cells.get((name, budget))
@@ -182,10 +181,6 @@ def work_precision(
     progress
         Show a progress bar on stderr.
 
-    Returns
-    -------
-    WorkPrecision
-
     Raises
     ------
     ValueError
@@ -237,7 +232,10 @@ def work_precision(
                 f"budgets must allow at least one step, which takes "
                 f"{counted(evaluations[name], 'evaluation')} for {name!r}; got {budget}"
             )
-    floor = _floor(problem, chosen, samples, repeats, g) if sampled else None
+    floor = None
+    if sampled:
+        exact = (problem.sample(samples, g, at=problem.end)[:, 0] for _ in range(repeats))
+        floor = sum(_error(problem, chosen, x, g) for x in exact) / repeats
     for name, solver, budget in progress_bar(cells, shown=progress, desc="work–precision"):
         times = grid(problem.start, problem.end, max(budget // evaluations[name], 1))
         errors, nfe, seconds = [], 0, 0.0
@@ -300,22 +298,12 @@ def _error(problem: Problem, metric: str, x: Tensor, g: torch.Generator) -> floa
     return mode_spread_error(x, problem.data, scale, noise)
 
 
-def _floor(problem: Problem, metric: str, samples: int, repeats: int, g: torch.Generator) -> float:
-    """Mean error of exact samples."""
-    drawn = (problem.sample(samples, g, at=problem.end)[:, 0] for _ in range(repeats))
-    return sum(_error(problem, metric, x, g) for x in drawn) / repeats
-
-
 def _with_front(points: list[WorkPrecisionPoint]) -> list[WorkPrecisionPoint]:
-    def dominated(point: WorkPrecisionPoint) -> bool:
-        return any(
-            other.nfe <= point.nfe
-            and other.error <= point.error
-            and (other.nfe, other.error) != (point.nfe, point.error)
-            for other in points
-        )
+    def dominates(other: WorkPrecisionPoint, point: WorkPrecisionPoint) -> bool:
+        two = (other.nfe, other.error), (point.nfe, point.error)
+        return other.nfe <= point.nfe and other.error <= point.error and two[0] != two[1]
 
     return [
-        replace(point, pareto=math.isfinite(point.error) and not dominated(point))
-        for point in points
+        replace(p, pareto=math.isfinite(p.error) and not any(dominates(o, p) for o in points))
+        for p in points
     ]
