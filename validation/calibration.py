@@ -47,24 +47,14 @@ def calibration_ranks(
 
     Parameters
     ----------
-    method
-        A name in `posterior_methods`, or your own sampler.
+    method, sde, steps, seed
+        See `posterior_error`.
     problem
         The problem. Its y is not used, because each draw has an observation of its own.
-    sde
-        The forward process; None: `CLD`.
     draws
         Number of data points drawn.
     samples
         Number of posterior samples per data point.
-    steps
-        Steps of the grid, as in `posterior_error`.
-    seed
-        Seed of all random numbers.
-
-    Returns
-    -------
-    Calibration
 
     References
     ----------

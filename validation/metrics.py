@@ -94,29 +94,9 @@ def mode_spread_error(x: Tensor, data: GaussianMixture, scale: float, noise: flo
     however much modes overlap. The error of exact samples therefore goes to 0 with their number.
 
     Solvers that sharpen or blur modes show an error here long before distances between
-    distributions grow, in particular for modes that lie far apart.
-
-    Parameters
-    ----------
-    x
-        Samples ``(n, D)`` of scale · data + N(0, noise).
-    data
-        A mixture.
-    scale, noise
-        Scale of the data and variance of the noise at the time of the samples.
-
-    Raises
-    ------
-    ValueError
-        If a mode is flat in some direction and ``noise`` is 0.
-
-    Examples
-    --------
-    >>> import torch
-    >>> data = GaussianMixture([1.0, 1.0], [[-1.0], [1.0]], [[[0.25]], [[0.25]]])
-    >>> x = data.sample(100_000, generator=torch.Generator().manual_seed(0))
-    >>> mode_spread_error(x, data, 1.0, 0.0) < 0.01
-    True
+    distributions grow, in particular for modes that lie far apart. ``x`` are samples ``(n, D)`` of
+    scale · data + N(0, noise). Raises a ValueError if a mode is flat in some direction and
+    ``noise`` is 0.
     """
     samples, identity = x.to(torch.float64), torch.eye(data.dimension, device="cpu")
     covariances = scale**2 * data.covariances.to(samples) + noise * identity.to(samples)

@@ -28,7 +28,7 @@ def reports(
     draw: bool = False,
     seed: int = 0,
 ) -> Iterator[Report]:
-    """Check solvers on problems, as `checks` does.
+    """Check solvers: an empty report, again after each check, and a complete one at the end.
 
     Parameters
     ----------
@@ -42,11 +42,6 @@ def reports(
         Whether to measure the diagrams of work and precision, too, of solvers that pass.
     seed
         Seed of all samples.
-
-    Returns
-    -------
-    Iterator[Report]
-        An empty report that grows, again after each check, and a complete one at the end.
 
     Raises
     ------

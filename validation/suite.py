@@ -42,21 +42,10 @@ def checks(
     quick: bool = False,
     seed: int = 0,
 ) -> Iterator[Check]:
-    """Check kernels, and each solver on each problem that it applies to.
+    """Check transition kernels, and each solver on each problem; see `reports`.
 
     If a solver rejects a problem, a check of the kind ``"not applicable"`` has the reason. This
     check fails if the solver declares that it applies to every linear SDE.
-
-    Parameters
-    ----------
-    chosen, cases
-        Solvers and problems by name.
-    kernels
-        Whether to check transition kernels, too.
-    quick
-        Whether to use fewer levels and samples.
-    seed
-        Seed of all samples.
     """
     if kernels:
         for name, make in forward_processes().items():
@@ -89,13 +78,11 @@ def count(
     quick: bool = False,
 ) -> int:
     """Largest number of checks, for a progress bar."""
-    ours = sum(
-        1
-        if facts_fault(solver)
-        else sum(len(_kinds(solver, problem, quick=quick)) for problem in cases.values())
-        for solver in chosen.values()
-    )
-    return ours + (len(forward_processes()) if kernels else 0)
+    made = len(forward_processes()) if kernels else 0
+    for solver in chosen.values():
+        fault = facts_fault(solver)
+        made += 1 if fault else sum(len(_kinds(solver, x, quick=quick)) for x in cases.values())
+    return made
 
 
 _HIGH = 5  # orders above this need a flow with large errors
@@ -156,9 +143,8 @@ def _measure(kind: str, solver: Solver, problem: Problem, shared: _Cases) -> Out
         raise NotApplicableError(f"a weak order with modes needs a Brownian path, and {no_path}")
     if no_path:
         order = solver.facts.strong_order
-        message = (
-            f"`strong_order={order:g}` is declared but {no_path}: implement it or drop the claim"
-        )
+        claim = f"`strong_order={order:g}` is declared but {no_path}"
+        message = f"{claim}: implement it or drop the claim"
         return Outcome(order, None, Verdict.INCONCLUSIVE, message)
     found = _estimate(kind, solver, problem, shared, g)
     verdict, message = found.verdict, found.message
@@ -244,7 +230,6 @@ def _refined(
 _FINEST = {"ODE order": 512, "strong order": 512, "weak order": 1024}
 _FINEST_QUICK = {"ODE order": 256, "strong order": 256, "weak order": 256}
 
-
 # Grid, finest steps and samples for a mixture. The key says whether the process has velocities, and
 # whether the weak order is at least 2. Velocities are stiff near the data, where quadratic grids
 # have more steps. For order 2 differences are small compared with their spread, which has the
@@ -296,11 +281,10 @@ _MISSING = "`path_noise` is missing"
 
 def _no_path(solver: Solver, problem: Problem) -> str:
     """Reason why a solver's normals are not functionals of a Brownian path; empty if they are."""
-    times = uniform_times(problem.start, problem.end, 8)
     try:
-        found = solver.path_noise(problem.process, times)
+        found = solver.path_noise(problem.process, uniform_times(problem.start, problem.end, 8))
     except ValueError as error:
-        return f"`path_noise` rejects the problem ({' '.join(str(error).split())})"
+        return f"`path_noise` rejects the problem ({one_line(error)})"
     return _MISSING if found is None else ""
 
 
