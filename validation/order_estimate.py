@@ -226,6 +226,7 @@ def estimate_order(
         low, high = order - half_width, order + half_width
     local, covariance = local_orders(x[kept], y[kept], variances[kept])
     margins = quantile * np.sqrt(covariance.diagonal())
+    lows, highs = local - margins, local + margins
     verdict, fault, grown = None, "", False
     relation = "has no declared order to be compared with"
     if expected is not None:
@@ -235,7 +236,7 @@ def estimate_order(
             noise = quantile * math.hypot(*s[ends], *(floor[ends] / 3))
             grown = e[ends[1]] - e[ends[0]] > noise
             # Rule 2 drops coarse levels only, so the last two levels are the same as for rule 1.
-            limit = local[-1] + margins[-1]
+            limit = highs[-1]
             if not s[usable].any() and turns(x[usable], y[usable], variances[usable], quantile):
                 limit = math.inf  # the levels have noise without known standard errors
             fault = _fault(local[-1], limit, grown, expected, tolerance)
@@ -243,6 +244,7 @@ def estimate_order(
             verdict = Verdict.FAIL
         else:
             fault = ""
+    numbers = np.stack([h, *(np.where(np.isfinite(x), x, math.nan) for x in (e, s))], 1)
     return OrderEstimate(
         order=order,
         low=low,
@@ -250,19 +252,10 @@ def estimate_order(
         expected=None if expected is None else float(expected),
         tolerance=float(tolerance),
         confidence=float(confidence),
-        local_orders=tuple(
-            (float(p), float(p - margin), float(p + margin))
-            for p, margin in zip(local, margins, strict=True)
-        ),
+        local_orders=tuple(zip(local.tolist(), lows.tolist(), highs.tolist(), strict=True)),
         levels=tuple(
-            Level(
-                step=float(h[i]),
-                error=float(e[i]) if math.isfinite(e[i]) else math.nan,
-                standard_error=float(s[i]) if math.isfinite(s[i]) else math.nan,
-                kept=not reason,
-                reason=reason,
-            )
-            for i, reason in enumerate(reasons)
+            Level(step, error, std, kept=not reason, reason=reason)
+            for (step, error, std), reason in zip(numbers.tolist(), reasons, strict=True)
         ),
         verdict=verdict,
         message=fault or _message(order, low, high, relation, reasons),
