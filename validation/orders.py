@@ -159,14 +159,14 @@ def _sampled_weak_order(
             f"solver must have `path_noise` for a weak order on mixtures, which is measured along "
             f"shared Brownian paths; got {solver!r}. Use a problem with Gaussian data"
         )
-    declared, strides = solver.facts.weak_order, _strides(steps, len(finest) - 1)
+    declared = solver.facts.weak_order
     batches = max(20, -(-samples // _BATCH))
     size = -(-samples // batches)
     values = np.zeros((len(steps), batches, 4))
     for batch in range(batches):
         paths = PathCase(problem, finest, size, g)
-        for level, stride in enumerate(strides):
-            values[level, batch] = _observables(_along(solver, problem, paths, stride)[:, 0])
+        for level, n in enumerate(steps):
+            values[level, batch] = _observables(_along(solver, problem, paths, n)[:, 0])
     differences = values[:-1] - values[1:]
     means = differences.mean(1)
     # Project on the direction of the next coarser level, whose noise is relatively small. Noise
@@ -236,8 +236,8 @@ def ode_order(
     Raises
     ------
     ValueError
-        If the solver declares a weak or strong order, it is adaptive and cannot take steps of one
-        length, it does not apply to the problem, or steps are not positive and increasing.
+        See `weak_order`; also if the solver declares a weak or strong order, or is adaptive and
+        cannot take steps of one length.
     """
     _check_arguments(solver, problem, steps, grid, adaptive=True)
     as_integer(samples, 1, "samples")
@@ -300,11 +300,8 @@ def strong_order(
 
     Raises
     ------
-    TypeError
-        If the solver is adaptive or lacks ``path_noise``.
-    ValueError
-        If the solver does not apply to the problem, steps are not positive and increasing, a number
-        of steps does not divide the finest, or samples are too few for a standard error.
+    TypeError, ValueError
+        As `weak_order` for mixtures.
     """
     _check_arguments(solver, problem, steps, grid)
     if solver.path_noise(problem.process, grid(problem.start, problem.end, 1)) is None:
@@ -314,8 +311,7 @@ def strong_order(
     g = generator if generator is not None else torch.Generator().manual_seed(0)
     finest = grid(problem.start, problem.end, steps[-1])
     paths = case if case is not None else PathCase(problem, finest, samples, g)
-    strides = _strides(steps, len(paths.times) - 1)
-    found = [_along(solver, problem, paths, stride) for stride in strides]
+    found = [_along(solver, problem, paths, n) for n in steps]
     targets = found[1:] if paths.end is None else [paths.end] * len(found)
     size = len(paths.start) // batches
     errors, spreads = [], []
@@ -354,16 +350,12 @@ def _check_samples(samples: int, least: int) -> None:
         raise ValueError(f"samples must be at least {least}, for a standard error; got {samples}")
 
 
-def _strides(steps: Sequence[int], cells: int) -> list[int]:
-    """Number of cells of the finest grid per step, for each level."""
-    uneven = [n for n in steps if cells % n]
-    if uneven:
-        raise ValueError(f"steps must be divisors of the finest, {cells}; got {uneven[0]}")
-    return [cells // n for n in steps]
-
-
-def _along(solver: Solver, problem: Problem, paths: PathCase, stride: int) -> Tensor:
+def _along(solver: Solver, problem: Problem, paths: PathCase, steps: int) -> Tensor:
     """Final states of a solver along given paths, ``(samples, k, D)``."""
+    stride, rest = divmod(len(paths.times) - 1, steps)
+    if rest:
+        msg = f"steps must be divisors of the finest, {len(paths.times) - 1}; got {steps}"
+        raise ValueError(msg)
     times = paths.times[::stride]
     functionals = solver.path_noise(problem.process, times)
     assert functionals is not None
