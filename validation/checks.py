@@ -19,6 +19,7 @@ from cldsde.solvers import plan, solve
 from cldsde.solvers.authoring import Facts, Solver
 from cldsde.solvers.grids import quadratic_times
 
+from .moments import check_repeated
 from .order_estimate import OrderEstimate, Verdict
 from .orders import moment_error
 from .problems import Problem
@@ -114,13 +115,9 @@ def kernel_check(sde: LinearSDE) -> Outcome:
         found += [(kernel.mean - psi).abs().max() / psi.abs().max(), off.max()]
     # Use torch's max, because Python's max would ignore NaN.
     worst = float(torch.stack(found).max())
-    passed = worst <= _KERNEL_TOLERANCE
-    return Outcome(
-        declared=_KERNEL_TOLERANCE,
-        measured=worst,
-        verdict=Verdict.PASS if passed else Verdict.FAIL,
-        message=f"relative error {worst:.1e} against the differential equations",
-    )
+    verdict = Verdict.PASS if worst <= _KERNEL_TOLERANCE else Verdict.FAIL
+    message = f"relative error {worst:.1e} against the differential equations"
+    return Outcome(_KERNEL_TOLERANCE, worst, verdict, message)
 
 
 def stiff_check(solver: Solver, problem: Problem) -> Outcome:
@@ -132,12 +129,8 @@ def stiff_check(solver: Solver, problem: Problem) -> Outcome:
     reference = GaussianReference(problem, times[[0, -1]])
     error = moment_error(solver, problem, times, reference)
     size = max(float(moment.abs().max()) for moment in reference.moments(float(times[-1])))
-    return Outcome(
-        declared=None,
-        measured=error,
-        verdict=None if error <= size else Verdict.FAIL,
-        message=f"error of the moments {error:.1e}, largest moment {size:.1e}",
-    )
+    message = f"error of the moments {error:.1e}, largest moment {size:.1e}"
+    return Outcome(None, error, None if error <= size else Verdict.FAIL, message)
 
 
 def count_check(solver: Solver, problem: Problem) -> Outcome:
@@ -146,18 +139,11 @@ def count_check(solver: Solver, problem: Problem) -> Outcome:
     sampler = plan(problem.process, solver, quadratic_times(problem.start, problem.end, steps))
     start = problem.sample(2, g)
     found, again = (sampler.solve(start, generator=g.manual_seed(1), warn=False) for _ in range(2))
-    if found.success and not torch.equal(found.state, again.state):
-        raise ValueError(
-            "the same state and noise gave two different results; does the solver draw noise "
-            "outside `noise.normal`?"
-        )
+    check_repeated(found.state, again.state)
     declared, measured = solver.facts.nfe_per_step, found.nfev / steps
-    return Outcome(
-        declared=declared,
-        measured=measured,
-        verdict=Verdict.PASS if measured == declared else Verdict.FAIL,
-        message=f"{counted(found.nfev, 'evaluation')} in {counted(steps, 'step')}",
-    )
+    verdict = Verdict.PASS if measured == declared else Verdict.FAIL
+    message = f"{counted(found.nfev, 'evaluation')} in {counted(steps, 'step')}"
+    return Outcome(declared, measured, verdict, message)
 
 
 def bias_check(solver: Solver, problem: Problem, g: torch.Generator, *, quick: bool) -> Outcome:
@@ -171,9 +157,5 @@ def bias_check(solver: Solver, problem: Problem, g: torch.Generator, *, quick: b
     # With 200,000 samples at these tolerances the bias is 0.0000 ± 0.0001 with a Brownian bridge.
     # With fresh noise it is 0.017 (benchmarks/gotta_go_fast_bias.py). The limit separates them.
     passed = found.success and abs(ratio - 1) <= 5 * spread + 1e-3
-    return Outcome(
-        declared=1.0,
-        measured=ratio,
-        verdict=Verdict.PASS if passed else Verdict.FAIL,
-        message=f"E|x| is {ratio:.4f} ± {spread:.4f} of its value; {found.message}",
-    )
+    message = f"E|x| is {ratio:.4f} ± {spread:.4f} of its value; {found.message}"
+    return Outcome(1.0, ratio, Verdict.PASS if passed else Verdict.FAIL, message)

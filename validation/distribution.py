@@ -163,15 +163,11 @@ def distribution_check(
         text = _in_words(case, compared)
     modes = len(problem.data.weights)
     off = float((case.statistics(fine) / case.expected - 1)[-modes:].square().mean().sqrt())
-    return Outcome(
-        declared=None,
-        measured=ratio,
-        verdict=verdict,
-        message=(
-            f"sliced W₂ {case.distance(fine):.2g} ({case.floor:.2g} between exact samples), error "
-            f"of the modes' spread {off:.1%} with {evaluations} evaluations; {text}"
-        ),
+    message = (
+        f"sliced W₂ {case.distance(fine):.2g} ({case.floor:.2g} between exact samples), error of "
+        f"the modes' spread {off:.1%} with {evaluations} evaluations; {text}"
     )
+    return Outcome(None, ratio, verdict, message)
 
 
 def _compared(case: DistributionCase, coarse: Tensor, fine: Tensor, left: float) -> _Comparison:

@@ -41,6 +41,15 @@ class _BasisNoise(NoiseSource):
         return draw.view(len(z), rows, -1)
 
 
+def check_repeated(found: Tensor, again: Tensor) -> None:
+    """Raise a ValueError unless two solves of one state and noise agree, or diverged."""
+    if not torch.equal(found, again) and bool(found.isfinite().all()):
+        raise ValueError(
+            "the same state and noise gave two different results; does the solver draw noise "
+            "outside `noise.normal`?"
+        )
+
+
 @torch.no_grad()
 def propagate_moments(
     process: ReverseProcess, solver: Solver, times: Tensor, mean: Tensor, covariance: Tensor
@@ -92,11 +101,7 @@ def propagate_moments(
     m, C = mean.to(torch.float64).flatten(), covariance.to(torch.float64)
     origin, zeros = m.new_zeros(1, size), _BasisNoise(1)
     alone, again = end(origin, zeros), end(origin, _BasisNoise(1))
-    if not torch.equal(alone, again) and bool(alone.isfinite().all()):
-        raise ValueError(
-            "the same state and noise gave two different results; does the solver draw noise "
-            "outside `noise.normal`?"
-        )
+    check_repeated(alone, again)
     # Start from the origin, unit vectors, and twice their sum, which tests that the map is affine.
     states = torch.cat([origin, torch.eye(size, device="cpu").to(m), m.new_full((1, size), 2.0)])
     padding = m.new_zeros(sum(zeros.rows) * dimension + 1, size)
