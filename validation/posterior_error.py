@@ -12,7 +12,7 @@ from pydantic_core import to_jsonable_python
 from torch import Tensor
 
 from cldsde.linear import CLD, LinearSDE
-from cldsde.linear.checks import as_integer
+from cldsde.linear.checks import as_integer, one_of, shaped
 from cldsde.score import GaussianMixture, ReverseProcess
 
 from .metrics import responsibilities, sliced_wasserstein
@@ -132,8 +132,8 @@ def posterior_error(
     <Verdict.PASS: 'PASS'>
     """
     known = posterior_methods()
-    if isinstance(method, str) and method not in known:
-        raise ValueError(f"method must be one of {', '.join(map(repr, known))}; got {method!r}")
+    if isinstance(method, str):
+        one_of(method, tuple(known), "method")
     as_integer(samples, 100, "samples")
     as_integer(steps, 2, "steps")
     as_integer(repeats, 2, "repeats")
@@ -156,7 +156,10 @@ def posterior_error(
         g = torch.Generator().manual_seed(1_000_003 * (seed + 1) + repeat)
         drawn = chosen.sampler(process, problem.observation, times, samples, g)
         x, weights = drawn if isinstance(drawn, tuple) else (drawn, None)
-        rows.append(measure(_checked(x, samples, posterior.dimension, label), weights))
+        if shaped(x) != (samples, posterior.dimension):
+            msg = f"{label} must return samples of shape {(samples, posterior.dimension)}"
+            raise ValueError(f"{msg}; got {shaped(x)}")
+        rows.append(measure(x.detach().to("cpu", torch.float64), weights))
     seconds = (time.perf_counter() - began) / repeats
     found = torch.tensor(rows, dtype=torch.float64, device="cpu")
     mean, std = found.mean(0), found.std(0) / math.sqrt(repeats)
@@ -205,9 +208,7 @@ class _Measure:
         return self._posterior.sample(self._n, generator=self._generator, dtype=torch.float64)
 
     def _raw(self, x: Tensor, weights: Tensor | None) -> list[float]:
-        mass = (
-            x.new_full((len(x),), 1 / len(x), dtype=torch.float64) if weights is None else weights
-        )
+        mass = x.new_full((len(x),), 1 / len(x)) if weights is None else weights
         directions = torch.Generator().manual_seed(0)
         distance = sliced_wasserstein(x, self._exact(), weights=weights, generator=directions)
         exact = self._posterior
@@ -218,10 +219,3 @@ class _Measure:
         apart = white - shift
         spread = torch.linalg.eigvalsh(apart.mT @ (apart * mass.unsqueeze(1))) - 1
         return [distance, modes, float(shift.norm()), float(spread.abs().max())]
-
-
-def _checked(x: object, n: int, dimension: int, name: str) -> Tensor:
-    if not isinstance(x, Tensor) or x.shape != (n, dimension):
-        got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"{name} must return samples of shape {(n, dimension)}; got {got}")
-    return x.detach().to("cpu", torch.float64)

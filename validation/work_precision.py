@@ -81,15 +81,11 @@ class WorkPrecision:
         Bold marks the Pareto front. If errors are measured on samples, the last line is the floor.
         """
         budgets = sorted({point.nfe for point in self.points})
-        cells = {(point.solver, point.nfe): point for point in self.points}
-        rows = []
-        for name in dict.fromkeys(point.solver for point in self.points):
-            row = [Entry(name, number=False)]
-            for budget in budgets:
-                point = cells.get((name, budget))
-                text = "" if point is None else f"{point.error:.1e}"
-                row.append(Entry(text, best=point is not None and point.pareto))
-            rows.append(row)
+        cells = {(p.solver, p.nfe): Entry(f"{p.error:.1e}", best=p.pareto) for p in self.points}
+        rows = [
+            [Entry(name, number=False), *(cells.get((name, n), Entry("")) for n in budgets)]
+            for name in dict.fromkeys(point.solver for point in self.points)
+        ]
         if self.floor is not None:
             floor = Entry(f"{self.floor:.1e}")
             rows.append([Entry("exact samples", number=False), *[floor] * len(budgets)])
