@@ -88,21 +88,9 @@ def posterior_reports(
 ) -> Iterator[PosteriorReport]:
     """Measure posterior samplers: a report that grows, at the beginning and after each measurement.
 
-    Parameters
-    ----------
-    samplers
-        ``module:function`` of samplers to measure in place of the package's.
-    problems
-        Names; none: all.
-    quick
-        One process and one noise only.
-    seed
-        Seed of all samples.
-
-    Raises
-    ------
-    ValueError
-        If a name is unknown or not of a function.
+    ``samplers`` are ``module:function``, to measure in place of the package's. ``problems`` are
+    names; none: all. ``quick`` takes one process and one noise only. A name that is unknown or not
+    of a function raises a ValueError at once.
     """
     check_names(problems, posterior_problems())
     named: dict[str, PosteriorSampler] = {name: imported(name) for name in samplers}
@@ -159,23 +147,19 @@ class PosteriorReport:
 
     def to_text(self) -> str:
         """A table, one line per measurement."""
-        head = "problem", "noise", "process", "method", "distance", "modes", "mean", "spread"
-        rows, planted = [(*head, "seconds", "verdict")], planted_samplers()
+        head = "problem noise process method distance modes mean spread seconds verdict"
+        rows, planted = [tuple(head.split())], planted_samplers()
         for error in self.errors:
             verdict = "" if error.verdict is None else str(error.verdict)
             if error.method in planted:
                 verdict = f"{verdict} (planted: must fail)"
             elif error.noise_std < _JUDGED_NOISE and verdict:
                 verdict = f"({verdict}, not judged at this noise)"
-            rows.append(
-                (
-                    *(error.problem, f"{error.noise_std:g}", error.process, error.method),
-                    f"{_short(error.distance)} ± {_short(error.distance_std)}",
-                    f"{error.mode_error:.3f}",
-                    *(_short(error.mean_error), _short(error.spread_error)),
-                    *(f"{error.seconds:.1f}", verdict),
-                )
-            )
+            case = error.problem, f"{error.noise_std:g}", error.process, error.method
+            distance = f"{_short(error.distance)} ± {_short(error.distance_std)}"
+            moments = _short(error.mean_error), _short(error.spread_error)
+            modes, seconds = f"{error.mode_error:.3f}", f"{error.seconds:.1f}"
+            rows.append((*case, distance, modes, *moments, seconds, verdict))
         return (
             "Distance (sliced W₂), mean and spread are over their values for exact samples.\n"
             "Modes: total variation distance of the component weights. Lower is better.\n\n"

@@ -125,8 +125,15 @@ class Report:
         names = [canonical_name(name) for name in names]
         unsure = [f"{counted} of {name}" for name, counted in self.inconclusive().items()]
         lines = [f"Inconclusive checks: {', '.join(unsure)}"] if unsure else []
-        lines += [*self.rejections(names), *self.unmeasured(), *self.failures()]
-        return lines, self._complaints(names)
+        lines += self.rejections(names)
+        lines += [
+            f"{name} declares no order, and its samples were not checked on these problems; add "
+            "the problem 'VP, ring' or 'CLD, ring', which checks their distribution"
+            for name, verdict in self.summary().items()
+            if verdict is Verdict.INCONCLUSIVE and (solver := self.solvers.get(name)) is not None
+            if not declares_order(solver) and not solver.facts.adaptive
+        ]
+        return [*lines, *self.failures()], self._complaints(names)
 
     def inconclusive(self) -> dict[str, str]:
         """Numbers of inconclusive checks, as "2 of 9", for solvers that have some."""
@@ -144,16 +151,6 @@ class Report:
             f"{subject} is not measured on {problems}: {reason}"
             for (subject, reason), problems in _grouped(own)
             if subject in names
-        ]
-
-    def unmeasured(self) -> list[str]:
-        """Solvers without an order whose samples were not checked, one line each."""
-        return [
-            f"{name} declares no order, and its samples were not checked on these problems; add "
-            "the problem 'VP, ring' or 'CLD, ring', which checks their distribution"
-            for name, verdict in self.summary().items()
-            if verdict is Verdict.INCONCLUSIVE and (solver := self.solvers.get(name)) is not None
-            if not declares_order(solver) and not solver.facts.adaptive
         ]
 
     def failures(self) -> list[str]:

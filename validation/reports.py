@@ -30,23 +30,11 @@ def reports(
 ) -> Iterator[Report]:
     """Check solvers: an empty report, again after each check, and a complete one at the end.
 
-    Parameters
-    ----------
-    solvers
-        Names, or ``module:ClassName``. By default all solvers and the transition kernels.
-    cases
-        Names of problems. By default all problems, or the problems of a quick validation.
-    quick
-        Whether to use fewer problems, levels and samples.
-    draw
-        Whether to measure the diagrams of work and precision, too, of solvers that pass.
-    seed
-        Seed of all samples.
-
-    Raises
-    ------
-    ValueError
-        If a name is unknown, or a problem has no check for the solvers.
+    ``solvers`` are names, or ``module:ClassName``; by default all solvers and the transition
+    kernels. ``cases`` are names of problems; by default all problems, or those of a quick
+    validation, which also has fewer levels and samples. With ``draw`` diagrams of work and
+    precision are measured, too, of solvers that pass. A name that is unknown, or a problem without
+    a check for the solvers, raises a ValueError at once.
     """
     names = [canonical_name(name) for name in solvers or named_solvers()]
     chosen, known = {name: find_solver(name) for name in names}, problems()
