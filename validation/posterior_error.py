@@ -105,12 +105,10 @@ def posterior_error(
         Data and observation.
     sde
         The forward process; None: `CLD`.
-    samples
-        Samples of each repetition, at least 100.
+    samples, repeats
+        Samples of each repetition, at least 100, and independent repetitions, at least 2.
     steps
         Steps of the grid, `PosteriorProblem.times`, at least 2.
-    repeats
-        Independent repetitions, at least 2.
     seed
         Seed of all random numbers.
     name
@@ -132,19 +130,19 @@ def posterior_error(
     <Verdict.PASS: 'PASS'>
     """
     known = posterior_methods()
+    label = method if isinstance(method, str) else getattr(method, "__name__", "sampler")
     if isinstance(method, str):
         one_of(method, tuple(known), "method")
+        method = known[method]
+    elif not isinstance(method, PosteriorMethod):
+        method = PosteriorMethod(sampler=method, exact="always")
     as_integer(samples, 100, "samples")
     as_integer(steps, 2, "steps")
     as_integer(repeats, 2, "repeats")
     if not isinstance(problem, PosteriorProblem):
         msg = "problem must be a PosteriorProblem, such as posterior_problems()['mask']"
         raise TypeError(f"{msg}; got {problem!r}")
-    own = method if isinstance(method, str) else getattr(method, "__name__", "sampler")
-    label = str(own) if name is None else name
-    chosen = known[method] if isinstance(method, str) else method
-    if not isinstance(chosen, PosteriorMethod):
-        chosen = PosteriorMethod(sampler=chosen, exact="always")
+    label = str(label) if name is None else name
     sde = CLD() if sde is None else sde
     posterior, noise = problem.posterior, problem.observation.noise_std
     process = ReverseProcess(sde, problem.data.score(sde))
@@ -154,7 +152,7 @@ def posterior_error(
     for repeat in range(repeats):
         # Use seeds far from the seeds of the exact samples.
         g = torch.Generator().manual_seed(1_000_003 * (seed + 1) + repeat)
-        drawn = chosen.sampler(process, problem.observation, times, samples, g)
+        drawn = method.sampler(process, problem.observation, times, samples, g)
         x, weights = drawn if isinstance(drawn, tuple) else (drawn, None)
         if shaped(x) != (samples, posterior.dimension):
             msg = f"{label} must return samples of shape {(samples, posterior.dimension)}"
@@ -178,7 +176,7 @@ def posterior_error(
         steps=steps,
         repeats=repeats,
         seconds=seconds,
-        exact=chosen.exact == "always" or (chosen.exact == "gaussian" and single),
+        exact=method.exact == "always" or (method.exact == "gaussian" and single),
     )
 
 
