@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from cldsde.errors import SettingError
+from cldsde.errors import require
 from cldsde.linear import CLD, PSLD, VPSDE, LinearSDE
 from cldsde.messages import imported
 from cldsde.progress import progress_bar
@@ -95,9 +95,8 @@ def posterior_reports(
     check_names(problems, posterior_problems())
     named: dict[str, PosteriorSampler] = {name: imported(name) for name in samplers}
     for name, sampler in named.items():
-        if not callable(sampler):
-            msg = f"{name!r} must be a function; got {type(sampler).__name__}"
-            raise SettingError("sampler", msg)
+        msg = f"{name!r} must be a function; got {type(sampler).__name__}"
+        require(callable(sampler), "sampler", msg)
     runs = posterior_runs(quick=quick, problems=problems, named=named)
     known = {**named, **planted_samplers()}
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from cldsde.errors import SettingError
+from cldsde.errors import require
 from cldsde.progress import progress_bar
 from cldsde.solvers import find_solver, named_solvers
 from cldsde.solvers.authoring import Solver
@@ -40,9 +40,9 @@ def reports(
     chosen, known = {name: find_solver(name) for name in names}, problems()
     check_names(cases, known)
     for name in cases:
-        if not count(chosen, {name: known[name]}, kernels=False, quick=quick):
-            msg = f"{name!r} has no check for {', '.join(chosen)}; choose another problem or solver"
-            raise SettingError("problem", msg)
+        msg = f"{name!r} has no check for {', '.join(chosen)}; choose another problem or solver"
+        found = count(chosen, {name: known[name]}, kernels=False, quick=quick)
+        require(found > 0, "problem", msg)
     usual = [name for name, problem in known.items() if problem.quick or not quick]
     taken = {name: known[name] for name in cases or usual}
 

@@ -127,7 +127,9 @@ def _measure(kind: str, solver: Solver, problem: Problem, shared: _Cases) -> Out
     g = generator_of(shared.seed, f"{_SEED_NAMES.get(kind, kind)} of a solver")
     if kind == "distribution":
         steps = 128 if not quick else 64 if problem.sde.components > 1 else 32
-        samples = _sample_count(solver, problem, quick=quick)
+        samples = 2400 if quick else 12_000 if problem.dimension > 1 else 20_000
+        if solver.facts.adaptive:  # step lengths per sample are slow
+            samples = 500 if quick else 1000
         make = partial(DistributionCase, problem, samples)
         case = shared.get(f"{_SEED_NAMES[kind]} of {samples}", problem, make)
         return distribution_check(solver, problem, case, g, steps=steps)
@@ -250,15 +252,6 @@ def _denser(coarsest: int, levels: int) -> list[int]:
 def _halved(finest: int, levels: int) -> list[int]:
     """Numbers of steps, doubling up to the finest."""
     return [finest // 2**level for level in reversed(range(levels))]
-
-
-def _sample_count(solver: Solver, problem: Problem, *, quick: bool) -> int:
-    """Number of samples for a distribution; step lengths per sample and many modes are slow."""
-    if solver.facts.adaptive:
-        return 500 if quick else 1000
-    if quick:
-        return 2400
-    return 12_000 if problem.dimension > 1 else 20_000
 
 
 def rejection(solver: Solver, problem: Problem, steps: int = 512) -> str:

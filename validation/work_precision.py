@@ -155,14 +155,12 @@ def work_precision(
 
     Parameters
     ----------
-    problem
-        The reference problem.
+    problem, grid
+        See `weak_order`.
     solvers
         Solvers by name. Adaptive solvers are run once, at their tolerance.
     budgets
         Numbers of score evaluations; a solver takes as many steps as a budget allows.
-    grid
-        Function of (T, ε, n) that returns a grid.
     metric
         Error metric. None: the first of ``"moments"`` and ``"sliced"`` that applies.
 
@@ -201,17 +199,12 @@ def work_precision(
     if chosen not in _METRICS:
         raise ValueError(f"metric must be 'moments', 'bures', 'sliced' or 'spread'; got {metric!r}")
     sampled = chosen in ("sliced", "spread")
-    if not sampled and not problem.exact:
-        raise ValueError(
-            f"metric must be 'sliced' or 'spread' unless the data are Gaussian of one dimension; "
-            f"got {chosen!r}"
-        )
-    own = [name for name, solver in solvers.items() if solver.facts.adaptive]
-    if own and not sampled:
-        raise ValueError(
-            f"metric must be 'sliced' or 'spread' for adaptive solvers such as {own[0]!r}; got "
-            f"{chosen!r}"
-        )
+    adaptive = [name for name, solver in solvers.items() if solver.facts.adaptive]
+    if not sampled and (adaptive or not problem.exact):
+        case = "unless the data are Gaussian of one dimension"
+        if problem.exact:
+            case = f"for adaptive solvers such as {adaptive[0]!r}"
+        raise ValueError(f"metric must be 'sliced' or 'spread' {case}; got {chosen!r}")
     g = generator if generator is not None else torch.Generator().manual_seed(0)
     ends = grid(problem.start, problem.end, 1)
     reference = None if sampled else GaussianReference(problem, ends)
