@@ -51,10 +51,8 @@ def calibration_ranks(
         See `posterior_error`.
     problem
         The problem. Its y is not used, because each draw has an observation of its own.
-    draws
-        Number of data points drawn.
-    samples
-        Number of posterior samples per data point.
+    draws, samples
+        Numbers of data points drawn, and of posterior samples per data point.
 
     References
     ----------

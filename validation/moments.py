@@ -64,10 +64,8 @@ def propagate_moments(
         A solver on a fixed grid.
     times
         Decreasing grid ``(n + 1,)``.
-    mean
-        Mean of the state at ``times[0]``, ``(k, D)``.
-    covariance
-        Covariance of the flattened state at ``times[0]``, ``(kD, kD)``.
+    mean, covariance
+        Mean ``(k, D)`` and covariance ``(kD, kD)`` of the (flattened) state at ``times[0]``.
 
     Returns
     -------

@@ -28,12 +28,8 @@ class Problem:
 
     Parameters
     ----------
-    name
-        Name in reports.
-    sde
-        The forward process.
-    data
-        Distribution of the data.
+    name, sde, data
+        Name in reports, forward process, and distribution of the data.
     end
         ε, the time at which errors are measured.
     start

@@ -79,10 +79,8 @@ def reference_kernel(sde: LinearSDE, s: float, t: float) -> tuple[Tensor, Tensor
 
     Parameters
     ----------
-    sde
-        The process.
-    s, t
-        Times, s < t.
+    sde, s, t
+        The process, and times s < t.
 
     Returns
     -------
