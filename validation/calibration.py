@@ -16,19 +16,12 @@ from .posterior_problems import PosteriorProblem
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """Ranks of the truth among posterior samples, which are uniform for an exact sampler.
+    """Ranks of the truth among posterior samples, which are uniform for an exact sampler."""
 
-    Attributes
-    ----------
-    ranks
-        ``(draws, D + m)`` in [0, 1]: ranks of the D numbers of the data, then of the m numbers of
-        A x.
-    p_values
-        ``(D + m,)``: p-value of the Kolmogorov–Smirnov test for uniformity, for each number.
-    """
-
+    #: ``(draws, D + m)`` in [0, 1]: ranks of the D numbers of the data, then of the m numbers of
+    #: A x.
     ranks: Tensor = field(repr=False)
-    p_values: Tensor
+    p_values: Tensor  #: ``(D + m,)``: p-values of the Kolmogorov–Smirnov test for uniformity.
 
     @property
     def p_value(self) -> float:
@@ -54,24 +47,12 @@ def calibration_ranks(
 
     Parameters
     ----------
-    method
-        A name in `posterior_methods`, or your own sampler.
+    method, sde, steps, seed
+        See `posterior_error`.
     problem
         The problem. Its y is not used, because each draw has an observation of its own.
-    sde
-        The forward process; None: `CLD`.
-    draws
-        Number of data points drawn.
-    samples
-        Number of posterior samples per data point.
-    steps
-        Steps of the grid, as in `posterior_error`.
-    seed
-        Seed of all random numbers.
-
-    Returns
-    -------
-    Calibration
+    draws, samples
+        Numbers of data points drawn, and of posterior samples per data point.
 
     References
     ----------

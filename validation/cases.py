@@ -20,29 +20,22 @@ _NODES = 6  # quadrature nodes per cell
 
 
 class FlowCase:
-    """Start states of a problem and the exact end states of the probability flow.
+    """Start states ``(samples, k, D)`` and the exact end states of the probability flow.
 
     For Gaussian data the flow is known. For mixtures the reference is scipy's method of order 8 at
-    a tolerance of 1e-13.
-
-    Attributes
-    ----------
-    start, end
-        States ``(samples, k, D)`` at the ends of the flow.
-    accuracy
-        Bound on the error of ``end``.
+    a tolerance of 1e-13. ``accuracy`` bounds the error of the end states.
     """
 
     def __init__(self, problem: Problem, samples: int, generator: torch.Generator) -> None:
         self.start = problem.sample(samples, generator)
-        flow = _exact_flow if problem.exact else _numerical_flow
-        self.end = flow(problem, self.start)
-        self.accuracy = 1e-13 if problem.exact else 1e-12
-
-
-def _exact_flow(problem: Problem, start: Tensor) -> Tensor:
-    ends = torch.tensor([problem.start, problem.end], dtype=torch.float64, device="cpu")
-    return GaussianReference(problem, ends).flow(start, problem.start, problem.end)
+        if problem.exact:
+            ends = torch.tensor([problem.start, problem.end], dtype=torch.float64, device="cpu")
+            reference = GaussianReference(problem, ends)
+            self.end = reference.flow(self.start, problem.start, problem.end)
+            self.accuracy = 1e-13
+        else:
+            self.end = _numerical_flow(problem, self.start)
+            self.accuracy = 1e-12
 
 
 def _numerical_flow(problem: Problem, start: Tensor) -> Tensor:
@@ -75,22 +68,15 @@ class PathCase:
     - for Gaussian data of one dimension, the noise in the solution of the linear reverse SDE.
 
     Moments come from `GaussianReference`. Transitions within a cell come from the package, whose
-    kernels are checked separately.
-
-    Attributes
-    ----------
-    times
-        Decreasing grid, the finest to be solved on.
-    start
-        States ``(samples, k, D)`` at the start of the paths.
-    end
-        Exact end states; None unless the data are Gaussian of one dimension.
+    kernels are checked separately. ``times`` is the finest grid to be solved on. ``start`` are the
+    states ``(samples, k, D)`` at its start. ``end`` are the exact end states; None unless the data
+    are Gaussian of one dimension.
     """
 
     def __init__(
         self, problem: Problem, times: Tensor, samples: int, generator: torch.Generator
     ) -> None:
-        sde, k = problem.sde, problem.sde.components
+        sde = problem.sde
         self.times = times
         self.start = problem.sample(samples, generator)
         self.end: Tensor | None = None
@@ -104,77 +90,70 @@ class PathCase:
         forth = sde.transition_matrix(nodes, t.unsqueeze(1).expand(-1, _NODES))
         # Divide the time integral by the cell's length, so that all rows have similar sizes.
         parts = [eye, x[:, None, None] * eye, forth @ G]
-        exact = _ExactSteps(problem, times, nodes) if problem.exact else None
+        exact = _exact_steps(problem, times, nodes) if problem.exact else None
         if exact is not None:
-            parts.append(exact.back @ G)
-        functional = torch.cat(parts, dim=-2)
-        columns = (length.unsqueeze(1) * w).sqrt()[..., None, None] * functional
+            means, moves, back = exact
+            parts.append(back @ G)
+        columns = (length.unsqueeze(1) * w).sqrt()[..., None, None] * torch.cat(parts, dim=-2)
         roots = joint_root(columns.movedim(1, 2).flatten(2))
         self._psi = sde.transition_matrix(u, t)
-        self._increments: list[Tensor] = []
-        self._time_integrals: list[Tensor] = []
-        self._integrals: list[Tensor] = []
-        size, z = (samples, functional.shape[-2], problem.dimension), self.start
+        # For each cell the increment, its integral over time, and the stochastic integral.
+        self._cells: list[tuple[Tensor, Tensor, Tensor]] = []
+        rows, z = [part.shape[-2] for part in parts], self.start
+        size = (samples, sum(rows), problem.dimension)
         for i in range(cells):
             xi = torch.randn(size, dtype=torch.float64, generator=generator, device="cpu")
-            drawn = apply_blocks(roots[i], xi)
-            self._increments.append(drawn[:, :m].clone())
-            self._time_integrals.append(length[i] * drawn[:, m : 2 * m])
-            self._integrals.append(drawn[:, 2 * m : 2 * m + k].clone())
+            drawn = torch.split(apply_blocks(roots[i], xi), rows, dim=1)
+            self._cells.append((drawn[0].clone(), length[i] * drawn[1], drawn[2].clone()))
             if exact is not None:
-                z = exact.step(i, z) + drawn[:, 2 * m + k :]
+                z = means[i + 1] + apply_blocks(moves[i], z - means[i]) + drawn[3]
         if exact is not None:
             self.end = z
 
     def draws(self, noise: PathNoise, every: int) -> list[Tensor]:
         """Normals of a solver whose steps span the given number of cells."""
         draws = []
-        for i, first in enumerate(range(0, len(self._increments), every)):
-            cells = range(first, first + every)
-            increment = torch.stack([self._increments[cell] for cell in cells]).sum(0)
+        for i, first in enumerate(range(0, len(self._cells), every)):
+            increments, time_integrals, integrals = zip(
+                *self._cells[first : first + every], strict=True
+            )
+            increment = torch.stack(increments).sum(0)
             rows = noise.integral.shape[1]
             draw = increment.new_zeros(len(increment), rows, increment.shape[2])
             if noise.increment.shape[-1]:
                 draw = draw + apply_blocks(noise.increment[i], increment)
             if bool(noise.integral.any()):
-                integral = torch.zeros_like(self._integrals[first])
-                for cell in reversed(cells):
-                    integral = apply_blocks(self._psi[cell], integral) + self._integrals[cell]
+                integral = torch.zeros_like(integrals[0])
+                for cell in reversed(range(every)):
+                    integral = apply_blocks(self._psi[first + cell], integral) + integrals[cell]
                 draw = draw + apply_blocks(noise.integral[i], integral)
             if noise.time_integral is not None:
-                end = self.times[first + every]
                 total = torch.zeros_like(increment)
-                for cell in cells:
+                for cell in range(every):
                     # The path's value at the end of the cell counts for the rest of the step.
-                    rest = self.times[cell + 1] - end
-                    total = total + self._time_integrals[cell] + rest * self._increments[cell]
+                    rest = self.times[first + cell + 1] - self.times[first + every]
+                    total = total + time_integrals[cell] + rest * increments[cell]
                 draw = draw + apply_blocks(noise.time_integral[i], total)
             draws.append(draw)
         return draws
 
 
-class _ExactSteps:
-    """Exact reverse SDE for Gaussian data: Φ_1(u, τ) = Σ_u Ψ(τ, u)ᵀ Σ_τ⁻¹ and its means."""
+def _exact_steps(problem: Problem, times: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Exact reverse SDE for Gaussian data: its means, and Φ_1(u, τ) = Σ_u Ψ(τ, u)ᵀ Σ_τ⁻¹.
 
-    def __init__(self, problem: Problem, times: Tensor, nodes: Tensor) -> None:
-        self._sde = problem.sde
-        self._reference = GaussianReference(problem, torch.cat([times, nodes.flatten()]))
-        self._times = times
-        t, u = times[:-1], times[1:]
-        self.back = self._reverse(u.unsqueeze(1), nodes)
-        self._move = self._reverse(u, t)
+    Φ_1 is given from start to end of each cell, and from its nodes to its end.
+    """
+    reference = GaussianReference(problem, torch.cat([times, nodes.flatten()]))
 
-    def step(self, i: int, z: Tensor) -> Tensor:
-        """Exact step without its noise."""
-        mean, following = (self._reference.moments(float(s))[0] for s in self._times[i : i + 2])
-        return following + apply_blocks(self._move[i], z - mean)
+    def covariances(at: Tensor) -> Tensor:
+        found = torch.stack([reference.moments(moment)[1] for moment in at.flatten().tolist()])
+        return found.reshape(*at.shape, *found.shape[1:])
 
-    def _reverse(self, end: Tensor, at: Tensor) -> Tensor:
-        psi = self._sde.transition_matrix(end.expand(at.shape), at)
-        found: Tensor = self._covariances(end) @ psi.mT @ torch.linalg.inv(self._covariances(at))
+    def moves(end: Tensor, at: Tensor) -> Tensor:
+        psi = problem.sde.transition_matrix(end.expand(at.shape), at)
+        found: Tensor = covariances(end) @ psi.mT @ torch.linalg.inv(covariances(at))
         return found
 
-    def _covariances(self, at: Tensor) -> Tensor:
-        k = self._sde.components
-        found = [self._reference.moments(moment)[1] for moment in at.flatten().tolist()]
-        return torch.stack(found).reshape(*at.shape, k, k)
+    means = torch.stack([reference.moments(t)[0] for t in times.tolist()])
+    t, u = times[:-1], times[1:]
+    return means, moves(u, t), moves(u.unsqueeze(1), nodes)

@@ -6,11 +6,12 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import torch
+from pydantic_core import to_jsonable_python
 
 from cldsde.linear import LinearSDE
 from cldsde.messages import counted, in_words, one_line
@@ -18,9 +19,9 @@ from cldsde.solvers import plan, solve
 from cldsde.solvers.authoring import Facts, Solver
 from cldsde.solvers.grids import quadratic_times
 
+from .moments import check_repeated
 from .order_estimate import OrderEstimate, Verdict
 from .orders import moment_error
-from .plain import plain
 from .problems import Problem
 from .reference import GaussianReference, reference_kernel
 
@@ -30,46 +31,27 @@ _KERNEL_TOLERANCE = 1e-10
 
 @dataclass(frozen=True)
 class Check:
-    """One measurement compared with the declared value.
+    """One measurement compared with the declared value."""
 
-    Attributes
-    ----------
-    kind
-        ``"kernel"``, ``"weak order"``, ``"strong order"``, ``"ODE order"``, ``"distribution"``,
-        ``"NFE per step"``, ``"bias"`` or ``"error at 100 steps"``. If nothing could be measured:
-        ``"facts"``, ``"not applicable"`` or ``"work and precision"``.
-    subject
-        Name of the solver, or of the process of a kernel.
-    problem
-        Name of the problem.
-    declared, measured
-        Orders or errors; None if there are none. For a distribution ``measured`` is the worst ratio
-        of a statistic's error to the allowed error; at most 1 passes.
-    verdict
-        PASS, FAIL or INCONCLUSIVE; None for a check that is only reported.
-    message
-        Result in words, on one line.
-    seconds
-        Duration of the check.
-    estimate
-        Estimate of an order, with its levels; None for other kinds.
-    """
-
+    #: ``"kernel"``, ``"weak order"``, ``"strong order"``, ``"ODE order"``, ``"distribution"``,
+    #: ``"NFE per step"``, ``"bias"`` or ``"error at 100 steps"``. If nothing could be measured:
+    #: ``"facts"``, ``"not applicable"`` or ``"work and precision"``.
     kind: str
-    subject: str
+    subject: str  #: Name of the solver, or of the process of a kernel.
     problem: str
-    declared: float | None
+    declared: float | None  #: Order or error.
+    #: Order or error. For a distribution the worst ratio of a statistic's error to the allowed
+    #: error; at most 1 passes.
     measured: float | None
-    verdict: Verdict | None
-    message: str
-    seconds: float
-    estimate: OrderEstimate | None = field(default=None, repr=False)
+    verdict: Verdict | None  #: None for a check that is only reported.
+    message: str  #: Result in words, on one line.
+    seconds: float  #: Duration of the check.
+    estimate: OrderEstimate | None = field(default=None, repr=False)  #: None for other kinds.
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to JSON types."""
         estimate = None if self.estimate is None else self.estimate.to_dict()
-        result: dict[str, Any] = plain({**asdict(self), "estimate": estimate})
-        return result
+        return {**to_jsonable_python(self, inf_nan_mode="null"), "estimate": estimate}
 
 
 class Outcome(NamedTuple):
@@ -133,13 +115,9 @@ def kernel_check(sde: LinearSDE) -> Outcome:
         found += [(kernel.mean - psi).abs().max() / psi.abs().max(), off.max()]
     # Use torch's max, because Python's max would ignore NaN.
     worst = float(torch.stack(found).max())
-    passed = worst <= _KERNEL_TOLERANCE
-    return Outcome(
-        declared=_KERNEL_TOLERANCE,
-        measured=worst,
-        verdict=Verdict.PASS if passed else Verdict.FAIL,
-        message=f"relative error {worst:.1e} against the differential equations",
-    )
+    verdict = Verdict.PASS if worst <= _KERNEL_TOLERANCE else Verdict.FAIL
+    message = f"relative error {worst:.1e} against the differential equations"
+    return Outcome(_KERNEL_TOLERANCE, worst, verdict, message)
 
 
 def stiff_check(solver: Solver, problem: Problem) -> Outcome:
@@ -151,12 +129,8 @@ def stiff_check(solver: Solver, problem: Problem) -> Outcome:
     reference = GaussianReference(problem, times[[0, -1]])
     error = moment_error(solver, problem, times, reference)
     size = max(float(moment.abs().max()) for moment in reference.moments(float(times[-1])))
-    return Outcome(
-        declared=None,
-        measured=error,
-        verdict=None if error <= size else Verdict.FAIL,
-        message=f"error of the moments {error:.1e}, largest moment {size:.1e}",
-    )
+    message = f"error of the moments {error:.1e}, largest moment {size:.1e}"
+    return Outcome(None, error, None if error <= size else Verdict.FAIL, message)
 
 
 def count_check(solver: Solver, problem: Problem) -> Outcome:
@@ -165,18 +139,11 @@ def count_check(solver: Solver, problem: Problem) -> Outcome:
     sampler = plan(problem.process, solver, quadratic_times(problem.start, problem.end, steps))
     start = problem.sample(2, g)
     found, again = (sampler.solve(start, generator=g.manual_seed(1), warn=False) for _ in range(2))
-    if found.success and not torch.equal(found.state, again.state):
-        raise ValueError(
-            "the same state and noise gave two different results; does the solver draw noise "
-            "outside `noise.normal`?"
-        )
+    check_repeated(found.state, again.state)
     declared, measured = solver.facts.nfe_per_step, found.nfev / steps
-    return Outcome(
-        declared=declared,
-        measured=measured,
-        verdict=Verdict.PASS if measured == declared else Verdict.FAIL,
-        message=f"{counted(found.nfev, 'evaluation')} in {counted(steps, 'step')}",
-    )
+    verdict = Verdict.PASS if measured == declared else Verdict.FAIL
+    message = f"{counted(found.nfev, 'evaluation')} in {counted(steps, 'step')}"
+    return Outcome(declared, measured, verdict, message)
 
 
 def bias_check(solver: Solver, problem: Problem, g: torch.Generator, *, quick: bool) -> Outcome:
@@ -190,9 +157,5 @@ def bias_check(solver: Solver, problem: Problem, g: torch.Generator, *, quick: b
     # With 200,000 samples at these tolerances the bias is 0.0000 ± 0.0001 with a Brownian bridge.
     # With fresh noise it is 0.017 (benchmarks/gotta_go_fast_bias.py). The limit separates them.
     passed = found.success and abs(ratio - 1) <= 5 * spread + 1e-3
-    return Outcome(
-        declared=1.0,
-        measured=ratio,
-        verdict=Verdict.PASS if passed else Verdict.FAIL,
-        message=f"E|x| is {ratio:.4f} ± {spread:.4f} of its value; {found.message}",
-    )
+    message = f"E|x| is {ratio:.4f} ± {spread:.4f} of its value; {found.message}"
+    return Outcome(1.0, ratio, Verdict.PASS if passed else Verdict.FAIL, message)

@@ -19,39 +19,35 @@ from cldsde.solvers import NoiseSource, plan
 from cldsde.solvers.authoring import Solver
 
 
-class _CountingNoise(NoiseSource):
-    """Noise source of zeros that records the number of rows of each draw."""
-
-    def __init__(self) -> None:
-        self.rows: list[int] = []
-
-    def normal(self, z: Tensor, rows: int) -> Tensor:
-        self.rows.append(rows)
-        return z.new_zeros(len(z), rows, *z.shape[2:])
-
-
 class _BasisNoise(NoiseSource):
-    """Noise source of unit vectors, to probe a solve.
+    """Noise source of unit vectors, to probe a solve; it records the number of rows of each draw.
 
     The first samples get zeros. Each of the next samples gets one unit vector of a solve's noise.
     The last sample gets twice the sum of all unit vectors.
     """
 
-    def __init__(self, rows: list[int], first: int) -> None:
-        self._rows, self._first = iter(rows), first
+    def __init__(self, first: int) -> None:
+        self.rows: list[int] = []
+        self._first = first
 
     def normal(self, z: Tensor, rows: int) -> Tensor:
-        if next(self._rows, None) != rows:
-            raise ValueError(
-                "solver must draw the same noise for every state; got another number of rows. "
-                "Sample its distribution instead"
-            )
+        self.rows.append(rows)
         numbers = rows * z.shape[2]
         draw = z.new_zeros(len(z), numbers)
-        draw[self._first : self._first + numbers].fill_diagonal_(1.0)
-        draw[-1] = 2.0
-        self._first += numbers
+        if self._first < len(z):
+            draw[self._first : self._first + numbers].fill_diagonal_(1.0)
+            draw[-1] = 2.0
+            self._first += numbers
         return draw.view(len(z), rows, -1)
+
+
+def check_repeated(found: Tensor, again: Tensor) -> None:
+    """Raise a ValueError unless two solves of one state and noise agree, or diverged."""
+    if not torch.equal(found, again) and bool(found.isfinite().all()):
+        raise ValueError(
+            "the same state and noise gave two different results; does the solver draw noise "
+            "outside `noise.normal`?"
+        )
 
 
 @torch.no_grad()
@@ -68,10 +64,8 @@ def propagate_moments(
         A solver on a fixed grid.
     times
         Decreasing grid ``(n + 1,)``.
-    mean
-        Mean of the state at ``times[0]``, ``(k, D)``.
-    covariance
-        Covariance of the flattened state at ``times[0]``, ``(kD, kD)``.
+    mean, covariance
+        Mean ``(k, D)`` and covariance ``(kD, kD)`` of the (flattened) state at ``times[0]``.
 
     Returns
     -------
@@ -85,21 +79,6 @@ def propagate_moments(
     ValueError
         If the shapes of the moments do not fit, the grid does not decrease, or the score or the
         solver's step is not affine.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from cldsde import solvers, validation
-    >>> problem = validation.problems()["VP"]
-    >>> mean, covariance = propagate_moments(
-    ...     problem.process,
-    ...     solvers.EulerMaruyama(),
-    ...     solvers.uniform_times(1.0, 0.05, 8),
-    ...     torch.zeros(1, 1),
-    ...     torch.eye(1),
-    ... )
-    >>> mean.shape, covariance.shape
-    (torch.Size([1, 1]), torch.Size([1, 1]))
     """
     sampler = plan(process, solver, times)
     if sampler.nfev is None:
@@ -118,17 +97,19 @@ def propagate_moments(
         return sampler.solve(states, noise=noise, warn=False).state.flatten(1)
 
     m, C = mean.to(torch.float64).flatten(), covariance.to(torch.float64)
-    origin, zeros = m.new_zeros(1, size), _CountingNoise()
-    alone, again = end(origin, zeros), end(origin, _CountingNoise())
-    if not torch.equal(alone, again) and bool(alone.isfinite().all()):
-        raise ValueError(
-            "the same state and noise gave two different results; does the solver draw noise "
-            "outside `noise.normal`?"
-        )
+    origin, zeros = m.new_zeros(1, size), _BasisNoise(1)
+    alone, again = end(origin, zeros), end(origin, _BasisNoise(1))
+    check_repeated(alone, again)
     # Start from the origin, unit vectors, and twice their sum, which tests that the map is affine.
     states = torch.cat([origin, torch.eye(size, device="cpu").to(m), m.new_full((1, size), 2.0)])
     padding = m.new_zeros(sum(zeros.rows) * dimension + 1, size)
-    out = end(torch.cat([states, padding]), _BasisNoise(zeros.rows, len(states)))
+    units = _BasisNoise(len(states))
+    out = end(torch.cat([states, padding]), units)
+    if units.rows != zeros.rows:
+        raise ValueError(
+            "solver must draw the same noise for every state; got another number of rows. "
+            "Sample its distribution instead"
+        )
     b, X, N = out[0], (out[1 : 1 + size] - out[0]).T, (out[2 + size : -1] - out[0]).T
     state_error = float((out[1 + size] - b - 2 * X.sum(1)).abs().max())
     noise_error = float((out[-1] - b - 2 * N.sum(1)).abs().max())

@@ -1,8 +1,4 @@
-"""Estimates of orders of convergence, with confidence intervals, from errors on several grids.
-
-Errors are exact, or Monte Carlo estimates with standard errors. `estimate_order` treats both by one
-rule: generalised least squares with a prior on the pre-asymptotic terms.
-"""
+"""Estimates of orders of convergence, with confidence intervals, from errors on several grids."""
 
 from __future__ import annotations
 
@@ -10,16 +6,17 @@ import enum
 import json
 import math
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
+from pydantic_core import to_jsonable_python
 
-from .levels import check_options, checked_levels
-from .plain import plain
-from .regression import is_steady, local_orders, log_slope, turns
+from cldsde.linear.checks import check_positive
+
+from .regression import Array, is_steady, local_orders, log_slope, turns
 
 _MODEL = 1e-3  # relative error of every expansion of an error, however smooth it looks
 
@@ -34,64 +31,31 @@ class Verdict(enum.StrEnum):
 
 @dataclass(frozen=True)
 class Level:
-    """One grid: its step size, its error, and whether the estimate uses it.
-
-    Attributes
-    ----------
-    step
-        Step size.
-    error
-        Error; NaN if the solver diverged.
-    standard_error
-        Standard error of the error; 0 for an exact error.
-    kept
-        Whether the estimate uses the level.
-    reason
-        Reason why the level was dropped; empty if it is kept.
-    """
+    """One grid: its step size, its error, and whether the estimate uses it."""
 
     step: float
-    error: float
-    standard_error: float
-    kept: bool
-    reason: str = ""
+    error: float  #: NaN if the solver diverged.
+    standard_error: float  #: 0 for an exact error.
+    kept: bool  #: Whether the estimate uses the level.
+    reason: str = ""  #: Reason why the level was dropped; empty if it is kept.
 
 
 @dataclass(frozen=True)
 class OrderEstimate:
-    """A measured order of convergence; the result of `estimate_order`.
+    """A measured order of convergence; see `estimate_order` for its options."""
 
-    Attributes
-    ----------
-    order, low, high
-        Estimate and ends of its confidence interval; NaN if fewer than 3 levels are left.
-    expected
-        Declared order, or None.
-    tolerance
-        Largest shortfall from ``expected``, and largest half-width of an interval, that pass.
-    confidence
-        Confidence level of the interval.
-    local_orders
-        Order, low and high between neighbouring kept levels, from the coarsest. These intervals
-        cover sampling and rounding errors only.
-    levels
-        All levels, from the coarsest.
-    verdict
-        PASS, FAIL or INCONCLUSIVE; None without ``expected``.
-    message
-        The outcome in a sentence.
-    """
-
-    order: float
-    low: float
-    high: float
+    order: float  #: NaN if fewer than 3 levels are left.
+    low: float  #: Lower end of the confidence interval.
+    high: float  #: Upper end of the confidence interval.
     expected: float | None
     tolerance: float
     confidence: float
+    #: Order, low and high between neighbouring kept levels, from the coarsest. These intervals
+    #: cover sampling and rounding errors only.
     local_orders: tuple[tuple[float, float, float], ...]
-    levels: tuple[Level, ...]
-    verdict: Verdict | None
-    message: str
+    levels: tuple[Level, ...]  #: All levels, from the coarsest.
+    verdict: Verdict | None  #: None without ``expected``.
+    message: str  #: The outcome in a sentence.
 
     @property
     def exceeds(self) -> bool:
@@ -100,7 +64,7 @@ class OrderEstimate:
 
     def to_dict(self) -> dict[str, Any]:
         """Fields and `exceeds` in types of strict JSON: lists for tuples, None for NaN."""
-        return {**plain(asdict(self)), "exceeds": self.exceeds}
+        return {**to_jsonable_python(self, inf_nan_mode="null"), "exceeds": self.exceeds}
 
     def to_json(self) -> str:
         """`to_dict` as a JSON text."""
@@ -153,11 +117,6 @@ def estimate_order(
         With 1 the interval is narrower. It holds for one-step methods for ordinary differential
         equations, and for moments of solvers of SDEs with smooth coefficients [1]_ [2]_.
 
-    Returns
-    -------
-    OrderEstimate
-        Orders, the levels kept and dropped, and the verdict.
-
     Raises
     ------
     ValueError
@@ -195,22 +154,20 @@ def estimate_order(
     The verdict is
 
     - FAIL if the interval lies below ``expected - tolerance``;
-    - PASS if it does not reach below ``expected - tolerance``, and its half-width is at most
-      ``tolerance``;
+    - PASS if it lies above ``expected - tolerance``, and its half-width is at most ``tolerance``;
     - INCONCLUSIVE otherwise.
 
     An order above the declared order passes, because many solvers are better than declared on easy
-    problems; see `OrderEstimate.exceeds`. Independent of the interval, the verdict is FAIL in two
-    cases, which concern the last local order of the levels that rule 1 leaves:
+    problems. The verdict is also FAIL in two cases, which concern the interval of the last local
+    order of the levels that rule 1 leaves:
 
-    - Its interval lies below ``expected - 2 * tolerance``: errors stop decreasing above rounding
-      and noise. An exception are levels without standard errors whose local orders go up and down
-      like noise.
-    - Its interval lies below ``expected - tolerance``, and the finest error exceeds the coarsest
+    - It lies below ``expected - 2 * tolerance``: errors stop decreasing above rounding and noise.
+      An exception are levels without standard errors whose local orders go up and down like noise.
+    - It lies below ``expected - tolerance``, and the finest error exceeds the coarsest
       significantly: errors grow.
 
-    Pre-asymptotic terms may be large, but not arbitrarily large. For exact errors
-    :math:`C h^p (1 + a (h/h_1)^r)` on halved steps, the interval covers p in these cases:
+    For exact errors :math:`C h^p (1 + a (h/h_1)^r)` on halved steps, the interval covers p in these
+    cases:
 
     - r = 1, 5 levels or more: a from −0.9 to 4;
     - r = 1, 4 levels: a up to 2;
@@ -236,8 +193,8 @@ def estimate_order(
     >>> print(estimate_order(h, [0.3 * x for x in h], expected=1.5))
     1.00 [0.96, 1.04], declared 1.5: FAIL
     """
-    h, e, s, floor = checked_levels(steps, errors, standard_errors, rounding)
-    check_options(expected, tolerance, confidence, spacing)
+    h, e, s, floor = _checked_levels(steps, errors, standard_errors, rounding)
+    _check_options(expected, tolerance, confidence, spacing)
     quantile = -NormalDist().inv_cdf((1 - confidence) / 2)
     reasons = [_reason(*level) for level in zip(e, s, floor, strict=True)]
     kept = usable = np.flatnonzero([not reason for reason in reasons])
@@ -269,6 +226,7 @@ def estimate_order(
         low, high = order - half_width, order + half_width
     local, covariance = local_orders(x[kept], y[kept], variances[kept])
     margins = quantile * np.sqrt(covariance.diagonal())
+    lows, highs = local - margins, local + margins
     verdict, fault, grown = None, "", False
     relation = "has no declared order to be compared with"
     if expected is not None:
@@ -278,7 +236,7 @@ def estimate_order(
             noise = quantile * math.hypot(*s[ends], *(floor[ends] / 3))
             grown = e[ends[1]] - e[ends[0]] > noise
             # Rule 2 drops coarse levels only, so the last two levels are the same as for rule 1.
-            limit = local[-1] + margins[-1]
+            limit = highs[-1]
             if not s[usable].any() and turns(x[usable], y[usable], variances[usable], quantile):
                 limit = math.inf  # the levels have noise without known standard errors
             fault = _fault(local[-1], limit, grown, expected, tolerance)
@@ -286,6 +244,7 @@ def estimate_order(
             verdict = Verdict.FAIL
         else:
             fault = ""
+    numbers = np.stack([h, *(np.where(np.isfinite(x), x, math.nan) for x in (e, s))], 1)
     return OrderEstimate(
         order=order,
         low=low,
@@ -293,23 +252,61 @@ def estimate_order(
         expected=None if expected is None else float(expected),
         tolerance=float(tolerance),
         confidence=float(confidence),
-        local_orders=tuple(
-            (float(p), float(p - margin), float(p + margin))
-            for p, margin in zip(local, margins, strict=True)
-        ),
+        local_orders=tuple(zip(local.tolist(), lows.tolist(), highs.tolist(), strict=True)),
         levels=tuple(
-            Level(
-                step=float(h[i]),
-                error=float(e[i]) if math.isfinite(e[i]) else math.nan,
-                standard_error=float(s[i]) if math.isfinite(s[i]) else math.nan,
-                kept=not reason,
-                reason=reason,
-            )
-            for i, reason in enumerate(reasons)
+            Level(step, error, std, kept=not reason, reason=reason)
+            for (step, error, std), reason in zip(numbers.tolist(), reasons, strict=True)
         ),
         verdict=verdict,
         message=fault or _message(order, low, high, relation, reasons),
     )
+
+
+def _checked_levels(
+    steps: ArrayLike,
+    errors: ArrayLike,
+    standard_errors: ArrayLike | None,
+    rounding: ArrayLike | None,
+) -> tuple[Array, Array, Array, Array]:
+    """Steps, errors, standard errors and rounding errors as arrays ``(n,)``."""
+    h = np.asarray(steps, dtype=np.float64)
+    if h.ndim != 1 or not len(h):
+        raise ValueError(f"steps must be a sequence of step sizes; got an array of shape {h.shape}")
+    if not (np.isfinite(h).all() and (h > 0).all() and (np.diff(np.log(h)) < 0).all()):
+        raise ValueError(f"steps must be finite, positive and decreasing; got {h.tolist()}")
+    e = np.asarray(errors, dtype=np.float64)
+    if e.shape != h.shape:
+        msg = f"errors must have one entry for each of {len(h)} steps; got shape {e.shape}"
+        raise ValueError(msg)
+    if (e < 0).any():
+        raise ValueError(f"errors must be magnitudes, 0 or above; got {e.tolist()}")
+
+    def one_for_each(values: ArrayLike, name: str) -> Array:
+        array = np.asarray(values, dtype=np.float64)
+        if array.shape not in {(), h.shape}:
+            msg = f"{name} must be one number or {len(h)}, as steps; got shape {array.shape}"
+            raise ValueError(msg)
+        return np.broadcast_to(array, h.shape)
+
+    s = one_for_each(0.0 if standard_errors is None else standard_errors, "standard_errors")
+    floor = one_for_each(10 * np.finfo(float).eps / h if rounding is None else rounding, "rounding")
+    if not (s[np.isfinite(e)] >= 0).all():
+        msg = f"standard_errors must be 0 or above if the error is finite; got {s.tolist()}"
+        raise ValueError(msg)
+    if not (floor >= 0).all():
+        raise ValueError(f"rounding must be 0 or above; got {floor.tolist()}")
+    return h, e, s, floor
+
+
+def _check_options(
+    expected: float | None, tolerance: float, confidence: float, spacing: float
+) -> None:
+    if expected is not None and not (math.isfinite(expected) and expected > 0):
+        raise ValueError(f"expected must be a finite, positive order or None; got {expected}")
+    check_positive(tolerance, "tolerance")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must lie strictly between 0 and 1; got {confidence}")
+    check_positive(spacing, "spacing")
 
 
 def _reason(error: float, standard_error: float, floor: float) -> str:

@@ -84,10 +84,10 @@ def weak_order(
 ) -> OrderEstimate:
     """Measure a solver's weak order (order in distribution), and compare it with the declared one.
 
-    With Gaussian data the moments of each level are exact. There is no sampling error, and the
-    measurement takes a moment. For mixtures the moments are sampled, which takes a minute or two.
-    Neighbouring levels then share their start and their Brownian path. Their differences have a
-    small sampling error and determine the order. The finest level is compared with exact moments.
+    With Gaussian data the moments of each level are exact, and the measurement takes a moment. For
+    mixtures the moments are sampled, which takes a minute or two. Neighbouring levels then share
+    their start and their Brownian path, so that their differences have a small sampling error and
+    determine the order. The finest level is compared with exact moments.
 
     Parameters
     ----------
@@ -125,9 +125,9 @@ def weak_order(
     _check_arguments(solver, problem, steps, grid)
     _check_samples(samples, 20)
     grids = [grid(problem.start, problem.end, n) for n in steps]
-    declared = solver.facts.weak_order
     if not problem.gaussian:
-        return _sampled_weak_order(solver, problem, grids, declared, tolerance, samples, generator)
+        g = generator if generator is not None else torch.Generator().manual_seed(0)
+        return _sampled_weak_order(solver, problem, steps, grids[-1], tolerance, samples, g)
     if reference is None:
         reference = GaussianReference(problem, grids[0][[0, -1]])
     errors = [moment_error(solver, problem, times, reference) for times in grids]
@@ -138,7 +138,7 @@ def weak_order(
     return estimate_order(
         [1 / n for n in steps],
         errors,
-        expected=declared,
+        expected=solver.facts.weak_order,
         tolerance=tolerance,
         rounding=[rounding * math.sqrt(n) for n in steps],
         spacing=1.0,
@@ -148,26 +148,25 @@ def weak_order(
 def _sampled_weak_order(
     solver: Solver,
     problem: Problem,
-    grids: list[Tensor],
-    declared: float | None,
+    steps: Sequence[int],
+    finest: Tensor,
     tolerance: float,
     samples: int,
-    generator: torch.Generator | None,
+    g: torch.Generator,
 ) -> OrderEstimate:
-    if solver.path_noise(problem.process, grids[0]) is None:
+    if solver.path_noise(problem.process, finest) is None:
         raise TypeError(
             f"solver must have `path_noise` for a weak order on mixtures, which is measured along "
             f"shared Brownian paths; got {solver!r}. Use a problem with Gaussian data"
         )
-    g = generator if generator is not None else torch.Generator().manual_seed(0)
-    strides = _strides([len(times) - 1 for times in grids], len(grids[-1]) - 1)
+    declared = solver.facts.weak_order
     batches = max(20, -(-samples // _BATCH))
     size = -(-samples // batches)
-    values = np.zeros((len(grids), batches, 4))
+    values = np.zeros((len(steps), batches, 4))
     for batch in range(batches):
-        paths = PathCase(problem, grids[-1], size, g)
-        for level, stride in enumerate(strides):
-            values[level, batch] = _observables(_along(solver, problem, paths, stride)[:, 0])
+        paths = PathCase(problem, finest, size, g)
+        for level, n in enumerate(steps):
+            values[level, batch] = _observables(_along(solver, problem, paths, n)[:, 0])
     differences = values[:-1] - values[1:]
     means = differences.mean(1)
     # Project on the direction of the next coarser level, whose noise is relatively small. Noise
@@ -179,10 +178,8 @@ def _sampled_weak_order(
     along = (differences * directions[:, None]).sum(-1)
     errors = np.abs(along.mean(1))
     noise = along.std(1, ddof=1) / math.sqrt(batches)
-    h = [1 / (len(times) - 1) for times in grids]
-    estimate = estimate_order(
-        h[:-1], errors.tolist(), noise.tolist(), expected=declared, tolerance=tolerance
-    )
+    h = [1 / n for n in steps[:-1]]
+    estimate = estimate_order(h, errors, noise, expected=declared, tolerance=tolerance)
     # Check that the levels converge to the exact distribution.
     parts = max(batches, _EXACT_SAMPLES // size)
     exact = np.stack(
@@ -239,15 +236,8 @@ def ode_order(
     Raises
     ------
     ValueError
-        If the solver declares a weak or strong order, it is adaptive and cannot take steps of one
-        length, it does not apply to the problem, or steps are not positive and increasing.
-
-    Examples
-    --------
-    >>> from cldsde import solvers, validation
-    >>> solver = solvers.ExponentialMultistep(order=2)
-    >>> validation.ode_order(solver, validation.problems()["VP"], samples=20).verdict
-    <Verdict.PASS: 'PASS'>
+        See `weak_order`; also if the solver declares a weak or strong order, or is adaptive and
+        cannot take steps of one length.
     """
     _check_arguments(solver, problem, steps, grid, adaptive=True)
     as_integer(samples, 1, "samples")
@@ -310,18 +300,8 @@ def strong_order(
 
     Raises
     ------
-    TypeError
-        If the solver is adaptive or lacks ``path_noise``.
-    ValueError
-        If the solver does not apply to the problem, steps are not positive and increasing, a number
-        of steps does not divide the finest, or samples are too few for a standard error.
-
-    Examples
-    --------
-    >>> from cldsde import solvers, validation
-    >>> problem = validation.problems()["VP"]
-    >>> validation.strong_order(solvers.EulerMaruyama(), problem).verdict
-    <Verdict.PASS: 'PASS'>
+    TypeError, ValueError
+        As `weak_order` for mixtures.
     """
     _check_arguments(solver, problem, steps, grid)
     if solver.path_noise(problem.process, grid(problem.start, problem.end, 1)) is None:
@@ -331,8 +311,7 @@ def strong_order(
     g = generator if generator is not None else torch.Generator().manual_seed(0)
     finest = grid(problem.start, problem.end, steps[-1])
     paths = case if case is not None else PathCase(problem, finest, samples, g)
-    strides = _strides(steps, len(paths.times) - 1)
-    found = [_along(solver, problem, paths, stride) for stride in strides]
+    found = [_along(solver, problem, paths, n) for n in steps]
     targets = found[1:] if paths.end is None else [paths.end] * len(found)
     size = len(paths.start) // batches
     errors, spreads = [], []
@@ -371,16 +350,12 @@ def _check_samples(samples: int, least: int) -> None:
         raise ValueError(f"samples must be at least {least}, for a standard error; got {samples}")
 
 
-def _strides(steps: Sequence[int], cells: int) -> list[int]:
-    """Number of cells of the finest grid per step, for each level."""
-    uneven = [n for n in steps if n < 1 or cells % n]
-    if uneven:
-        raise ValueError(f"steps must be divisors of the finest, {cells}; got {uneven[0]}")
-    return [cells // n for n in steps]
-
-
-def _along(solver: Solver, problem: Problem, paths: PathCase, stride: int) -> Tensor:
+def _along(solver: Solver, problem: Problem, paths: PathCase, steps: int) -> Tensor:
     """Final states of a solver along given paths, ``(samples, k, D)``."""
+    stride, rest = divmod(len(paths.times) - 1, steps)
+    if rest:
+        msg = f"steps must be divisors of the finest, {len(paths.times) - 1}; got {steps}"
+        raise ValueError(msg)
     times = paths.times[::stride]
     functionals = solver.path_noise(problem.process, times)
     assert functionals is not None

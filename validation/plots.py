@@ -11,13 +11,7 @@ from .order_estimate import Level
 
 
 def canvas(width: float, height: float) -> tuple[Any, Any]:
-    """Create a matplotlib figure and its axes, without a window.
-
-    Raises
-    ------
-    ImportError
-        If matplotlib is not installed; it comes with the extra ``validation``.
-    """
+    """Create a matplotlib figure and its axes, without a window."""
     try:
         from matplotlib.figure import Figure  # an extra
     except ImportError as error:
@@ -40,10 +34,9 @@ def order_curves(subject: str, own: Sequence[Check]) -> Any:
         assert check.estimate is not None
         levels = drawable_levels(check)
         kept = [level for level in levels if level.kept]
-        colour, marker = f"C{i % 10}", "osD^v<>"[i % 7]
-        style = {"color": colour, "markersize": 4, "linewidth": 1}
-        dropped = style | {"markerfacecolor": "none"}
-        axes.plot([x.step for x in levels], [x.error for x in levels], marker, **dropped)
+        marker, style = "osD^v<>"[i % 7], {"color": f"C{i % 10}", "markersize": 4, "linewidth": 1}
+        steps, errors = [x.step for x in levels], [x.error for x in levels]
+        axes.plot(steps, errors, marker, **style, markerfacecolor="none")
         label = f"{check.kind} on {check.problem}: {check.estimate.order:.2f}"
         steps, errors = [x.step for x in kept], [x.error for x in kept]
         axes.plot(steps, errors, f"{marker}-", **style, label=label)

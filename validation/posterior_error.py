@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pydantic_core import to_jsonable_python
 from torch import Tensor
 
 from cldsde.linear import CLD, LinearSDE
-from cldsde.linear.checks import as_integer
+from cldsde.linear.checks import as_integer, one_of, shaped
 from cldsde.score import GaussianMixture, ReverseProcess
 
 from .metrics import responsibilities, sliced_wasserstein
 from .order_estimate import Verdict
-from .plain import plain
 from .posterior_methods import PosteriorMethod, PosteriorSampler, posterior_methods
 from .posterior_problems import PosteriorProblem
 
@@ -35,48 +35,28 @@ class PosteriorError:
 
     Numbers are means over repetitions; ``…_std`` are their standard errors. A "floor" is the value
     for the same number of exact samples, so a ratio of 1 is as good as exact.
-
-    Attributes
-    ----------
-    method, problem, process
-        Names.
-    noise_std
-        Standard deviation of the observation's noise.
-    distance, distance_std
-        Sliced Wasserstein-2 distance over its floor.
-    mode_error, mode_error_std, mode_floor
-        Total variation distance of the weights of the posterior's components, and its floor.
-    mean_error, mean_error_std
-        Length of the mean, after whitening by the exact posterior, over its floor.
-    spread_error, spread_error_std
-        Largest deviation from 1 of an eigenvalue of the covariance, after whitening, over its
-        floor.
-    samples, steps, repeats
-        Size of the measurement.
-    seconds
-        Time per repetition.
-    exact
-        Whether the sampler claims the exact posterior of these data.
     """
 
     method: str
     problem: str
     process: str
-    noise_std: float
-    distance: float
+    noise_std: float  #: Standard deviation of the observation's noise.
+    distance: float  #: Sliced Wasserstein-2 distance over its floor.
     distance_std: float
-    mode_error: float
+    mode_error: float  #: Total variation distance of the weights of the posterior's components.
     mode_error_std: float
     mode_floor: float
+    #: Length of the mean, after whitening by the exact posterior, over its floor.
     mean_error: float
     mean_error_std: float
+    #: Largest deviation from 1 of an eigenvalue of the covariance, after whitening, over its floor.
     spread_error: float
     spread_error_std: float
     samples: int
     steps: int
     repeats: int
-    seconds: float
-    exact: bool
+    seconds: float  #: Time per repetition.
+    exact: bool  #: Whether the sampler claims the exact posterior of these data.
 
     @property
     def verdict(self) -> Verdict | None:
@@ -99,8 +79,8 @@ class PosteriorError:
 
     def to_dict(self) -> dict[str, Any]:
         """In JSON types."""
-        found: dict[str, Any] = plain({**asdict(self), "verdict": self.verdict})
-        return found
+        verdict = None if self.verdict is None else str(self.verdict)
+        return {**to_jsonable_python(self, inf_nan_mode="null"), "verdict": verdict}
 
 
 def posterior_error(
@@ -125,12 +105,10 @@ def posterior_error(
         Data and observation.
     sde
         The forward process; None: `CLD`.
-    samples
-        Samples of each repetition, at least 100.
+    samples, repeats
+        Samples of each repetition, at least 100, and independent repetitions, at least 2.
     steps
         Steps of the grid, `PosteriorProblem.times`, at least 2.
-    repeats
-        Independent repetitions, at least 2.
     seed
         Seed of all random numbers.
     name
@@ -152,19 +130,19 @@ def posterior_error(
     <Verdict.PASS: 'PASS'>
     """
     known = posterior_methods()
-    if isinstance(method, str) and method not in known:
-        raise ValueError(f"method must be one of {', '.join(map(repr, known))}; got {method!r}")
+    label = method if isinstance(method, str) else getattr(method, "__name__", "sampler")
+    if isinstance(method, str):
+        one_of(method, tuple(known), "method")
+        method = known[method]
+    elif not isinstance(method, PosteriorMethod):
+        method = PosteriorMethod(sampler=method, exact="always")
     as_integer(samples, 100, "samples")
     as_integer(steps, 2, "steps")
     as_integer(repeats, 2, "repeats")
     if not isinstance(problem, PosteriorProblem):
         msg = "problem must be a PosteriorProblem, such as posterior_problems()['mask']"
         raise TypeError(f"{msg}; got {problem!r}")
-    own = method if isinstance(method, str) else getattr(method, "__name__", "sampler")
-    label = str(own) if name is None else name
-    chosen = known[method] if isinstance(method, str) else method
-    if not isinstance(chosen, PosteriorMethod):
-        chosen = PosteriorMethod(sampler=chosen, exact="always")
+    label = str(label) if name is None else name
     sde = CLD() if sde is None else sde
     posterior, noise = problem.posterior, problem.observation.noise_std
     process = ReverseProcess(sde, problem.data.score(sde))
@@ -174,9 +152,12 @@ def posterior_error(
     for repeat in range(repeats):
         # Use seeds far from the seeds of the exact samples.
         g = torch.Generator().manual_seed(1_000_003 * (seed + 1) + repeat)
-        drawn = chosen.sampler(process, problem.observation, times, samples, g)
+        drawn = method.sampler(process, problem.observation, times, samples, g)
         x, weights = drawn if isinstance(drawn, tuple) else (drawn, None)
-        rows.append(measure(_checked(x, samples, posterior.dimension, label), weights))
+        if shaped(x) != (samples, posterior.dimension):
+            msg = f"{label} must return samples of shape {(samples, posterior.dimension)}"
+            raise ValueError(f"{msg}; got {shaped(x)}")
+        rows.append(measure(x.detach().to("cpu", torch.float64), weights))
     seconds = (time.perf_counter() - began) / repeats
     found = torch.tensor(rows, dtype=torch.float64, device="cpu")
     mean, std = found.mean(0), found.std(0) / math.sqrt(repeats)
@@ -195,7 +176,7 @@ def posterior_error(
         steps=steps,
         repeats=repeats,
         seconds=seconds,
-        exact=chosen.exact == "always" or (chosen.exact == "gaussian" and single),
+        exact=method.exact == "always" or (method.exact == "gaussian" and single),
     )
 
 
@@ -225,9 +206,7 @@ class _Measure:
         return self._posterior.sample(self._n, generator=self._generator, dtype=torch.float64)
 
     def _raw(self, x: Tensor, weights: Tensor | None) -> list[float]:
-        mass = (
-            x.new_full((len(x),), 1 / len(x), dtype=torch.float64) if weights is None else weights
-        )
+        mass = x.new_full((len(x),), 1 / len(x)) if weights is None else weights
         directions = torch.Generator().manual_seed(0)
         distance = sliced_wasserstein(x, self._exact(), weights=weights, generator=directions)
         exact = self._posterior
@@ -238,10 +217,3 @@ class _Measure:
         apart = white - shift
         spread = torch.linalg.eigvalsh(apart.mT @ (apart * mass.unsqueeze(1))) - 1
         return [distance, modes, float(shift.norm()), float(spread.abs().max())]
-
-
-def _checked(x: object, n: int, dimension: int, name: str) -> Tensor:
-    if not isinstance(x, Tensor) or x.shape != (n, dimension):
-        got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"{name} must return samples of shape {(n, dimension)}; got {got}")
-    return x.detach().to("cpu", torch.float64)

@@ -26,17 +26,10 @@ _SOLVER = ExponentialMultistep(order=2, stochasticity=1.0)
 
 @dataclass(frozen=True, kw_only=True)
 class PosteriorMethod:
-    """A posterior sampler and its claim.
-
-    Attributes
-    ----------
-    sampler
-        See `PosteriorSampler`.
-    exact
-        For which data it claims the exact posterior: all, a single Gaussian, or none.
-    """
+    """A posterior sampler and its claim."""
 
     sampler: PosteriorSampler
+    #: For which data it claims the exact posterior: all, a single Gaussian, or none.
     exact: Literal["always", "gaussian", "never"]
 
 

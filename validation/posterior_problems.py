@@ -23,24 +23,15 @@ _END_LEVEL = 0.1
 class PosteriorProblem:
     """Data whose distribution is a mixture of Gaussians, and a linear observation of them.
 
-    Attributes
-    ----------
-    name
-        Name in reports.
-    data
-        The distribution of the data.
-    observation
-        Observation of data of shape ``(D,)``.
-
     Examples
     --------
     >>> posterior_problems(noise_std=0.1)["two modes"].posterior
     GaussianMixture(modes=2, dimension=2)
     """
 
-    name: str
+    name: str  #: Name in reports.
     data: GaussianMixture
-    observation: Observation
+    observation: Observation  #: Observation of data of shape ``(D,)``.
 
     @cached_property
     def posterior(self) -> GaussianMixture:
@@ -64,8 +55,7 @@ class PosteriorProblem:
         x = self.data.sample(1, generator=generator, dtype=torch.float64)
         seen = self.observation
         y = seen.forward(x)
-        noise = torch.randn(y.shape, generator=generator, dtype=torch.float64, device="cpu")
-        y = (y + seen.noise_std * noise)[0]
+        y = (y + seen.noise_std * _normals(generator, *y.shape))[0]
         return x, replace(self, observation=seen.with_y(y))
 
 
@@ -99,6 +89,15 @@ def posterior_problems(noise_std: float = 0.1) -> dict[str, PosteriorProblem]:
     return Named({problem.name: problem for problem in made})
 
 
+def _normals(generator: torch.Generator, *size: int) -> Tensor:
+    return torch.randn(size, generator=generator, dtype=torch.float64, device="cpu")
+
+
+def _draw(data: GaussianMixture) -> Tensor:
+    """One of the first draws of the data, which is explained by several components."""
+    return data.sample(1, generator=torch.Generator().manual_seed(2), dtype=torch.float64)[0]
+
+
 def _two_modes(noise_std: float) -> PosteriorProblem:
     means = torch.tensor([[-1.0, 0.8], [1.0, -0.6]], dtype=torch.float64, device="cpu")
     covariances = torch.tensor(
@@ -111,18 +110,11 @@ def _two_modes(noise_std: float) -> PosteriorProblem:
 
 def _many_modes(name: str, width: float, noise_std: float) -> PosteriorProblem:
     g = torch.Generator().manual_seed(25)
-    means = torch.randn(25, 8, generator=g, dtype=torch.float64, device="cpu")
-    A = torch.randn(2, 8, generator=g, dtype=torch.float64, device="cpu") / math.sqrt(8)
-    data = GaussianMixture(
-        [1.0] * 25, means, width**2 * torch.eye(8, device="cpu").expand(25, 8, 8)
-    )
-    # One of the first draws of the data; it is explained by several components.
-    x = data.sample(1, generator=torch.Generator().manual_seed(2), dtype=torch.float64)[0]
-    noise = torch.randn(
-        2, generator=torch.Generator().manual_seed(102), dtype=torch.float64, device="cpu"
-    )
-    seen = Observation.matrix(A, A @ x + noise_std * noise, noise_std)
-    return PosteriorProblem(name, data, seen)
+    means, A = _normals(g, 25, 8), _normals(g, 2, 8) / math.sqrt(8)
+    covariances = width**2 * torch.eye(8, device="cpu").expand(25, 8, 8)
+    data = GaussianMixture([1.0] * 25, means, covariances)
+    y = A @ _draw(data) + noise_std * _normals(g.manual_seed(102), 2)
+    return PosteriorProblem(name, data, Observation.matrix(A, y, noise_std))
 
 
 def _masked_series(noise_std: float) -> PosteriorProblem:
@@ -133,17 +125,12 @@ def _masked_series(noise_std: float) -> PosteriorProblem:
     wave = (place * math.pi / 32).sin()
     means = 0.5 * torch.stack([wave, -wave, place / 32 - 1])
     data = GaussianMixture([1.0, 1.0, 1.0], means, covariances)
-    x = data.sample(1, generator=torch.Generator().manual_seed(2), dtype=torch.float64)[0]
-    noise = torch.randn(
-        64, generator=torch.Generator().manual_seed(164), dtype=torch.float64, device="cpu"
-    )
-    mask = place % 8 == 4
-    return PosteriorProblem("mask", data, Observation.mask(mask, x + noise_std * noise, noise_std))
+    y = _draw(data) + noise_std * _normals(torch.Generator().manual_seed(164), 64)
+    return PosteriorProblem("mask", data, Observation.mask(place % 8 == 4, y, noise_std))
 
 
 def _one_gaussian(noise_std: float) -> PosteriorProblem:
-    g = torch.Generator().manual_seed(4)
-    root = torch.randn(4, 4, generator=g, dtype=torch.float64, device="cpu") / 2
+    root = _normals(torch.Generator().manual_seed(4), 4, 4) / 2
     covariance = root @ root.mT + 0.1 * torch.eye(4, device="cpu")
     data = GaussianMixture([1.0], [[0.0] * 4], covariance.unsqueeze(0))
     # Each number of y is a number of x plus half the next: a matrix unlike its transpose.

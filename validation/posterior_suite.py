@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from cldsde.errors import SettingError
+from cldsde.errors import require
 from cldsde.linear import CLD, PSLD, VPSDE, LinearSDE
 from cldsde.messages import imported
 from cldsde.progress import progress_bar
@@ -39,10 +39,7 @@ class _Run:
 
 
 def planted_samplers() -> dict[str, PosteriorSampler]:
-    """Wrong samplers that a measurement has to find, for a problem with one Gaussian.
-
-    Moment matching, exact there, with the noise 1.5 times too large, and with A in place of Aᵀ.
-    """
+    """Wrong samplers that a measurement has to find: moment matching, exact for one Gaussian."""
     options: dict[str, Any] = {"iterations": 10, "data_variance": 1.0}
     return {
         "noise_std × 1.5": guided(
@@ -67,17 +64,7 @@ def posterior_runs(
     problems: Sequence[str] = (),
     named: Mapping[str, PosteriorSampler] | None = None,
 ) -> list[_Run]:
-    """Measurements of a quick or a full validation, and of planted samplers.
-
-    Parameters
-    ----------
-    quick
-        One process and one noise only.
-    problems
-        Names; none: all.
-    named
-        Samplers of one's own, which are then measured in place of the package's.
-    """
+    """Measurements of a validation, and of planted samplers; see `posterior_reports`."""
     methods = tuple(named or posterior_methods())
     cases: list[tuple[LinearSDE, float]] = [(CLD(), 0.1)]
     if not quick:
@@ -99,35 +86,17 @@ def posterior_reports(
     quick: bool = False,
     seed: int = 0,
 ) -> Iterator[PosteriorReport]:
-    """Measure posterior samplers; see `posterior_runs`.
+    """Measure posterior samplers: a report that grows, at the beginning and after each measurement.
 
-    Parameters
-    ----------
-    samplers
-        ``module:function`` of samplers to measure in place of the package's.
-    problems
-        Names; none: all.
-    quick
-        One process and one noise only.
-    seed
-        Seed of all samples.
-
-    Returns
-    -------
-    Iterator[PosteriorReport]
-        A report that grows, at the beginning and after each measurement.
-
-    Raises
-    ------
-    ValueError
-        If a name is unknown or not of a function.
+    ``samplers`` are ``module:function``, to measure in place of the package's. ``problems`` are
+    names; none: all. ``quick`` takes one process and one noise only. A name that is unknown or not
+    of a function raises a ValueError at once.
     """
     check_names(problems, posterior_problems())
     named: dict[str, PosteriorSampler] = {name: imported(name) for name in samplers}
     for name, sampler in named.items():
-        if not callable(sampler):
-            msg = f"{name!r} must be a function; got {type(sampler).__name__}"
-            raise SettingError("sampler", msg)
+        msg = f"{name!r} must be a function; got {type(sampler).__name__}"
+        require(callable(sampler), "sampler", msg)
     runs = posterior_runs(quick=quick, problems=problems, named=named)
     known = {**named, **planted_samplers()}
 
@@ -153,13 +122,7 @@ def posterior_reports(
 
 @dataclass(frozen=True)
 class PosteriorReport:
-    """Measurements of posterior samplers, and the failures among them.
-
-    Attributes
-    ----------
-    errors
-        All measurements.
-    """
+    """Measurements of posterior samplers, and the failures among them."""
 
     errors: Sequence[PosteriorError]
 
@@ -183,23 +146,19 @@ class PosteriorReport:
 
     def to_text(self) -> str:
         """A table, one line per measurement."""
-        head = "problem", "noise", "process", "method", "distance", "modes", "mean", "spread"
-        rows, planted = [(*head, "seconds", "verdict")], planted_samplers()
+        head = "problem noise process method distance modes mean spread seconds verdict"
+        rows, planted = [tuple(head.split())], planted_samplers()
         for error in self.errors:
             verdict = "" if error.verdict is None else str(error.verdict)
             if error.method in planted:
                 verdict = f"{verdict} (planted: must fail)"
             elif error.noise_std < _JUDGED_NOISE and verdict:
                 verdict = f"({verdict}, not judged at this noise)"
-            rows.append(
-                (
-                    *(error.problem, f"{error.noise_std:g}", error.process, error.method),
-                    f"{_short(error.distance)} ± {_short(error.distance_std)}",
-                    f"{error.mode_error:.3f}",
-                    *(_short(error.mean_error), _short(error.spread_error)),
-                    *(f"{error.seconds:.1f}", verdict),
-                )
-            )
+            case = error.problem, f"{error.noise_std:g}", error.process, error.method
+            distance = f"{_short(error.distance)} ± {_short(error.distance_std)}"
+            moments = _short(error.mean_error), _short(error.spread_error)
+            modes, seconds = f"{error.mode_error:.3f}", f"{error.seconds:.1f}"
+            rows.append((*case, distance, modes, *moments, seconds, verdict))
         return (
             "Distance (sliced W₂), mean and spread are over their values for exact samples.\n"
             "Modes: total variation distance of the component weights. Lower is better.\n\n"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cldsde.errors import SettingError
+from cldsde.errors import require
 from cldsde.linear import CLD, HOLD, PSLD, VESDE, VPSDE, LinearSDE, RectifiedFlow, SubVPSDE
 from cldsde.linear.checks import as_number, check_between, check_positive, one_of
 from cldsde.linear.sde import check_process
@@ -28,12 +28,8 @@ class Problem:
 
     Parameters
     ----------
-    name
-        Name in reports.
-    sde
-        The forward process.
-    data
-        Distribution of the data.
+    name, sde, data
+        Name in reports, forward process, and distribution of the data.
     end
         ε, the time at which errors are measured.
     start
@@ -53,11 +49,6 @@ class Problem:
         If an argument has the wrong type.
     ValueError
         If not 0 < end < start ≤ 1, a kind of check is unknown, or orders fall.
-
-    Examples
-    --------
-    >>> problems()["CLD"].gaussian
-    True
     """
 
     name: str
@@ -112,10 +103,7 @@ class Problem:
         return ReverseProcess(self.sde, self.data.score(self.sde))
 
     def sample(self, n: int, generator: torch.Generator, *, at: float | None = None) -> Tensor:
-        """Draw states from the exact distribution at a time, ``(n, k, D)`` float64.
-
-        ``at=None`` is the start.
-        """
+        """Draw states ``(n, k, D)`` float64 from the exact distribution at a time; None: start."""
         x = self.data.sample(n, generator=generator, dtype=torch.float64)
         z = self.sde.augment(x, generator=generator)
         kernel = self.sde.transition(0.0, self.start if at is None else at)
@@ -123,13 +111,7 @@ class Problem:
 
 
 def forward_processes() -> dict[str, Callable[[], LinearSDE]]:
-    """Processes of every kind, by name, whose kernels a validation checks.
-
-    Examples
-    --------
-    >>> forward_processes()["VP"]().components
-    1
-    """
+    """Processes of every kind, by name, whose kernels a validation checks."""
     return {
         "VP": VPSDE,
         "sub-VP": SubVPSDE,
@@ -155,11 +137,6 @@ def problems() -> dict[str, Problem]:
     covariances are stationary and the probability flow makes six turns at an increasing rate.
     Errors of any order are then well above rounding at steps that resolve it.
 
-    Returns
-    -------
-    dict
-        Names and problems.
-
     Examples
     --------
     >>> problems()["CLD, ring"].dimension
@@ -167,6 +144,8 @@ def problems() -> dict[str, Problem]:
     """
     gaussian = GaussianMixture([1.0], [[0.3]], [[[0.25]]])
     stationary = GaussianMixture([1.0], [[0.3]], [[[1.0]]])
+    two_points = GaussianMixture([0.5, 0.5], [[-1.0], [1.0]], [[[0.05**2]]] * 2)
+    three_modes = GaussianMixture([0.5, 0.2, 0.3], [[-1.0], [0.2], [1.2]], [[[0.35**2]]] * 3)
     vp, cld, flow = VPSDE(0.1, 8.0), CLD(), RectifiedFlow()
     slow = ("weak order", "strong order")  # flows of general processes take minutes
     measured = (*_ORDERS, "NFE per step", "work and precision")
@@ -187,7 +166,7 @@ def problems() -> dict[str, Problem]:
         Problem("four components", _four_components(), gaussian, checks=slow),
         Problem("non-commuting", _non_commuting(), gaussian, checks=slow),
         Problem("rectified flow", flow, gaussian, start=0.95, quick=True),
-        Problem("rectified flow, three modes", flow, _three_modes(), start=0.95, **modes),
+        Problem("rectified flow, three modes", flow, three_modes, start=0.95, **modes),
         Problem("CLD, stiff end", cld, gaussian, end=1e-3, checks=("error at 100 steps",)),
         Problem(
             "CLD, rotation",
@@ -198,11 +177,9 @@ def problems() -> dict[str, Problem]:
             ode_orders=above,
             quick_ode_orders=above,
         ),
-        Problem("VP, two points", vp, _two_points(), end=1e-3, checks=("bias",), quick=True),
-        Problem("CLD, three modes", cld, _three_modes(), **modes),
-        Problem(
-            "VP, three modes", vp, _three_modes(), **modes, quick=True, quick_ode_orders=(0, 4)
-        ),
+        Problem("VP, two points", vp, two_points, end=1e-3, checks=("bias",), quick=True),
+        Problem("CLD, three modes", cld, three_modes, **modes),
+        Problem("VP, three modes", vp, three_modes, **modes, quick=True, quick_ode_orders=(0, 4)),
         Problem(
             "CLD, ring",
             cld,
@@ -214,15 +191,6 @@ def problems() -> dict[str, Problem]:
         Problem("VP, ring", vp, _ring(), end=1e-2, checks=("distribution",), quick=True),
     ]
     return Named({case.name: case for case in cases})
-
-
-def _two_points() -> GaussianMixture:
-    """Two narrow modes in one dimension, with a small width that gives them a density."""
-    return GaussianMixture([0.5, 0.5], [[-1.0], [1.0]], [[[0.05**2]]] * 2)
-
-
-def _three_modes() -> GaussianMixture:
-    return GaussianMixture([0.5, 0.2, 0.3], [[-1.0], [0.2], [1.2]], [[[0.35**2]]] * 3)
 
 
 def _ring() -> GaussianMixture:
@@ -263,9 +231,8 @@ def _non_commuting() -> LinearSDE:
 def check_names(names: Iterable[str], known: Iterable[str]) -> None:
     """Raise a SettingError for a problem that does not exist."""
     for name in names:
-        if name not in known:
-            msg = f"must be one of {', '.join(map(repr, known))}; got {name!r}"
-            raise SettingError("problem", msg)
+        msg = f"must be one of {', '.join(map(repr, known))}; got {name!r}"
+        require(name in known, "problem", msg)
 
 
 def check_problem(problem: object) -> None:

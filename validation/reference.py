@@ -7,7 +7,6 @@ tolerance near rounding.
 
 from __future__ import annotations
 
-import bisect
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -46,9 +45,7 @@ def _integrate(
         return solution
 
     if len(at) > _MANY:
-        first = at if at[0] > ends[0] else at[1:]
-        states = run(*ends, start.flatten(), first).T.reshape(-1, *start.shape)
-        return states if at[0] > ends[0] else np.concatenate([start[None], states])
+        return run(*ends, start.flatten(), at).T.reshape(-1, *start.shape)
     # Solve up to each time, because interpolation between steps would lose two or three digits.
     pieces, state, now = [], start.flatten(), ends[0]
     for stop in at:
@@ -58,11 +55,21 @@ def _integrate(
     return np.stack(pieces)
 
 
-def _coefficients(sde: LinearSDE, t: float) -> tuple[Array, Array]:
-    """F and GGᵀ at a time."""
-    at = torch.tensor(min(max(t, 0.0), 1.0), dtype=torch.float64, device="cpu")
-    F, G = sde.drift(at).numpy(), sde.diffusion(at).numpy()
-    return F, G @ G.T
+def _moments(
+    sde: LinearSDE, start: tuple[Array, Array], s: float, at: Array, *, flow: bool = False
+) -> tuple[Array, Array]:
+    """Covariances, and columns that follow the mean or the probability flow, from those at s."""
+    k = sde.components
+
+    def slope(time: float, y: Array) -> Array:
+        t = torch.tensor(min(max(time, 0.0), 1.0), dtype=torch.float64, device="cpu")
+        F, G = sde.drift(t).numpy(), sde.diffusion(t).numpy()
+        noise, moved = G @ G.T, F @ y[:, :k]
+        drift = F + noise @ np.linalg.inv(y[:, :k]) / 2 if flow else F
+        return np.concatenate([moved + moved.T + noise, drift @ y[:, k:]], axis=1)
+
+    found = _integrate(slope, (s, at[-1]), np.concatenate(start, axis=1), at)
+    return found[:, :, :k], found[:, :, k:]
 
 
 def reference_kernel(sde: LinearSDE, s: float, t: float) -> tuple[Tensor, Tensor]:
@@ -72,10 +79,8 @@ def reference_kernel(sde: LinearSDE, s: float, t: float) -> tuple[Tensor, Tensor
 
     Parameters
     ----------
-    sde
-        The process.
-    s, t
-        Times, s < t.
+    sde, s, t
+        The process, and times s < t.
 
     Returns
     -------
@@ -90,15 +95,8 @@ def reference_kernel(sde: LinearSDE, s: float, t: float) -> tuple[Tensor, Tensor
     True
     """
     k = sde.components
-
-    def slope(time: float, y: Array) -> Array:
-        F, noise = _coefficients(sde, time)
-        moved = F @ y[1]
-        return np.stack([F @ y[0], moved + moved.T + noise])
-
-    start = np.stack([np.eye(k), np.zeros((k, k))])
-    found = _integrate(slope, (s, t), start, np.array([t]))[0]
-    return torch.from_numpy(found[0].copy()), torch.from_numpy(found[1].copy())
+    covariance, psi = _moments(sde, (np.zeros((k, k)), np.eye(k)), s, np.array([t]))
+    return torch.from_numpy(psi[0].copy()), torch.from_numpy(covariance[0].copy())
 
 
 class GaussianReference:
@@ -137,51 +135,32 @@ class GaussianReference:
             raise ValueError(msg)
         self.problem = problem
         sde, k = problem.sde, problem.sde.components
-        self._times: list[float] = sorted(set(times.tolist()))
+        self._times = np.unique(times.tolist())
+        self._index = {t: i for i, t in enumerate(self._times.tolist())}
         covariance = sde.initial_covariance.numpy().copy()
         covariance[0, 0] += float(problem.data.covariances[0, 0, 0])
         mean = np.zeros((k, 1))
         mean[0] = float(problem.data.means[0, 0])
-
-        def moments(time: float, y: Array) -> Array:
-            F, noise = _coefficients(sde, time)
-            moved = F @ y[:, :k]
-            return np.concatenate([moved + moved.T + noise, F @ y[:, k:]], axis=1)
-
-        at = np.array(self._times)
-        start = np.concatenate([covariance, mean], axis=1)
-        found = _integrate(moments, (0.0, at[-1]), start, at)
-        self._covariance, self._mean = found[:, :, :k], found[:, :, k:]
+        self._covariance, self._mean = _moments(sde, (covariance, mean), 0.0, self._times)
 
     @functools.cached_property
     def _flow(self) -> Array:
         """Φ from the first time to each, computed on first use: many need the moments only."""
-        sde, k, at = self.problem.sde, self.problem.sde.components, np.array(self._times)
-
-        def flow(time: float, y: Array) -> Array:
-            # y holds Σ and Φ from the first time on.
-            F, noise = _coefficients(sde, time)
-            moved = F @ y[0]
-            pull = noise @ np.linalg.inv(y[0]) / 2
-            return np.stack([moved + moved.T + noise, (F + pull) @ y[1]])
-
-        start = np.stack([self._covariance[0], np.eye(k)])
-        return _integrate(flow, (at[0], at[-1]), start, at)[:, 1]
-
-    def _index(self, t: float) -> int:
-        i = bisect.bisect_left(self._times, t)
-        if i == len(self._times) or self._times[i] != t:
-            msg = f"t must be one of the {len(self._times)} times of this reference; got {t!r}"
-            raise ValueError(msg)
-        return i
+        sde, at = self.problem.sde, self._times
+        start = self._covariance[0], np.eye(sde.components)
+        return _moments(sde, start, at[0], at, flow=True)[1]
 
     def moments(self, t: float) -> tuple[Tensor, Tensor]:
         """Mean ``(k, 1)`` and covariance ``(k, k)`` at a time."""
-        i = self._index(t)
+        if t not in self._index:
+            msg = f"t must be one of the {len(self._times)} times of this reference; got {t!r}"
+            raise ValueError(msg)
+        i = self._index[t]
         return torch.from_numpy(self._mean[i].copy()), torch.from_numpy(self._covariance[i].copy())
 
     def flow(self, z: Tensor, t: float, u: float) -> Tensor:
         """Exact probability flow of states ``(B, k, 1)`` from t to u."""
-        i, j = self._index(t), self._index(u)
+        before, after = self.moments(t)[0], self.moments(u)[0]
+        i, j = self._index[t], self._index[u]
         move = torch.from_numpy(self._flow[j] @ np.linalg.inv(self._flow[i]))
-        return self.moments(u)[0] + move @ (z - self.moments(t)[0])
+        return after + move @ (z - before)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import platform
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic_core import to_jsonable_python
 
 from cldsde.files import write_whole
 from cldsde.solvers.authoring import Solver
@@ -19,7 +21,7 @@ from cldsde.solvers.named import canonical_name
 
 from .checks import NOT_APPLICABLE, Check, facts_fault
 from .order_estimate import OrderEstimate, Verdict
-from .plain import plain, text_table, write_json
+from .plain import text_table, write_json
 from .plots import drawable_levels, order_curves
 from .suite import declares_order
 from .work_precision import WorkPrecision
@@ -36,24 +38,12 @@ _ADVICE = (
 
 @dataclass(frozen=True)
 class Report:
-    """Report of a validation.
-
-    Attributes
-    ----------
-    checks
-        The checks, in their order.
-    tables
-        Work–precision tables.
-    complete
-        Whether all checks were made.
-    solvers
-        The solvers by name, for their declared facts.
-    """
+    """Report of a validation."""
 
     checks: Sequence[Check]
     tables: Sequence[WorkPrecision] = ()
-    complete: bool = True
-    solvers: Mapping[str, Solver] = field(default_factory=dict)
+    complete: bool = True  #: Whether all checks were made.
+    solvers: Mapping[str, Solver] = field(default_factory=dict)  #: For their declared facts.
 
     def summary(self) -> dict[str, Verdict]:
         """A verdict for each measured solver, and for the kernels.
@@ -88,7 +78,7 @@ class Report:
             "inconclusive": self.inconclusive(),
             "solvers": self.solver_table(),
             "checks": [check.to_dict() for check in self.checks],
-            "work_precision": [plain(asdict(table)) for table in self.tables],
+            "work_precision": to_jsonable_python(self.tables, inf_nan_mode="null"),
         }
 
     def write_json(self, file: Path) -> None:
@@ -96,10 +86,7 @@ class Report:
         write_json(file, self.to_dict())
 
     def to_text(self) -> str:
-        """Text for the terminal: a table, reasons of unconfirmed orders, and the number of passes.
-
-        The table has a line for each solver and kind of check.
-        """
+        """Text for the terminal: table, reasons of unconfirmed orders, and number of passes."""
         rows = [("", "declared", "measured", "on", "verdict")]
         summary = self.summary()
         for subject in dict.fromkeys([*summary, *(c.subject for c in self._not_applicable())]):
@@ -124,17 +111,10 @@ class Report:
     def unconfirmed(self) -> list[str]:
         """Reasons why no problem confirms a declared order, one line each, and what to do."""
         passed = {(c.subject, c.kind) for c in self.checks if c.verdict is Verdict.PASS}
-        doubtful = [
-            c
-            for c in self.checks
-            if c.verdict is Verdict.INCONCLUSIVE and (c.subject, c.kind) not in passed
-        ]
-        lines = [
-            f"{subject}, {kind} on {names}: {message}"
-            for (subject, kind, message), names in _grouped(
-                ((c.subject, c.kind, c.message), c.problem) for c in doubtful
-            )
-        ]
+        unsure = [c for c in self.checks if c.verdict is Verdict.INCONCLUSIVE]
+        doubtful = [c for c in unsure if (c.subject, c.kind) not in passed]
+        groups = _grouped(((c.subject, c.kind, c.message), c.problem) for c in doubtful)
+        lines = [f"{subject}, {kind} on {on}: {message}" for (subject, kind, message), on in groups]
         return [*lines, _ADVICE] if any(c.estimate for c in doubtful) else lines
 
     def judgement(self, names: Sequence[str] = ()) -> tuple[list[str], list[str]]:
@@ -145,8 +125,15 @@ class Report:
         names = [canonical_name(name) for name in names]
         unsure = [f"{counted} of {name}" for name, counted in self.inconclusive().items()]
         lines = [f"Inconclusive checks: {', '.join(unsure)}"] if unsure else []
-        lines += [*self.rejections(names), *self.unmeasured(), *self.failures()]
-        return lines, [*self._not_measured(names), *self._complaints()]
+        lines += self.rejections(names)
+        lines += [
+            f"{name} declares no order, and its samples were not checked on these problems; add "
+            "the problem 'VP, ring' or 'CLD, ring', which checks their distribution"
+            for name, verdict in self.summary().items()
+            if verdict is Verdict.INCONCLUSIVE and (solver := self.solvers.get(name)) is not None
+            if not declares_order(solver) and not solver.facts.adaptive
+        ]
+        return [*lines, *self.failures()], self._complaints(names)
 
     def inconclusive(self) -> dict[str, str]:
         """Numbers of inconclusive checks, as "2 of 9", for solvers that have some."""
@@ -166,24 +153,12 @@ class Report:
             if subject in names
         ]
 
-    def unmeasured(self) -> list[str]:
-        """Solvers without an order whose samples were not checked, one line each."""
-        return [
-            f"{name} declares no order, and its samples were not checked on these problems; add "
-            "the problem 'VP, ring' or 'CLD, ring', which checks their distribution"
-            for name, verdict in self.summary().items()
-            if name in self.solvers and verdict is Verdict.INCONCLUSIVE
-            for solver in [self.solvers[name]]
-            if not declares_order(solver) and not solver.facts.adaptive
-        ]
-
     def failures(self) -> list[str]:
         """Failed checks, one line each."""
         lines = [
-            f"{check.subject}, {check.kind}{place}: {check.message}"
-            for check in self.checks
-            for place in [f" on {check.problem}" if check.problem else ""]
-            if check.verdict is Verdict.FAIL
+            f"{c.subject}, {c.kind}{f' on {c.problem}' if c.problem else ''}: {c.message}"
+            for c in self.checks
+            if c.verdict is Verdict.FAIL
         ]
         low = {name: _declared_too_low(self._own(name)) for name in self.solvers}
         words = "above the declared order on every problem"
@@ -195,36 +170,27 @@ class Report:
     def _not_applicable(self) -> list[Check]:
         return [c for c in self.checks if c.kind == NOT_APPLICABLE and c.verdict is None]
 
-    def _not_measured(self, names: Sequence[str]) -> list[str]:
-        """The named solvers without a verdict, and the reason, one clause each."""
-        missing = {name: self._own(name) for name in names if name not in self.summary()}
+    def _complaints(self, names: Sequence[str]) -> list[str]:
+        """Named solvers without a verdict, failed ones, and inconclusive ones, one clause each."""
+        summary = self.summary()
+        missing = {name: self._own(name) for name in names if name not in summary}
         why = "these problems have no check for its declared facts"
-        return [
+        clauses = [
             f"{name} was not measured: {own[0].message if own else why}"
             for name, own in missing.items()
         ]
-
-    def _complaints(self) -> list[str]:
-        """The solvers that failed, and those whose order no problem confirmed, one clause each."""
-        summary = self.summary()
         judged = {_subject_of(check) for check in self.checks if check.verdict is not None}
-        faults = {
-            Verdict.FAIL: "failed",
-            Verdict.INCONCLUSIVE: "are inconclusive, because no problem confirmed a declared order",
-        }
-        named = {f: [n for n, v in summary.items() if v is f and n in judged] for f in faults}
-        return [
-            f"{len(names)} of {len(summary)} {faults[fault]}: {', '.join(names)}"
-            for fault, names in named.items()
-            if names
-        ]
+        inconclusive = "are inconclusive, because no problem confirmed a declared order"
+        for fault, words in ((Verdict.FAIL, "failed"), (Verdict.INCONCLUSIVE, inconclusive)):
+            if found := [name for name, v in summary.items() if v is fault and name in judged]:
+                clauses.append(f"{len(found)} of {len(summary)} {words}: {', '.join(found)}")
+        return clauses
 
     def solver_table(self) -> list[dict[str, str]]:
         """Declared facts and measured orders of each solver, for the documentation."""
         rows = []
-        for name, solver in self.solvers.items():
-            if facts_fault(solver):
-                continue
+        sound = {name: x for name, x in self.solvers.items() if not facts_fault(x)}
+        for name, solver in sound.items():
             own, facts = self._own(name), solver.facts
             row = {
                 "solver": repr(solver),
@@ -236,24 +202,16 @@ class Report:
                 found = [c.estimate for c in own if c.kind == kind and c.estimate is not None]
                 row[kind] = "" if declared is None else f"{declared:g}"
                 row[f"{kind}, measured"] = _span(found, intervals=True)
-            row["error at 100 steps"] = next(
-                (f"{c.measured:.1e}" for c in own if c.kind == "error at 100 steps" and c.measured),
-                "",
-            )
+            errors = (c.measured for c in own if c.kind == "error at 100 steps" and c.measured)
+            row["error at 100 steps"] = next((f"{error:.1e}" for error in errors), "")
             rows.append(row)
         return rows
 
     def write_plots(self, folder: Path) -> None:
-        """Write the table and plots into an existing folder.
+        """Write the table and plots into a folder, and remove `earlier_files` from it.
 
-        Afterwards files of earlier reports are removed from it, see `earlier_files`.
         The plots are a diagram of work and precision for each problem that has one, and the errors
         of each solver against the step.
-
-        Raises
-        ------
-        ImportError
-            If matplotlib is not installed; it comes with the extra ``validation``.
         """
         left = set(earlier_files(folder))
         text = self.to_text() + "\n"
@@ -304,28 +262,20 @@ def _grouped(pairs: Iterable[tuple[Any, str]]) -> list[tuple[Any, str]]:
 
 def _row(subject: str, own: Sequence[Check]) -> tuple[str, str, str, str, str]:
     kind = own[0].kind
-    declared = {check.declared for check in own if check.declared is not None}
+    names = ", ".join(dict.fromkeys(check.problem for check in own))
+    if kind == NOT_APPLICABLE and own[0].verdict is None:
+        reasons = "; ".join(dict.fromkeys(check.message for check in own))
+        return f"{subject}: {kind}", "", "", names, reasons
+    orders = sorted({check.declared for check in own if check.declared is not None})
+    declared = ", ".join(f"{order:g}" for order in orders)
     estimates = [check.estimate for check in own if check.estimate is not None]
     values = [check.measured for check in own if check.measured is not None]
     measured = _span(estimates) if estimates else ", ".join(f"{value:.4g}" for value in values)
-    if kind == NOT_APPLICABLE and own[0].verdict is None:
-        reasons = "; ".join(dict.fromkeys(check.message for check in own))
-        return f"{subject}: {kind}", "", "", _names(own), reasons
     if kind == "distribution" and values:
         measured = f"{_range(values, '.2f')} of the allowed error"
-    verdicts = [str(check.verdict) for check in own if check.verdict is not None]
-    counted = ", ".join(f"{verdicts.count(v)} {v}" for v in dict.fromkeys(verdicts))
-    return (
-        f"{subject}: {kind}",
-        ", ".join(f"{value:g}" for value in sorted(declared)),
-        measured,
-        _names(own),
-        counted,
-    )
-
-
-def _names(own: Sequence[Check]) -> str:
-    return ", ".join(dict.fromkeys(check.problem for check in own))
+    verdicts = Counter(str(check.verdict) for check in own if check.verdict is not None)
+    counted = ", ".join(f"{number} {verdict}" for verdict, number in verdicts.items())
+    return f"{subject}: {kind}", declared, measured, names, counted
 
 
 def _span(estimates: Sequence[OrderEstimate], *, intervals: bool = False) -> str:

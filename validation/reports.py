@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from cldsde.errors import SettingError
+from cldsde.errors import require
 from cldsde.progress import progress_bar
 from cldsde.solvers import find_solver, named_solvers
 from cldsde.solvers.authoring import Solver
@@ -28,38 +28,21 @@ def reports(
     draw: bool = False,
     seed: int = 0,
 ) -> Iterator[Report]:
-    """Check solvers on problems, as `checks` does.
+    """Check solvers: an empty report, again after each check, and a complete one at the end.
 
-    Parameters
-    ----------
-    solvers
-        Names, or ``module:ClassName``. By default all solvers and the transition kernels.
-    cases
-        Names of problems. By default all problems, or the problems of a quick validation.
-    quick
-        Whether to use fewer problems, levels and samples.
-    draw
-        Whether to measure the diagrams of work and precision, too, of solvers that pass.
-    seed
-        Seed of all samples.
-
-    Returns
-    -------
-    Iterator[Report]
-        An empty report that grows, again after each check, and a complete one at the end.
-
-    Raises
-    ------
-    ValueError
-        If a name is unknown, or a problem has no check for the solvers.
+    ``solvers`` are names, or ``module:ClassName``; by default all solvers and the transition
+    kernels. ``cases`` are names of problems; by default all problems, or those of a quick
+    validation, which also has fewer levels and samples. With ``draw`` diagrams of work and
+    precision are measured, too, of solvers that pass. A name that is unknown, or a problem without
+    a check for the solvers, raises a ValueError at once.
     """
     names = [canonical_name(name) for name in solvers or named_solvers()]
     chosen, known = {name: find_solver(name) for name in names}, problems()
     check_names(cases, known)
     for name in cases:
-        if not count(chosen, {name: known[name]}, kernels=False, quick=quick):
-            msg = f"{name!r} has no check for {', '.join(chosen)}; choose another problem or solver"
-            raise SettingError("problem", msg)
+        msg = f"{name!r} has no check for {', '.join(chosen)}; choose another problem or solver"
+        found = count(chosen, {name: known[name]}, kernels=False, quick=quick)
+        require(found > 0, "problem", msg)
     usual = [name for name, problem in known.items() if problem.quick or not quick]
     taken = {name: known[name] for name in cases or usual}
 

@@ -42,21 +42,10 @@ def checks(
     quick: bool = False,
     seed: int = 0,
 ) -> Iterator[Check]:
-    """Check kernels, and each solver on each problem that it applies to.
+    """Check transition kernels, and each solver on each problem; see `reports`.
 
     If a solver rejects a problem, a check of the kind ``"not applicable"`` has the reason. This
     check fails if the solver declares that it applies to every linear SDE.
-
-    Parameters
-    ----------
-    chosen, cases
-        Solvers and problems by name.
-    kernels
-        Whether to check transition kernels, too.
-    quick
-        Whether to use fewer levels and samples.
-    seed
-        Seed of all samples.
     """
     if kernels:
         for name, make in forward_processes().items():
@@ -89,13 +78,11 @@ def count(
     quick: bool = False,
 ) -> int:
     """Largest number of checks, for a progress bar."""
-    ours = sum(
-        1
-        if facts_fault(solver)
-        else sum(len(_kinds(solver, problem, quick=quick)) for problem in cases.values())
-        for solver in chosen.values()
-    )
-    return ours + (len(forward_processes()) if kernels else 0)
+    made = len(forward_processes()) if kernels else 0
+    for solver in chosen.values():
+        fault = facts_fault(solver)
+        made += 1 if fault else sum(len(_kinds(solver, x, quick=quick)) for x in cases.values())
+    return made
 
 
 _HIGH = 5  # orders above this need a flow with large errors
@@ -140,7 +127,9 @@ def _measure(kind: str, solver: Solver, problem: Problem, shared: _Cases) -> Out
     g = generator_of(shared.seed, f"{_SEED_NAMES.get(kind, kind)} of a solver")
     if kind == "distribution":
         steps = 128 if not quick else 64 if problem.sde.components > 1 else 32
-        samples = _sample_count(solver, problem, quick=quick)
+        samples = 2400 if quick else 12_000 if problem.dimension > 1 else 20_000
+        if solver.facts.adaptive:  # step lengths per sample are slow
+            samples = 500 if quick else 1000
         make = partial(DistributionCase, problem, samples)
         case = shared.get(f"{_SEED_NAMES[kind]} of {samples}", problem, make)
         return distribution_check(solver, problem, case, g, steps=steps)
@@ -156,9 +145,8 @@ def _measure(kind: str, solver: Solver, problem: Problem, shared: _Cases) -> Out
         raise NotApplicableError(f"a weak order with modes needs a Brownian path, and {no_path}")
     if no_path:
         order = solver.facts.strong_order
-        message = (
-            f"`strong_order={order:g}` is declared but {no_path}: implement it or drop the claim"
-        )
+        claim = f"`strong_order={order:g}` is declared but {no_path}"
+        message = f"{claim}: implement it or drop the claim"
         return Outcome(order, None, Verdict.INCONCLUSIVE, message)
     found = _estimate(kind, solver, problem, shared, g)
     verdict, message = found.verdict, found.message
@@ -244,7 +232,6 @@ def _refined(
 _FINEST = {"ODE order": 512, "strong order": 512, "weak order": 1024}
 _FINEST_QUICK = {"ODE order": 256, "strong order": 256, "weak order": 256}
 
-
 # Grid, finest steps and samples for a mixture. The key says whether the process has velocities, and
 # whether the weak order is at least 2. Velocities are stiff near the data, where quadratic grids
 # have more steps. For order 2 differences are small compared with their spread, which has the
@@ -267,15 +254,6 @@ def _halved(finest: int, levels: int) -> list[int]:
     return [finest // 2**level for level in reversed(range(levels))]
 
 
-def _sample_count(solver: Solver, problem: Problem, *, quick: bool) -> int:
-    """Number of samples for a distribution; step lengths per sample and many modes are slow."""
-    if solver.facts.adaptive:
-        return 500 if quick else 1000
-    if quick:
-        return 2400
-    return 12_000 if problem.dimension > 1 else 20_000
-
-
 def rejection(solver: Solver, problem: Problem, steps: int = 512) -> str:
     """Reason why a solver rejects a problem's process on a grid; empty if it does not.
 
@@ -296,11 +274,10 @@ _MISSING = "`path_noise` is missing"
 
 def _no_path(solver: Solver, problem: Problem) -> str:
     """Reason why a solver's normals are not functionals of a Brownian path; empty if they are."""
-    times = uniform_times(problem.start, problem.end, 8)
     try:
-        found = solver.path_noise(problem.process, times)
+        found = solver.path_noise(problem.process, uniform_times(problem.start, problem.end, 8))
     except ValueError as error:
-        return f"`path_noise` rejects the problem ({' '.join(str(error).split())})"
+        return f"`path_noise` rejects the problem ({one_line(error)})"
     return _MISSING if found is None else ""
 
 

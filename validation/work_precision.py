@@ -6,12 +6,13 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from numbers import Integral
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
+from pydantic_core import to_jsonable_python
 from torch import Tensor
 
 from cldsde.messages import counted
@@ -24,7 +25,6 @@ from cldsde.tables import Entry, Table
 from .metrics import bures_wasserstein, mode_spread_error, sliced_wasserstein
 from .moments import propagate_moments
 from .orders import Grid, moment_error
-from .plain import plain
 from .plots import canvas
 from .problems import Problem, check_problem
 from .reference import GaussianReference
@@ -40,51 +40,27 @@ _METRICS = {
 
 @dataclass(frozen=True)
 class WorkPrecisionPoint:
-    """One solver at one budget.
-
-    Attributes
-    ----------
-    solver
-        Name of the solver.
-    nfe
-        Number of score evaluations per sample.
-    seconds
-        Time of a solve of ``samples`` states.
-    error, standard_error
-        Error in the metric of the table, and its standard error, which is 0 for exact errors.
-    pareto
-        Whether the point is on the Pareto front: no other solver reaches a smaller error with as
-        few evaluations.
-    """
+    """One solver at one budget."""
 
     solver: str
-    nfe: int
-    seconds: float
-    error: float
-    standard_error: float
+    nfe: int  #: Number of score evaluations per sample.
+    seconds: float  #: Time of a solve of ``samples`` states.
+    error: float  #: Error in the metric of the table.
+    standard_error: float  #: 0 for exact errors.
+    #: Whether the point is on the Pareto front: no other solver reaches a smaller error with as few
+    #: evaluations.
     pareto: bool = False
 
 
 @dataclass(frozen=True)
 class WorkPrecision:
-    """A work–precision table; the result of `work_precision`.
-
-    Attributes
-    ----------
-    problem
-        Name of the problem.
-    metric
-        Name of the error metric.
-    points
-        One point for each solver and budget.
-    floor
-        Error of the same number of exact samples, below which errors are not significant; None if
-        errors are exact.
-    """
+    """A work–precision table; the result of `work_precision`."""
 
     problem: str
     metric: str
-    points: tuple[WorkPrecisionPoint, ...]
+    points: tuple[WorkPrecisionPoint, ...]  #: One point for each solver and budget.
+    #: Error of the same number of exact samples, below which errors are not significant; None if
+    #: errors are exact.
     floor: float | None = None
 
     @classmethod
@@ -97,7 +73,7 @@ class WorkPrecision:
 
     def to_json(self) -> str:
         """Convert the table to JSON, with null for an error that is not finite."""
-        return json.dumps(plain(asdict(self)), indent=1, allow_nan=False)
+        return json.dumps(to_jsonable_python(self, inf_nan_mode="null"), indent=1)
 
     def to_markdown(self) -> str:
         """Convert the table to Markdown: one line per solver, one column per budget.
@@ -105,16 +81,11 @@ class WorkPrecision:
         Bold marks the Pareto front. If errors are measured on samples, the last line is the floor.
         """
         budgets = sorted({point.nfe for point in self.points})
-        names = list(dict.fromkeys(point.solver for point in self.points))
-        cells = {(point.solver, point.nfe): point for point in self.points}
-        rows = []
-        for name in names:
-            row = [Entry(name, number=False)]
-            for budget in budgets:
-                point = cells.get((name, budget))
-                text = "" if point is None else f"{point.error:.1e}"
-                row.append(Entry(text, best=point is not None and point.pareto))
-            rows.append(row)
+        cells = {(p.solver, p.nfe): Entry(f"{p.error:.1e}", best=p.pareto) for p in self.points}
+        rows = [
+            [Entry(name, number=False), *(cells.get((name, n), Entry("")) for n in budgets)]
+            for name in dict.fromkeys(point.solver for point in self.points)
+        ]
         if self.floor is not None:
             floor = Entry(f"{self.floor:.1e}")
             rows.append([Entry("exact samples", number=False), *[floor] * len(budgets)])
@@ -184,14 +155,12 @@ def work_precision(
 
     Parameters
     ----------
-    problem
-        The reference problem.
+    problem, grid
+        See `weak_order`.
     solvers
         Solvers by name. Adaptive solvers are run once, at their tolerance.
     budgets
         Numbers of score evaluations; a solver takes as many steps as a budget allows.
-    grid
-        Function of (T, ε, n) that returns a grid.
     metric
         Error metric. None: the first of ``"moments"`` and ``"sliced"`` that applies.
 
@@ -205,10 +174,6 @@ def work_precision(
         Number of samples per solve, number of repeats for the standard error, and random generator.
     progress
         Show a progress bar on stderr.
-
-    Returns
-    -------
-    WorkPrecision
 
     Raises
     ------
@@ -234,17 +199,12 @@ def work_precision(
     if chosen not in _METRICS:
         raise ValueError(f"metric must be 'moments', 'bures', 'sliced' or 'spread'; got {metric!r}")
     sampled = chosen in ("sliced", "spread")
-    if not sampled and not problem.exact:
-        raise ValueError(
-            f"metric must be 'sliced' or 'spread' unless the data are Gaussian of one dimension; "
-            f"got {chosen!r}"
-        )
-    own = [name for name, solver in solvers.items() if solver.facts.adaptive]
-    if own and not sampled:
-        raise ValueError(
-            f"metric must be 'sliced' or 'spread' for adaptive solvers such as {own[0]!r}; got "
-            f"{chosen!r}"
-        )
+    adaptive = [name for name, solver in solvers.items() if solver.facts.adaptive]
+    if not sampled and (adaptive or not problem.exact):
+        case = "unless the data are Gaussian of one dimension"
+        if problem.exact:
+            case = f"for adaptive solvers such as {adaptive[0]!r}"
+        raise ValueError(f"metric must be 'sliced' or 'spread' {case}; got {chosen!r}")
     g = generator if generator is not None else torch.Generator().manual_seed(0)
     ends = grid(problem.start, problem.end, 1)
     reference = None if sampled else GaussianReference(problem, ends)
@@ -261,7 +221,10 @@ def work_precision(
                 f"budgets must allow at least one step, which takes "
                 f"{counted(evaluations[name], 'evaluation')} for {name!r}; got {budget}"
             )
-    floor = _floor(problem, chosen, samples, repeats, g) if sampled else None
+    floor = None
+    if sampled:
+        exact = (problem.sample(samples, g, at=problem.end)[:, 0] for _ in range(repeats))
+        floor = sum(_error(problem, chosen, x, g) for x in exact) / repeats
     for name, solver, budget in progress_bar(cells, shown=progress, desc="work–precision"):
         times = grid(problem.start, problem.end, max(budget // evaluations[name], 1))
         errors, nfe, seconds = [], 0, 0.0
@@ -324,22 +287,12 @@ def _error(problem: Problem, metric: str, x: Tensor, g: torch.Generator) -> floa
     return mode_spread_error(x, problem.data, scale, noise)
 
 
-def _floor(problem: Problem, metric: str, samples: int, repeats: int, g: torch.Generator) -> float:
-    """Mean error of exact samples."""
-    drawn = (problem.sample(samples, g, at=problem.end)[:, 0] for _ in range(repeats))
-    return sum(_error(problem, metric, x, g) for x in drawn) / repeats
-
-
 def _with_front(points: list[WorkPrecisionPoint]) -> list[WorkPrecisionPoint]:
-    def dominated(point: WorkPrecisionPoint) -> bool:
-        return any(
-            other.nfe <= point.nfe
-            and other.error <= point.error
-            and (other.nfe, other.error) != (point.nfe, point.error)
-            for other in points
-        )
+    def dominates(other: WorkPrecisionPoint, point: WorkPrecisionPoint) -> bool:
+        two = (other.nfe, other.error), (point.nfe, point.error)
+        return other.nfe <= point.nfe and other.error <= point.error and two[0] != two[1]
 
     return [
-        replace(point, pareto=math.isfinite(point.error) and not dominated(point))
-        for point in points
+        replace(p, pareto=math.isfinite(p.error) and not any(dominates(o, p) for o in points))
+        for p in points
     ]
