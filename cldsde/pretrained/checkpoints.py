@@ -15,27 +15,31 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cldsde.errors import SettingError
 from cldsde.pretrained.ncsnpp import NCSNpp
+from cldsde.pretrained.ncsnpp_layers import Attention, Block
 
 _PREFIX = "module."
 """Both codes save the weights of a model that is wrapped for several GPUs."""
-_BLOCK = {
-    "GroupNorm_0": "norm_1",
-    "Conv_0": "conv",
-    "Dense_0": "clock",
-    "GroupNorm_1": "norm_2",
-    "Conv_1": "last",
-    "Conv_2": "shortcut",
-}
-_ATTENTION = {
-    "GroupNorm_0": "norm",
-    "NIN_0": "query",
-    "NIN_1": "key",
-    "NIN_2": "value",
-    "NIN_3": "last",
+# Published and own names of the parts of a layer.
+_PARTS: dict[type[nn.Module], dict[str, str]] = {
+    Block: {
+        "GroupNorm_0.": ".norm_1",
+        "Conv_0.": ".conv",
+        "Dense_0.": ".clock",
+        "GroupNorm_1.": ".norm_2",
+        "Conv_1.": ".last",
+        "Conv_2.": ".shortcut",
+    },
+    Attention: {
+        "GroupNorm_0.": ".norm",
+        "NIN_0.": ".query",
+        "NIN_1.": ".key",
+        "NIN_2.": ".value",
+        "NIN_3.": ".last",
+    },
 }
 # Learning rates that the codes leave in the state of the optimiser: plain numbers of NumPy.
 _NUMBERS: list[Any] = [
@@ -213,19 +217,32 @@ def _published_shape(own: Tensor, weight: _Weight) -> torch.Size:
 
 def _published(network: NCSNpp) -> Iterator[_Weight]:
     """Weights in the published order of the parameters."""
-    places = {module: name for name, module in network.named_modules()}
-    for number, (prefix, layer) in enumerate(network.published_layers()):
-        start, own = f"all_modules.{number}.", places[layer]
-        if layer is network.embedding:
+    modules = dict(network.named_modules())
+    for number, own in enumerate(name for name in _layers(network) if name in modules):
+        start = f"all_modules.{number}."
+        if own == "embedding":
             yield _Weight(f"{start}W", f"{own}.frequencies", trained=False)
             continue
-        parts, children = {prefix: own}, dict(layer.named_children())
-        if children:
-            names = _ATTENTION if "query" in children else _BLOCK
-            held = {name: part for name, part in names.items() if children.get(part) is not None}
-            parts = {f"{name}.": f"{own}.{part}" for name, part in held.items()}
-        for name, place in parts.items():
-            mixes = name.startswith("NIN")
-            weight, bias = ("W", "b") if mixes else ("weight", "bias")
-            yield _Weight(f"{start}{name}{weight}", f"{place}.weight", transposed=mixes)
-            yield _Weight(f"{start}{name}{bias}", f"{place}.bias")
+        prefix = {"enter": "Conv_0.", "conv": "Conv2d_0."}.get(own.rpartition(".")[2], "")
+        for name, part in _PARTS.get(type(modules[own]), {prefix: ""}).items():
+            if own + part in modules:
+                mixes = name.startswith("NIN")
+                weight, bias = ("W", "b") if mixes else ("weight", "bias")
+                yield _Weight(f"{start}{name}{weight}", f"{own}{part}.weight", transposed=mixes)
+                yield _Weight(f"{start}{name}{bias}", f"{own}{part}.bias")
+
+
+def _layers(network: NCSNpp) -> list[str]:
+    """Own names of layers in the published order, with some that a network may not have."""
+    layers = [] if network.embedding.frequencies is None else ["embedding"]
+    layers += ["embedding.linear_1", "embedding.linear_2", "conv_in"]
+    for i, row in enumerate(network.down.children()):
+        for j, _ in enumerate(row.get_submodule("blocks").children()):
+            layers += [f"down.{i}.blocks.{j}", f"down.{i}.attentions.{j}"]
+        layers += [f"down.{i}.{part}" for part in ("shrink", "enter", "filter.conv")]
+    layers += [f"middle.{i}" for i in range(3)]
+    for i, row in enumerate(network.up.children()):
+        blocks = [f"blocks.{j}" for j, _ in enumerate(row.get_submodule("blocks").children())]
+        parts = (*blocks, "attentions.0", "leave.0", "leave.2", "grow")
+        layers += [f"up.{i}.{part}" for part in parts]
+    return layers
