@@ -159,7 +159,7 @@ nitpick_ignore_regex = [
         r"cldsde\.solvers\.(path_density\.PathDensity|noise\.CheckedNoise)",
     ),  # of the driver
     ("py:class", r"cldsde\.score\.times\.PlannedTime"),
-    ("py:.*", r"diffusers\..*|save_pretrained|.*\.PipelineSchedulerOutput"),
+    ("py:.*", r"diffusers\..*|save_pretrained|.*DDPMSchedulerOutput"),
 ]
 
 

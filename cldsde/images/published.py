@@ -26,7 +26,7 @@ from cldsde.images.runs import CONFIG, RunFolder, check_folder
 from cldsde.images.schema import parse_overrides, with_overrides
 from cldsde.images.tensor_files import load_tensors, save_tensors, tensors_digest
 from cldsde.pretrained.checkpoints import load_weights, read_checkpoint
-from cldsde.pretrained.published import check_levels, recognise
+from cldsde.pretrained.published import recognise
 from cldsde.pretrained.published_models import Family, PublishedModel
 
 _OPEN = ("data.name", "data.options", "sampling")
@@ -84,8 +84,8 @@ def read_published(
     space = ImageSpace(published.shape)
     with setting("network.options"):
         model = make_model(config, space)
-    load_weights(model.score.network.network, checkpoint, path)  # type: ignore[arg-type]
-    check_levels(published, checkpoint, path)
+    network: Any = model.score.network.network
+    load_weights(network, checkpoint, path, published.sigmas)
     return as_trained(model, config, space, tensors_digest(model.state_dict()), images, "cpu")
 
 

@@ -41,13 +41,7 @@ class Convention:
 
     @classmethod
     def of(cls, scheduler: Any) -> Convention:
-        """Read it from a scheduler.
-
-        Raises
-        ------
-        ValueError
-            If levels or prediction of the scheduler are unknown here.
-        """
+        """Read it from a scheduler; raise ValueError if its levels or prediction are unknown."""
         config, name = scheduler.config, type(scheduler).__name__
         if "Inverse" in name:
             raise ValueError(f"scheduler: {name} adds noise; pass the one that removes it")
@@ -129,13 +123,7 @@ class Convention:
         return torch.where(high == LEAST_LOG_SNR, angles, low.lerp(high, share))
 
     def estimate(self, signal: float, noise: float) -> tuple[float, float]:
-        """Coefficients of x and of the network's output in its prediction of the data.
-
-        Raises
-        ------
-        ValueError
-            If the network predicts the noise and there is no signal.
-        """
+        """Coefficients of x and of the network's output in its prediction of the data."""
         if self.predicts == "data":
             return 0.0, 1.0
         if self.predicts == "flow":

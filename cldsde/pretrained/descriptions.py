@@ -18,39 +18,19 @@ from cldsde.solvers.base import Solver
 
 
 def process_of(given: object) -> LinearSDE:
-    """Process from itself, its name such as ``"CLD"``, or its description.
-
-    Raises
-    ------
-    TypeError
-        If ``given`` is something else.
-    ValueError
-        If the name is unknown, or the options do not fit.
-    """
-    if isinstance(given, LinearSDE):
-        return given
+    """Process from itself, its name such as ``"CLD"``, or its description."""
     found: LinearSDE = _made(given, linear, LinearSDE, "process")
     return found
 
 
 def solver_of(given: object) -> Solver:
-    """Solver from itself, the name of its class, or its description; errors as `process_of`."""
-    if isinstance(given, Solver):
-        return given
+    """Solver from itself, the name of its class, or its description."""
     found: Solver = _made(given, solvers, Solver, "solver")
     return found
 
 
 def settings_of(given: object) -> SamplerSettings:
-    """Settings from themselves, their fields or a file.
-
-    Raises
-    ------
-    TypeError
-        If ``given`` is something else.
-    ValueError
-        If the file or the fields are no settings.
-    """
+    """Settings from themselves, their fields or a file."""
     if isinstance(given, SamplerSettings):
         return given
     if isinstance(given, str | Path):
@@ -93,6 +73,8 @@ def _description(kind: type, home: ModuleType, options: dict[str, Any]) -> dict[
 
 
 def _made(given: object, home: ModuleType, kind: type, name: str) -> Any:
+    if isinstance(given, kind):
+        return given
     if isinstance(given, str):
         given = {"name": given, "options": {}}
     if not (isinstance(given, Mapping) and set(given) == {"name", "options"}):

@@ -18,8 +18,7 @@ from cldsde.pretrained.diffusers_networks import (
     clock_of,
     shared_conditions_of,
 )
-from cldsde.score import NoisePath, PredictionDenoiser
-from cldsde.score.conversion import Prediction
+from cldsde.score import PredictionDenoiser
 from cldsde.score.denoisers import Clock
 from cldsde.score.estimator import compiled_module
 
@@ -29,39 +28,14 @@ _SCHEDULER_FILE = "scheduler_config.json"
 
 
 class DiffusersDenoiser(PredictionDenoiser):
-    """Denoiser of a network of diffusers, with the shape of its data.
+    """Denoiser of a network of diffusers, with the shape of its data; `from_diffusers` makes it."""
 
-    Parameters
-    ----------
-    network, path, predicts, clock
-        See `PredictionDenoiser`.
-    shape
-        Channels, rows and columns of the data, if the network's configuration says them.
-    classes
-        Number of classes, if the network takes ``class_labels``.
-    null_class
-        Class label that stands for no class, for guidance, if the network has one.
-    shared_conditions
-        Names of conditions without a batch axis, such as the positions of Flux.
-    """
-
-    def __init__(
-        self,
-        network: nn.Module,
-        path: NoisePath,
-        predicts: Prediction,
-        *,
-        clock: Clock | Callable[[Tensor], Tensor],
-        shape: tuple[int, ...] | None,
-        classes: int | None,
-        null_class: int | None = None,
-        shared_conditions: tuple[str, ...] = (),
-    ) -> None:
-        super().__init__(network, path, predicts, clock=clock)
-        self.shape = shape
-        self.classes = classes
-        self.null_class = null_class
-        self.shared_conditions = shared_conditions
+    #: Channels, rows and columns of the data, if the network's configuration says them.
+    shape: tuple[int, ...] | None = None
+    #: Number of classes, if the network takes ``class_labels``.
+    classes: int | None = None
+    #: Class label that stands for no class, for guidance, if the network has one.
+    null_class: int | None = None
 
 
 def from_diffusers(
@@ -96,8 +70,9 @@ def from_diffusers(
     Returns
     -------
     DiffusersDenoiser
-        A denoiser of u, sigma and conditions by name. A network that is loaded is in evaluation
-        mode and has no gradients.
+        A denoiser of u, sigma and conditions by name. It does not clip the data prediction, unlike
+        schedulers with ``clip_sample``. A network that is loaded is in evaluation mode and has no
+        gradients.
 
     Raises
     ------
@@ -111,21 +86,6 @@ def from_diffusers(
         If weights are not safetensors, there is no scheduler, levels or prediction of the scheduler
         or the clock of the network are unknown, or the network takes more than noisy data.
 
-    Notes
-    -----
-    Schedulers that clip the data prediction (``clip_sample``) change samples; the denoiser does
-    not clip.
-
-    Examples
-    --------
-    >>> import cldsde
-    >>> from diffusers import DDPMScheduler, UNet2DModel
-    >>> blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
-    >>> unet = UNet2DModel(8, 1, 1, block_out_channels=(8,), norm_num_groups=4, **blocks)
-    >>> denoiser = from_diffusers(unet.eval(), DDPMScheduler())
-    >>> sde = cldsde.CLD()
-    >>> cldsde.sample(sde, cldsde.DenoiserScore(denoiser, sde), (2, *denoiser.shape), nfe=5).shape
-    torch.Size([2, 1, 8, 8])
     """
     try:
         import diffusers  # noqa: F401 -- fail before anything else
@@ -154,17 +114,16 @@ def from_diffusers(
             raise ValueError(f"nearest must be False if clock is given; got clock={clock!r}")
         clock = "index"
     shared = shared_conditions_of(plain)
-    classes, null_class = classes_of(plain)
-    return DiffusersDenoiser(
+    denoiser = DiffusersDenoiser(
         _Network(network, shared),
         convention.path,
         convention.predicts,
         clock=clock_of(plain, convention, clock),
-        shape=_shape(plain),
-        classes=classes,
-        null_class=null_class,
-        shared_conditions=shared,
     )
+    denoiser.shared_conditions = shared
+    denoiser.shape = _shape(plain)
+    denoiser.classes, denoiser.null_class = classes_of(plain)
+    return denoiser
 
 
 class _Network(nn.Module):
@@ -258,13 +217,10 @@ def _load_network(folder: Path) -> Any:
             "save_pretrained"
         )
     # diffusion_pytorch_model.fp16.safetensors is the variant "fp16".
-    middle = weights[0].split(".")[1]
-    variant = None if "diffusion_pytorch_model.safetensors" in weights else middle
+    variants = [name.split(".")[1] for name in weights]
+    variant = None if "safetensors" in variants else variants[0]
     model = kind.from_pretrained(
-        folder,
-        use_safetensors=True,
-        local_files_only=True,
-        variant=None if variant == "safetensors" else variant,
+        folder, use_safetensors=True, local_files_only=True, variant=variant
     )
     return model.eval().requires_grad_(False)
 

@@ -52,10 +52,8 @@ _TIMES = dict.fromkeys(
     1e-3,
 )
 _REVERSED = ("LuminaNextDiT2DModel", "Lumina2Transformer2DModel", "ZImageTransformer2DModel")
-# Conditions that are the same for all samples, without a batch axis.
-_SHARED = dict.fromkeys(
-    ("FluxTransformer2DModel", "ChromaTransformer2DModel"), ("img_ids", "txt_ids")
-)
+# Networks with positions that are the same for all samples, without a batch axis.
+_WITH_POSITIONS = {"FluxTransformer2DModel", "ChromaTransformer2DModel"}
 
 
 def _names(network: Any) -> list[str]:
@@ -65,20 +63,13 @@ def _names(network: Any) -> list[str]:
 
 def shared_conditions_of(network: Any) -> tuple[str, ...]:
     """Names of conditions without an axis of samples."""
-    return next((_SHARED[name] for name in _names(network) if name in _SHARED), ())
+    return () if _WITH_POSITIONS.isdisjoint(_names(network)) else ("img_ids", "txt_ids")
 
 
 def clock_of(
     network: Any, convention: Convention, given: Clock | _Function | None
 ) -> Clock | _Function:
-    """The form in which a network receives the noise level.
-
-    Raises
-    ------
-    ValueError
-        If it is unknown for the network's class and not given, or the network predicts the negative
-        flow.
-    """
+    """The form in which a network receives the noise level, if it is not given."""
     names = _names(network)
     reversed_names = [name for name in names if name in _REVERSED]
     if reversed_names:

@@ -106,23 +106,19 @@ def sample_k_diffusion(
       level that the process reaches. `cldsde.RectifiedFlow` reaches every level, and takes such
       steps above σ = 148.
     - Prefer levels with even steps in log σ near the data, such as those of Karras et al. (2022).
-      ComfyUI's "normal" levels of Stable Diffusion end with a step by a factor of 6 (30 levels) to
-      13 (10 levels). After it, samplers of order 2 make Gaussian data of standard deviation 0.5 too
-      wide: with 30 levels and λ from 0 to 1 by 3 to 15 % under VP, and by 9 to 22 % under CLD.
-    - Between two parts of ``sigmas``, only x is kept. The second part draws velocities again, with
-      the right distribution given x.
+      ComfyUI's "normal" levels of Stable Diffusion end with a long step. After it, samplers of
+      order 2 make Gaussian data of standard deviation 0.5 too wide: with 30 levels and λ from 0 to
+      1 by 3 to 15 % under VP, and by 9 to 22 % under CLD.
 
     Examples
     --------
-    Normal data of variance 4, on the levels of Karras et al. (2022):
+    Normal data of variance 4:
 
     >>> import torch
     >>> from cldsde.pretrained import sample_k_diffusion
     >>> def denoiser(x, sigma):
     ...     return x * (4 / (4 + sigma**2)).unsqueeze(1)
-    >>> sigmas = torch.cat(
-    ...     [torch.linspace(80 ** (1 / 7), 0.02 ** (1 / 7), 20) ** 7, torch.zeros(1)]
-    ... )
+    >>> sigmas = torch.cat([torch.logspace(2, -2, 20), torch.zeros(1)])
     >>> x = sigmas[0] * torch.randn(2000, 3, generator=torch.Generator().manual_seed(0))
     >>> bool((sample_k_diffusion(denoiser, x, sigmas).var(0) - 4).abs().max() < 0.6)
     True

@@ -1,26 +1,14 @@
-r"""NCSN++ and DDPM++, the score networks of Song et al. (2021).
+"""NCSN++ and DDPM++, the score networks of Song et al. (2021).
 
 Both networks are U-Nets of BigGAN's residual blocks, which also halve and double the resolution.
-Sums of two branches are divided by √2. Two options distinguish the published networks.
-
-``inputs_enter`` names the levels that see the input of the network:
-
-- ``"once"``: the highest resolution only (DDPM++).
-- ``"skip"``: every level. A downsampled copy of the input is added to the features (networks for
-  256 × 256).
-- ``"residual"``: every level. The downsampled copy also passes through one convolution per level,
-  and its sum with the features replaces both (CIFAR-10).
-
-``outputs_leave`` names the levels that contribute to the output: ``"once"``, the highest resolution
-only, or ``"skip"``, the sum over all levels.
-
-``NCSNpp.published_layers`` lists the layers in the order of the published code.
+Sums of two branches are divided by √2.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -30,20 +18,15 @@ from cldsde.linear.checks import check_at_least, check_positive
 from cldsde.pretrained.ncsnpp_layers import (
     Attention,
     Block,
+    Double,
     Down,
     Embedding,
+    FilteredConv,
+    Halve,
     Up,
-    attentions,
     conv,
-    nearest,
     norm,
 )
-from cldsde.pretrained.resampling import Double, FilteredConv, Halve
-
-InputsEnter = Literal["once", "skip", "residual"]
-"""Levels that see the input of the network."""
-OutputsLeave = Literal["once", "skip"]
-"""Levels that contribute to the output."""
 
 _NEARLY_ZERO = 1e-5  # the published initial variance is 1e-10 times the Glorot variance
 
@@ -71,8 +54,14 @@ class NCSNpp(nn.Module):
     fir
         Whether to resample with the filter (1, 3, 3, 1) instead of averages and nearest
         neighbours.
-    inputs_enter, outputs_leave
-        See the module ``cldsde.pretrained.ncsnpp``.
+    inputs_enter
+        Levels that see the input. ``"once"``: the highest resolution only (DDPM++). ``"skip"``:
+        every level, which adds a downsampled copy of the input to its features (networks for
+        256 × 256). ``"residual"``: every level; the copy also passes through one convolution per
+        level, and its sum with the features replaces both (CIFAR-10).
+    outputs_leave
+        Levels that contribute to the output. ``"once"``: the highest resolution only. ``"skip"``:
+        all levels, whose outputs are added.
     fourier_scale
         None: the clock is embedded by sines and cosines with frequencies from 1 down to 1/10,000.
         σ > 0: by random Fourier features with frequencies 2π N(0, σ²), which are drawn and kept
@@ -117,15 +106,16 @@ class NCSNpp(nn.Module):
         attention: Sequence[int] = (),
         dropout: float = 0.0,
         fir: bool = True,
-        inputs_enter: InputsEnter = "residual",
-        outputs_leave: OutputsLeave = "once",
+        inputs_enter: Literal["once", "skip", "residual"] = "residual",
+        outputs_leave: Literal["once", "skip"] = "once",
         fourier_scale: float | None = None,
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         inputs, height, width = shape
         heights = _heights(height, width, channels, attention)
-        check_dropout(dropout)
+        if not check_at_least(dropout, 0, "dropout") < 1:
+            raise ValueError(f"dropout must lie in [0, 1); got {dropout}")
         if fourier_scale is not None:
             check_positive(fourier_scale, "fourier_scale")
         if inputs_enter == "residual" and not fir:
@@ -133,26 +123,24 @@ class NCSNpp(nn.Module):
         self.embedding = Embedding(channels[0], fourier_scale)
         #: Added to the embedding of the clock: maps labels ``(B,)`` to ``(B, 4·channels[0])``.
         self.class_embedding: nn.Module | None = None
-        self.conv_in = nn.Conv2d(inputs, channels[0], 3, padding=1)
-
-        def block(of: int, to: int, resample: nn.Module | None = None) -> Block:
-            made = Block(of, to, 4 * channels[0], dropout, resample)
-            made.recomputes = gradient_checkpointing
-            return made
-
+        self.conv_in = conv(inputs, channels[0])
+        block = partial(
+            Block, width=4 * channels[0], dropout=dropout, recomputes=gradient_checkpointing
+        )
+        halve: Callable[[], nn.Module] = Halve if fir else partial(nn.AvgPool2d, 2)
+        double: Callable[[], nn.Module] = Double if fir else partial(nn.Upsample, scale_factor=2)
         skips, last = [channels[0]], len(channels) - 1
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         entering = inputs
         for level, of in enumerate(channels):
-            attends = heights[level] in attention
-            row = Down(block(n, of) for n in (skips[-1], *[of] * (blocks - 1)))
-            row.attentions = attentions(of, blocks if attends else 0)
+            attended = range(blocks if heights[level] in attention else 0)
+            inside = (block(n, of) for n in (skips[-1], *[of] * (blocks - 1)))
+            row = Down(inside, (Attention(of) for _ in attended))
             skips += [of] * blocks
             if level < last:
-                row.shrink = block(of, of, Halve() if fir else nn.AvgPool2d(2))
+                row.shrink = block(of, of, halve())
                 if inputs_enter == "skip":
-                    row.filter = Halve() if fir else nn.AvgPool2d(2)
-                    row.enter = nn.Conv2d(entering, of, 1)
+                    row.filter, row.enter = halve(), nn.Conv2d(entering, of, 1)
                 elif inputs_enter == "residual":
                     row.filter, entering = FilteredConv(entering, of), of
                 skips.append(of)
@@ -160,30 +148,24 @@ class NCSNpp(nn.Module):
         of = channels[-1]
         self.middle = nn.ModuleList([block(of, of), Attention(of), block(of, of)])
         for level in reversed(range(len(channels))):
-            attends, to = heights[level] in attention, channels[level]
-            row_up = Up(block(n + skips.pop(), to) for n in (of, *[to] * blocks))
+            attended, to = range(int(heights[level] in attention)), channels[level]
+            inside = (block(n + skips.pop(), to) for n in (of, *[to] * blocks))
+            row_up = Up(inside, (Attention(to) for _ in attended))
             of = to
-            row_up.attentions = attentions(of, int(attends))
             if outputs_leave == "skip" or level == 0:
                 row_up.leave = nn.Sequential(norm(of), nn.SiLU(), conv(of, outputs))
             if outputs_leave == "skip" and level < last:
-                row_up.enlarge = Double() if fir else nearest()
+                row_up.enlarge = double()
             if level:
-                row_up.grow = block(of, of, Double() if fir else nearest())
+                row_up.grow = block(of, of, double())
             self.up.append(row_up)
         self._initialise()
 
     def forward(self, x: Tensor, clock: Tensor, label: Tensor | None = None) -> Tensor:
-        """Output ``(B, outputs, H, W)``.
+        """Output ``(B, outputs, H, W)`` for x ``(B, C, H, W)`` and a clock ``(B,)``.
 
-        Parameters
-        ----------
-        x
-            ``(B, C, H, W)``.
-        clock
-            ``(B,)``. For published networks with Fourier features it is the log of their label.
-        label
-            Argument of ``class_embedding``, if the network has one.
+        For published networks with Fourier features the clock is the log of their label. ``label``
+        is the argument of ``class_embedding``, if the network has one.
         """
         # Phases reach thousands of radians, so autocast must not lower their precision.
         kind = x.device.type
@@ -203,23 +185,6 @@ class NCSNpp(nn.Module):
         assert out is not None
         return out
 
-    def published_layers(self) -> Iterator[tuple[str, nn.Module]]:
-        """Layers with weights, in the order of the published code, and prefixes of their weights.
-
-        The prefix stands before ``weight`` and ``bias`` in the published names of one layer.
-        """
-        if self.embedding.frequencies is not None:
-            yield "", self.embedding
-        for layer in (self.embedding.linear_1, self.embedding.linear_2, self.conv_in):
-            yield "", layer
-        rows: list[Any] = [*self.down, *self.up]
-        for row in rows[: len(self.down)]:
-            yield from row.published_layers()
-        yield from (("", layer) for layer in self.middle)
-        for row in rows[len(self.down) :]:
-            yield from row.published_layers()
-        yield from (("", rows[-1].leave[i]) for i in (0, 2))
-
     def _initialise(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
@@ -234,12 +199,6 @@ class NCSNpp(nn.Module):
         for row in rows:
             if row.leave is not None:
                 nn.init.zeros_(row.leave[-1].weight)
-
-
-def check_dropout(dropout: float) -> None:
-    """Raise a ValueError unless a dropout probability lies in [0, 1)."""
-    if not check_at_least(dropout, 0, "dropout") < 1:
-        raise ValueError(f"dropout must lie in [0, 1); got {dropout}")
 
 
 def _heights(

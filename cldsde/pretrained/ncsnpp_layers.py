@@ -1,9 +1,13 @@
-"""Layers of NCSN++ and DDPM++: residual blocks of BigGAN, attention, and the levels of a U-Net."""
+"""Layers of NCSN++ and DDPM++: resampling, residual blocks of BigGAN, attention, levels of a U-Net.
+
+Resampling by two has the anti-aliasing filter (1, 3, 3, 1), which Song et al. (2021, appendix H)
+take from StyleGAN2. Pixels beyond the edge are zero.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -21,15 +25,15 @@ class Embedding(nn.Module):
 
     def __init__(self, width: int, fourier_scale: float | None) -> None:
         super().__init__()
-        fourier, device = fourier_scale is not None, torch.get_default_device()
-        drawn = None
+        half, device = width // 2, torch.get_default_device()
+        drawn = rates = None
         if fourier_scale is not None:
-            drawn = fourier_scale * torch.randn(width, device=device)
+            half, drawn = width, fourier_scale * torch.randn(width, device=device)
+        else:
+            rates = torch.exp(-math.log(10_000) / (half - 1) * torch.arange(half, device=device))
         self.register_buffer("frequencies", drawn)
-        half = width // 2
-        rates = torch.exp(-math.log(10_000) / (half - 1) * torch.arange(half, device=device))
-        self.register_buffer("rates", None if fourier else rates, persistent=False)
-        self.linear_1 = nn.Linear(width * (2 if fourier else 1), 4 * width)
+        self.register_buffer("rates", rates, persistent=False)
+        self.linear_1 = nn.Linear(2 * half, 4 * width)
         self.linear_2 = nn.Linear(4 * width, 4 * width)
 
     def forward(self, clock: Tensor) -> Tensor:
@@ -44,11 +48,63 @@ class Embedding(nn.Module):
         return out
 
 
+class _Filter(nn.Module):
+    """The filter (1, 3, 3, 1) in both directions, of sum 1."""
+
+    kernel: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        line = torch.tensor([1.0, 3.0, 3.0, 1.0], device=torch.get_default_device()) / 8
+        self.register_buffer("kernel", torch.outer(line, line)[None, None], persistent=False)
+
+    def weight(self, x: Tensor) -> Tensor:
+        return self.kernel.to(x.dtype).expand(x.shape[1], 1, 4, 4)
+
+
+class Halve(_Filter):
+    """Half the resolution."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer."""
+        return F.conv2d(x, self.weight(x), stride=2, padding=1, groups=x.shape[1])
+
+
+class Double(_Filter):
+    """Twice the resolution."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer."""
+        # Three of four numbers that the filter sees are zeros put between the pixels.
+        return F.conv_transpose2d(x, 4 * self.weight(x), stride=2, padding=1, groups=x.shape[1])
+
+
+class FilteredConv(_Filter):
+    """The filter, then a 3 × 3 convolution at every second pixel: half the resolution."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, outputs, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer."""
+        filtered = F.conv2d(x, self.weight(x), padding=2, groups=x.shape[1])
+        out: Tensor = self.conv(filtered)
+        return out
+
+
 class Block(nn.Module):
     """BigGAN's residual block."""
 
     def __init__(
-        self, of: int, to: int, width: int, dropout: float, resample: nn.Module | None
+        self,
+        of: int,
+        to: int,
+        resample: nn.Module | None = None,
+        *,
+        width: int,
+        dropout: float,
+        recomputes: bool,
     ) -> None:
         super().__init__()
         self.norm_1, self.conv = norm(of), conv(of, to)
@@ -57,7 +113,7 @@ class Block(nn.Module):
         plain = of == to and resample is None
         self.shortcut = None if plain else nn.Conv2d(of, to, 1)
         self.resample = resample
-        self.recomputes = False
+        self.recomputes = recomputes
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """Features after the block."""
@@ -95,20 +151,12 @@ class Attention(nn.Module):
         return out
 
 
-class Row(nn.Module):
-    """Blocks of one level, and attention after some of them."""
+class Down(nn.Module):
+    """A level on the way down: blocks, attention after each of them or none, resampling."""
 
-    def __init__(self, blocks: Iterator[Block]) -> None:
+    def __init__(self, blocks: Iterable[Block], attentions: Iterable[Attention]) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-        self.attentions = nn.ModuleList()
-
-
-class Down(Row):
-    """A level on the way down."""
-
-    def __init__(self, blocks: Iterator[Block]) -> None:
-        super().__init__(blocks)
+        self.blocks, self.attentions = nn.ModuleList(blocks), nn.ModuleList(attentions)
         self.shrink: nn.Module | None = None
         self.filter: nn.Module | None = None
         self.enter: nn.Module | None = None
@@ -130,25 +178,13 @@ class Down(Row):
         features.append(h)
         return entering
 
-    def published_layers(self) -> Iterator[tuple[str, nn.Module]]:
-        """The layers, and prefixes of the published names of their weights."""
-        for number, block in enumerate(self.blocks):
-            yield "", block
-            if self.attentions:
-                yield "", self.attentions[number]
-        if self.shrink is not None:
-            yield "", self.shrink
-        if self.enter is not None:
-            yield "Conv_0.", self.enter
-        elif self.filter is not None:
-            yield "Conv2d_0.", self.filter.get_submodule("conv")
 
+class Up(nn.Module):
+    """A level on the way up: blocks, attention after the last of them or none, resampling."""
 
-class Up(Row):
-    """A level on the way up."""
-
-    def __init__(self, blocks: Iterator[Block]) -> None:
-        super().__init__(blocks)
+    def __init__(self, blocks: Iterable[Block], attentions: Iterable[Attention]) -> None:
+        super().__init__()
+        self.blocks, self.attentions = nn.ModuleList(blocks), nn.ModuleList(attentions)
         self.grow: nn.Module | None = None
         self.leave: nn.Sequential | None = None
         self.enlarge: nn.Module | None = None
@@ -168,14 +204,6 @@ class Up(Row):
             h = self.grow(h, embedding)
         return h, out
 
-    def published_layers(self) -> Iterator[tuple[str, nn.Module]]:
-        """The layers, except for the output at full resolution, which comes last."""
-        yield from (("", layer) for layer in (*self.blocks, *self.attentions))
-        if self.grow is not None:
-            if self.leave is not None:
-                yield from (("", self.leave[i]) for i in (0, 2))
-            yield "", self.grow
-
 
 def norm(width: int) -> nn.GroupNorm:
     """Group normalisation of at most 32 groups."""
@@ -191,13 +219,3 @@ def norm(width: int) -> nn.GroupNorm:
 def conv(of: int, to: int) -> nn.Conv2d:
     """Convolution 3 × 3."""
     return nn.Conv2d(of, to, 3, padding=1)
-
-
-def nearest() -> nn.Module:
-    """Upsampling by two by nearest neighbours."""
-    return nn.Upsample(scale_factor=2, mode="nearest")
-
-
-def attentions(width: int, count: int) -> nn.ModuleList:
-    """Several attention blocks."""
-    return nn.ModuleList(Attention(width) for _ in range(count))

@@ -34,13 +34,7 @@ _UNEVEN = 1e-3
 def window(
     sde: LinearSDE, convention: Convention, start: float | None, end: float | None
 ) -> tuple[float, float]:
-    """Times at which a process starts and ends, within the levels of a network.
-
-    Raises
-    ------
-    ValueError
-        If a given time lies outside, or the range is empty.
-    """
+    """Times at which a process starts and ends; raise ValueError outside of a network's levels."""
     noisiest, last = convention.ends
     default = max(_FIRST_LOG_SNR, noisiest, log_snr_range(sde)[0]), min(_LAST_LOG_SNR, last)
     ends = torch.tensor([*default, last, noisiest], dtype=torch.float64, device="cpu")
@@ -63,14 +57,8 @@ def window(
     return found[0], found[1]
 
 
-def number_of_steps(n: int | None, given: Mapping[str, Any]) -> int:
-    """Number of steps, from itself or from the evenly spaced times that a pipeline passes.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If it is no positive integer, or times are not evenly spaced or do not decrease.
-    """
+def _number_of_steps(n: int | None, given: Mapping[str, Any]) -> int:
+    """Number of steps, from itself or from the evenly spaced times that a pipeline passes."""
     for name in ("timesteps", "sigmas"):
         if name not in given:
             continue
@@ -91,14 +79,17 @@ def number_of_steps(n: int | None, given: Mapping[str, Any]) -> int:
 
 
 def levels_of_grid(
-    sde: LinearSDE, convention: Convention, ends: tuple[float, float], n: int
+    sde: LinearSDE,
+    convention: Convention,
+    ends: tuple[float, float],
+    n: int | None,
+    given: Mapping[str, Any],
 ) -> tuple[Tensor, Tensor]:
     """κ of n evaluations on the process's root grid and of the data, and times of the scheduler.
 
     If the network knows more noise than the start of the grid has, the first is its noisiest level.
     """
-    start, end = ends
-    noisiest = convention.ends[0]
+    n, (start, end), noisiest = _number_of_steps(n, given), ends, convention.ends[0]
     lead = [noisiest] if noisiest < float(sde.log_snr(start)) - _NEAR else []
     points = n - len(lead)
     if points > 1:
@@ -111,19 +102,13 @@ def levels_of_grid(
 
 
 def levels_of_settings(
-    settings: SamplerSettings, convention: Convention, n: int
+    settings: SamplerSettings, convention: Convention, n: int | None, given: Mapping[str, Any]
 ) -> tuple[Tensor, Tensor]:
     """κ of settings and of the data, and times of the scheduler.
 
     A network that knows pure noise, as flow matching does, begins there.
-
-    Raises
-    ------
-    ValueError
-        If n is another number, the settings start where data are visible, or the network does not
-        know a level.
     """
-    noisiest, last = convention.ends
+    n, (noisiest, last) = _number_of_steps(n, given), convention.ends
     levels = [noisiest] * (noisiest == -math.inf) + list(settings.log_snr)
     if n != len(levels):
         msg = f"num_inference_steps must be {len(levels)}, the number of levels in the settings"
@@ -148,11 +133,6 @@ def levels_of_scheduler(
     """κ of the steps and of the end of a scheduler of diffusers, and its times.
 
     Its ``set_timesteps`` is called with n and the given arguments.
-
-    Raises
-    ------
-    ValueError
-        If the scheduler does not take an argument, or its noise does not decrease with each step.
     """
     name = type(scheduler).__name__
     if getattr(scheduler, "order", 1) != 1:

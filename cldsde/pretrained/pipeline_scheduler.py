@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import diffusers
 import torch
 from diffusers import ConfigMixin, SchedulerMixin
-from diffusers.utils import BaseOutput
+from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from torch import Tensor
 
 from cldsde.linear.checks import one_of
@@ -25,12 +27,10 @@ from cldsde.pretrained.descriptions import (
     solver_of,
 )
 from cldsde.pretrained.noise import GeneratorNoise, streams_of
-from cldsde.pretrained.pipeline_config import check_described, replaced_class
 from cldsde.pretrained.pipeline_levels import (
     levels_of_grid,
     levels_of_scheduler,
     levels_of_settings,
-    number_of_steps,
     window,
 )
 from cldsde.pretrained.pipeline_prediction import DataPrediction
@@ -45,21 +45,12 @@ _IGNORED = ("prev_timestep", "use_clipped_model_output")
 _OWN = ("scheduler", "process", "solver", "start", "end", "grid", "settings")
 
 
-@dataclass
-class PipelineSchedulerOutput(BaseOutput):  # type: ignore[misc]
-    """Result of `PipelineScheduler.step`."""
-
-    prev_sample: Tensor  #: Latents at the next noise level.
-    pred_original_sample: Tensor  #: Data prediction of this step.
-
-
 class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     """Scheduler of diffusers that samples with any linear SDE, such as critically damped Langevin.
 
-    Put it in place of a pipeline's scheduler. The pipeline keeps its guidance, masks, callbacks and
-    image-to-image modes. It sees x = α x_0 + σ n, as with `diffusers.DDIMScheduler`; velocities and
-    other components of the process stay inside. n steps evaluate the network n times:
-    the last step returns the data prediction.
+    Put it in place of a pipeline's scheduler. The pipeline sees x = α x_0 + σ n, as with
+    `diffusers.DDIMScheduler`; velocities and other components of the process stay inside. n steps
+    evaluate the network n times: the last step returns the data prediction.
 
     Parameters
     ----------
@@ -72,9 +63,8 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         with noise, of order 3 for at most 9 evaluations and of order 2 for more.
     start, end
         Times of the process at which it starts and ends, for ``grid="root_times"``. None: κ = −5
-        and κ = 3.3 (κ = ½ log SNR), or the ends of the network's noise levels if these are
-        narrower. A process that does not reach the start begins at its noisiest time. If the
-        network knows over 10 % more noise than the start has, as flow-matching networks do, one
+        and κ = 3.3 (κ = ½ log SNR), or as near to them as network and process allow. If the network
+        knows over 10 % more noise than the start has, as flow-matching networks do, one
         deterministic step leads there, because pipelines start at the network's noisiest level.
     grid
         ``"root_times"``: steps of the process, uniform in √t. ``timesteps`` and ``sigmas`` of a
@@ -99,13 +89,9 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     - ``clip_sample`` and ``thresholding`` act on the data prediction if the replaced scheduler has
       them. DDIM keeps the noise of the prediction before it was clipped, and so does this scheduler
       in its place. Solvers that correct an earlier step do not.
-    - Noise comes from the generators that a pipeline passes to `step`. Other pipelines have random
-      streams that depend on each sample's first latents alone.
     - If a pipeline changes its latents between two steps (masks, callbacks), x changes and the rest
       of the state stays, so that the state keeps its distribution. Solvers that correct an
       earlier step (``corrector=True``, ``order=3``) start again from the changed state.
-    - A pipeline with this scheduler is saved and loaded as usual. Import ``cldsde`` before you load
-      it. Processes and solvers are saved by name and options.
 
     Examples
     --------
@@ -144,29 +130,35 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         #: The process.
         self.sde = process_of(process)
         self.solver = None if solver is None else check_steppable(solver_of(solver))
-        self._convention = Convention.of(self.replaced)
+        self._convention = convention = Convention.of(self.replaced)
         #: Settings of a fitted sampler.
         self.settings = None if settings is None else settings_of(settings)
-        self._window = None
+        self._levels_of: Callable[..., tuple[Tensor, Tensor]]
         if self.settings is not None:
             if solver is not None or grid != "root_times":
                 raise ValueError("solver and grid must be left out with settings, which have both")
             self.settings.times(self.sde)  # raises if they are for another process
             self.solver = self.settings.solver
+            self._levels_of = partial(levels_of_settings, self.settings, convention)
         elif grid == "root_times":
-            self._window = window(self.sde, self._convention, start, end)
+            ends = window(self.sde, convention, start, end)
+            self._levels_of = partial(levels_of_grid, self.sde, convention, ends)
+        else:
+            self._levels_of = partial(levels_of_scheduler, self.replaced, convention)
         for name, given in (("start", start), ("end", end)):
-            if given is not None and self._window is None:
+            if given is not None and (self.settings is not None or grid == "scheduler"):
                 owner = "settings" if grid == "root_times" else "grid='scheduler'"
                 raise ValueError(f"{name} must be None with {owner}, which has its own ends")
-        self._predict = DataPrediction(self.replaced, self._convention)
         #: Steps on the levels of `set_timesteps`.
         self.steps: PathSteps | None = None
         self.num_inference_steps: int | None = None
         self.timesteps = torch.empty(0, device="cpu")
         #: Standard deviation of a pipeline's first latents.
         self.init_noise_sigma = 1.0
-        self._clear()
+        #: Index of the next step; None before the first.
+        self.step_index: int | None = None
+        #: Index of the first step, if a pipeline sets it.
+        self.begin_index: int | None = None
         kept = {name: x for name, x in self.replaced.config.items() if not name.startswith("_")}
         own = (
             type(self.replaced).__name__,
@@ -176,11 +168,6 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             None if self.settings is None else asdict(self.settings),
         )
         self.register_to_config(**kept, **dict(zip(_OWN, own, strict=True)))
-
-    def _clear(self) -> None:
-        self._step_index: int | None = None
-        self._begin_index: int | None = None
-        self._streams: NoiseSource | None = None
 
     def __len__(self) -> int:
         """Number of levels of the network's training."""
@@ -199,39 +186,29 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         """Set the noise levels before a run; pipelines call it.
 
         ``timesteps``, ``sigmas`` and ``mu`` are arguments of the replaced scheduler, for
-        ``grid="scheduler"``; ``device`` is the device of ``timesteps``.
-
-        Raises
-        ------
-        ValueError
-            If an argument does not fit, or the solver does not apply to the process.
+        ``grid="scheduler"``; ``device`` is the device of ``timesteps``. An argument that does not
+        fit, or a solver that does not apply to the process, raises a ValueError.
         """
         given = {"timesteps": timesteps, "sigmas": sigmas, "mu": mu}
         given = {name: x for name, x in given.items() if x is not None}
-        convention, n = self._convention, num_inference_steps
-        theirs = self._window is None and self.settings is None
-        if self.settings is not None:
-            levels, times = levels_of_settings(self.settings, convention, number_of_steps(n, given))
-        elif self._window is not None:
-            n = number_of_steps(n, given)
-            levels, times = levels_of_grid(self.sde, convention, self._window, n)
-        else:
-            levels, times = levels_of_scheduler(self.replaced, convention, n, given)
-        signal, noise = convention.scales(levels)
-        self._predict.set_levels(signal.tolist(), noise.tolist())
+        levels, times = self._levels_of(num_inference_steps, given)
+        signal, noise = self._convention.scales(levels)
+        scales = signal[:-1].tolist(), noise[:-1].tolist()  # the last level has no prediction
+        self._predict = DataPrediction(self.replaced, self._convention, *scales)
         if self.steps is None or not torch.equal(levels, self._levels):
             self.steps = recommended_steps(self.sde, self.solver, levels, signal, noise)
         self.steps.reset()
         self._levels: Tensor = levels
-        self._clear()
+        self.step_index = self.begin_index = None
+        self._streams: NoiseSource | None = None
         spread = float(getattr(self.replaced, "init_noise_sigma", 1.0))
-        if theirs and spread != 1:
+        if self.config.grid == "scheduler" and spread != 1:
             # Euler's latents are x/α. Some of its grids leave the data's part out of the first.
             self.init_noise_sigma = spread * float(signal[0])
         self.num_inference_steps = len(times)
         self._known = times.tolist()
         self.timesteps = times.to(device)
-        sigma = noise if convention.table is None else noise / signal
+        sigma = noise if self._convention.table is None else noise / signal
         self.sigmas = sigma.float().to(device)
 
     # Steps
@@ -239,10 +216,7 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         """Return the latents, which the network takes as they are.
 
-        Raises
-        ------
-        ValueError
-            If a pipeline scales a noise level, because its latents are x_0 + σ n.
+        A pipeline with latents x_0 + σ n, which scales a noise level, gets a ValueError.
         """
         if sample.ndim < 2:
             raise ValueError(
@@ -259,7 +233,7 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         generator: Generators | None = None,
         return_dict: bool = True,
         **others: Any,
-    ) -> PipelineSchedulerOutput | tuple[Tensor, Tensor]:
+    ) -> DDPMSchedulerOutput | tuple[Tensor, Tensor]:
         """Take one step of the solver; pipelines call it.
 
         Parameters
@@ -267,27 +241,25 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         model_output
             The network's prediction, after guidance, like ``sample``; twice its channels if the
             network also predicts a variance.
-        timestep
-            The time that the network received. It finds the first step. The others follow in order.
-        sample
-            Latents ``(B, *D)`` that the network received.
+        timestep, sample
+            Time and latents ``(B, *D)`` that the network received. The time finds the first step.
+            The others follow in order.
         generator
-            Source of the noise, or one source per sample. None: streams of the first latents.
+            Source of the noise, or one source per sample. None: random streams that depend on each
+            sample's first latents alone.
         return_dict
             Whether to return an object in place of a tuple.
         others
-            Arguments of other schedulers, which are rejected unless they change nothing here:
-            ``prev_timestep``, ``use_clipped_model_output``, and ``eta`` = 0.
+            Arguments of other schedulers that change nothing here: ``prev_timestep``,
+            ``use_clipped_model_output``, and ``eta`` = 0. Others raise a TypeError.
 
         Returns
         -------
-        PipelineSchedulerOutput or tuple
+        DDPMSchedulerOutput or tuple
             The latents at the next level and the data prediction.
 
         Raises
         ------
-        TypeError
-            If a pipeline passes an argument that this scheduler does not take.
         ValueError
             If ``set_timesteps`` was not called, all steps are done, the first time is not one of
             ``timesteps``, or a shape is wrong.
@@ -303,15 +275,15 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         on_grid = self.steps.solver.facts.state_on_grid
         keeps_noise = on_grid and not others.get("use_clipped_model_output")
         data, x = self._predict(i, model_output, sample, keeps_noise=keeps_noise)
-        if generator is None and self._streams is None:
-            self._streams = streams_of(sample)
-        noise = self._streams if generator is None else GeneratorNoise(generator)
-        assert noise is not None
+        if generator is not None:
+            noise: NoiseSource = GeneratorNoise(generator)
+        else:
+            noise = self._streams = self._streams or streams_of(sample)
         found, data = self.steps.step(i, x, data, noise).to(sample.dtype), data.to(sample.dtype)
-        self._step_index = i + 1
+        self.step_index = i + 1
         if not return_dict:
             return found, data
-        return PipelineSchedulerOutput(prev_sample=found, pred_original_sample=data)
+        return DDPMSchedulerOutput(prev_sample=found, pred_original_sample=data)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Latents α x_0 + σ n at times of the scheduler, one or one per sample."""
@@ -328,24 +300,14 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             raise ValueError("noise must be given; got None")
         return self.add_noise(sample, noise, timestep)
 
-    @property
-    def step_index(self) -> int | None:
-        """Index of the next step; None before the first."""
-        return self._step_index
-
-    @property
-    def begin_index(self) -> int | None:
-        """Index of the first step, if a pipeline sets it."""
-        return self._begin_index
-
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Set the index of the first step; pipelines call it."""
-        self._begin_index = begin_index
+        self.begin_index = begin_index
 
     def _index(self, timestep: Tensor | float) -> int:
         if self.num_inference_steps is None:
             raise ValueError("set_timesteps must be called before step")
-        i = self._begin_index if self._step_index is None else self._step_index
+        i = self.begin_index if self.step_index is None else self.step_index
         if i is None:
             first = timestep.flatten()[0] if isinstance(timestep, Tensor) else timestep
             if float(first) not in self._known:
@@ -367,13 +329,17 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     ) -> Any:
         """Scheduler from a configuration that this class saved, with changes by name.
 
-        Raises
-        ------
-        ValueError
-            If another scheduler made the configuration. It does not say by itself how the network
-            was trained: pass the scheduler to the constructor.
+        The configuration of another scheduler raises a ValueError. It does not say by itself how
+        the network was trained: pass the scheduler to the constructor.
         """
-        kind = replaced_class(config)
+        kind: Any = getattr(diffusers, str(config.get("scheduler")), None)
+        known = isinstance(kind, type) and issubclass(kind, SchedulerMixin)
+        if not known:
+            raise ValueError(
+                "config must come from a PipelineScheduler; got the configuration of "
+                f"{config.get('_class_name', 'another scheduler')}. Pass the scheduler itself: "
+                "PipelineScheduler(pipe.scheduler)"
+            )
         own = {name: config[name] for name in _OWN[1:] if name in config}
         own |= {name: kwargs.pop(name) for name in _OWN[1:] if name in kwargs}
         kept = {name: x for name, x in config.items() if name not in (*_OWN, "_class_name")}
@@ -383,13 +349,19 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     def save_config(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Save the configuration; `save_pretrained` calls it.
 
-        Raises
-        ------
-        ValueError
-            If names and options do not determine the process, the solver or the scheduler.
+        A process, solver or scheduler that name and options do not determine raises a ValueError.
         """
         parts = {"process": self.sde, "solver": None if self.settings else self.solver}
-        check_described(self.config, parts, self.replaced)
+        for name, part in parts.items():
+            if part is not None and self.config[name] is None:
+                raise ValueError(
+                    f"{name} cannot be saved: {part!r} is not determined by the name of a class of "
+                    "cldsde and options of JSON"
+                )
+        kind = type(self.replaced)
+        if getattr(diffusers, kind.__name__, None) is not kind:
+            msg = f"scheduler cannot be saved: {kind.__name__} is no class of diffusers"
+            raise ValueError(msg)
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
 
 

@@ -20,41 +20,26 @@ from cldsde.pretrained.published_score import Parameterisation
 Family = Literal["cld-sgm", "score-sde"]
 """Code that wrote a checkpoint."""
 
+Sigmas = tuple[float, float, int]
+"""See `PublishedModel.sigmas`."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedModel:
-    """Settings of a published network.
+    """Settings of a published network, for `load_cld_sgm` and `load_score_sde`."""
 
-    Attributes
-    ----------
-    process, options
-        Class of ``cldsde.linear`` and its arguments.
-    shape
-        Channels, rows and columns of the images.
-    network
-        Arguments of ``cldsde.pretrained.ncsnpp.NCSNpp`` beside shape and outputs.
-    parameterisation
-        How the network becomes a score.
-    sigmas
-        Largest and smallest noise level and their number in the table that score_sde_pytorch
-        saves, for data in [0, 1]; None for CLD-SGM.
-    batch
-        Images per optimiser step.
-    t_min
-        Smallest time in training.
-    data
-        Name of the data set.
-    """
-
-    process: str
-    options: Mapping[str, Any] = field(default_factory=dict)
-    shape: tuple[int, int, int]
+    process: str  #: Class of ``cldsde.linear``.
+    options: Mapping[str, Any] = field(default_factory=dict)  #: Arguments of the process.
+    shape: tuple[int, int, int]  #: Channels, rows and columns of the images.
+    #: Arguments of ``cldsde.pretrained.ncsnpp.NCSNpp`` beside shape and outputs.
     network: Mapping[str, Any]
-    parameterisation: Parameterisation
-    sigmas: tuple[float, float, int] | None = None
-    batch: int = 128
-    t_min: float = 1e-5
-    data: str = "CIFAR10"
+    parameterisation: Parameterisation  #: How the network becomes a score.
+    #: Largest and smallest noise level and their number in the table that score_sde_pytorch saves,
+    #: for data in [0, 1]; None for CLD-SGM.
+    sigmas: Sigmas | None = None
+    batch: int = 128  #: Images per optimiser step.
+    t_min: float = 1e-5  #: Smallest time in training.
+    data: str = "CIFAR10"  #: Name of the data set.
 
     def make_process(self) -> LinearSDE:
         """The process."""
@@ -73,7 +58,8 @@ _CIFAR = (3, 32, 32)
 _NCSNPP = {"channels": (128, 256, 256, 256), "attention": (16,), "dropout": 0.1}
 _DDPMPP = {**_NCSNPP, "fir": False, "inputs_enter": "once"}
 _FOURIER = {"fourier_scale": 16.0}
-_OF_256 = {"channels": (128, 128, 256, 256, 256, 256, 256), "attention": (16,)}
+_OF_256 = {"channels": (128, 128, 256, 256, 256, 256, 256), "attention": (16,), "blocks": 2}
+_OF_1024 = {"channels": (16, 32, 64, 128, 256, 512, 512, 512), "attention": (16,), "blocks": 1}
 _SKIPS = {"inputs_enter": "skip", "outputs_leave": "skip", **_FOURIER}
 
 
@@ -89,7 +75,7 @@ def _cld_sgm() -> dict[str, PublishedModel]:
     celeba = PublishedModel(
         process="CLD",
         shape=(3, 256, 256),
-        network={**_OF_256, "blocks": 2, "dropout": 0.1, "fir": False, "inputs_enter": "once"},
+        network={**_OF_256, "dropout": 0.1, "fir": False, "inputs_enter": "once"},
         parameterisation=Parameterisation(code="cld-sgm", mixed=True, numerical_eps=1e-6),
         batch=64,
         data="celeba-hq",
@@ -114,16 +100,16 @@ def _cld_sgm() -> dict[str, PublishedModel]:
 
 def _score_sde() -> dict[str, PublishedModel]:
     models = {}
-    sdes = {"vp": "VPSDE", "subvp": "SubVPSDE", "ve": "VESDE"}
-    for family, process in sdes.items():
+    of_vp, of_ve = {"ddpmpp": _DDPMPP, "ncsnpp": _NCSNPP}, {"ncsnpp": _NCSNPP}
+    endings = {"": (4, 1000), "_continuous": (4, None), "_deep_continuous": (8, None)}
+    for family, process, networks in (
+        ("vp", "VPSDE", of_vp),
+        ("subvp", "SubVPSDE", of_vp),
+        ("ve", "VESDE", of_ve),
+    ):
         exploding = family == "ve"
-        networks = {"ncsnpp": _NCSNPP} if exploding else {"ddpmpp": _DDPMPP, "ncsnpp": _NCSNPP}
         for name, network in networks.items():
-            for ending, blocks, levels in (
-                ("", 4, 1000),
-                ("_continuous", 4, None),
-                ("_deep_continuous", 8, None),
-            ):
+            for ending, (blocks, levels) in endings.items():
                 if family == "subvp" and levels:
                     continue  # not published
                 fourier = exploding and levels is None
@@ -139,13 +125,6 @@ def _score_sde() -> dict[str, PublishedModel]:
                     ),
                     sigmas=(50.0, 0.01, 1000),
                 )
-    large = PublishedModel(
-        process="VESDE",
-        shape=(3, 256, 256),
-        network={**_OF_256, "blocks": 2, **_SKIPS},
-        parameterisation=Parameterisation(code="score-sde-ve", log_clock=True),
-        batch=64,
-    )
     for name, size, sigma in (
         ("celebahq_256", 256, 348.0),
         ("ffhq_256", 256, 348.0),
@@ -153,19 +132,16 @@ def _score_sde() -> dict[str, PublishedModel]:
         ("church", 256, 380.0),
         ("ffhq_1024", 1024, 1348.0),
     ):
-        made = replace(
-            large,
+        models[f"ve/{name}_ncsnpp_continuous"] = PublishedModel(
+            process="VESDE",
             options=_levels(sigma),
-            sigmas=(sigma, 0.01, 2000),
             shape=(3, size, size),
+            network={**(_OF_256 if size == 256 else _OF_1024), **_SKIPS},
+            parameterisation=Parameterisation(code="score-sde-ve", log_clock=True),
+            sigmas=(sigma, 0.01, 2000),
+            batch=64 if size == 256 else 8,
             data=name,
         )
-        if size == 1024:
-            channels = (16, 32, 64, 128, 256, 512, 512, 512)
-            made = replace(
-                made, batch=8, network={**made.network, "channels": channels, "blocks": 1}
-            )
-        models[f"ve/{name}_ncsnpp_continuous"] = made
     return models
 
 

@@ -22,7 +22,6 @@ For data in [−1, 1], as here, their noise levels are twice as large.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -48,32 +47,23 @@ _LAST_LABEL = 999.0  # at t = 1, for networks trained on a continuum of times
 class Parameterisation:
     """Parameterisation of a published score: clock, gain and reference.
 
-    Attributes
-    ----------
-    code
-        Code that trained the network.
-    log_clock
-        Whether the network takes the log of the clock, as networks with Fourier features do.
-    mixed
-        Whether the score of a Gaussian is added to the network's output; for ``"cld-sgm"`` only.
-    numerical_eps
-        Number added to variances; for ``"cld-sgm"`` only. It is 1e-9 for CIFAR-10 and 1e-6 for
-        CelebA-HQ-256.
-    levels
-        Number of noise levels of a network trained on discrete noise levels. The clock is then
-        the index of the level: from small to large noise for VP, from large to small for VE. None:
-        the network was trained on continuous times.
-
     Raises
     ------
     ValueError
         If an argument is out of range, or the code does not have the option.
     """
 
-    code: Code
+    code: Code  #: Code that trained the network.
+    #: Whether the network takes the log of the clock, as networks with Fourier features do.
     log_clock: bool = False
+    #: Whether the score of a Gaussian is added to the network's output; for ``"cld-sgm"`` only.
     mixed: bool = False
+    #: Number added to variances; for ``"cld-sgm"`` only. It is 1e-9 for CIFAR-10 and 1e-6 for
+    #: CelebA-HQ-256.
     numerical_eps: float = 0.0
+    #: Number of noise levels of a network trained on discrete noise levels. The clock is then the
+    #: index of the level: from small to large noise for VP, from large to small for VE. None: the
+    #: network was trained on continuous times.
     levels: int | None = None
 
     def __post_init__(self) -> None:
@@ -127,17 +117,6 @@ class PublishedScore(NetworkScore):
     Y. Song et al., *Score-based generative modeling through stochastic differential equations*,
     2021. T. Dockhorn et al., *Score-based generative modeling with critically-damped Langevin
     diffusion*, 2022.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from cldsde import CLD
-    >>> from cldsde.pretrained.ncsnpp import NCSNpp
-    >>> network = NCSNpp((2, 8, 8), 1, channels=(8, 8), fourier_scale=16.0)
-    >>> how = Parameterisation(code="cld-sgm", log_clock=True, mixed=True, numerical_eps=1e-9)
-    >>> score = PublishedScore(network, CLD(), how)
-    >>> score(torch.randn(3, 2, 1, 8, 8), 0.5).shape
-    torch.Size([3, 1, 1, 8, 8])
     """
 
     inputs: Inputs = "state"
@@ -183,50 +162,49 @@ class PublishedScore(NetworkScore):
 
     def _coefficients(self, times: Tensor) -> _Coefficients:
         """Clock, gain and reference; the clock is in single precision, as in the published code."""
-        how = self.parameterisation
-        clock, gain, reference = _CODES[how.code](self.sde, times, how)
+        how, reference = self.parameterisation, torch.zeros_like(times)
+        if how.code == "cld-sgm":
+            clock = times
+            gain, reference = _cld_sgm(self.sde, times, how)
+        elif how.code == "score-sde-vp":
+            clock, gain = _score_sde_vp(self.sde, times, how.levels)
+        else:
+            clock, gain = _score_sde_ve(self.sde, times, how.levels)
         clock = clock.to(torch.float32)
         return _Coefficients(clock.log() if how.log_clock else clock, gain, reference)
 
 
-def _cld_sgm(sde: LinearSDE, t: Tensor, how: Parameterisation) -> tuple[Tensor, Tensor, Tensor]:
+def _cld_sgm(sde: LinearSDE, t: Tensor, how: Parameterisation) -> tuple[Tensor, Tensor]:
+    """Gain and reference."""
     root = sde.marginal(t).root
     if sde.components == 1:
         # Without numerical_eps, and with a reference of unit variance, as in the published code.
-        return t, -1 / root[..., 0, 0], torch.full_like(t, how.mixed)
+        return -1 / root[..., 0, 0], torch.full_like(t, how.mixed)
     eye = torch.eye(sde.components, dtype=torch.float64, device="cpu")
     root = joint_root(root, (math.sqrt(how.numerical_eps) * eye).expand_as(root))
     variance = root[..., -1, :].square().sum(-1)
-    return t, -1 / root[..., -1, -1], how.mixed / variance
+    return -1 / root[..., -1, -1], how.mixed / variance
 
 
-def _score_sde_vp(
-    sde: LinearSDE, t: Tensor, how: Parameterisation
-) -> tuple[Tensor, Tensor, Tensor]:
-    if how.levels is None:
-        return _LAST_LABEL * t, -1 / sde.marginal(t).root[..., 0, 0], torch.zeros_like(t)
+def _score_sde_vp(sde: LinearSDE, t: Tensor, levels: int | None) -> tuple[Tensor, Tensor]:
+    """Clock and gain."""
+    if levels is None:
+        return _LAST_LABEL * t, -1 / sde.marginal(t).root[..., 0, 0]
     # β/N at the two ends, as DDPM has them; drift is −β/2.
     ends = torch.tensor([0.0, 1.0], dtype=torch.float64, device="cpu")
-    low, high = (-2 * sde.drift(ends)[:, 0, 0] / how.levels).tolist()
-    betas = torch.linspace(low, high, how.levels, dtype=torch.float64, device="cpu")
+    low, high = (-2 * sde.drift(ends)[:, 0, 0] / levels).tolist()
+    betas = torch.linspace(low, high, levels, dtype=torch.float64, device="cpu")
     deviations = (-torch.log1p(-betas).cumsum(0).expm1()).sqrt()
-    label = (how.levels - 1) * t
+    label = (levels - 1) * t
     # A time on the grid must not fall to the level below by rounding.
-    level = (label + 1e-6).long()
-    return label, -1 / deviations[level], torch.zeros_like(t)
+    return label, -1 / deviations[(label + 1e-6).long()]
 
 
-def _score_sde_ve(
-    sde: LinearSDE, t: Tensor, how: Parameterisation
-) -> tuple[Tensor, Tensor, Tensor]:
-    if how.levels is None:
+def _score_sde_ve(sde: LinearSDE, t: Tensor, levels: int | None) -> tuple[Tensor, Tensor]:
+    """Clock and gain."""
+    if levels is None:
         deviation = sde.marginal(t).root[..., 0, 0]
-        return deviation / 2, 1 / deviation, torch.zeros_like(t)
-    label = ((how.levels - 1) * (1 - t)).round()
-    at = 1 - label / (how.levels - 1)
-    return label, 1 / sde.marginal(at).root[..., 0, 0], torch.zeros_like(t)
-
-
-_CODES: dict[
-    Code, Callable[[LinearSDE, Tensor, Parameterisation], tuple[Tensor, Tensor, Tensor]]
-] = {"cld-sgm": _cld_sgm, "score-sde-vp": _score_sde_vp, "score-sde-ve": _score_sde_ve}
+        return deviation / 2, 1 / deviation
+    label = ((levels - 1) * (1 - t)).round()
+    at = 1 - label / (levels - 1)
+    return label, 1 / sde.marginal(at).root[..., 0, 0]

@@ -22,7 +22,7 @@ from cldsde.linear.log_snr import log_snr_range, times_of_log_snr
 from cldsde.linear.sde import LinearSDE
 from cldsde.score import Conversion, ReverseProcess, Score
 from cldsde.solvers import ExponentialEuler
-from cldsde.solvers.base import GridSolver, Memory, check_solver
+from cldsde.solvers.base import GridSolver, Memory, Solver, check_solver
 from cldsde.solvers.combine import Block, add_to, as_blocks, combine
 from cldsde.solvers.noise import NoiseSource
 from cldsde.solvers.recommended import RECOMMENDED
@@ -39,27 +39,23 @@ class PathSteps:
     Parameters
     ----------
     sde, solver
-        The process and its solver; see `check_steppable`.
+        The process and its solver, see `check_steppable`. A solver that does not apply, or a
+        process with more noise than a level at all times, raises a ValueError.
     log_snr
         κ = log(α/σ) of the levels, ``(n + 1,)`` float64, increasing. The first may be −∞: nothing
         of the data is left. If the last is ∞, the last step returns the data prediction.
     signal, noise
         α and σ of the path at the levels, ``(n + 1,)`` float64.
 
-    Raises
-    ------
-    TypeError, ValueError
-        If the solver does not apply, or the process always has more noise than a level.
-
     Notes
     -----
     If the first levels have more noise than the process reaches, deterministic steps of order 1 on
-    the path (DDIM) lead to the first level that it reaches. A step is a matter of
-    milliseconds, and waits for the device only if the solver corrects its states.
+    the path (DDIM) lead to the first level that it reaches. A step waits for the device only if the
+    solver corrects its states.
     """
 
     def __init__(
-        self, sde: LinearSDE, solver: GridSolver, log_snr: Tensor, signal: Tensor, noise: Tensor
+        self, sde: LinearSDE, solver: Solver, log_snr: Tensor, signal: Tensor, noise: Tensor
     ) -> None:
         self.sde, self.solver = sde, check_steppable(solver)
         self.ends_at_data = bool(log_snr[-1] == math.inf)
@@ -92,26 +88,10 @@ class PathSteps:
         self._returned: tuple[Tensor, Tensor] | None = None
 
     def step(self, i: int, x: Tensor, data: Tensor, noise: NoiseSource) -> Tensor:
-        """Advance x from level i to level i + 1.
+        """Advance x ``(B, *D)`` from level i to level i + 1, with the data prediction at x.
 
         A start at any level is a start from x, and a jump to another level is a new start. Between
         two steps, callers may change x: the state then has the new x and the old w.
-
-        Parameters
-        ----------
-        i
-            Index of the level.
-        x
-            ``(B, *D)`` of any floating-point type.
-        data
-            Data prediction at x, like ``x``.
-        noise
-            Source of normals for states ``(B, k, *D)``.
-
-        Returns
-        -------
-        Tensor
-            ``(B, *D)`` in the type of x.
         """
         if i != self._next:
             self.reset()
@@ -179,7 +159,7 @@ class PathSteps:
 
 
 def recommended_steps(
-    sde: LinearSDE, solver: GridSolver | None, log_snr: Tensor, signal: Tensor, noise: Tensor
+    sde: LinearSDE, solver: Solver | None, log_snr: Tensor, signal: Tensor, noise: Tensor
 ) -> PathSteps:
     """Steps of `PathSteps` with a solver; None: the first recommended one that applies."""
     if solver is not None:
@@ -188,10 +168,9 @@ def recommended_steps(
     whole = bool(log_snr[0] <= _NOISE) and bool(log_snr[-1] == math.inf)
     n = len(log_snr) - 2 if whole else math.inf  # steps before the data prediction
     for recipe in RECOMMENDED:
-        fits = sde.components <= recipe.most_components and n <= recipe.most_steps
-        if fits and recipe.solver.facts.score_at_start:
+        if sde.components <= recipe.most_components and n <= recipe.most_steps:
             with suppress(ValueError):  # try the next one, as `recommended_plan` does
-                return PathSteps(sde, check_steppable(recipe.solver), log_snr, signal, noise)
+                return PathSteps(sde, recipe.solver, log_snr, signal, noise)
     return PathSteps(sde, ExponentialEuler(), log_snr, signal, noise)
 
 
@@ -246,15 +225,7 @@ class _Announced(Score):
 
 
 def check_steppable(solver: object) -> GridSolver:
-    """Return a solver that evaluates the score once per step, at its start.
-
-    Raises
-    ------
-    TypeError
-        If ``solver`` is not a solver.
-    ValueError
-        If it evaluates the score elsewhere.
-    """
+    """Return a solver that evaluates the score once per step, at its start; raise otherwise."""
     found = check_solver(solver)
     if not (isinstance(found, GridSolver) and found.facts.score_at_start):
         raise ValueError(

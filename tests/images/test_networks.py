@@ -15,7 +15,7 @@ from cldsde import CLD, MixedScore
 from cldsde.errors import SettingError
 from cldsde.images.config import NetworkConfig
 from cldsde.images.networks import NETWORKS, ClassEmbedding, parameter_count
-from cldsde.pretrained import ncsnpp, resampling
+from cldsde.pretrained import ncsnpp, ncsnpp_layers
 from probes import generator
 from tolerances import rounding
 
@@ -219,8 +219,8 @@ def test_the_filter_of_ncsnpp_is_the_filter_of_the_library():
     x = torch.randn(2, 3, 8, 12, generator=generator(), dtype=torch.float64)
     kernel = (1, 3, 3, 1)
     options = {"rtol": 0, "atol": rounding(16, float(x.abs().max()))}
-    torch.testing.assert_close(resampling.Halve()(x), downsample_2d(x, kernel=kernel), **options)
-    torch.testing.assert_close(resampling.Double()(x), upsample_2d(x, kernel=kernel), **options)
+    torch.testing.assert_close(ncsnpp_layers.Halve()(x), downsample_2d(x, kernel=kernel), **options)
+    torch.testing.assert_close(ncsnpp_layers.Double()(x), upsample_2d(x, kernel=kernel), **options)
 
 
 @every_network
