@@ -32,10 +32,8 @@ class _Run:
 
     method: str
     problem: str
-    sde: LinearSDE
     noise_std: float
-    samples: int
-    repeats: int
+    options: dict[str, Any]  # of `posterior_error`
 
 
 def planted_samplers() -> dict[str, PosteriorSampler]:
@@ -70,13 +68,13 @@ def posterior_runs(
     if not quick:
         cases += [(CLD(), 1.0), (CLD(), 0.01), (VPSDE(), 0.1), (PSLD(), 0.1)]
     runs = [
-        _Run(method, problem, sde, level, 1000, 2 if quick else 3)
+        _Run(method, problem, level, {"sde": sde, "samples": 1000, "repeats": 2 if quick else 3})
         for sde, level in cases
         for problem in problems or posterior_problems()
         for method in methods
     ]
-    planted = [_Run(name, "one Gaussian", CLD(), 0.1, 500, 2) for name in planted_samplers()]
-    return [*runs, *planted]
+    few = {"sde": CLD(), "samples": 500, "repeats": 2}
+    return [*runs, *(_Run(name, "one Gaussian", 0.1, few) for name in planted_samplers())]
 
 
 def posterior_reports(
@@ -105,16 +103,10 @@ def posterior_reports(
         growing = PosteriorReport(found)
         yield growing
         for run in progress_bar(runs, shown=True, desc="posteriors"):
-            error = posterior_error(
-                known.get(run.method, run.method),
-                posterior_problems(run.noise_std)[run.problem],
-                sde=run.sde,
-                samples=run.samples,
-                repeats=run.repeats,
-                seed=seed,
-                name=run.method,
-            )
-            found.append(error)
+            sampler = known.get(run.method, run.method)
+            problem = posterior_problems(run.noise_std)[run.problem]
+            options = {**run.options, "seed": seed, "name": run.method}
+            found.append(posterior_error(sampler, problem, **options))
             yield growing
 
     return made()
