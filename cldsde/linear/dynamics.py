@@ -97,24 +97,13 @@ class Dynamics(ABC):
     def noise_root(self, s: Tensor, t: Tensor) -> Tensor:
         r"""Lower-triangular root of :math:`∫_s^t G G^⊤`, ``(*s.shape, k, k)``."""
 
-    @abstractmethod
     def stationary_covariance(self) -> Tensor | None:
-        """Σ∞ with F Σ∞ + Σ∞ Fᵀ + GGᵀ = 0 at all times, or None if there is no such covariance."""
-
-    @abstractmethod
-    def stationary_reversal(self, covariance: Tensor) -> Dynamics | None:
-        """Dynamics of the time reversal of the stationary process, or None."""
-
-
-class NonStationaryDynamics(Dynamics):
-    """Dynamics without a known stationary distribution."""
-
-    @override
-    def stationary_covariance(self) -> None:
+        """Σ∞ with F Σ∞ + Σ∞ Fᵀ + GGᵀ = 0 at all times, or None if no such covariance is known."""
         return None
 
-    @override
-    def stationary_reversal(self, covariance: Tensor) -> None:
+    def stationary_reversal(self, covariance: Tensor) -> Dynamics | None:
+        """Dynamics of the time reversal of the process with Σ∞ ``covariance``, or None."""
+        del covariance
         return None
 
 

@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from cldsde.linear.blocks import block_product, lower_factor, safe_sqrt, stack_first
 from cldsde.linear.checks import check_callable
-from cldsde.linear.dynamics import NonStationaryDynamics, driven_rows
+from cldsde.linear.dynamics import Dynamics, driven_rows
 from cldsde.linear.panels import Function, OverTimes, at_nodes, partition, time_rounding
 from cldsde.linear.reprs import shown
 from cldsde.linear.series import eliminate, legendre_moments
@@ -23,7 +23,7 @@ _AT_ONCE = 512  # largest number of pieces whose series are in memory
 _DEGREES = 14
 
 
-class FunctionDynamics(NonStationaryDynamics):
+class FunctionDynamics(Dynamics):
     r"""Dynamics with F(t) and G(t) given by functions of time, which need not commute.
 
     [0, 1] is divided into panels with ‖F‖h ≤ 2 on which F and G are polynomials to rounding.

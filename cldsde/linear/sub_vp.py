@@ -8,12 +8,12 @@ from typing_extensions import override
 
 from cldsde.linear.blocks import safe_sqrt
 from cldsde.linear.covariance import joint_root
-from cldsde.linear.dynamics import NonStationaryDynamics
+from cldsde.linear.dynamics import Dynamics
 from cldsde.linear.elementary import exponential_rest
 from cldsde.linear.schedule import Schedule
 
 
-class SubVPDynamics(NonStationaryDynamics):
+class SubVPDynamics(Dynamics):
     """Dynamics of sub-VP: F = −β/2 and GGᵀ = β (1 − e^{−2B(0,t)})."""
 
     components = 1
