@@ -22,14 +22,11 @@ _HALVINGS = 20  # bisections of a cell between given times, before it is split a
 
 def increment_roots(sde: LinearSDE, s: Tensor, t: Tensor, *, integrals: bool) -> Tensor:
     """Roots of the covariance of J over intervals ``(n,)``, ``(n, r, r)``."""
-    x, w = gauss_legendre(_NODES)
     span = (t - s).unsqueeze(1)
     # Choose panels so short that Ψ changes little over each.
     probes = s.unsqueeze(1) + span * torch.linspace(0, 1, 9, dtype=torch.float64, device="cpu")
     change = float((sde.drift(probes).abs().sum(-2).amax(-1).amax(1) * (t - s)).max())
-    panels = max(_PANELS, math.ceil(change))
-    x = ((torch.arange(panels, device="cpu").unsqueeze(1) + x) / panels).flatten()
-    w = (w / panels).repeat(panels)
+    x, w = gauss_legendre(_NODES, max(_PANELS, math.ceil(change)))
     at = torch.minimum(s.unsqueeze(1) + span * x, t.unsqueeze(1))
     G = sde.diffusion(at)
     functional = torch.eye(G.shape[-1], dtype=torch.float64, device="cpu").expand(*at.shape, -1, -1)

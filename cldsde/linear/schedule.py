@@ -27,15 +27,16 @@ from cldsde.linear.checks import (
 )
 from cldsde.linear.reprs import shown
 
-_PANELS = 8
 _CHECK_POINTS = 1025
 
 
 @lru_cache
-def gauss_legendre(n: int) -> tuple[Tensor, Tensor]:
-    """Nodes and weights of the n-point Gauss–Legendre rule on [0, 1], float64."""
+def gauss_legendre(n: int, panels: int = 1) -> tuple[Tensor, Tensor]:
+    """Nodes and weights of the n-point Gauss–Legendre rule on equal panels of [0, 1], float64."""
     nodes, weights = np.polynomial.legendre.leggauss(n)
-    return torch.from_numpy((nodes + 1) / 2), torch.from_numpy(weights / 2)
+    starts = torch.arange(panels, device="cpu", dtype=torch.float64).unsqueeze(1)
+    x = (starts + torch.from_numpy((nodes + 1) / 2)) / panels
+    return x.flatten(), torch.from_numpy(weights / 2 / panels).repeat(panels)
 
 
 class Schedule:
@@ -119,12 +120,9 @@ class Schedule:
         return self._integral(s, t)
 
     def _quadrature(self, s: Tensor, t: Tensor) -> Tensor:
-        nodes, weights = gauss_legendre(16)
-        starts = torch.arange(_PANELS, device="cpu", dtype=torch.float64).unsqueeze(1)
-        fractions = ((starts + nodes) / _PANELS).flatten()
+        nodes, weights = gauss_legendre(16, panels=8)
         span = (t - s).unsqueeze(-1)
-        values = self._rate(s.unsqueeze(-1) + span * fractions)
-        return (span * values * weights.repeat(_PANELS) / _PANELS).sum(-1)
+        return (span * self._rate(s.unsqueeze(-1) + span * nodes) * weights).sum(-1)
 
     def _check_integral(self, *, given: bool) -> None:
         """Raise if the quadrature does not resolve the rate, or the integral is of another rate."""

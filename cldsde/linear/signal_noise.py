@@ -160,7 +160,7 @@ class SignalNoiseDynamics(Dynamics):
         a table. It is 1e-2 from a time at which the derivative of α or σ is infinite.
         `StochasticHeun`, `SSCS` and `Splitting` use it.
         """
-        x, w = _panels(_PANELS)
+        x, w = gauss_legendre(_NODES, _PANELS)
         start, span = s.unsqueeze(-1), (t - s).unsqueeze(-1)
         if self.regular_until < 1:
             self._finite(torch.where(t < 1, 0.0, torch.inf), t, "diffusion")
@@ -222,7 +222,7 @@ class SignalNoiseDynamics(Dynamics):
         """∫ (α_s σ′ − σ_s α′) over [s, t], with panels no longer than the checked ones."""
         span = (t - s).unsqueeze(-1)
         longest = float(span.detach().max()) if span.numel() else 0.0
-        x, w = _panels(max(1, math.ceil(longest * _CHECKED)))
+        x, w = gauss_legendre(_NODES, max(1, math.ceil(longest * _CHECKED)))
         (_, alpha_rate), (_, sigma_rate) = self._with_rates(s.unsqueeze(-1) + span * x)
         signal, noise = self._signal(s).unsqueeze(-1), self.noise(s).unsqueeze(-1)
         slope = signal * sigma_rate - noise * alpha_rate
@@ -294,13 +294,6 @@ class SignalNoiseDynamics(Dynamics):
             )
             raise ValueError(f"the {name} of this process diverges at t = {where:.15g}; {advice}")
         return values
-
-
-def _panels(count: int) -> tuple[Tensor, Tensor]:
-    """Nodes and weights of a composite Gauss–Legendre rule on [0, 1]."""
-    x, w = gauss_legendre(_NODES)
-    starts = torch.arange(count, dtype=torch.float64, device="cpu").unsqueeze(1)
-    return ((starts + x) / count).flatten(), (w / count).repeat(count)
 
 
 def _values(function: OfTime, grid: Tensor, name: str) -> Tensor:
