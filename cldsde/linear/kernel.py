@@ -15,14 +15,18 @@ from cldsde.linear.random import Generators, standard_normal
 from cldsde.linear.reprs import shown
 
 
-def check_kernel_shape(blocks: Tensor, z: Tensor, name: str) -> None:
-    """Raise unless ``z`` is a state ``(B, k, *D)`` and the blocks are for one time or B times."""
-    check_state(z, blocks.shape[-1], name)
-    if blocks.shape[:-2] not in (torch.Size([]), torch.Size([len(z)])):
-        raise ValueError(
-            f"{name} has {len(z)} samples, so the kernel must be for one time or for ({len(z)},) "
-            f"times, one per sample; got times of shape {tuple(blocks.shape[:-2])}"
-        )
+def check_kernel_shape(blocks: Tensor, **states: Tensor) -> None:
+    """Raise unless states ``(B, k, *D)`` have one shape, and the blocks are for 1 or B times."""
+    for name, z in states.items():
+        check_state(z, blocks.shape[-1], name)
+        if blocks.shape[:-2] not in (torch.Size([]), torch.Size([len(z)])):
+            raise ValueError(
+                f"{name} has {len(z)} samples, so the kernel must be for one time or for "
+                f"({len(z)},) times, one per sample; got times of shape {tuple(blocks.shape[:-2])}"
+            )
+    if len({z.shape for z in states.values()}) > 1:
+        got = " and ".join(str(tuple(z.shape)) for z in states.values())
+        raise ValueError(f"{' and '.join(states)} must have one shape; got {got}")
 
 
 def check_density(root: Tensor, times: Tensor, name: str) -> None:
@@ -128,7 +132,7 @@ class Kernel:
         ValueError
             If the kernel's batch shape or the state's shape does not fit.
         """
-        check_kernel_shape(self.mean, z, "z")
+        check_kernel_shape(self.mean, z=z)
         noise = standard_normal(z.shape, generator=generator, dtype=z.dtype, device=z.device)
         return apply_blocks(self.mean, z) + apply_blocks(self.root, noise), noise
 
@@ -140,11 +144,7 @@ class Kernel:
         ValueError
             If the distribution has no density, or the shapes do not fit.
         """
-        check_kernel_shape(self.mean, z_t, "z_t")
-        check_kernel_shape(self.mean, z_s, "z_s")
-        if z_t.shape != z_s.shape:
-            msg = f"z_t and z_s must have one shape; got {tuple(z_t.shape)} and {tuple(z_s.shape)}"
-            raise ValueError(msg)
+        check_kernel_shape(self.mean, z_t=z_t, z_s=z_s)
         return log_density(z_t - apply_blocks(self.mean, z_s), self.root)
 
 

@@ -69,11 +69,7 @@ class Posterior:
 
     def mean(self, z_t: Tensor, z_0: Tensor) -> Tensor:
         """Mean of z_s, ``(B, k, *D)``, for states of that shape."""
-        check_kernel_shape(self.state, z_t, "z_t")
-        check_kernel_shape(self.state, z_0, "z_0")
-        if z_t.shape != z_0.shape:
-            msg = f"z_t and z_0 must have one shape; got {tuple(z_t.shape)} and {tuple(z_0.shape)}"
-            raise ValueError(msg)
+        check_kernel_shape(self.state, z_t=z_t, z_0=z_0)
         return apply_blocks(self.state, z_t) + apply_blocks(self.initial, z_0)
 
     def sample(
@@ -107,10 +103,7 @@ class Posterior:
             If the distribution has no density (s = t, or λ = 0), or the shapes do not fit.
         """
         mean = self.mean(z_t, z_0)
-        check_kernel_shape(self.state, z_s, "z_s")
-        if z_s.shape != mean.shape:
-            msg = f"z_s and z_t must have one shape; got {tuple(z_s.shape)} and {tuple(mean.shape)}"
-            raise ValueError(msg)
+        check_kernel_shape(self.state, z_s=z_s, z_t=z_t)
         return log_density(z_s - mean, self.root)
 
 

@@ -378,7 +378,7 @@ class Conversion:
         ValueError
             If a shape does not fit.
         """
-        check_kernel_shape(self.state, z, "z")
+        check_kernel_shape(self.state, z=z)
         axes = () if self.source == "data" else (self.value.shape[-1],)
         expected = (len(z), *axes, *z.shape[2:])
         if value.shape != expected:
