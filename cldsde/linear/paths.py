@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cldsde.linear.checks import check_alphas_cumprod, check_callable, shaped, two_increasing
-from cldsde.linear.interpolants import LINEAR, TRIGONOMETRIC, SignalNoise
+from cldsde.linear.interpolants import AlphasCumprod, cosine, falling, rising, sine
 from cldsde.linear.log_snr import times_of_log_snr
 from cldsde.linear.reprs import constructor_repr
 from cldsde.linear.sde import LinearSDE, check_process
@@ -98,12 +98,12 @@ class NoisePath:
     @classmethod
     def linear(cls) -> NoisePath:
         """Linear path of rectified flow and flow matching: α = 1 − t, σ = t on [0, 1]."""
-        return cls._along(LINEAR)
+        return cls(falling, rising, inverse=_linear_time)
 
     @classmethod
     def cosine(cls) -> NoisePath:
         """Cosine path: α = cos(πt/2), σ = sin(πt/2) on [0, 1]."""
-        return cls._along(TRIGONOMETRIC)
+        return cls(cosine, sine, inverse=_cosine_time)
 
     @classmethod
     def from_alphas_cumprod(cls, table: Tensor) -> NoisePath:
@@ -128,11 +128,8 @@ class NoisePath:
         values = table.detach().cpu().to(torch.float64)
         check_alphas_cumprod(values)
         last = float((values > 0).sum()) - 1
-        return cls._along(SignalNoise.through(values[values > 0], -1.0, last), (0.0, last))
-
-    @classmethod
-    def _along(cls, known: SignalNoise, interval: tuple[float, float] = (0.0, 1.0)) -> NoisePath:
-        return cls(known.signal, known.noise, interval=interval, inverse=known.inverse)
+        path = AlphasCumprod(values[values > 0], -1.0, last)
+        return cls(path.signal, path.noise, interval=(0.0, last), inverse=path.inverse)
 
     @classmethod
     def of(cls, sde: LinearSDE, start: float = 1e-5) -> NoisePath:
@@ -208,6 +205,14 @@ def _derivative(function: OfTime, t: Tensor, name: str) -> Tensor:
 
 
 # These are functions of the module, so that a path can be pickled.
+
+
+def _linear_time(kappa: Tensor) -> Tensor:
+    return torch.sigmoid(-kappa)
+
+
+def _cosine_time(kappa: Tensor) -> Tensor:
+    return (-kappa).exp().atan() * (2 / math.pi)
 
 
 def _process_signal(sde: LinearSDE, t: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from cldsde.linear.checks import (
     positive_parameter,
 )
 from cldsde.linear.dynamics import TimeChangedDynamics
-from cldsde.linear.interpolants import alphas_cumprod_process
+from cldsde.linear.interpolants import TableProcess
 from cldsde.linear.schedule import Schedule
 from cldsde.linear.sde import LinearSDE
 from cldsde.linear.sub_vp import SubVPDynamics
@@ -106,7 +106,7 @@ class VPSDE(LinearSDE):
         >>> f"{sde.marginal(2 / 3).mean.square().item():.6f}"
         '0.500000'
         """
-        return alphas_cumprod_process(table)
+        return TableProcess(table)
 
 
 class SubVPSDE(LinearSDE):
