@@ -153,41 +153,32 @@ def bayes(step: Kernel, earlier: Tensor, later: Tensor) -> tuple[Tensor, Tensor]
 def reverse_family(
     dynamics: Dynamics, root_at: RootAt, s: Tensor, t: Tensor, stochasticity: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Φ_λ and noise root over [s, t], ``(*s.shape, k, k)``; see `whitened_family`."""
-    move, noise = whitened_family(dynamics, root_at, s, t, stochasticity)
-    earlier = root_at(s)
-    state = torch.linalg.solve_triangular(root_at(t), earlier @ move, upper=False, left=False)
+    r"""Φ_λ and noise root over [s, t], ``(*s.shape, k, k)``, for s ≤ t and λ ≥ 0 of one shape.
+
+    In coordinates in which z_τ is standard normal, z_τ − Ψz_0 = L_τ y with L from ``root_at``, and
+    with g = L⁻¹G the reverse process is
+
+    .. math:: dy = \bigl(Ω + \tfrac{λ^2}2 g g^⊤\bigr) y\,dτ + λ\,g\,d\bar w,
+
+    a rotation, with Ω as in `cldsde.linear.flow`, and a contraction. However degenerate L becomes
+    as τ → 0, their rates grow only like 1/τ if β is a power of τ there. Collocation integrates them
+    on panels of similar change.
+    """
+    earlier, later = root_at(s), root_at(t)
+    if dynamics.components == 1:
+        move, noise = _single_family(dynamics, earlier, later, s, t, stochasticity)
+    else:
+        flat = s.flatten(), t.flatten(), stochasticity.reshape(-1, 1, 1, 1)
+        family = _collocated_family(dynamics, root_at, *flat)
+        move, noise = (stack_first(x, s.shape) for x in family)
+    state = torch.linalg.solve_triangular(later, earlier @ move, upper=False, left=False)
     return state, earlier @ noise
 
 
-def whitened_family(
-    dynamics: Dynamics, root_at: RootAt, s: Tensor, t: Tensor, stochasticity: Tensor
+def _collocated_family(
+    dynamics: Dynamics, root_at: RootAt, s: Tensor, t: Tensor, level: Tensor
 ) -> tuple[Tensor, Tensor]:
-    r"""Transition matrix and noise root in coordinates in which z_τ is standard normal.
-
-    With z_τ − Ψz_0 = L_τ y and g = L⁻¹G the reverse process is
-
-    .. math:: dy = \bigl(Ω + \tfrac{λ^2}2 g g^⊤\bigr) y\,dτ + λ\,g\,d\bar w, \qquad
-              Ω = \mathrm{triu}(N, 1) − \mathrm{triu}(N, 1)^⊤, \quad
-              N = L^{-1} F L + \tfrac12 g g^⊤,
-
-    a rotation and a contraction. However degenerate L becomes as τ → 0, their rates grow only like
-    1/τ if β is a power of τ there. Collocation integrates them on panels of similar change.
-
-    Parameters
-    ----------
-    dynamics
-        F and G.
-    root_at
-        Function of times ``(n, q)`` that returns the root L of the distribution given the start.
-    s, t
-        Times of one shape, s ≤ t.
-    stochasticity
-        λ ≥ 0, of the shape of s.
-    """
-    if dynamics.components == 1:
-        return _single_family(dynamics, root_at, s, t, stochasticity)
-    flat_s, flat_t, level = s.flatten(), t.flatten(), stochasticity.reshape(-1, 1, 1, 1)
+    """Transition and noise root of y over intervals ``(n,)``, ``(k, k, n)``."""
 
     def reverse(times: Tensor) -> tuple[Tensor, Tensor]:
         rotation, dissipation, g = whitened_matrices(dynamics, root_at, times)
@@ -197,26 +188,24 @@ def whitened_family(
         rotation, dissipation, _ = whitened_matrices(dynamics, root_at, times)
         return rotation + level.detach().square().max() * dissipation
 
-    panels, edges = _panels(fastest, flat_s, flat_t)
+    panels, edges = _panels(fastest, s, t)
     factors = converged(lambda count: collocate(reverse, *edges(count)), panels)
     if factors is None:
         raise ValueError(
             "stochasticity is too large to resolve the reverse process between s and t; got up to "
             f"{float(level.detach().max()):g}. Take a smaller one or a shorter interval"
         )
-    move, noise = factors
-    return stack_first(move, s.shape), stack_first(noise, s.shape)
+    return factors
 
 
 def _single_family(
-    dynamics: Dynamics, root_at: RootAt, s: Tensor, t: Tensor, stochasticity: Tensor
+    dynamics: Dynamics, earlier: Tensor, later: Tensor, s: Tensor, t: Tensor, stochasticity: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Transition e^{−λ²H} and noise √(1 − e^{−2λ²H}) for one component.
 
     H = κ(s) − κ(t), which is ∞ if Ψ(t, s) = 0.
     """
     psi, noise = dynamics.transition(s, t)
-    earlier, later = root_at(s), root_at(t)
     kept, share = psi * earlier / later, (noise / later).square()
     # e^{−2H} equals kept² and 1 − share. Over short steps only the second form keeps the digits.
     short = share < 0.5
