@@ -83,9 +83,8 @@ def collocate(matrices: Matrices, starts: Tensor, lengths: Tensor) -> tuple[Tens
 def _panels(matrices: Matrices, starts: Tensor, lengths: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield `_panel` for one row of panels after the other; many rows are computed at once."""
     rows = max(1, _AT_ONCE // max(1, starts.shape[1]))
-    for first in range(0, len(starts), rows):
-        few = slice(first, first + rows)
-        steps, noises = _panel(matrices, starts[few], lengths[few])
+    for few in zip(torch.split(starts, rows), torch.split(lengths, rows), strict=True):
+        steps, noises = _panel(matrices, *few)
         yield from zip(steps.unbind(-2), noises.unbind(-2), strict=True)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -141,47 +141,31 @@ class FunctionDynamics(Dynamics):
         eye = torch.eye(self.components, device="cpu", dtype=torch.float64).unsqueeze(-1)
         known = torch.zeros_like(eye) if start is None else start.unsqueeze(-1)
         result = _Transitions(*(x.expand(-1, -1, len(first)) for x in (eye, known)))
+        sizes = [len(early), len(late), len(lengths[panels])]
         early_pieces, late_pieces, whole_panels = self._pieces(
             drift,
             torch.cat([left[early], edges[j], edges[panels]]),
             torch.cat([length[early], lengths[j], lengths[panels]]),
             torch.cat([first[early], edges[j], edges[panels]]),
             torch.cat([cut[early], last[late] - edges[j], lengths[panels]]),
-            known,
-            len(early),
-        ).split([len(early), len(late), len(lengths[panels])])
+            known * (torch.arange(sum(sizes), device="cpu") < len(early)),
+        ).split(sizes)
         result = result.put(early, early_pieces)
         if len(late):
             whole = result.at(late).then(_between(whole_panels, i - low, j - low)).then(late_pieces)
             result = result.put(late, whole)
         return result
 
-    def _pieces(
-        self,
-        drift: Function,
-        left: Tensor,
-        length: Tensor,
-        s: Tensor,
-        h: Tensor,
-        start: Tensor,
-        started: int,
-    ) -> _Transitions:
-        """Transitions over [s, s + h] inside panels [left, left + length]; all ``(n,)``.
-
-        The first ``started`` have the initial root ``start``, ``(k, k, 1)``. The others have known
-        initial states.
-        """
-        results = []
-        for few in _portions(len(left)):
-            begins = torch.arange(len(left), device="cpu")[few] < started
-            results.append(
-                self._piece(drift, left[few], length[few], s[few], h[few], start * begins)
-            )
+    def _pieces(self, drift: Function, *tables: Tensor) -> _Transitions:
+        """Results of `_piece` for long tables, a few pieces at a time."""
+        portions = zip(*(torch.split(x, _AT_ONCE, dim=-1) for x in tables), strict=True)
+        results = [self._piece(drift, *few) for few in portions]
         return _Transitions(*(torch.cat(parts, dim=-1) for parts in zip(*results, strict=True)))
 
     def _piece(
         self, drift: Function, left: Tensor, length: Tensor, s: Tensor, h: Tensor, start: Tensor
     ) -> _Transitions:
+        """Transitions over [s, s + h] in panels [left, left + length] ``(n,)``, from ``start``."""
         functions, k = (drift, self._diffusion), self.components
         values = torch.cat([at_nodes(f, left, length) for f in functions], dim=-1)
         at_end = torch.cat([f(s + h) for f in functions], dim=-1)
@@ -235,12 +219,6 @@ def _between(level: _Transitions, i: Tensor, j: Tensor) -> _Transitions:
         pairs = 2 * torch.arange(level.psi.shape[-1] // 2, device="cpu")
         level = level.at(pairs).then(level.at(pairs + 1))
     return before.then(after)
-
-
-def _portions(n: int) -> Iterator[slice]:
-    """Slices of n pieces; at least one slice, so that the shape is known even for n = 0."""
-    for first in range(0, max(1, n), _AT_ONCE):
-        yield slice(first, first + _AT_ONCE)
 
 
 class _Transitions(NamedTuple):
