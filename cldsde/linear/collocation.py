@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from cldsde.linear.blocks import block_product, lower_factor, safe_sqrt
 from cldsde.linear.schedule import gauss_legendre
+from cldsde.linear.series import legendre_matrices
 
 Matrices = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Function of times ``(*, n, q)`` that returns drift ``(*, n, q, k, k)`` and diffusion
@@ -95,7 +95,8 @@ def _panel(matrices: Matrices, start: Tensor, h: Tensor) -> tuple[Tensor, Tensor
     *stack, q, k, _ = F.shape
     # Unknowns Y transposed and stacked: Yᵢᵀ − h Σⱼ Bᵢⱼ Fⱼᵀ Yⱼᵀ = I.
     hF = h[..., None, None, None] * F
-    coupling = torch.einsum("ij,...jab->...ibja", _tail_integrals(q), hF)
+    tails = weights - legendre_matrices(_NODES)[1]  # B
+    coupling = torch.einsum("ij,...jab->...ibja", tails, hF)
     eye = torch.eye(q * k, device="cpu", dtype=torch.float64)
     identities = torch.eye(k, device="cpu", dtype=torch.float64).repeat(q, 1)
     system = eye - coupling.reshape(*stack, q * k, q * k)
@@ -113,17 +114,3 @@ def _close(fine: Tensor, coarse: Tensor) -> bool:
     """Whether two stacks agree row by row; the finer one, of order 16, is then converged."""
     error = (fine - coarse).detach().abs().amax(1)
     return bool((error <= 1e-12 * fine.detach().abs().amax(1)).all())
-
-
-@lru_cache
-def _tail_integrals(n: int) -> Tensor:
-    """B with Bᵢⱼ = ∫_{cᵢ}^1 ℓⱼ for the Lagrange basis ℓ at the n Gauss nodes c of [0, 1]."""
-    nodes, weights = gauss_legendre(n)
-    # ℓⱼ is a polynomial of degree n − 1, so the same rule on [cᵢ, 1] integrates it exactly.
-    points = nodes.unsqueeze(1) + (1 - nodes).unsqueeze(1) * nodes
-    differences = points.unsqueeze(-1) - nodes
-    basis = torch.empty(n, n, n, device="cpu", dtype=torch.float64)
-    for j in range(n):
-        others = [m for m in range(n) if m != j]
-        basis[..., j] = (differences[..., others] / (nodes[j] - nodes[others])).prod(-1)
-    return (1 - nodes).unsqueeze(1) * torch.einsum("q,iqj->ij", weights, basis)

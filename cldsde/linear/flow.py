@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -22,7 +21,7 @@ from torch import Tensor
 from cldsde.linear.blocks import block_product
 from cldsde.linear.dynamics import Dynamics
 from cldsde.linear.schedule import gauss_legendre
-from cldsde.linear.series import balancing_scale
+from cldsde.linear.series import balancing_scale, legendre_matrices
 
 RootAt = Callable[[Tensor], Tensor]
 """Function of times that returns the root L of the distribution given the start."""
@@ -150,7 +149,7 @@ def _first_edges(dynamics: Dynamics, low: float, high: float) -> Tensor:
 
 def _slope_series(omega: Tensor, angle: float) -> Tensor:
     """Legendre series of ΩY with Y' = ΩY, Y = 1 at the start, for Ω ``(k, k, 16, panels)``."""
-    transform, integrals = _legendre_matrices()
+    transform, integrals = legendre_matrices(_NODES)
     if len(omega) == 2:  # rotations of the plane commute
         turned = _contract(integrals, omega[:1, 1:])[0, 0]
         cos, sin = turned.cos(), turned.sin()
@@ -174,18 +173,3 @@ def _picard(omega: Tensor, integrals: Tensor, angle: float) -> Tensor:
 def _contract(matrix: Tensor, values: Tensor) -> Tensor:
     """Apply a matrix ``(m, q)`` to the node axis of ``(k, k, q, panels)``."""
     return (matrix[:, :, None] * values.unsqueeze(2)).sum(3)
-
-
-@lru_cache
-def _legendre_matrices() -> tuple[Tensor, Tensor]:
-    """Matrices from values at the nodes to Legendre series and to integrals from 0 to each node."""
-    nodes, weights = gauss_legendre(_NODES)
-    x = 2 * nodes - 1
-    P = [torch.ones_like(x), x]
-    for m in range(1, _NODES):
-        P.append(((2 * m + 1) * x * P[m] - m * P[m - 1]) / (m + 1))
-    size = 2 * torch.arange(_NODES, dtype=torch.float64, device="cpu") + 1
-    transform = size.unsqueeze(1) * weights * torch.stack(P[:-1])
-    rises = torch.stack([x + 1, *(P[m + 1] - P[m - 1] for m in range(1, _NODES))], dim=1)
-    integrals = (rises / (2 * size)) @ transform
-    return transform, integrals
