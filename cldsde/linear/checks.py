@@ -30,11 +30,7 @@ def as_times(value: TimeLike, name: str, end: float = 1.0) -> Tensor:
         If a time is not finite or lies outside [0, end].
     """
     if isinstance(value, Tensor):
-        if not value.is_floating_point():
-            raise TypeError(
-                f"{name} must be a floating-point tensor or a real number; got dtype {value.dtype}"
-            )
-        times = value.cpu().to(torch.float64)
+        times = _floating(value, name)
     elif isinstance(value, Real) and not isinstance(value, bool):
         times = torch.tensor(float(value), device="cpu", dtype=torch.float64)
     else:
@@ -73,24 +69,18 @@ def as_grid_times(times: object, name: str, end: float = 1.0, *, least: int = 2)
     raise ValueError(msg)
 
 
-def as_levels(value: float | Tensor, name: str, shape: torch.Size) -> Tensor:
-    """Convert numbers ≥ 0 to float64 on the CPU, broadcast to ``shape``.
-
-    Raises
-    ------
-    TypeError
-        If ``value`` is neither a real number nor a real floating-point tensor.
-    ValueError
-        If a number is negative or not finite, or the tensor does not broadcast.
-    """
-    if not isinstance(value, Tensor):
-        return torch.full(
-            shape, check_at_least(value, 0.0, name), device="cpu", dtype=torch.float64
-        )
+def _floating(value: Tensor, name: str) -> Tensor:
     if not value.is_floating_point():
         msg = f"{name} must be a floating-point tensor or a real number; got dtype {value.dtype}"
         raise TypeError(msg)
-    levels = value.cpu().to(torch.float64)
+    return value.cpu().to(torch.float64)
+
+
+def as_levels(value: float | Tensor, name: str, shape: torch.Size) -> Tensor:
+    """Convert finite numbers ≥ 0 to float64 on the CPU, broadcast to ``shape``."""
+    if not isinstance(value, Tensor):
+        value = torch.tensor(check_at_least(value, 0.0, name), device="cpu", dtype=torch.float64)
+    levels = _floating(value, name)
     if not bool((levels.isfinite() & (levels >= 0)).all()):
         raise ValueError(f"{name} must be finite and at least 0; got {levels.tolist()}")
     try:
