@@ -21,6 +21,14 @@ def safe_sqrt(x: Tensor) -> Tensor:
     return torch.where(zero, 0.0, torch.where(zero, 1.0, x).sqrt())
 
 
+def exponential_rest(y: Tensor) -> Tensor:
+    """Compute y + e^{−y} − 1 ≥ 0, by the series y²/2 − y³/6 + … for small y."""
+    series = torch.zeros_like(y)
+    for n in range(20, 1, -1):
+        series = (1 - series) * y / n if n > 2 else y * y / 2 * (1 - series)
+    return torch.where(y.abs() < 1, series, y + torch.expm1(-y))
+
+
 def lower_factor(root: Tensor) -> Tensor:
     """Lower-triangular L with L Lᵀ = R Rᵀ and diagonal ≥ 0, without forming R Rᵀ.
 

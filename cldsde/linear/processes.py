@@ -20,11 +20,10 @@ from cldsde.linear.checks import (
     parameter_at_least,
     positive_parameter,
 )
-from cldsde.linear.dynamics import TimeChangedDynamics
+from cldsde.linear.dynamics import SubVPDynamics, TimeChangedDynamics
 from cldsde.linear.interpolants import TableProcess
 from cldsde.linear.schedule import Schedule
 from cldsde.linear.sde import LinearSDE
-from cldsde.linear.sub_vp import SubVPDynamics
 
 # With this coupling and friction HOLD has the triple eigenvalue −√3.
 _CRITICAL_COUPLING, _CRITICAL_FRICTION = 2 * sqrt(2), 3 * sqrt(3)

@@ -11,11 +11,10 @@ from torch import Tensor
 from cldsde.linear.blocks import apply_blocks
 from cldsde.linear.checks import MatrixLike, Parameter, TimeLike, as_matrix
 from cldsde.linear.covariance import covariance_root
-from cldsde.linear.distributions import Distributions
+from cldsde.linear.distributions import Distributions, frozen_parameters
 from cldsde.linear.dynamics import Dynamics, TimeChangedDynamics
 from cldsde.linear.function_dynamics import FunctionDynamics
 from cldsde.linear.kernel import Gaussian
-from cldsde.linear.learnt import frozen_parameters
 from cldsde.linear.random import Generators, check_generator, standard_normal
 from cldsde.linear.reprs import constructor_repr, shown
 from cldsde.linear.schedule import Schedule
