@@ -60,10 +60,9 @@ class VPSDE(LinearSDE):
         *,
         schedule: Schedule | None = None,
     ) -> None:
-        self.beta_min, self.beta_max, self.schedule = _rates(beta_min, beta_max, schedule)
+        self.beta_min, self.beta_max, self.schedule, beta = _rates(beta_min, beta_max, schedule)
         super().__init__(
-            TimeChangedDynamics([[-0.5]], [[1.0]], _schedule(beta_min, beta_max, schedule)),
-            stationary_covariance=[[1.0]],
+            TimeChangedDynamics([[-0.5]], [[1.0]], beta), stationary_covariance=[[1.0]]
         )
 
     @staticmethod
@@ -140,9 +139,8 @@ class SubVPSDE(LinearSDE):
         *,
         schedule: Schedule | None = None,
     ) -> None:
-        self.beta_min, self.beta_max, self.schedule = _rates(beta_min, beta_max, schedule)
-        dynamics = SubVPDynamics(_schedule(beta_min, beta_max, schedule))
-        super().__init__(dynamics, prior_covariance=[[1.0]])
+        self.beta_min, self.beta_max, self.schedule, beta = _rates(beta_min, beta_max, schedule)
+        super().__init__(SubVPDynamics(beta), prior_covariance=[[1.0]])
 
 
 class VESDE(LinearSDE):
@@ -371,16 +369,14 @@ class HOLD(LinearSDE):
 
 def _rates(
     beta_min: Parameter, beta_max: Parameter, schedule: Schedule | None
-) -> tuple[Parameter | None, Parameter | None, Schedule | None]:
-    """The two rates, or the schedule in their place; unused values are None."""
+) -> tuple[Parameter | None, Parameter | None, Schedule | None, Schedule]:
+    """The two rates, or the schedule in their place, and β; unused values are None."""
     if schedule is not None:
-        return None, None, Schedule.of(schedule)
-    least = parameter_at_least(beta_min, 0.0, "beta_min")
-    return least, positive_parameter(beta_max, "beta_max"), None
-
-
-def _schedule(beta_min: Parameter, beta_max: Parameter, schedule: Schedule | None) -> Schedule:
-    return Schedule.linear(beta_min, beta_max) if schedule is None else Schedule.of(schedule)
+        beta = Schedule.of(schedule)
+        return None, None, beta, beta
+    low = parameter_at_least(beta_min, 0.0, "beta_min")
+    high = positive_parameter(beta_max, "beta_max")
+    return low, high, None, Schedule.linear(beta_min, beta_max)
 
 
 def _root(x: Parameter) -> Parameter:
