@@ -235,11 +235,10 @@ class TimeChangedDynamics(Dynamics):
             doubles = i < halvings
             root = torch.cat([torch.where(doubles, block_product(psi, root), 0.0), root], dim=1)
             psi = torch.where(doubles, block_product(psi, psi), psi)
-        if start.shape[1] and not (parallel and bool((halvings == 0).all())):
-            late = block_product(psi, start.unsqueeze(-1))
-            if parallel:
-                late = late * (halvings > 0)
-            root = torch.cat([late, root], dim=1)
+        late = block_product(psi, start.unsqueeze(-1))
+        if parallel:
+            late = late * (halvings > 0)
+        root = torch.cat([late, root], dim=1)
         if root.shape[1] > self.components:
             root = lower_factor(root)
         root = root * scale[:, None, None]
