@@ -23,20 +23,10 @@ _AT_ONCE = 4096  # largest number of intervals, over all panels, whose matrices 
 def converged(
     transition: Callable[[int], tuple[Tensor, Tensor]], panels: int
 ) -> tuple[Tensor, Tensor] | None:
-    """Refine panels until a transition changes by less than 1e-12 of each row's size.
+    """Double ``panels`` until a transition changes by less than 1e-12 of each row's size.
 
-    Parameters
-    ----------
-    transition
-        Function of the number of panels that returns Ψ and the noise root, stack-last,
-        ``(k, k, n)``.
-    panels
-        Number of panels to begin with.
-
-    Returns
-    -------
-    (psi, root) or None
-        Result for the finest panels; None if it has not converged.
+    ``transition`` maps the number of panels to Ψ and the noise root, ``(k, k, n)`` stack-last. The
+    result is None if it has not converged.
     """
     previous = transition(panels)
     most = max(_MAX_PANELS, 8 * panels)
@@ -57,19 +47,9 @@ def collocate(matrices: Matrices, starts: Tensor, lengths: Tensor) -> tuple[Tens
 
     .. math:: Y_i = I + h ∑_j B_{ij} Y_j F(τ_j), \qquad B_{ij} = ∫_{c_i}^1 ℓ_j,
 
-    and give Ψ = I + h Σ wⱼ Yⱼ F(τⱼ) and the noise root tri[√(|h| wᵢ) Yᵢ G(τᵢ)].
-
-    Parameters
-    ----------
-    matrices
-        Drift F and diffusion G at times ``(m, n, 8)``, for any number m of panels.
-    starts, lengths
-        ``(panels, n)``; a negative length integrates backwards in time.
-
-    Returns
-    -------
-    psi, root : tuple of Tensor
-        Stack-last, ``(k, k, n)`` each.
+    and give Ψ = I + h Σ wⱼ Yⱼ F(τⱼ) and the noise root tri[√(|h| wᵢ) Yᵢ G(τᵢ)], ``(k, k, n)``
+    stack-last. ``matrices`` returns F and G at times ``(m, n, 8)``. ``starts`` and ``lengths`` are
+    ``(panels, n)``; a negative length integrates backwards in time.
     """
     steps = _panels(matrices, starts, lengths)
     psi, noise = next(steps)

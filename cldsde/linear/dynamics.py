@@ -62,17 +62,8 @@ class Dynamics(ABC):
     ) -> tuple[Tensor, Tensor]:
         """Ψ(t, s) and the lower-triangular root of the covariance at t, for s ≤ t of one shape.
 
-        Parameters
-        ----------
-        s, t
-            Float64 times on the CPU.
-        initial_root
-            Root ``(k, k)`` of the covariance of z_s; None: z_s is known.
-
-        Returns
-        -------
-        psi, root : tuple of Tensor
-            ``(*s.shape, k, k)`` each.
+        Both are ``(*s.shape, k, k)``. ``initial_root`` ``(k, k)`` is the root of the covariance of
+        z_s; None: z_s is known.
         """
 
     def transition_matrix(self, s: Tensor, t: Tensor) -> Tensor:
@@ -80,19 +71,9 @@ class Dynamics(ABC):
         return self.transition(s, t)[0]
 
     def rates(self, t: Tensor, initial_variance: Tensor) -> tuple[Tensor, Tensor]:
-        """Derivatives α′ and σ′ of x_t = α x_0 + σ n, for one component.
+        """Derivatives α′ and σ′ of x_t = α x_0 + σ n at times above 0, for one component.
 
-        Parameters
-        ----------
-        t
-            Times above 0.
-        initial_variance
-            Variance of z_0 given the data.
-
-        Returns
-        -------
-        tuple of Tensor
-            Two tensors of the shape of t.
+        ``initial_variance`` is the variance of z_0 given the data.
         """
         root = initial_variance.sqrt().reshape(1, 1)
         psi, std = self.transition(torch.zeros_like(t), t, root)

@@ -28,9 +28,7 @@ RootAt = Callable[[Tensor], Tensor]
 
 _NODES = 16
 _LOG_PANEL = 0.35  # panel length in log τ for which the series of a rate 1/τ converges to rounding
-_FLOOR = (
-    1e-10  # below this fraction of the latest time the flow is regular and needs no more panels
-)
+_FLOOR = 1e-10  # one panel is enough below this fraction of the latest time: the flow is regular
 _MAX_PANELS = 4096
 
 
@@ -48,26 +46,9 @@ def whitened_matrices(
 
 
 def flow_rotations(dynamics: Dynamics, root_at: RootAt, times: Tensor) -> Tensor:
-    """Rotations of the flow from the latest time to each time, in whitened coordinates.
+    """Rotations ``(n, k, k)`` from the latest time to each of ``(n,)`` times in any order, n ≥ 1.
 
-    Parameters
-    ----------
-    dynamics
-        F and G.
-    root_at
-        Function of times that returns the root L of the distribution given the start.
-    times
-        ``(n,)`` in any order, n ≥ 1.
-
-    Returns
-    -------
-    Tensor
-        ``(n, k, k)``.
-
-    Raises
-    ------
-    ValueError
-        If the flow rotates too fast to be resolved.
+    Raise ValueError if the flow rotates too fast to be resolved.
     """
     k = dynamics.components
     if k == 1:

@@ -33,21 +33,8 @@ class FunctionDynamics(Dynamics):
     noise root, as in `TimeChangedDynamics`. Panels in between are composed in a binary tree.
 
     Structure shorter than 1/256 may be missed. Near a jump or a square root of t, panels are much
-    shorter than 1/‖F‖. Composing them loses digits of the smallest rows.
-
-    Parameters
-    ----------
-    drift
-        Function of a time (0-dimensional float64 tensor) that returns F, ``(k, k)``.
-    diffusion
-        Function of a time that returns G, ``(k, r)``.
-
-    Raises
-    ------
-    ValueError
-        If a function returns matrices that do not fit or values that are not finite, if the
-        diffusion is zero at all times, or if a function nearly diverges or varies too quickly
-        somewhere.
+    shorter than 1/‖F‖. Composing them loses digits of the smallest rows. See
+    `LinearSDE.from_functions` for the parameters.
     """
 
     def __init__(

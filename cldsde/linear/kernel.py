@@ -32,14 +32,7 @@ def check_kernel_shape(blocks: Tensor, **states: Tensor) -> None:
 def check_density(root: Tensor, times: Tensor, name: str) -> None:
     """Raise ValueError if the distribution given the start has no density at some time.
 
-    Parameters
-    ----------
-    root
-        Triangular roots ``(*times.shape, k, k)``, or with further axes before the last two.
-    times
-        ``(*)``.
-    name
-        Name of the times in the message.
+    The triangular roots are ``(*times.shape, k, k)``, or have further axes before the last two.
     """
     flat = (root.diagonal(dim1=-2, dim2=-1) <= 0).flatten(times.ndim).any(-1)
     if not bool(flat.any()):

@@ -219,19 +219,9 @@ def _single_family(
 def _panels(
     drift: Callable[[Tensor], Tensor], s: Tensor, t: Tensor
 ) -> tuple[int, Callable[[int], tuple[Tensor, Tensor]]]:
-    """First number of panels, and their edges, uniform in ∫ (‖drift‖ + 1/τ) dτ.
+    """First number of panels from t down to s, and their edges as a function of the number.
 
-    Parameters
-    ----------
-    drift
-        Function of times ``(1, q)`` that returns ``(1, q, k, k)``.
-    s, t
-        Ends of the intervals ``(n,)``, s ≤ t; panels run from t down to s.
-
-    Returns
-    -------
-    panels, edges
-        First number of panels, and a function of the number of panels for `converged`.
+    Panels of each interval ``(n,)`` are uniform in ∫ (‖drift‖ + 1/τ) dτ.
     """
     if not len(t):
         return 1, lambda panels: (s.expand(panels, -1), s.expand(panels, -1))
