@@ -108,47 +108,21 @@ class TimeChangedDynamics(Dynamics):
 
     .. math:: Ψ = e^{Ah}, \qquad Q = ∫_0^h e^{Au} \bar Q e^{A^⊤u}\,du.
 
-    It is computed by a square-root method. Choose m with ‖A‖₁h₀ ≤ 1 for h₀ = h/2^m. The integrand
-    e^{A h₀ x} Q_root, x ∈ [0, 1], is expanded in orthonormal Legendre polynomials P_j,
-
-    .. math:: C_j = \sum_{p≥j} \frac{(A h_0)^p}{p!} Q_{root} ∫_0^1 x^p P_j(x)\,dx, \qquad
-              Q = h_0 \sum_j C_j C_j^⊤.
-
-    Some rows may be parallel to leading order in h₀, for example if noise reaches two components
-    through the same third one. Gaussian elimination of the Taylor terms removes the leading term of
-    each row from the rows below. A lower-triangular factor on the left undoes this at the end.
-    The triangular factor of √h₀ [C_0, C_1, …] is found by an LQ factorisation. Then m doublings
-    compose the step with itself,
-
-    .. math:: L ← [ΨL,\ L], \qquad Ψ ← Ψ²,
-
-    and every second one is followed by an LQ factorisation of L. One component has a closed form.
+    A root of Q is found without forming Q (:doc:`/explanation/linear-sdes`): from the Legendre
+    coefficients of e^{Ah₀x} Q_root, x ∈ [0, 1], for a step h₀ = h/2^m with ‖A‖h₀ ≤ 1, and by m
+    doublings of the step. One component has a closed form.
 
     Parameters
     ----------
-    A
-        ``(k, k)``.
-    Q_root
-        ``(k, r)``, Q̄ = Q_root Q_rootᵀ.
+    A, Q_root
+        Finite matrices ``(k, k)`` and ``(k, r)`` with Q̄ = Q_root Q_rootᵀ. ValueError if they do not
+        fit, an entry is not finite, or all of Q_root is zero.
     schedule
         β: a number, a pair (β(0), β(1)) for a linear schedule, or a `Schedule`.
-
-    Raises
-    ------
-    ValueError
-        If A is not square, the matrices do not fit, an entry is not finite, or all of Q_root is
-        zero.
-
-    Examples
-    --------
-    >>> import torch
-    >>> dynamics = TimeChangedDynamics([[-0.5]], [[1.0]], schedule=(0.1, 20.0))
-    >>> dynamics.drift(torch.tensor([0.0, 1.0], dtype=torch.float64)).flatten().tolist()
-    [-0.05, -10.0]
     """
 
-    # For ‖A‖h₀ ≤ 1 the Taylor remainder is below 1/21! < 1e-19, and C_j for j ≥ 13 is below
-    # j! √(2j+1) / (2j+1)! < 4e-18.
+    # For ‖A‖h₀ ≤ 1 the Taylor remainder is below 1/21! < 1e-19, and the Legendre coefficients for
+    # j ≥ 13 are below j! √(2j+1) / (2j+1)! < 4e-18.
     _DEGREES = 13
     _TAYLOR_TERMS = 21
 

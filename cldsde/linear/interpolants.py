@@ -56,12 +56,6 @@ class CosineVP(LinearSDE):
     References
     ----------
     M. Albergo, N. Boffi and E. Vanden-Eijnden, *Stochastic interpolants*, 2023.
-
-    Examples
-    --------
-    >>> kernel = CosineVP().marginal(1 / 3)
-    >>> f"{kernel.mean.item():.4f} {kernel.root.item():.4f}"
-    '0.8660 0.5000'
     """
 
     def __init__(self) -> None:

@@ -70,13 +70,7 @@ def log_density(residual: Tensor, root: Tensor) -> Tensor:
 class Kernel:
     """Transition kernel z_t | z_s ~ N(mean z_s, root rootᵀ), the same for every data dimension.
 
-    Attributes
-    ----------
-    mean
-        Matrix that maps z_s to the conditional mean, ``(*, k, k)`` float64 on the CPU.
-    root
-        Lower-triangular factor of the covariance, ``(*, k, k)`` float64 on the CPU. Its diagonal is
-        ≥ 0, and > 0 if the distribution has a density.
+    The tensors are float64 on the CPU.
 
     Examples
     --------
@@ -88,7 +82,9 @@ class Kernel:
     torch.Size([8, 2, 3])
     """
 
-    mean: Tensor
+    mean: Tensor  #: Matrix that maps z_s to the conditional mean, ``(*, k, k)``.
+    #: Lower-triangular factor of the covariance, ``(*, k, k)``. Its diagonal is ≥ 0, and > 0 if the
+    #: distribution has a density.
     root: Tensor
 
     def __repr__(self) -> str:
@@ -105,25 +101,15 @@ class Kernel:
         return self.perturb(z, generator=generator)[0]
 
     def perturb(self, z: Tensor, *, generator: Generators | None = None) -> tuple[Tensor, Tensor]:
-        """Draw z_t = mean z_s + root ξ.
+        """Draw z_t = mean z_s + root ξ; return z_t and ξ in the shape, dtype and device of z_s.
 
         Parameters
         ----------
         z
             z_s, ``(B, k, *D)``. A kernel for one time, shape ``()``, is used for all samples. A
-            kernel for times ``(B,)`` has one time per sample.
+            kernel for times ``(B,)`` has one time per sample. ValueError if a shape does not fit.
         generator
             Random generator, or several, each of which draws for an equal share of the batch.
-
-        Returns
-        -------
-        z_t, noise : tuple of Tensor
-            State and ξ, both ``(B, k, *D)``, in the dtype and on the device of ``z``.
-
-        Raises
-        ------
-        ValueError
-            If the kernel's batch shape or the state's shape does not fit.
         """
         check_kernel_shape(self.mean, z=z)
         noise = standard_normal(z.shape, generator=generator, dtype=z.dtype, device=z.device)
@@ -132,10 +118,7 @@ class Kernel:
     def log_prob(self, z_t: Tensor, z_s: Tensor) -> Tensor:
         """Log-density of z_t given z_s, ``(B,)`` nats.
 
-        Raises
-        ------
-        ValueError
-            If the distribution has no density, or the shapes do not fit.
+        Raises a ValueError if the distribution has no density, or the shapes do not fit.
         """
         check_kernel_shape(self.mean, z_t=z_t, z_s=z_s)
         return log_density(z_t - apply_blocks(self.mean, z_s), self.root)
@@ -143,23 +126,9 @@ class Kernel:
 
 @dataclass(frozen=True, eq=False)
 class Gaussian:
-    """Gaussian distribution N(0, root rootᵀ) of a state, such as the prior.
+    """Gaussian N(0, root rootᵀ) of each data dimension of a state, such as the prior."""
 
-    It is the same for every data dimension.
-
-    Attributes
-    ----------
-    root
-        Lower-triangular factor of the covariance, ``(k, k)`` float64 on the CPU.
-
-    Examples
-    --------
-    >>> from cldsde import CLD
-    >>> CLD().prior.sample((8, 3)).shape
-    torch.Size([8, 2, 3])
-    """
-
-    root: Tensor
+    root: Tensor  #: Lower-triangular factor of the covariance, ``(k, k)`` float64 on the CPU.
 
     def __repr__(self) -> str:
         """One line with the covariance."""
@@ -183,13 +152,7 @@ class Gaussian:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> Tensor:
-        """Draw states for data of shape ``(B, *D)``.
-
-        Returns
-        -------
-        Tensor
-            ``(B, k, *D)``.
-        """
+        """Draw states ``(B, k, *D)`` for data of shape ``(B, *D)``."""
         if not isinstance(shape, Sequence) or len(shape) < 1:
             raise ValueError(f"shape must be the shape (B, *D) of a batch of data; got {shape!r}")
         full = (shape[0], len(self.root), *shape[1:])

@@ -29,6 +29,9 @@ class NoisePath:
     .. math:: x_t = α(t)\,x_0 + σ(t)\,n, \qquad n ∼ N(0, I)
 
     The ratio σ/α is the noise level that `PredictionDenoiser` receives. It must increase with t.
+    Raises a ValueError otherwise, and if the interval is empty, a value is negative or not finite,
+    or ``inverse`` is not the inverse. Raises a TypeError if a function cannot be called or does not
+    return a tensor.
 
     Parameters
     ----------
@@ -41,14 +44,6 @@ class NoisePath:
     rates
         Function of times that returns (α', σ'), for networks that predict a flow. None: automatic
         differentiation.
-
-    Raises
-    ------
-    TypeError
-        If a function is not callable, or does not return a tensor.
-    ValueError
-        If the interval is empty, a value is negative or not finite, the noise level does not
-        increase with t, or ``inverse`` is not the inverse.
 
     Examples
     --------
@@ -116,12 +111,7 @@ class NoisePath:
         Parameters
         ----------
         table
-            ᾱ_0, …, ᾱ_{N−1}, ``(N,)`` in [0, 1), decreasing; N ≥ 2.
-
-        Raises
-        ------
-        ValueError
-            If the table is not such a tensor.
+            ᾱ_0, …, ᾱ_{N−1}, ``(N,)`` in [0, 1), decreasing; N ≥ 2. ValueError otherwise.
         """
         if not isinstance(table, Tensor) or table.ndim != 1 or len(table) < 2:
             raise ValueError(f"table must be a tensor (N,) with N ≥ 2; got {shaped(table)}")
@@ -138,16 +128,10 @@ class NoisePath:
         Parameters
         ----------
         sde
-            The process, such as `VPSDE` or `VESDE`.
+            The process, such as `VPSDE` or `VESDE`; ValueError if it has several components, and
+            TypeError for anything else.
         start
-            Smallest time that the network was trained on, > 0.
-
-        Raises
-        ------
-        TypeError
-            If ``sde`` is not a process.
-        ValueError
-            If it has several components, or not 0 < ``start`` < 1.
+            Smallest time that the network was trained on, 0 < ``start`` < 1; ValueError otherwise.
         """
         check_process(sde)
         if sde.components != 1:

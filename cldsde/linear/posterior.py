@@ -8,10 +8,7 @@ Between t and s < t the processes
 
 run backwards in time, have the same distribution of z_τ given z_0 for every stochasticity λ. λ = 1
 is the Bayesian posterior p(z_s | z_t, z_0), and λ = 0 is a probability flow. For k = 1 this is the
-family of Song, Meng and Ermon (2021, eq. 7). All are Gaussian,
-
-.. math:: z_s = Ψ(s,0) z_0 + Φ_λ\,(z_t − Ψ(t,0) z_0) + ζ, \qquad
-          ζ ∼ N(0,\ Σ_s − Φ_λ Σ_t Φ_λ^⊤).
+family of Song, Meng and Ermon (2021, eq. 7). `LinearSDE.posterior` defines Φ_λ.
 """
 
 from __future__ import annotations
@@ -37,16 +34,8 @@ class Posterior:
     """Posterior z_s | z_t, z_0 ~ N(state z_t + initial z_0, root rootᵀ) of an earlier state, s ≤ t.
 
     Create it with `LinearSDE.posterior`. z_0 is the mean of the start: ``sde.embed(x0)`` if the
-    posterior is conditioned on the data, or all of z_0 if the initial covariance is zero.
-
-    Attributes
-    ----------
-    state
-        Φ, ``(*, k, k)`` float64 on the CPU.
-    initial
-        Ψ(s, 0) − Φ Ψ(t, 0), ``(*, k, k)``.
-    root
-        Lower-triangular factor of the covariance, ``(*, k, k)``, diagonal ≥ 0.
+    posterior is conditioned on the data, or all of z_0 if the initial covariance is zero. The
+    tensors are float64 on the CPU.
 
     Examples
     --------
@@ -58,9 +47,9 @@ class Posterior:
     torch.Size([8, 2, 3])
     """
 
-    state: Tensor
-    initial: Tensor
-    root: Tensor
+    state: Tensor  #: Φ, ``(*, k, k)``.
+    initial: Tensor  #: Ψ(s, 0) − Φ Ψ(t, 0), ``(*, k, k)``.
+    root: Tensor  #: Lower-triangular factor of the covariance, ``(*, k, k)``, diagonal ≥ 0.
 
     @property
     def covariance(self) -> Tensor:
@@ -75,20 +64,10 @@ class Posterior:
     def sample(
         self, z_t: Tensor, z_0: Tensor, *, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Draw z_s.
+        """Draw z_s ``(B, k, *D)`` for states of that shape, in the dtype and on the device of z_t.
 
-        Parameters
-        ----------
-        z_t, z_0
-            ``(B, k, *D)``. A posterior for one pair of times, shape ``()``, is used for all
-            samples. A posterior of shape ``(B,)`` has one pair of times per sample.
-        generator
-            Random generator.
-
-        Returns
-        -------
-        Tensor
-            ``(B, k, *D)``, in the dtype and on the device of ``z_t``.
+        A posterior for one pair of times, shape ``()``, is used for all samples. A posterior of
+        shape ``(B,)`` has one pair of times per sample.
         """
         mean = self.mean(z_t, z_0)
         noise = standard_normal(mean.shape, generator=generator, dtype=z_t.dtype, device=z_t.device)
@@ -97,10 +76,7 @@ class Posterior:
     def log_prob(self, z_s: Tensor, z_t: Tensor, z_0: Tensor) -> Tensor:
         """Log-density of z_s given z_t and z_0, ``(B,)`` nats.
 
-        Raises
-        ------
-        ValueError
-            If the distribution has no density (s = t, or λ = 0), or the shapes do not fit.
+        Raises a ValueError if there is no density (s = t, or λ = 0), or the shapes do not fit.
         """
         mean = self.mean(z_t, z_0)
         check_kernel_shape(self.state, z_s=z_s, z_t=z_t)

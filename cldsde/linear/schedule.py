@@ -42,6 +42,10 @@ def gauss_legendre(n: int, panels: int = 1) -> tuple[Tensor, Tensor]:
 class Schedule:
     r"""Noise schedule: a rate β(t) on [0, 1] with its integral over any [s, t].
 
+    Raises a ValueError if the rate is negative, infinite or NaN at one of 1,025 times, returns
+    another shape or dtype, or is not resolved by the quadrature; or if ``integral`` is not its
+    integral. Raises a TypeError if one of them is not a function.
+
     Parameters
     ----------
     rate
@@ -51,14 +55,6 @@ class Schedule:
         Function of (s, t) that returns :math:`\int_s^t β`, for tensors s ≤ t that broadcast. Write
         it without a difference that cancels. None: Gauss–Legendre quadrature with 8 panels of 16
         nodes, which is exact to rounding for rates that are smooth on the scale of (t − s)/8.
-
-    Raises
-    ------
-    ValueError
-        If the rate is negative, infinite or NaN at one of 1,025 times, returns another shape or
-        dtype, or is not resolved by the quadrature; or if ``integral`` is not its integral.
-    TypeError
-        If ``rate`` or ``integral`` cannot be called.
 
     Examples
     --------
@@ -150,10 +146,7 @@ class Schedule:
     def of(cls, value: Schedule | Parameter | Sequence[Parameter]) -> Schedule:
         """Create a schedule from a number (constant), a pair (β(0), β(1)) (linear) or a Schedule.
 
-        Raises
-        ------
-        TypeError
-            If ``value`` is none of these.
+        Raises a TypeError for anything else.
         """
         if isinstance(value, Schedule):
             return value

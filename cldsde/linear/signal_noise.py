@@ -47,27 +47,15 @@ class SignalNoiseDynamics(Dynamics):
 
     Parameters
     ----------
-    signal
-        α, a function of float64 times of any shape that returns values of that shape; α(0) = 1,
-        positive before t = 1.
-    noise
-        σ, a function like ``signal``; not negative, positive for t > 0. If σ(0) > 0, the process
-        should have the initial covariance σ(0)².
+    signal, noise
+        See `LinearSDE.from_signal_noise`. If σ(0) > 0, the process should have the initial
+        covariance σ(0)².
     gain
         Function of (s, t) that returns σ(t) α(s) − σ(s) α(t) for s ≤ t, without cancellation. None:
         by a quadrature of the derivatives of α and σ, which is exact to rounding for smooth
         functions.
     variance_preserving
         Whether α² + σ² = 1. If False, it is checked to rounding at 1,025 times.
-
-    Raises
-    ------
-    TypeError
-        If an argument is not a function.
-    ValueError
-        If a function returns another shape or dtype, or values that are not finite; if α(0) is not
-        1 or α is not positive; if σ is negative; if the signal-to-noise ratio increases somewhere;
-        or if the functions are not smooth and ``gain`` is None.
 
     Examples
     --------
