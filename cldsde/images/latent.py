@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from cldsde.images.checks import check_groups, check_levels
 from cldsde.images.schema import Channels, Count, Levels, Shape, checked, section
-from cldsde.linear.elementary import exponential_rest
+from cldsde.linear.blocks import exponential_rest
 from cldsde.linear.random import Generators, standard_normal
 from cldsde.score import PerturbedData, cross_entropy
 

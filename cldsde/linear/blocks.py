@@ -21,28 +21,23 @@ def safe_sqrt(x: Tensor) -> Tensor:
     return torch.where(zero, 0.0, torch.where(zero, 1.0, x).sqrt())
 
 
+def exponential_rest(y: Tensor) -> Tensor:
+    """Compute y + e^{−y} − 1 ≥ 0, by the series y²/2 − y³/6 + … for small y."""
+    series = torch.zeros_like(y)
+    for n in range(20, 1, -1):
+        series = (1 - series) * y / n if n > 2 else y * y / 2 * (1 - series)
+    return torch.where(y.abs() < 1, series, y + torch.expm1(-y))
+
+
 def lower_factor(root: Tensor) -> Tensor:
     """Lower-triangular L with L Lᵀ = R Rᵀ and diagonal ≥ 0, without forming R Rᵀ.
 
-    LQ factorisation by Householder reflections from the right, without computing Q. The rounding
-    error of each row of R is relative to the row's own size. Moving the largest entry of the pivot
-    row to the front extends this to the columns. Entries of kernels over short times scale with
-    different powers of time; every diagonal entry still has full relative accuracy.
-
-    Parameters
-    ----------
-    root
-        R, shape ``(k, n, *stack)``, real floating point.
-
-    Returns
-    -------
-    Tensor
-        L, shape ``(k, k, *stack)``.
-
-    References
-    ----------
-    A. J. Cox and N. J. Higham, *Stability of Householder QR factorization for weighted least
-    squares problems*, 1998.
+    R is ``(k, n, *stack)`` and L ``(k, k, *stack)``. This is an LQ factorisation by Householder
+    reflections from the right. The rounding error of each row of R is relative to the row's own
+    size. Moving the largest entry of the pivot row to the front extends this to the columns (Cox
+    and Higham 1998, *Stability of Householder QR factorization for weighted least squares
+    problems*). Entries of kernels over short times scale with different powers of time; every
+    diagonal entry still has full relative accuracy.
     """
     k, n = root.shape[:2]
     if n < k:
@@ -156,19 +151,9 @@ def per_sample(x: Tensor, like: Tensor) -> Tensor:
 
 
 def apply_blocks(blocks: Tensor, z: Tensor) -> Tensor:
-    """Apply k'×k blocks to the component axis of a state, in the state's dtype and device.
+    """Apply blocks ``(k', k)`` or ``(B, k', k)`` to the component axis of a state ``(B, k, *D)``.
 
-    Parameters
-    ----------
-    blocks
-        ``(k', k)``, shared by the batch, or ``(B, k', k)``.
-    z
-        State ``(B, k, *D)``.
-
-    Returns
-    -------
-    Tensor
-        ``(B, k', *D)``.
+    The result ``(B, k', *D)`` has the dtype and device of the state.
     """
     blocks = blocks.to(z)
     # Use products and sums, because matrix products lose precision under autocast and TF32.

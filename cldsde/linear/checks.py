@@ -20,21 +20,9 @@ MatrixLike = Tensor | Sequence[Sequence[Parameter]]
 
 
 def as_times(value: TimeLike, name: str, end: float = 1.0) -> Tensor:
-    """Convert times to float64 on the CPU; raise if one lies outside [0, end].
-
-    Raises
-    ------
-    TypeError
-        If ``value`` is neither a real number nor a real floating-point tensor.
-    ValueError
-        If a time is not finite or lies outside [0, end].
-    """
+    """Convert times to float64 on the CPU; raise if one lies outside [0, end]."""
     if isinstance(value, Tensor):
-        if not value.is_floating_point():
-            raise TypeError(
-                f"{name} must be a floating-point tensor or a real number; got dtype {value.dtype}"
-            )
-        times = value.cpu().to(torch.float64)
+        times = _floating(value, name)
     elif isinstance(value, Real) and not isinstance(value, bool):
         times = torch.tensor(float(value), device="cpu", dtype=torch.float64)
     else:
@@ -50,16 +38,7 @@ def as_times(value: TimeLike, name: str, end: float = 1.0) -> Tensor:
 
 
 def as_grid_times(times: object, name: str, end: float = 1.0, *, least: int = 2) -> Tensor:
-    """Convert a monotonic grid of times in [0, end] to float64 on the CPU; raise otherwise.
-
-    Raises
-    ------
-    TypeError
-        If ``times`` is not a floating-point tensor.
-    ValueError
-        If there are fewer than ``least`` times, one lies outside [0, end], or they neither decrease
-        nor increase.
-    """
+    """Convert a monotonic grid of ``least`` or more times in [0, end] to float64 on the CPU."""
     if not isinstance(times, Tensor) or times.ndim != 1 or len(times) < least:
         msg = f"{name} must be a tensor of at least {least} decreasing times; got {shaped(times)}"
         raise (ValueError if isinstance(times, Tensor) else TypeError)(msg)
@@ -73,24 +52,18 @@ def as_grid_times(times: object, name: str, end: float = 1.0, *, least: int = 2)
     raise ValueError(msg)
 
 
-def as_levels(value: float | Tensor, name: str, shape: torch.Size) -> Tensor:
-    """Convert numbers ≥ 0 to float64 on the CPU, broadcast to ``shape``.
-
-    Raises
-    ------
-    TypeError
-        If ``value`` is neither a real number nor a real floating-point tensor.
-    ValueError
-        If a number is negative or not finite, or the tensor does not broadcast.
-    """
-    if not isinstance(value, Tensor):
-        return torch.full(
-            shape, check_at_least(value, 0.0, name), device="cpu", dtype=torch.float64
-        )
+def _floating(value: Tensor, name: str) -> Tensor:
     if not value.is_floating_point():
         msg = f"{name} must be a floating-point tensor or a real number; got dtype {value.dtype}"
         raise TypeError(msg)
-    levels = value.cpu().to(torch.float64)
+    return value.cpu().to(torch.float64)
+
+
+def as_levels(value: float | Tensor, name: str, shape: torch.Size) -> Tensor:
+    """Convert finite numbers ≥ 0 to float64 on the CPU, broadcast to ``shape``."""
+    if not isinstance(value, Tensor):
+        value = torch.tensor(check_at_least(value, 0.0, name), device="cpu", dtype=torch.float64)
+    levels = _floating(value, name)
     if not bool((levels.isfinite() & (levels >= 0)).all()):
         raise ValueError(f"{name} must be finite and at least 0; got {levels.tolist()}")
     try:
@@ -269,13 +242,7 @@ def one_of(value: object, allowed: object, name: str) -> None:
 
 
 def two_increasing(value: object, name: str) -> tuple[float, float]:
-    """Check and return two increasing real numbers, of which the second may be infinite.
-
-    Raises
-    ------
-    ValueError
-        If ``value`` is anything else.
-    """
+    """Check and return two increasing real numbers, of which the second may be infinite."""
     pair = tuple(value) if isinstance(value, Sequence) else ()
     if len(pair) != 2 or not all(isinstance(x, Real) for x in pair) or not pair[0] < pair[1]:
         raise ValueError(f"{name} must be two increasing numbers; got {value!r}")

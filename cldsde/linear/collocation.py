@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from cldsde.linear.blocks import block_product, lower_factor, safe_sqrt
 from cldsde.linear.schedule import gauss_legendre
+from cldsde.linear.series import legendre_matrices
 
 Matrices = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Function of times ``(*, n, q)`` that returns drift ``(*, n, q, k, k)`` and diffusion
@@ -23,20 +23,10 @@ _AT_ONCE = 4096  # largest number of intervals, over all panels, whose matrices 
 def converged(
     transition: Callable[[int], tuple[Tensor, Tensor]], panels: int
 ) -> tuple[Tensor, Tensor] | None:
-    """Refine panels until a transition changes by less than 1e-12 of each row's size.
+    """Double ``panels`` until a transition changes by less than 1e-12 of each row's size.
 
-    Parameters
-    ----------
-    transition
-        Function of the number of panels that returns Ψ and the noise root, stack-last,
-        ``(k, k, n)``.
-    panels
-        Number of panels to begin with.
-
-    Returns
-    -------
-    (psi, root) or None
-        Result for the finest panels; None if it has not converged.
+    ``transition`` maps the number of panels to Ψ and the noise root, ``(k, k, n)`` stack-last. The
+    result is None if it has not converged.
     """
     previous = transition(panels)
     most = max(_MAX_PANELS, 8 * panels)
@@ -57,19 +47,9 @@ def collocate(matrices: Matrices, starts: Tensor, lengths: Tensor) -> tuple[Tens
 
     .. math:: Y_i = I + h ∑_j B_{ij} Y_j F(τ_j), \qquad B_{ij} = ∫_{c_i}^1 ℓ_j,
 
-    and give Ψ = I + h Σ wⱼ Yⱼ F(τⱼ) and the noise root tri[√(|h| wᵢ) Yᵢ G(τᵢ)].
-
-    Parameters
-    ----------
-    matrices
-        Drift F and diffusion G at times ``(m, n, 8)``, for any number m of panels.
-    starts, lengths
-        ``(panels, n)``; a negative length integrates backwards in time.
-
-    Returns
-    -------
-    psi, root : tuple of Tensor
-        Stack-last, ``(k, k, n)`` each.
+    and give Ψ = I + h Σ wⱼ Yⱼ F(τⱼ) and the noise root tri[√(|h| wᵢ) Yᵢ G(τᵢ)], ``(k, k, n)``
+    stack-last. ``matrices`` returns F and G at times ``(m, n, 8)``. ``starts`` and ``lengths`` are
+    ``(panels, n)``; a negative length integrates backwards in time.
     """
     steps = _panels(matrices, starts, lengths)
     psi, noise = next(steps)
@@ -83,9 +63,8 @@ def collocate(matrices: Matrices, starts: Tensor, lengths: Tensor) -> tuple[Tens
 def _panels(matrices: Matrices, starts: Tensor, lengths: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield `_panel` for one row of panels after the other; many rows are computed at once."""
     rows = max(1, _AT_ONCE // max(1, starts.shape[1]))
-    for first in range(0, len(starts), rows):
-        few = slice(first, first + rows)
-        steps, noises = _panel(matrices, starts[few], lengths[few])
+    for few in zip(torch.split(starts, rows), torch.split(lengths, rows), strict=True):
+        steps, noises = _panel(matrices, *few)
         yield from zip(steps.unbind(-2), noises.unbind(-2), strict=True)
 
 
@@ -96,7 +75,8 @@ def _panel(matrices: Matrices, start: Tensor, h: Tensor) -> tuple[Tensor, Tensor
     *stack, q, k, _ = F.shape
     # Unknowns Y transposed and stacked: Yᵢᵀ − h Σⱼ Bᵢⱼ Fⱼᵀ Yⱼᵀ = I.
     hF = h[..., None, None, None] * F
-    coupling = torch.einsum("ij,...jab->...ibja", _tail_integrals(q), hF)
+    tails = weights - legendre_matrices(_NODES)[1]  # B
+    coupling = torch.einsum("ij,...jab->...ibja", tails, hF)
     eye = torch.eye(q * k, device="cpu", dtype=torch.float64)
     identities = torch.eye(k, device="cpu", dtype=torch.float64).repeat(q, 1)
     system = eye - coupling.reshape(*stack, q * k, q * k)
@@ -114,17 +94,3 @@ def _close(fine: Tensor, coarse: Tensor) -> bool:
     """Whether two stacks agree row by row; the finer one, of order 16, is then converged."""
     error = (fine - coarse).detach().abs().amax(1)
     return bool((error <= 1e-12 * fine.detach().abs().amax(1)).all())
-
-
-@lru_cache
-def _tail_integrals(n: int) -> Tensor:
-    """B with Bᵢⱼ = ∫_{cᵢ}^1 ℓⱼ for the Lagrange basis ℓ at the n Gauss nodes c of [0, 1]."""
-    nodes, weights = gauss_legendre(n)
-    # ℓⱼ is a polynomial of degree n − 1, so the same rule on [cᵢ, 1] integrates it exactly.
-    points = nodes.unsqueeze(1) + (1 - nodes).unsqueeze(1) * nodes
-    differences = points.unsqueeze(-1) - nodes
-    basis = torch.empty(n, n, n, device="cpu", dtype=torch.float64)
-    for j in range(n):
-        others = [m for m in range(n) if m != j]
-        basis[..., j] = (differences[..., others] / (nodes[j] - nodes[others])).prod(-1)
-    return (1 - nodes).unsqueeze(1) * torch.einsum("q,iqj->ij", weights, basis)

@@ -12,12 +12,7 @@ from cldsde.linear.checks import MatrixLike, as_matrix
 def covariance_root(covariance: MatrixLike, name: str, k: int) -> Tensor:
     """Lower-triangular root of a positive semi-definite k×k matrix, exact for diagonal matrices.
 
-    Raises
-    ------
-    TypeError
-        If ``covariance`` is not a matrix of numbers.
-    ValueError
-        If it is not k×k, finite, symmetric and positive semi-definite. The message uses ``name``.
+    Raise an error about ``name`` unless ``covariance`` is such a matrix.
     """
     matrix = as_matrix(covariance, name, (k, k))
     diagonal = matrix.diagonal()
@@ -53,17 +48,9 @@ def _semidefinite_cholesky(matrix: Tensor) -> Tensor:
 
 
 def joint_root(*columns: Tensor) -> Tensor:
-    """Lower-triangular L with L Lᵀ = Σ C Cᵀ over the given C, computed without forming the sum.
+    """Lower-triangular L ``(*, k, k)`` with L Lᵀ = Σ C Cᵀ over C ``(*, k, m)``, diagonal ≥ 0.
 
-    Parameters
-    ----------
-    columns
-        Tensors ``(*, k, m)`` whose leading axes broadcast.
-
-    Returns
-    -------
-    Tensor
-        ``(*, k, k)``, diagonal ≥ 0.
+    The leading axes broadcast. The sum is never formed.
     """
     shape = torch.broadcast_shapes(  # type: ignore[no-untyped-call]
         *(c.shape[:-2] for c in columns)

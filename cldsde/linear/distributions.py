@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -15,16 +18,7 @@ from cldsde.linear.reprs import shown
 
 
 class Distributions:
-    """Distributions of a process at all times, from its dynamics and its initial covariance.
-
-    `cldsde.LinearSDE` is its only subclass, and says which times are valid. Results are float64 on
-    the CPU.
-
-    Attributes
-    ----------
-    initial_root
-        Lower-triangular root of the initial covariance, ``(k, k)``.
-    """
+    """The part of `cldsde.LinearSDE` that gives distributions at all times, from its dynamics."""
 
     def __init__(self, dynamics: Dynamics, initial_covariance: MatrixLike | None) -> None:
         self._frozen: list[tuple[Tensor, Tensor]] = []  # learnt parameters and their values
@@ -32,6 +26,7 @@ class Distributions:
         k = dynamics.components
         if initial_covariance is None:
             initial_covariance = torch.zeros(k, k, device="cpu", dtype=torch.float64)
+        #: Lower-triangular root of the initial covariance, ``(k, k)``.
         self.initial_root = covariance_root(initial_covariance, "initial_covariance", k)
 
     @property
@@ -52,7 +47,7 @@ class Distributions:
 
     @property
     def initial_covariance(self) -> Tensor:
-        """Covariance of z_0 given the data, ``(k, k)`` float64 on the CPU."""
+        """Covariance of z_0 given the data, ``(k, k)``."""
         self._check_current()
         return self.initial_root @ self.initial_root.mT
 
@@ -95,16 +90,6 @@ class Distributions:
         s, t
             Times in [0, 1]: numbers or floating-point tensors that broadcast.
 
-        Returns
-        -------
-        Kernel
-            Kernel of the broadcast shape, float64 on the CPU.
-
-        Raises
-        ------
-        ValueError
-            If s > t somewhere.
-
         Examples
         --------
         >>> from cldsde import LinearSDE
@@ -121,7 +106,7 @@ class Distributions:
         return psi
 
     def accumulated_noise(self, s: TimeLike, t: TimeLike) -> Tensor:
-        r"""Integrated squared diffusion, :math:`∫_s^t G G^⊤`, ``(*, k, k)`` float64 on the CPU."""
+        r"""Integrated squared diffusion, :math:`∫_s^t G G^⊤`, ``(*, k, k)``."""
         root = self.noise_root(s, t)
         return root @ root.mT
 
@@ -143,25 +128,15 @@ class Distributions:
         t
             Times in [0, 1].
         initial_covariance
-            Σ_0, ``(k, k)``. None: the process's own, so that the auxiliary components are
-            integrated out (hybrid score matching). Zeros: the distribution given all of z_0
-            (denoising score matching). The process's own plus the data's variance in the first
-            entry: the true marginal of Gaussian data.
-
-        Returns
-        -------
-        Kernel
-            Kernel of the shape of t, float64 on the CPU.
-
-        Raises
-        ------
-        ValueError
-            If Σ_0 is not a covariance.
+            Σ_0, ``(k, k)``; ValueError if it is not a covariance. None: the process's own, so that
+            the auxiliary components are integrated out (hybrid score matching). Zeros: the
+            distribution given all of z_0 (denoising score matching). The process's own plus the
+            data's variance in the first entry: the true marginal of Gaussian data.
         """
         return self._marginal(as_times(t, "t"), self._root_at_start(initial_covariance))
 
     def log_snr(self, t: TimeLike) -> Tensor:
-        r"""Half the log of the signal-to-noise ratio, κ(t) = ½ log ψᵀΣ_t⁻¹ψ, float64 on the CPU.
+        r"""Half the log of the signal-to-noise ratio, κ(t) = ½ log ψᵀΣ_t⁻¹ψ.
 
         ψ = Ψ(t,0)e₀ and Σ_t are the mean and the covariance of z_t given the data. For one
         component κ = log α/σ with the signal α and the noise level σ. κ decreases with t, to −∞ at
@@ -170,17 +145,7 @@ class Distributions:
         Parameters
         ----------
         t
-            Times in (0, 1].
-
-        Returns
-        -------
-        Tensor
-            Values of the shape of t.
-
-        Raises
-        ------
-        ValueError
-            If the distribution at a time has no density.
+            Times in (0, 1]; ValueError if the distribution at a time has no density.
 
         Examples
         --------
@@ -211,7 +176,7 @@ class Distributions:
         ----------
         s, t
             Times in [0, 1] that broadcast, t > 0. If λ ≠ 1 and z_0 has no density given the data,
-            s > 0 as well.
+            s > 0 as well. ValueError if z_t given z_0, or for λ ≠ 1 z_s given z_0, has no density.
         stochasticity
             λ ≥ 0, a number or a tensor that broadcasts with the times. 1: the Bayesian posterior
             p(z_s | z_t, z_0), the step of ancestral sampling. 0: the probability flow of a single
@@ -221,17 +186,6 @@ class Distributions:
             Σ_0 as in `marginal`. None conditions on the data, zeros on all of z_0. With the data's
             variance in its first entry the result is the exact reverse transition p(z_s | z_t) of
             Gaussian data.
-
-        Returns
-        -------
-        Posterior
-            Posterior of the broadcast shape, float64 on the CPU.
-
-        Raises
-        ------
-        ValueError
-            If s > t somewhere, λ is negative, or the distribution of z_t given z_0 has no density;
-            for λ ≠ 1 also if z_s given z_0 has no density.
 
         References
         ----------
@@ -263,7 +217,7 @@ class Distributions:
     def probability_flow_root(
         self, t: TimeLike, initial_covariance: MatrixLike | None = None
     ) -> Tensor:
-        r"""Covariance root R_t that follows the probability flow of a single data point (gDDIM).
+        r"""Covariance root R_t along the probability flow of a data point (gDDIM), ``(*, k, k)``.
 
         .. math:: R' = (F + \tfrac12 G G^⊤ Σ_t^{-1}) R, \qquad R_t R_t^⊤ = Σ_t
 
@@ -275,19 +229,9 @@ class Distributions:
         Parameters
         ----------
         t
-            Times in (0, 1].
+            Times in (0, 1]; ValueError if the distribution at a time has no density.
         initial_covariance
             Σ_0 as in `marginal`.
-
-        Returns
-        -------
-        Tensor
-            ``(*t.shape, k, k)`` float64 on the CPU.
-
-        Raises
-        ------
-        ValueError
-            If the distribution at a time has no density.
         """
         times, root = as_times(t, "t"), self._root_at_start(initial_covariance)
         triangular = self._marginal(times, root).root
@@ -340,3 +284,30 @@ class Distributions:
                 f"the transition kernel of {type(self).__name__} overflows float64; rescale the "
                 "process"
             )
+
+
+def frozen_parameters(compute: Callable[[], Iterable[Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """Leaves of autograd's graph that ``compute`` does not read anew, and their values.
+
+    Two computations share the nodes of the graph that were made before both. Later changes of the
+    leaves below these nodes do not reach the results.
+    """
+    first = _nodes(x.grad_fn for x in compute())
+    if not first:
+        return []
+    second = _nodes(x.grad_fn for x in compute())
+    frozen = _nodes(node for node in first & second if not hasattr(node, "variable"))
+    leaves = [node.variable for node in frozen if hasattr(node, "variable")]
+    return [(leaf, leaf.detach().clone()) for leaf in leaves]
+
+
+def _nodes(ends: Iterable[Any]) -> set[Any]:
+    """Nodes of autograd's graph at and below ``ends``."""
+    found: set[Any] = set()
+    left = [*ends]
+    while left:
+        node = left.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            left += [below for below, _ in node.next_functions]
+    return found

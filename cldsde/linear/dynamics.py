@@ -16,8 +16,15 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from cldsde.linear.blocks import block_product, lower_factor, safe_sqrt, stack_first
+from cldsde.linear.blocks import (
+    block_product,
+    exponential_rest,
+    lower_factor,
+    safe_sqrt,
+    stack_first,
+)
 from cldsde.linear.checks import MatrixLike, Parameter, as_matrix
+from cldsde.linear.covariance import joint_root
 from cldsde.linear.reprs import constructor_repr
 from cldsde.linear.schedule import Schedule
 from cldsde.linear.series import (
@@ -55,17 +62,8 @@ class Dynamics(ABC):
     ) -> tuple[Tensor, Tensor]:
         """Ψ(t, s) and the lower-triangular root of the covariance at t, for s ≤ t of one shape.
 
-        Parameters
-        ----------
-        s, t
-            Float64 times on the CPU.
-        initial_root
-            Root ``(k, k)`` of the covariance of z_s; None: z_s is known.
-
-        Returns
-        -------
-        psi, root : tuple of Tensor
-            ``(*s.shape, k, k)`` each.
+        Both are ``(*s.shape, k, k)``. ``initial_root`` ``(k, k)`` is the root of the covariance of
+        z_s; None: z_s is known.
         """
 
     def transition_matrix(self, s: Tensor, t: Tensor) -> Tensor:
@@ -73,19 +71,9 @@ class Dynamics(ABC):
         return self.transition(s, t)[0]
 
     def rates(self, t: Tensor, initial_variance: Tensor) -> tuple[Tensor, Tensor]:
-        """Derivatives α′ and σ′ of x_t = α x_0 + σ n, for one component.
+        """Derivatives α′ and σ′ of x_t = α x_0 + σ n at times above 0, for one component.
 
-        Parameters
-        ----------
-        t
-            Times above 0.
-        initial_variance
-            Variance of z_0 given the data.
-
-        Returns
-        -------
-        tuple of Tensor
-            Two tensors of the shape of t.
+        ``initial_variance`` is the variance of z_0 given the data.
         """
         root = initial_variance.sqrt().reshape(1, 1)
         psi, std = self.transition(torch.zeros_like(t), t, root)
@@ -97,24 +85,13 @@ class Dynamics(ABC):
     def noise_root(self, s: Tensor, t: Tensor) -> Tensor:
         r"""Lower-triangular root of :math:`∫_s^t G G^⊤`, ``(*s.shape, k, k)``."""
 
-    @abstractmethod
     def stationary_covariance(self) -> Tensor | None:
-        """Σ∞ with F Σ∞ + Σ∞ Fᵀ + GGᵀ = 0 at all times, or None if there is no such covariance."""
-
-    @abstractmethod
-    def stationary_reversal(self, covariance: Tensor) -> Dynamics | None:
-        """Dynamics of the time reversal of the stationary process, or None."""
-
-
-class NonStationaryDynamics(Dynamics):
-    """Dynamics without a known stationary distribution."""
-
-    @override
-    def stationary_covariance(self) -> None:
+        """Σ∞ with F Σ∞ + Σ∞ Fᵀ + GGᵀ = 0 at all times, or None if no such covariance is known."""
         return None
 
-    @override
-    def stationary_reversal(self, covariance: Tensor) -> None:
+    def stationary_reversal(self, covariance: Tensor) -> Dynamics | None:
+        """Dynamics of the time reversal of the process with Σ∞ ``covariance``, or None."""
+        del covariance
         return None
 
 
@@ -131,47 +108,21 @@ class TimeChangedDynamics(Dynamics):
 
     .. math:: Ψ = e^{Ah}, \qquad Q = ∫_0^h e^{Au} \bar Q e^{A^⊤u}\,du.
 
-    It is computed by a square-root method. Choose m with ‖A‖₁h₀ ≤ 1 for h₀ = h/2^m. The integrand
-    e^{A h₀ x} Q_root, x ∈ [0, 1], is expanded in orthonormal Legendre polynomials P_j,
-
-    .. math:: C_j = \sum_{p≥j} \frac{(A h_0)^p}{p!} Q_{root} ∫_0^1 x^p P_j(x)\,dx, \qquad
-              Q = h_0 \sum_j C_j C_j^⊤.
-
-    Some rows may be parallel to leading order in h₀, for example if noise reaches two components
-    through the same third one. Gaussian elimination of the Taylor terms removes the leading term of
-    each row from the rows below. A lower-triangular factor on the left undoes this at the end.
-    The triangular factor of √h₀ [C_0, C_1, …] is found by an LQ factorisation. Then m doublings
-    compose the step with itself,
-
-    .. math:: L ← [ΨL,\ L], \qquad Ψ ← Ψ²,
-
-    and every second one is followed by an LQ factorisation of L. One component has a closed form.
+    A root of Q is found without forming Q (:doc:`/explanation/linear-sdes`): from the Legendre
+    coefficients of e^{Ah₀x} Q_root, x ∈ [0, 1], for a step h₀ = h/2^m with ‖A‖h₀ ≤ 1, and by m
+    doublings of the step. One component has a closed form.
 
     Parameters
     ----------
-    A
-        ``(k, k)``.
-    Q_root
-        ``(k, r)``, Q̄ = Q_root Q_rootᵀ.
+    A, Q_root
+        Finite matrices ``(k, k)`` and ``(k, r)`` with Q̄ = Q_root Q_rootᵀ. ValueError if they do not
+        fit, an entry is not finite, or all of Q_root is zero.
     schedule
         β: a number, a pair (β(0), β(1)) for a linear schedule, or a `Schedule`.
-
-    Raises
-    ------
-    ValueError
-        If A is not square, the matrices do not fit, an entry is not finite, or all of Q_root is
-        zero.
-
-    Examples
-    --------
-    >>> import torch
-    >>> dynamics = TimeChangedDynamics([[-0.5]], [[1.0]], schedule=(0.1, 20.0))
-    >>> dynamics.drift(torch.tensor([0.0, 1.0], dtype=torch.float64)).flatten().tolist()
-    [-0.05, -10.0]
     """
 
-    # For ‖A‖h₀ ≤ 1 the Taylor remainder is below 1/21! < 1e-19, and C_j for j ≥ 13 is below
-    # j! √(2j+1) / (2j+1)! < 4e-18.
+    # For ‖A‖h₀ ≤ 1 the Taylor remainder is below 1/21! < 1e-19, and the Legendre coefficients for
+    # j ≥ 13 are below j! √(2j+1) / (2j+1)! < 4e-18.
     _DEGREES = 13
     _TAYLOR_TERMS = 21
 
@@ -239,11 +190,10 @@ class TimeChangedDynamics(Dynamics):
             doubles = i < halvings
             root = torch.cat([torch.where(doubles, block_product(psi, root), 0.0), root], dim=1)
             psi = torch.where(doubles, block_product(psi, psi), psi)
-        if start.shape[1] and not (parallel and bool((halvings == 0).all())):
-            late = block_product(psi, start.unsqueeze(-1))
-            if parallel:
-                late = late * (halvings > 0)
-            root = torch.cat([late, root], dim=1)
+        late = block_product(psi, start.unsqueeze(-1))
+        if parallel:
+            late = late * (halvings > 0)
+        root = torch.cat([late, root], dim=1)
         if root.shape[1] > self.components:
             root = lower_factor(root)
         root = root * scale[:, None, None]
@@ -378,3 +328,44 @@ def _distinct_columns(columns: Tensor) -> tuple[Tensor, Tensor]:
     scales = columns.new_zeros(distinct.shape[1], len(size))
     scales[which, torch.arange(len(size), device="cpu")] = size
     return distinct, scales
+
+
+class SubVPDynamics(Dynamics):
+    """Dynamics of sub-VP: F = −β/2 and GGᵀ = β (1 − e^{−2B(0,t)})."""
+
+    components = 1
+    driven = (0,)
+
+    def __init__(self, schedule: Schedule) -> None:
+        self.schedule = schedule
+
+    def _clock(self, t: Tensor) -> Tensor:
+        return self.schedule.integral(torch.zeros_like(t), t)
+
+    @override
+    def drift(self, t: Tensor) -> Tensor:
+        return (-0.5 * self.schedule.rate(t))[..., None, None]
+
+    @override
+    def diffusion(self, t: Tensor) -> Tensor:
+        squared = -self.schedule.rate(t) * torch.expm1(-2 * self._clock(t))
+        return safe_sqrt(squared)[..., None, None]
+
+    @override
+    def transition(
+        self, s: Tensor, t: Tensor, initial_root: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        step = self.schedule.integral(s, t)
+        # With b = B(s,t), Q = (1 − e^{−b}) (1 − e^{−B(0,s)−B(0,t)}). Use expm1 for both factors.
+        variance = torch.expm1(-step) * torch.expm1(-(self._clock(s) + self._clock(t)))
+        psi = torch.exp(-0.5 * step)[..., None, None]
+        root = safe_sqrt(variance)[..., None, None]
+        return psi, root if initial_root is None else joint_root(psi @ initial_root, root)
+
+    @override
+    def noise_root(self, s: Tensor, t: Tensor) -> Tensor:
+        # ∫ β (1 − e^{−2B}) dt = f(2B(0,t)) / 2 − f(2B(0,s)) / 2, f(y) = y + e^{−y} − 1; with b for
+        # 2B(s,t) the difference is [b + e^{−b} − 1 + (1 − e^{−2B(0,s)}) (1 − e^{−b})] / 2.
+        b, since = 2 * self.schedule.integral(s, t), 2 * self._clock(s)
+        squared = 0.5 * (exponential_rest(b) + torch.expm1(-since) * torch.expm1(-b))
+        return safe_sqrt(squared)[..., None, None]

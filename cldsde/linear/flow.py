@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -22,16 +21,14 @@ from torch import Tensor
 from cldsde.linear.blocks import block_product
 from cldsde.linear.dynamics import Dynamics
 from cldsde.linear.schedule import gauss_legendre
-from cldsde.linear.series import balancing_scale
+from cldsde.linear.series import balancing_scale, legendre_matrices
 
 RootAt = Callable[[Tensor], Tensor]
 """Function of times that returns the root L of the distribution given the start."""
 
 _NODES = 16
 _LOG_PANEL = 0.35  # panel length in log τ for which the series of a rate 1/τ converges to rounding
-_FLOOR = (
-    1e-10  # below this fraction of the latest time the flow is regular and needs no more panels
-)
+_FLOOR = 1e-10  # one panel is enough below this fraction of the latest time: the flow is regular
 _MAX_PANELS = 4096
 
 
@@ -49,26 +46,9 @@ def whitened_matrices(
 
 
 def flow_rotations(dynamics: Dynamics, root_at: RootAt, times: Tensor) -> Tensor:
-    """Rotations of the flow from the latest time to each time, in whitened coordinates.
+    """Rotations ``(n, k, k)`` from the latest time to each of ``(n,)`` times in any order, n ≥ 1.
 
-    Parameters
-    ----------
-    dynamics
-        F and G.
-    root_at
-        Function of times that returns the root L of the distribution given the start.
-    times
-        ``(n,)`` in any order, n ≥ 1.
-
-    Returns
-    -------
-    Tensor
-        ``(n, k, k)``.
-
-    Raises
-    ------
-    ValueError
-        If the flow rotates too fast to be resolved.
+    Raise ValueError if the flow rotates too fast to be resolved.
     """
     k = dynamics.components
     if k == 1:
@@ -150,7 +130,7 @@ def _first_edges(dynamics: Dynamics, low: float, high: float) -> Tensor:
 
 def _slope_series(omega: Tensor, angle: float) -> Tensor:
     """Legendre series of ΩY with Y' = ΩY, Y = 1 at the start, for Ω ``(k, k, 16, panels)``."""
-    transform, integrals = _legendre_matrices()
+    transform, integrals = legendre_matrices(_NODES)
     if len(omega) == 2:  # rotations of the plane commute
         turned = _contract(integrals, omega[:1, 1:])[0, 0]
         cos, sin = turned.cos(), turned.sin()
@@ -174,18 +154,3 @@ def _picard(omega: Tensor, integrals: Tensor, angle: float) -> Tensor:
 def _contract(matrix: Tensor, values: Tensor) -> Tensor:
     """Apply a matrix ``(m, q)`` to the node axis of ``(k, k, q, panels)``."""
     return (matrix[:, :, None] * values.unsqueeze(2)).sum(3)
-
-
-@lru_cache
-def _legendre_matrices() -> tuple[Tensor, Tensor]:
-    """Matrices from values at the nodes to Legendre series and to integrals from 0 to each node."""
-    nodes, weights = gauss_legendre(_NODES)
-    x = 2 * nodes - 1
-    P = [torch.ones_like(x), x]
-    for m in range(1, _NODES):
-        P.append(((2 * m + 1) * x * P[m] - m * P[m - 1]) / (m + 1))
-    size = 2 * torch.arange(_NODES, dtype=torch.float64, device="cpu") + 1
-    transform = size.unsqueeze(1) * weights * torch.stack(P[:-1])
-    rises = torch.stack([x + 1, *(P[m + 1] - P[m - 1] for m in range(1, _NODES))], dim=1)
-    integrals = (rises / (2 * size)) @ transform
-    return transform, integrals

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from cldsde.linear.blocks import block_product, lower_factor, safe_sqrt, stack_first
 from cldsde.linear.checks import check_callable
-from cldsde.linear.dynamics import NonStationaryDynamics, driven_rows
+from cldsde.linear.dynamics import Dynamics, driven_rows
 from cldsde.linear.panels import Function, OverTimes, at_nodes, partition, time_rounding
 from cldsde.linear.reprs import shown
 from cldsde.linear.series import eliminate, legendre_moments
@@ -23,7 +23,7 @@ _AT_ONCE = 512  # largest number of pieces whose series are in memory
 _DEGREES = 14
 
 
-class FunctionDynamics(NonStationaryDynamics):
+class FunctionDynamics(Dynamics):
     r"""Dynamics with F(t) and G(t) given by functions of time, which need not commute.
 
     [0, 1] is divided into panels with ‖F‖h ≤ 2 on which F and G are polynomials to rounding.
@@ -33,21 +33,8 @@ class FunctionDynamics(NonStationaryDynamics):
     noise root, as in `TimeChangedDynamics`. Panels in between are composed in a binary tree.
 
     Structure shorter than 1/256 may be missed. Near a jump or a square root of t, panels are much
-    shorter than 1/‖F‖. Composing them loses digits of the smallest rows.
-
-    Parameters
-    ----------
-    drift
-        Function of a time (0-dimensional float64 tensor) that returns F, ``(k, k)``.
-    diffusion
-        Function of a time that returns G, ``(k, r)``.
-
-    Raises
-    ------
-    ValueError
-        If a function returns matrices that do not fit or values that are not finite, if the
-        diffusion is zero at all times, or if a function nearly diverges or varies too quickly
-        somewhere.
+    shorter than 1/‖F‖. Composing them loses digits of the smallest rows. See
+    `LinearSDE.from_functions` for the parameters.
     """
 
     def __init__(
@@ -141,47 +128,31 @@ class FunctionDynamics(NonStationaryDynamics):
         eye = torch.eye(self.components, device="cpu", dtype=torch.float64).unsqueeze(-1)
         known = torch.zeros_like(eye) if start is None else start.unsqueeze(-1)
         result = _Transitions(*(x.expand(-1, -1, len(first)) for x in (eye, known)))
+        sizes = [len(early), len(late), len(lengths[panels])]
         early_pieces, late_pieces, whole_panels = self._pieces(
             drift,
             torch.cat([left[early], edges[j], edges[panels]]),
             torch.cat([length[early], lengths[j], lengths[panels]]),
             torch.cat([first[early], edges[j], edges[panels]]),
             torch.cat([cut[early], last[late] - edges[j], lengths[panels]]),
-            known,
-            len(early),
-        ).split([len(early), len(late), len(lengths[panels])])
+            known * (torch.arange(sum(sizes), device="cpu") < len(early)),
+        ).split(sizes)
         result = result.put(early, early_pieces)
         if len(late):
             whole = result.at(late).then(_between(whole_panels, i - low, j - low)).then(late_pieces)
             result = result.put(late, whole)
         return result
 
-    def _pieces(
-        self,
-        drift: Function,
-        left: Tensor,
-        length: Tensor,
-        s: Tensor,
-        h: Tensor,
-        start: Tensor,
-        started: int,
-    ) -> _Transitions:
-        """Transitions over [s, s + h] inside panels [left, left + length]; all ``(n,)``.
-
-        The first ``started`` have the initial root ``start``, ``(k, k, 1)``. The others have known
-        initial states.
-        """
-        results = []
-        for few in _portions(len(left)):
-            begins = torch.arange(len(left), device="cpu")[few] < started
-            results.append(
-                self._piece(drift, left[few], length[few], s[few], h[few], start * begins)
-            )
+    def _pieces(self, drift: Function, *tables: Tensor) -> _Transitions:
+        """Results of `_piece` for long tables, a few pieces at a time."""
+        portions = zip(*(torch.split(x, _AT_ONCE, dim=-1) for x in tables), strict=True)
+        results = [self._piece(drift, *few) for few in portions]
         return _Transitions(*(torch.cat(parts, dim=-1) for parts in zip(*results, strict=True)))
 
     def _piece(
         self, drift: Function, left: Tensor, length: Tensor, s: Tensor, h: Tensor, start: Tensor
     ) -> _Transitions:
+        """Transitions over [s, s + h] in panels [left, left + length] ``(n,)``, from ``start``."""
         functions, k = (drift, self._diffusion), self.components
         values = torch.cat([at_nodes(f, left, length) for f in functions], dim=-1)
         at_end = torch.cat([f(s + h) for f in functions], dim=-1)
@@ -235,12 +206,6 @@ def _between(level: _Transitions, i: Tensor, j: Tensor) -> _Transitions:
         pairs = 2 * torch.arange(level.psi.shape[-1] // 2, device="cpu")
         level = level.at(pairs).then(level.at(pairs + 1))
     return before.then(after)
-
-
-def _portions(n: int) -> Iterator[slice]:
-    """Slices of n pieces; at least one slice, so that the shape is known even for n = 0."""
-    for first in range(0, max(1, n), _AT_ONCE):
-        yield slice(first, first + _AT_ONCE)
 
 
 class _Transitions(NamedTuple):

@@ -22,14 +22,11 @@ _HALVINGS = 20  # bisections of a cell between given times, before it is split a
 
 def increment_roots(sde: LinearSDE, s: Tensor, t: Tensor, *, integrals: bool) -> Tensor:
     """Roots of the covariance of J over intervals ``(n,)``, ``(n, r, r)``."""
-    x, w = gauss_legendre(_NODES)
     span = (t - s).unsqueeze(1)
     # Choose panels so short that Ψ changes little over each.
     probes = s.unsqueeze(1) + span * torch.linspace(0, 1, 9, dtype=torch.float64, device="cpu")
     change = float((sde.drift(probes).abs().sum(-2).amax(-1).amax(1) * (t - s)).max())
-    panels = max(_PANELS, math.ceil(change))
-    x = ((torch.arange(panels, device="cpu").unsqueeze(1) + x) / panels).flatten()
-    w = (w / panels).repeat(panels)
+    x, w = gauss_legendre(_NODES, max(_PANELS, math.ceil(change)))
     at = torch.minimum(s.unsqueeze(1) + span * x, t.unsqueeze(1))
     G = sde.diffusion(at)
     functional = torch.eye(G.shape[-1], dtype=torch.float64, device="cpu").expand(*at.shape, -1, -1)
@@ -37,39 +34,6 @@ def increment_roots(sde: LinearSDE, s: Tensor, t: Tensor, *, integrals: bool) ->
         functional = torch.cat([functional, sde.transition_matrix(at, t.unsqueeze(1)) @ G], dim=-2)
     columns = (span * w).sqrt()[..., None, None] * functional
     return joint_root(columns.movedim(1, 2).flatten(2))
-
-
-def carried_increments(sde: LinearSDE, s: Tensor, t: Tensor, *, integrals: bool) -> Tensor:
-    """Matrix ``(n, r, r)`` by which J up to s enters J up to t, for times ``(n,)``."""
-    columns = sde.diffusion(t[0]).shape[-1]
-    size = columns + (sde.components if integrals else 0)
-    carried = torch.eye(size, dtype=torch.float64, device="cpu").repeat(len(s), 1, 1)
-    if integrals:
-        carried[:, columns:, columns:] = sde.transition_matrix(s, t)
-    return carried
-
-
-def split_rotations(earlier: Tensor, later: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotations that map the normals of an interval and fresh normals to normals of its halves.
-
-    Parameters
-    ----------
-    earlier, later
-        Roots of the contributions of the two halves to J of the whole interval, ``(n, r, r)``.
-
-    Returns
-    -------
-    rotation, root : tuple of Tensor
-        Rotations ``(n, 2r, 2r)``, and roots of J of the whole intervals, ``(n, r, r)``.
-    """
-    size = earlier.shape[-1]
-    # [earlier, later] = [root, 0] Oᵀ
-    joint = torch.cat([earlier, later], dim=-1)
-    rotation, upper = torch.linalg.qr(joint.mT, mode="complete")
-    upper = upper[..., :size, :]
-    sign = torch.where(upper.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)
-    rotation[..., :size] *= sign.unsqueeze(-2)
-    return rotation, (sign.unsqueeze(-1) * upper).mT
 
 
 @dataclass(eq=False)
@@ -133,13 +97,7 @@ class IncrementTree:
     def read(
         self, intervals: Sequence[tuple[float, float]], blocks: Sequence[Tensor]
     ) -> list[list[tuple[Interval, Tensor]]]:
-        """Express functionals block · J of intervals through the normals of parts.
-
-        Raises
-        ------
-        ValueError
-            If an interval does not lie between the ends of the path, in order.
-        """
+        """Express functionals block · J of intervals through the normals of parts."""
         low, high = self._top.start, self._top.end
         for s, t in intervals:
             if not low <= s < t <= high:
@@ -186,13 +144,24 @@ class IncrementTree:
         earlier, later = (
             torch.stack([part.children[half].root for part in parts]) for half in range(2)
         )
-        rotations, roots = split_rotations(carried @ earlier, later)
+        # [carried earlier, later] = [root, 0] Oᵀ with a rotation O
+        joint = torch.cat([carried @ earlier, later], dim=-1)
+        rotations, upper = torch.linalg.qr(joint.mT, mode="complete")
+        upper = upper[..., : self.size, :]
+        sign = torch.where(upper.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)
+        rotations[..., : self.size] *= sign.unsqueeze(-2)
         for part, rotation in zip(parts, rotations, strict=True):
             part.rotation = rotation
+        roots: Tensor = (sign.unsqueeze(-1) * upper).mT
         return roots.unbind()
 
     def _carried(self, s: list[float], t: list[float]) -> Tensor:
-        return carried_increments(self.sde, _doubles(s), _doubles(t), integrals=self.integrals)
+        """Matrices ``(n, r, r)`` by which J up to s enters J up to t."""
+        carried = torch.eye(self.size, dtype=torch.float64, device="cpu").repeat(len(s), 1, 1)
+        if self.integrals:
+            block = self.sde.transition_matrix(_doubles(s), _doubles(t))
+            carried[:, self.columns :, self.columns :] = block
+        return carried
 
 
 def _doubles(values: list[float]) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from typing_extensions import override
 from cldsde.linear.blocks import safe_sqrt
 from cldsde.linear.checks import as_float64, check_alphas_cumprod
 from cldsde.linear.sde import LinearSDE
-from cldsde.linear.signal_noise import Gain, OfTime, SignalNoiseDynamics
+from cldsde.linear.signal_noise import SignalNoiseDynamics
 
 
 class RectifiedFlow(LinearSDE):
@@ -44,7 +43,7 @@ class RectifiedFlow(LinearSDE):
     """
 
     def __init__(self) -> None:
-        super().__init__(LINEAR.dynamics())
+        super().__init__(SignalNoiseDynamics(falling, rising, gain=_linear_gain))
 
 
 class CosineVP(LinearSDE):
@@ -57,62 +56,34 @@ class CosineVP(LinearSDE):
     References
     ----------
     M. Albergo, N. Boffi and E. Vanden-Eijnden, *Stochastic interpolants*, 2023.
-
-    Examples
-    --------
-    >>> kernel = CosineVP().marginal(1 / 3)
-    >>> f"{kernel.mean.item():.4f} {kernel.root.item():.4f}"
-    '0.8660 0.5000'
     """
 
     def __init__(self) -> None:
-        super().__init__(TRIGONOMETRIC.dynamics(variance_preserving=True))
-
-
-class SignalNoise(NamedTuple):
-    """Signal and noise of x_t = α(t) x_0 + σ(t) n, for a process and for a `NoisePath`."""
-
-    signal: OfTime  # α
-    noise: OfTime  # σ
-    gain: Gain  # σ(t) α(s) − σ(s) α(t) of times s ≤ t
-    inverse: OfTime  # the time of κ = log(α/σ)
-
-    def dynamics(self, *, variance_preserving: bool = False) -> SignalNoiseDynamics:
-        """Dynamics with these functions; see `SignalNoiseDynamics`."""
-        return SignalNoiseDynamics(
-            self.signal, self.noise, gain=self.gain, variance_preserving=variance_preserving
+        super().__init__(
+            SignalNoiseDynamics(cosine, sine, gain=_sine_gain, variance_preserving=True)
         )
 
-    @classmethod
-    def through(cls, table: Tensor, start: float = 0.0, end: float = 1.0) -> SignalNoise:
-        """The functions of `AlphasCumprod`."""
-        path = AlphasCumprod(table, start, end)
-        return cls(path.signal, path.noise, path.gain, path.inverse)
 
-
-def alphas_cumprod_process(table: Tensor | Sequence[float]) -> LinearSDE:
+class TableProcess(LinearSDE):
     """Process of a table ``alphas_cumprod``; see `VPSDE.from_alphas_cumprod`."""
-    try:
-        values = as_float64(table).clone()
-    except (TypeError, ValueError, RuntimeError) as error:
-        msg = f"table must be a sequence of real numbers; got {type(table).__name__}"
-        raise TypeError(msg) from error
-    plain = values.detach()
-    if plain.ndim != 1 or not len(plain):
-        msg = f"table must have one axis and at least one entry; got shape {tuple(plain.shape)}"
-        raise ValueError(msg)
-    check_alphas_cumprod(plain)
-    path = SignalNoise.through(values)
-    # Between entries a level has the rounding error of the number of entries times t.
-    return _TableProcess(path.dynamics(variance_preserving=True), len(plain))
 
-
-class _TableProcess(LinearSDE):
-    """Variance-preserving process through a table, with a repr of its own."""
-
-    def __init__(self, dynamics: SignalNoiseDynamics, entries: int) -> None:
-        super().__init__(dynamics)
-        self._entries = entries
+    def __init__(self, table: Tensor | Sequence[float]) -> None:
+        try:
+            values = as_float64(table).clone()
+        except (TypeError, ValueError, RuntimeError) as error:
+            msg = f"table must be a sequence of real numbers; got {type(table).__name__}"
+            raise TypeError(msg) from error
+        if values.ndim != 1 or not len(values):
+            raise ValueError(
+                f"table must have one axis and at least one entry; got shape {tuple(values.shape)}"
+            )
+        check_alphas_cumprod(values.detach())
+        path = AlphasCumprod(values)
+        # Between entries a level has the rounding error of the number of entries times t.
+        super().__init__(
+            SignalNoiseDynamics(path.signal, path.noise, gain=path.gain, variance_preserving=True)
+        )
+        self._entries = len(values)
 
     @override
     def __repr__(self) -> str:
@@ -214,10 +185,6 @@ def _linear_gain(s: Tensor, t: Tensor) -> Tensor:
     return t - s
 
 
-def _linear_time(kappa: Tensor) -> Tensor:
-    return torch.sigmoid(-kappa)
-
-
 def cosine(t: Tensor) -> Tensor:
     """Signal of the trigonometric path."""
     # cos(πt/2) would have no relative accuracy near t = 1.
@@ -231,11 +198,3 @@ def sine(t: Tensor) -> Tensor:
 
 def _sine_gain(s: Tensor, t: Tensor) -> Tensor:
     return torch.sin(math.pi / 2 * (t - s))
-
-
-def _cosine_time(kappa: Tensor) -> Tensor:
-    return (-kappa).exp().atan() * (2 / math.pi)
-
-
-LINEAR = SignalNoise(falling, rising, _linear_gain, _linear_time)
-TRIGONOMETRIC = SignalNoise(cosine, sine, _sine_gain, _cosine_time)

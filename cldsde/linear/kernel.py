@@ -15,27 +15,24 @@ from cldsde.linear.random import Generators, standard_normal
 from cldsde.linear.reprs import shown
 
 
-def check_kernel_shape(blocks: Tensor, z: Tensor, name: str) -> None:
-    """Raise unless ``z`` is a state ``(B, k, *D)`` and the blocks are for one time or B times."""
-    check_state(z, blocks.shape[-1], name)
-    if blocks.shape[:-2] not in (torch.Size([]), torch.Size([len(z)])):
-        raise ValueError(
-            f"{name} has {len(z)} samples, so the kernel must be for one time or for ({len(z)},) "
-            f"times, one per sample; got times of shape {tuple(blocks.shape[:-2])}"
-        )
+def check_kernel_shape(blocks: Tensor, **states: Tensor) -> None:
+    """Raise unless states ``(B, k, *D)`` have one shape, and the blocks are for 1 or B times."""
+    for name, z in states.items():
+        check_state(z, blocks.shape[-1], name)
+        if blocks.shape[:-2] not in (torch.Size([]), torch.Size([len(z)])):
+            raise ValueError(
+                f"{name} has {len(z)} samples, so the kernel must be for one time or for "
+                f"({len(z)},) times, one per sample; got times of shape {tuple(blocks.shape[:-2])}"
+            )
+    if len({z.shape for z in states.values()}) > 1:
+        got = " and ".join(str(tuple(z.shape)) for z in states.values())
+        raise ValueError(f"{' and '.join(states)} must have one shape; got {got}")
 
 
 def check_density(root: Tensor, times: Tensor, name: str) -> None:
     """Raise ValueError if the distribution given the start has no density at some time.
 
-    Parameters
-    ----------
-    root
-        Triangular roots ``(*times.shape, k, k)``, or with further axes before the last two.
-    times
-        ``(*)``.
-    name
-        Name of the times in the message.
+    The triangular roots are ``(*times.shape, k, k)``, or have further axes before the last two.
     """
     flat = (root.diagonal(dim1=-2, dim2=-1) <= 0).flatten(times.ndim).any(-1)
     if not bool(flat.any()):
@@ -73,13 +70,7 @@ def log_density(residual: Tensor, root: Tensor) -> Tensor:
 class Kernel:
     """Transition kernel z_t | z_s ~ N(mean z_s, root rootᵀ), the same for every data dimension.
 
-    Attributes
-    ----------
-    mean
-        Matrix that maps z_s to the conditional mean, ``(*, k, k)`` float64 on the CPU.
-    root
-        Lower-triangular factor of the covariance, ``(*, k, k)`` float64 on the CPU. Its diagonal is
-        ≥ 0, and > 0 if the distribution has a density.
+    The tensors are float64 on the CPU.
 
     Examples
     --------
@@ -91,7 +82,9 @@ class Kernel:
     torch.Size([8, 2, 3])
     """
 
-    mean: Tensor
+    mean: Tensor  #: Matrix that maps z_s to the conditional mean, ``(*, k, k)``.
+    #: Lower-triangular factor of the covariance, ``(*, k, k)``. Its diagonal is ≥ 0, and > 0 if the
+    #: distribution has a density.
     root: Tensor
 
     def __repr__(self) -> str:
@@ -108,65 +101,34 @@ class Kernel:
         return self.perturb(z, generator=generator)[0]
 
     def perturb(self, z: Tensor, *, generator: Generators | None = None) -> tuple[Tensor, Tensor]:
-        """Draw z_t = mean z_s + root ξ.
+        """Draw z_t = mean z_s + root ξ; return z_t and ξ in the shape, dtype and device of z_s.
 
         Parameters
         ----------
         z
             z_s, ``(B, k, *D)``. A kernel for one time, shape ``()``, is used for all samples. A
-            kernel for times ``(B,)`` has one time per sample.
+            kernel for times ``(B,)`` has one time per sample. ValueError if a shape does not fit.
         generator
             Random generator, or several, each of which draws for an equal share of the batch.
-
-        Returns
-        -------
-        z_t, noise : tuple of Tensor
-            State and ξ, both ``(B, k, *D)``, in the dtype and on the device of ``z``.
-
-        Raises
-        ------
-        ValueError
-            If the kernel's batch shape or the state's shape does not fit.
         """
-        check_kernel_shape(self.mean, z, "z")
+        check_kernel_shape(self.mean, z=z)
         noise = standard_normal(z.shape, generator=generator, dtype=z.dtype, device=z.device)
         return apply_blocks(self.mean, z) + apply_blocks(self.root, noise), noise
 
     def log_prob(self, z_t: Tensor, z_s: Tensor) -> Tensor:
         """Log-density of z_t given z_s, ``(B,)`` nats.
 
-        Raises
-        ------
-        ValueError
-            If the distribution has no density, or the shapes do not fit.
+        Raises a ValueError if the distribution has no density, or the shapes do not fit.
         """
-        check_kernel_shape(self.mean, z_t, "z_t")
-        check_kernel_shape(self.mean, z_s, "z_s")
-        if z_t.shape != z_s.shape:
-            msg = f"z_t and z_s must have one shape; got {tuple(z_t.shape)} and {tuple(z_s.shape)}"
-            raise ValueError(msg)
+        check_kernel_shape(self.mean, z_t=z_t, z_s=z_s)
         return log_density(z_t - apply_blocks(self.mean, z_s), self.root)
 
 
 @dataclass(frozen=True, eq=False)
 class Gaussian:
-    """Gaussian distribution N(0, root rootᵀ) of a state, such as the prior.
+    """Gaussian N(0, root rootᵀ) of each data dimension of a state, such as the prior."""
 
-    It is the same for every data dimension.
-
-    Attributes
-    ----------
-    root
-        Lower-triangular factor of the covariance, ``(k, k)`` float64 on the CPU.
-
-    Examples
-    --------
-    >>> from cldsde import CLD
-    >>> CLD().prior.sample((8, 3)).shape
-    torch.Size([8, 2, 3])
-    """
-
-    root: Tensor
+    root: Tensor  #: Lower-triangular factor of the covariance, ``(k, k)`` float64 on the CPU.
 
     def __repr__(self) -> str:
         """One line with the covariance."""
@@ -190,13 +152,7 @@ class Gaussian:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> Tensor:
-        """Draw states for data of shape ``(B, *D)``.
-
-        Returns
-        -------
-        Tensor
-            ``(B, k, *D)``.
-        """
+        """Draw states ``(B, k, *D)`` for data of shape ``(B, *D)``."""
         if not isinstance(shape, Sequence) or len(shape) < 1:
             raise ValueError(f"shape must be the shape (B, *D) of a batch of data; got {shape!r}")
         full = (shape[0], len(self.root), *shape[1:])

@@ -20,29 +20,18 @@ def times_of_log_snr(
     """Times at which a process has given values of κ, half the log of the signal-to-noise ratio.
 
     The same time means a different noise level in each process. To transfer ε or t_min from one
-    process to another, match κ.
+    process to another, match κ. The result has the shape of ``log_snr``, and is float64 on the CPU
+    and accurate to the rounding of log t. If no time has the value, it is the nearer end.
 
     Parameters
     ----------
     sde
         The forward process.
     log_snr
-        Values of κ (`LinearSDE.log_snr`), a number or a tensor of any shape.
+        Values of κ (`LinearSDE.log_snr`), a number or a tensor of any shape; TypeError for anything
+        else, and ValueError for NaN.
     T, eps
-        Ends of the search interval, 0 < ε ≤ T ≤ 1.
-
-    Returns
-    -------
-    Tensor
-        Times in [ε, T] of the shape of ``log_snr``, float64 on the CPU, accurate to the rounding of
-        log t. If no time has the value, the nearer end.
-
-    Raises
-    ------
-    TypeError
-        If ``sde`` is not a process, or ``log_snr`` is not a number or a tensor of real numbers.
-    ValueError
-        If a value is NaN, or not 0 < ε ≤ T ≤ 1.
+        Ends of the search interval, 0 < ε ≤ T ≤ 1; ValueError otherwise.
 
     Examples
     --------

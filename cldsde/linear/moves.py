@@ -46,23 +46,11 @@ def carried_roots(sde: LinearSDE, stops: Tensor, root: Tensor) -> tuple[Tensor, 
 def moves_to_end(
     sde: LinearSDE, stops: Tensor, root: Tensor, levels: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Transitions Φ_λ from each stop to the end of its step, and the noise of whole steps.
+    """Transitions Φ_λ ``(n, m, k, k)`` from each stop to its step's end, and noise of whole steps.
 
-    Parameters
-    ----------
-    sde
-        The process.
-    stops
-        Times ``(n, m + 1)`` from the start of each step to its end.
-    root
-        Roots of the distributions given the data at the stops, ``(n, m + 1, k, k)``.
-    levels
-        λ of each step, ``(n,)``.
-
-    Returns
-    -------
-    moves, noise : tuple of Tensor
-        ``(n, m, k, k)``, and noise roots ``(n, k, k)``, without columns if λ = 0.
+    ``stops`` ``(n, m + 1)`` run from the start of each step to its end. ``root`` holds the roots of
+    the distributions given the data there, and ``levels`` ``(n,)`` holds λ. The noise roots are
+    ``(n, k, k)``, without columns if λ = 0.
     """
     if not bool(levels.any()):
         carried, inverse = carried_roots(sde, stops, root)

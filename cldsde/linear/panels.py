@@ -48,20 +48,12 @@ def partition(drift: Function, diffusion: Function, grid: Tensor) -> Tensor:
     - the last terms of Ψ G are below rounding;
     - ‖F‖h ≤ 2.
 
-    A jump or a square root is enclosed by a panel so short that its error does not matter.
+    A jump or a square root is enclosed by a panel so short that its error does not matter. Raise
+    ValueError if more than 4096 panels are needed, or if a panel that is too short to be halved
+    contributes more than 1e-12 to a transition.
 
-    Parameters
-    ----------
-    drift, diffusion
-        Functions of times ``(*)`` that return F ``(*, k, k)`` and G ``(*, k, r)``.
-    grid
-        ``(n,)``, increasing, from one end to the other.
-
-    Raises
-    ------
-    ValueError
-        If more than 4096 panels are needed, or a panel that is too short to be halved contributes
-        more than 1e-12 to a transition.
+    ``drift`` and ``diffusion`` map times ``(*)`` to F ``(*, k, k)`` and G ``(*, k, r)``. ``grid``
+    is increasing, from one end to the other.
     """
     # Balanced units minimise ‖F‖ and thus the number of panels.
     scale = balancing_scale(drift(grid).abs().amax(0))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cldsde.linear.checks import check_alphas_cumprod, check_callable, shaped, two_increasing
-from cldsde.linear.interpolants import LINEAR, TRIGONOMETRIC, SignalNoise
+from cldsde.linear.interpolants import AlphasCumprod, cosine, falling, rising, sine
 from cldsde.linear.log_snr import times_of_log_snr
 from cldsde.linear.reprs import constructor_repr
 from cldsde.linear.sde import LinearSDE, check_process
@@ -29,6 +29,9 @@ class NoisePath:
     .. math:: x_t = α(t)\,x_0 + σ(t)\,n, \qquad n ∼ N(0, I)
 
     The ratio σ/α is the noise level that `PredictionDenoiser` receives. It must increase with t.
+    Raises a ValueError otherwise, and if the interval is empty, a value is negative or not finite,
+    or ``inverse`` is not the inverse. Raises a TypeError if a function cannot be called or does not
+    return a tensor.
 
     Parameters
     ----------
@@ -41,14 +44,6 @@ class NoisePath:
     rates
         Function of times that returns (α', σ'), for networks that predict a flow. None: automatic
         differentiation.
-
-    Raises
-    ------
-    TypeError
-        If a function is not callable, or does not return a tensor.
-    ValueError
-        If the interval is empty, a value is negative or not finite, the noise level does not
-        increase with t, or ``inverse`` is not the inverse.
 
     Examples
     --------
@@ -98,12 +93,12 @@ class NoisePath:
     @classmethod
     def linear(cls) -> NoisePath:
         """Linear path of rectified flow and flow matching: α = 1 − t, σ = t on [0, 1]."""
-        return cls._along(LINEAR)
+        return cls(falling, rising, inverse=_linear_time)
 
     @classmethod
     def cosine(cls) -> NoisePath:
         """Cosine path: α = cos(πt/2), σ = sin(πt/2) on [0, 1]."""
-        return cls._along(TRIGONOMETRIC)
+        return cls(cosine, sine, inverse=_cosine_time)
 
     @classmethod
     def from_alphas_cumprod(cls, table: Tensor) -> NoisePath:
@@ -116,23 +111,15 @@ class NoisePath:
         Parameters
         ----------
         table
-            ᾱ_0, …, ᾱ_{N−1}, ``(N,)`` in [0, 1), decreasing; N ≥ 2.
-
-        Raises
-        ------
-        ValueError
-            If the table is not such a tensor.
+            ᾱ_0, …, ᾱ_{N−1}, ``(N,)`` in [0, 1), decreasing; N ≥ 2. ValueError otherwise.
         """
         if not isinstance(table, Tensor) or table.ndim != 1 or len(table) < 2:
             raise ValueError(f"table must be a tensor (N,) with N ≥ 2; got {shaped(table)}")
         values = table.detach().cpu().to(torch.float64)
         check_alphas_cumprod(values)
         last = float((values > 0).sum()) - 1
-        return cls._along(SignalNoise.through(values[values > 0], -1.0, last), (0.0, last))
-
-    @classmethod
-    def _along(cls, known: SignalNoise, interval: tuple[float, float] = (0.0, 1.0)) -> NoisePath:
-        return cls(known.signal, known.noise, interval=interval, inverse=known.inverse)
+        path = AlphasCumprod(values[values > 0], -1.0, last)
+        return cls(path.signal, path.noise, interval=(0.0, last), inverse=path.inverse)
 
     @classmethod
     def of(cls, sde: LinearSDE, start: float = 1e-5) -> NoisePath:
@@ -141,16 +128,10 @@ class NoisePath:
         Parameters
         ----------
         sde
-            The process, such as `VPSDE` or `VESDE`.
+            The process, such as `VPSDE` or `VESDE`; ValueError if it has several components, and
+            TypeError for anything else.
         start
-            Smallest time that the network was trained on, > 0.
-
-        Raises
-        ------
-        TypeError
-            If ``sde`` is not a process.
-        ValueError
-            If it has several components, or not 0 < ``start`` < 1.
+            Smallest time that the network was trained on, 0 < ``start`` < 1; ValueError otherwise.
         """
         check_process(sde)
         if sde.components != 1:
@@ -208,6 +189,14 @@ def _derivative(function: OfTime, t: Tensor, name: str) -> Tensor:
 
 
 # These are functions of the module, so that a path can be pickled.
+
+
+def _linear_time(kappa: Tensor) -> Tensor:
+    return torch.sigmoid(-kappa)
+
+
+def _cosine_time(kappa: Tensor) -> Tensor:
+    return (-kappa).exp().atan() * (2 / math.pi)
 
 
 def _process_signal(sde: LinearSDE, t: Tensor) -> Tensor:

@@ -8,10 +8,7 @@ Between t and s < t the processes
 
 run backwards in time, have the same distribution of z_τ given z_0 for every stochasticity λ. λ = 1
 is the Bayesian posterior p(z_s | z_t, z_0), and λ = 0 is a probability flow. For k = 1 this is the
-family of Song, Meng and Ermon (2021, eq. 7). All are Gaussian,
-
-.. math:: z_s = Ψ(s,0) z_0 + Φ_λ\,(z_t − Ψ(t,0) z_0) + ζ, \qquad
-          ζ ∼ N(0,\ Σ_s − Φ_λ Σ_t Φ_λ^⊤).
+family of Song, Meng and Ermon (2021, eq. 7). `LinearSDE.posterior` defines Φ_λ.
 """
 
 from __future__ import annotations
@@ -37,16 +34,8 @@ class Posterior:
     """Posterior z_s | z_t, z_0 ~ N(state z_t + initial z_0, root rootᵀ) of an earlier state, s ≤ t.
 
     Create it with `LinearSDE.posterior`. z_0 is the mean of the start: ``sde.embed(x0)`` if the
-    posterior is conditioned on the data, or all of z_0 if the initial covariance is zero.
-
-    Attributes
-    ----------
-    state
-        Φ, ``(*, k, k)`` float64 on the CPU.
-    initial
-        Ψ(s, 0) − Φ Ψ(t, 0), ``(*, k, k)``.
-    root
-        Lower-triangular factor of the covariance, ``(*, k, k)``, diagonal ≥ 0.
+    posterior is conditioned on the data, or all of z_0 if the initial covariance is zero. The
+    tensors are float64 on the CPU.
 
     Examples
     --------
@@ -58,9 +47,9 @@ class Posterior:
     torch.Size([8, 2, 3])
     """
 
-    state: Tensor
-    initial: Tensor
-    root: Tensor
+    state: Tensor  #: Φ, ``(*, k, k)``.
+    initial: Tensor  #: Ψ(s, 0) − Φ Ψ(t, 0), ``(*, k, k)``.
+    root: Tensor  #: Lower-triangular factor of the covariance, ``(*, k, k)``, diagonal ≥ 0.
 
     @property
     def covariance(self) -> Tensor:
@@ -69,30 +58,16 @@ class Posterior:
 
     def mean(self, z_t: Tensor, z_0: Tensor) -> Tensor:
         """Mean of z_s, ``(B, k, *D)``, for states of that shape."""
-        check_kernel_shape(self.state, z_t, "z_t")
-        check_kernel_shape(self.state, z_0, "z_0")
-        if z_t.shape != z_0.shape:
-            msg = f"z_t and z_0 must have one shape; got {tuple(z_t.shape)} and {tuple(z_0.shape)}"
-            raise ValueError(msg)
+        check_kernel_shape(self.state, z_t=z_t, z_0=z_0)
         return apply_blocks(self.state, z_t) + apply_blocks(self.initial, z_0)
 
     def sample(
         self, z_t: Tensor, z_0: Tensor, *, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Draw z_s.
+        """Draw z_s ``(B, k, *D)`` for states of that shape, in the dtype and on the device of z_t.
 
-        Parameters
-        ----------
-        z_t, z_0
-            ``(B, k, *D)``. A posterior for one pair of times, shape ``()``, is used for all
-            samples. A posterior of shape ``(B,)`` has one pair of times per sample.
-        generator
-            Random generator.
-
-        Returns
-        -------
-        Tensor
-            ``(B, k, *D)``, in the dtype and on the device of ``z_t``.
+        A posterior for one pair of times, shape ``()``, is used for all samples. A posterior of
+        shape ``(B,)`` has one pair of times per sample.
         """
         mean = self.mean(z_t, z_0)
         noise = standard_normal(mean.shape, generator=generator, dtype=z_t.dtype, device=z_t.device)
@@ -101,16 +76,10 @@ class Posterior:
     def log_prob(self, z_s: Tensor, z_t: Tensor, z_0: Tensor) -> Tensor:
         """Log-density of z_s given z_t and z_0, ``(B,)`` nats.
 
-        Raises
-        ------
-        ValueError
-            If the distribution has no density (s = t, or λ = 0), or the shapes do not fit.
+        Raises a ValueError if there is no density (s = t, or λ = 0), or the shapes do not fit.
         """
         mean = self.mean(z_t, z_0)
-        check_kernel_shape(self.state, z_s, "z_s")
-        if z_s.shape != mean.shape:
-            msg = f"z_s and z_t must have one shape; got {tuple(z_s.shape)} and {tuple(mean.shape)}"
-            raise ValueError(msg)
+        check_kernel_shape(self.state, z_s=z_s, z_t=z_t)
         return log_density(z_s - mean, self.root)
 
 
@@ -160,41 +129,32 @@ def bayes(step: Kernel, earlier: Tensor, later: Tensor) -> tuple[Tensor, Tensor]
 def reverse_family(
     dynamics: Dynamics, root_at: RootAt, s: Tensor, t: Tensor, stochasticity: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Φ_λ and noise root over [s, t], ``(*s.shape, k, k)``; see `whitened_family`."""
-    move, noise = whitened_family(dynamics, root_at, s, t, stochasticity)
-    earlier = root_at(s)
-    state = torch.linalg.solve_triangular(root_at(t), earlier @ move, upper=False, left=False)
+    r"""Φ_λ and noise root over [s, t], ``(*s.shape, k, k)``, for s ≤ t and λ ≥ 0 of one shape.
+
+    In coordinates in which z_τ is standard normal, z_τ − Ψz_0 = L_τ y with L from ``root_at``, and
+    with g = L⁻¹G the reverse process is
+
+    .. math:: dy = \bigl(Ω + \tfrac{λ^2}2 g g^⊤\bigr) y\,dτ + λ\,g\,d\bar w,
+
+    a rotation, with Ω as in `cldsde.linear.flow`, and a contraction. However degenerate L becomes
+    as τ → 0, their rates grow only like 1/τ if β is a power of τ there. Collocation integrates them
+    on panels of similar change.
+    """
+    earlier, later = root_at(s), root_at(t)
+    if dynamics.components == 1:
+        move, noise = _single_family(dynamics, earlier, later, s, t, stochasticity)
+    else:
+        flat = s.flatten(), t.flatten(), stochasticity.reshape(-1, 1, 1, 1)
+        family = _collocated_family(dynamics, root_at, *flat)
+        move, noise = (stack_first(x, s.shape) for x in family)
+    state = torch.linalg.solve_triangular(later, earlier @ move, upper=False, left=False)
     return state, earlier @ noise
 
 
-def whitened_family(
-    dynamics: Dynamics, root_at: RootAt, s: Tensor, t: Tensor, stochasticity: Tensor
+def _collocated_family(
+    dynamics: Dynamics, root_at: RootAt, s: Tensor, t: Tensor, level: Tensor
 ) -> tuple[Tensor, Tensor]:
-    r"""Transition matrix and noise root in coordinates in which z_τ is standard normal.
-
-    With z_τ − Ψz_0 = L_τ y and g = L⁻¹G the reverse process is
-
-    .. math:: dy = \bigl(Ω + \tfrac{λ^2}2 g g^⊤\bigr) y\,dτ + λ\,g\,d\bar w, \qquad
-              Ω = \mathrm{triu}(N, 1) − \mathrm{triu}(N, 1)^⊤, \quad
-              N = L^{-1} F L + \tfrac12 g g^⊤,
-
-    a rotation and a contraction. However degenerate L becomes as τ → 0, their rates grow only like
-    1/τ if β is a power of τ there. Collocation integrates them on panels of similar change.
-
-    Parameters
-    ----------
-    dynamics
-        F and G.
-    root_at
-        Function of times ``(n, q)`` that returns the root L of the distribution given the start.
-    s, t
-        Times of one shape, s ≤ t.
-    stochasticity
-        λ ≥ 0, of the shape of s.
-    """
-    if dynamics.components == 1:
-        return _single_family(dynamics, root_at, s, t, stochasticity)
-    flat_s, flat_t, level = s.flatten(), t.flatten(), stochasticity.reshape(-1, 1, 1, 1)
+    """Transition and noise root of y over intervals ``(n,)``, ``(k, k, n)``."""
 
     def reverse(times: Tensor) -> tuple[Tensor, Tensor]:
         rotation, dissipation, g = whitened_matrices(dynamics, root_at, times)
@@ -204,26 +164,24 @@ def whitened_family(
         rotation, dissipation, _ = whitened_matrices(dynamics, root_at, times)
         return rotation + level.detach().square().max() * dissipation
 
-    panels, edges = _panels(fastest, flat_s, flat_t)
+    panels, edges = _panels(fastest, s, t)
     factors = converged(lambda count: collocate(reverse, *edges(count)), panels)
     if factors is None:
         raise ValueError(
             "stochasticity is too large to resolve the reverse process between s and t; got up to "
             f"{float(level.detach().max()):g}. Take a smaller one or a shorter interval"
         )
-    move, noise = factors
-    return stack_first(move, s.shape), stack_first(noise, s.shape)
+    return factors
 
 
 def _single_family(
-    dynamics: Dynamics, root_at: RootAt, s: Tensor, t: Tensor, stochasticity: Tensor
+    dynamics: Dynamics, earlier: Tensor, later: Tensor, s: Tensor, t: Tensor, stochasticity: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Transition e^{−λ²H} and noise √(1 − e^{−2λ²H}) for one component.
 
     H = κ(s) − κ(t), which is ∞ if Ψ(t, s) = 0.
     """
     psi, noise = dynamics.transition(s, t)
-    earlier, later = root_at(s), root_at(t)
     kept, share = psi * earlier / later, (noise / later).square()
     # e^{−2H} equals kept² and 1 − share. Over short steps only the second form keeps the digits.
     short = share < 0.5
@@ -237,19 +195,9 @@ def _single_family(
 def _panels(
     drift: Callable[[Tensor], Tensor], s: Tensor, t: Tensor
 ) -> tuple[int, Callable[[int], tuple[Tensor, Tensor]]]:
-    """First number of panels, and their edges, uniform in ∫ (‖drift‖ + 1/τ) dτ.
+    """First number of panels from t down to s, and their edges as a function of the number.
 
-    Parameters
-    ----------
-    drift
-        Function of times ``(1, q)`` that returns ``(1, q, k, k)``.
-    s, t
-        Ends of the intervals ``(n,)``, s ≤ t; panels run from t down to s.
-
-    Returns
-    -------
-    panels, edges
-        First number of panels, and a function of the number of panels for `converged`.
+    Panels of each interval ``(n,)`` are uniform in ∫ (‖drift‖ + 1/τ) dτ.
     """
     if not len(t):
         return 1, lambda panels: (s.expand(panels, -1), s.expand(panels, -1))

@@ -20,11 +20,10 @@ from cldsde.linear.checks import (
     parameter_at_least,
     positive_parameter,
 )
-from cldsde.linear.dynamics import TimeChangedDynamics
-from cldsde.linear.interpolants import alphas_cumprod_process
+from cldsde.linear.dynamics import SubVPDynamics, TimeChangedDynamics
+from cldsde.linear.interpolants import TableProcess
 from cldsde.linear.schedule import Schedule
 from cldsde.linear.sde import LinearSDE
-from cldsde.linear.sub_vp import SubVPDynamics
 
 # With this coupling and friction HOLD has the triple eigenvalue −√3.
 _CRITICAL_COUPLING, _CRITICAL_FRICTION = 2 * sqrt(2), 3 * sqrt(3)
@@ -39,14 +38,9 @@ class VPSDE(LinearSDE):
     Parameters
     ----------
     beta_min, beta_max
-        β(0) ≥ 0 and β(1) > 0, in units of 1/t.
+        Finite β(0) ≥ 0 and β(1) > 0, in units of 1/t; ValueError otherwise.
     schedule
         Noise schedule β in place of the linear one, e.g. ``Schedule.cosine()``.
-
-    Raises
-    ------
-    ValueError
-        If a rate is out of range or not finite.
 
     Examples
     --------
@@ -61,10 +55,9 @@ class VPSDE(LinearSDE):
         *,
         schedule: Schedule | None = None,
     ) -> None:
-        self.beta_min, self.beta_max, self.schedule = _rates(beta_min, beta_max, schedule)
+        self.beta_min, self.beta_max, self.schedule, beta = _rates(beta_min, beta_max, schedule)
         super().__init__(
-            TimeChangedDynamics([[-0.5]], [[1.0]], _schedule(beta_min, beta_max, schedule)),
-            stationary_covariance=[[1.0]],
+            TimeChangedDynamics([[-0.5]], [[1.0]], beta), stationary_covariance=[[1.0]]
         )
 
     @staticmethod
@@ -82,21 +75,9 @@ class VPSDE(LinearSDE):
         Parameters
         ----------
         table
-            ``(N,)``, decreasing from below 1, such as ``scheduler.alphas_cumprod``. The last entry
-            may be 0, for a terminal signal-to-noise ratio of zero. The table may be a learnt
-            parameter.
-
-        Returns
-        -------
-        LinearSDE
-            The process, with one component.
-
-        Raises
-        ------
-        TypeError
-            If ``table`` does not hold real numbers.
-        ValueError
-            If it does not decrease from below 1 to at least 0.
+            ``(N,)``, decreasing from below 1 to at least 0, such as ``scheduler.alphas_cumprod``;
+            ValueError otherwise. The last entry may be 0, for a terminal signal-to-noise ratio of
+            zero. The table may be a learnt parameter.
 
         Examples
         --------
@@ -106,7 +87,7 @@ class VPSDE(LinearSDE):
         >>> f"{sde.marginal(2 / 3).mean.square().item():.6f}"
         '0.500000'
         """
-        return alphas_cumprod_process(table)
+        return TableProcess(table)
 
 
 class SubVPSDE(LinearSDE):
@@ -118,20 +99,8 @@ class SubVPSDE(LinearSDE):
 
     Parameters
     ----------
-    beta_min, beta_max
-        β(0) ≥ 0 and β(1) > 0 of the linear schedule.
-    schedule
-        Noise schedule β in place of the linear one, e.g. ``Schedule.cosine()``.
-
-    Raises
-    ------
-    ValueError
-        If a rate is out of range or not finite.
-
-    Examples
-    --------
-    >>> SubVPSDE().prior.covariance.item()
-    1.0
+    beta_min, beta_max, schedule
+        See `VPSDE`.
     """
 
     def __init__(
@@ -141,9 +110,8 @@ class SubVPSDE(LinearSDE):
         *,
         schedule: Schedule | None = None,
     ) -> None:
-        self.beta_min, self.beta_max, self.schedule = _rates(beta_min, beta_max, schedule)
-        dynamics = SubVPDynamics(_schedule(beta_min, beta_max, schedule))
-        super().__init__(dynamics, prior_covariance=[[1.0]])
+        self.beta_min, self.beta_max, self.schedule, beta = _rates(beta_min, beta_max, schedule)
+        super().__init__(SubVPDynamics(beta), prior_covariance=[[1.0]])
 
 
 class VESDE(LinearSDE):
@@ -160,17 +128,7 @@ class VESDE(LinearSDE):
     Parameters
     ----------
     sigma_min, sigma_max
-        Noise levels at t = 0 and 1, 0 < σ_min < σ_max, in units of the data.
-
-    Raises
-    ------
-    ValueError
-        If not 0 < σ_min < σ_max.
-
-    Examples
-    --------
-    >>> f"{VESDE().marginal(1.0).root.item():.4f}"
-    '50.0000'
+        Noise levels at t = 0 and 1, 0 < σ_min < σ_max, in units of the data; ValueError otherwise.
     """
 
     def __init__(self, sigma_min: Parameter = 0.01, sigma_max: Parameter = 50.0) -> None:
@@ -191,7 +149,8 @@ class CLD(LinearSDE):
     Noise enters the velocity alone and reaches the data smoothly. For Γ² = 4M the damping is
     critical: in the long run no other friction approaches equilibrium faster. For Γ² < 4M the
     process is underdamped, for Γ² > 4M overdamped. The stationary distribution is x ~ N(0, 1),
-    v ~ N(0, M). The velocity starts from N(0, γM).
+    v ~ N(0, M). The velocity starts from N(0, γM). Raises a ValueError if a parameter is out of
+    range or not finite.
 
     Parameters
     ----------
@@ -207,19 +166,11 @@ class CLD(LinearSDE):
         ε ≥ 0. If ε > 0, √β ε dw is added to dx (Strasman et al. 2025). Both components are then
         driven, and x and v are correlated in the stationary distribution.
 
-    Raises
-    ------
-    ValueError
-        If a parameter is out of range or not finite.
-
     Examples
     --------
     >>> sde = CLD()
     >>> sde.components, sde.driven
     (2, (1,))
-    >>> kernel = sde.marginal(0.5)
-    >>> kernel.mean.shape, kernel.root.shape
-    (torch.Size([2, 2]), torch.Size([2, 2]))
     """
 
     def __init__(
@@ -256,12 +207,13 @@ class PSLD(LinearSDE):
              + \sqrt β \begin{pmatrix} \sqrtΓ & 0 \\ 0 & \sqrt{Mν} \end{pmatrix} dw
 
     The damping is critical for (Γ − ν)² = 4 M⁻¹. With Γ = 0 the process is CLD at half the rate
-    with friction Mν. The stationary distribution is x ~ N(0, 1), m ~ N(0, M).
+    with friction Mν. The stationary distribution is x ~ N(0, 1), m ~ N(0, M). Raises a ValueError
+    if a parameter is out of range or not finite.
 
     Parameters
     ----------
     beta
-        Rate β: a number, a pair (β(0), β(1)) for a linear schedule, or a `Schedule`.
+        Rate β; see `CLD`.
     gamma
         Γ ≥ 0, friction of the data.
     nu
@@ -270,17 +222,6 @@ class PSLD(LinearSDE):
         M > 0.
     velocity_scale
         Initial variance of the momentum in units of its stationary variance, ≥ 0.
-
-    Raises
-    ------
-    ValueError
-        If a parameter is out of range or not finite.
-
-    Examples
-    --------
-    >>> sde = PSLD()
-    >>> sde.components, sde.driven
-    (2, (0, 1))
     """
 
     def __init__(
@@ -316,12 +257,13 @@ class HOLD(LinearSDE):
         G = (0, 0, \sqrt{2ξβL^{-1}})^⊤
 
     With the defaults all three eigenvalues are −√3 β, which is critical damping. The stationary
-    distribution is N(0, L⁻¹) in each component.
+    distribution is N(0, L⁻¹) in each component. Raises a ValueError if a parameter is out of range
+    or not finite.
 
     Parameters
     ----------
     beta
-        Rate β: a number, a pair (β(0), β(1)) for a linear schedule, or a `Schedule`.
+        Rate β; see `CLD`.
     coupling
         g ≠ 0, between velocity and acceleration.
     friction
@@ -330,17 +272,6 @@ class HOLD(LinearSDE):
         L > 0, the inverse of the stationary variance.
     auxiliary_scale
         Initial variance of the two auxiliary components in units of L⁻¹, ≥ 0.
-
-    Raises
-    ------
-    ValueError
-        If a parameter is out of range or not finite.
-
-    Examples
-    --------
-    >>> sde = HOLD()
-    >>> sde.components, sde.driven
-    (3, (2,))
     """
 
     def __init__(
@@ -372,16 +303,14 @@ class HOLD(LinearSDE):
 
 def _rates(
     beta_min: Parameter, beta_max: Parameter, schedule: Schedule | None
-) -> tuple[Parameter | None, Parameter | None, Schedule | None]:
-    """The two rates, or the schedule in their place; unused values are None."""
+) -> tuple[Parameter | None, Parameter | None, Schedule | None, Schedule]:
+    """The two rates, or the schedule in their place, and β; unused values are None."""
     if schedule is not None:
-        return None, None, Schedule.of(schedule)
-    least = parameter_at_least(beta_min, 0.0, "beta_min")
-    return least, positive_parameter(beta_max, "beta_max"), None
-
-
-def _schedule(beta_min: Parameter, beta_max: Parameter, schedule: Schedule | None) -> Schedule:
-    return Schedule.linear(beta_min, beta_max) if schedule is None else Schedule.of(schedule)
+        beta = Schedule.of(schedule)
+        return None, None, beta, beta
+    low = parameter_at_least(beta_min, 0.0, "beta_min")
+    high = positive_parameter(beta_max, "beta_max")
+    return low, high, None, Schedule.linear(beta_min, beta_max)
 
 
 def _root(x: Parameter) -> Parameter:

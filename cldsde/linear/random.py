@@ -35,14 +35,8 @@ def standard_normal(
 ) -> Tensor:
     """Independent standard normals, drawn on the generator's device and moved to ``device``.
 
-    A CPU generator therefore gives the same numbers for every device of the state.
-
-    Raises
-    ------
-    TypeError
-        If ``generator`` is neither a generator nor a sequence of generators.
-    ValueError
-        If the first axis is not a multiple of the number of generators.
+    A CPU generator therefore gives the same numbers for every device of the state. Several
+    generators draw for equal shares of the first axis.
     """
     check_generator(generator)
     if generator is None or isinstance(generator, torch.Generator):

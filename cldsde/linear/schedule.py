@@ -27,19 +27,24 @@ from cldsde.linear.checks import (
 )
 from cldsde.linear.reprs import shown
 
-_PANELS = 8
 _CHECK_POINTS = 1025
 
 
 @lru_cache
-def gauss_legendre(n: int) -> tuple[Tensor, Tensor]:
-    """Nodes and weights of the n-point Gauss–Legendre rule on [0, 1], float64."""
+def gauss_legendre(n: int, panels: int = 1) -> tuple[Tensor, Tensor]:
+    """Nodes and weights of the n-point Gauss–Legendre rule on equal panels of [0, 1], float64."""
     nodes, weights = np.polynomial.legendre.leggauss(n)
-    return torch.from_numpy((nodes + 1) / 2), torch.from_numpy(weights / 2)
+    starts = torch.arange(panels, device="cpu", dtype=torch.float64).unsqueeze(1)
+    x = (starts + torch.from_numpy((nodes + 1) / 2)) / panels
+    return x.flatten(), torch.from_numpy(weights / 2 / panels).repeat(panels)
 
 
 class Schedule:
     r"""Noise schedule: a rate β(t) on [0, 1] with its integral over any [s, t].
+
+    Raises a ValueError if the rate is negative, infinite or NaN at one of 1,025 times, returns
+    another shape or dtype, or is not resolved by the quadrature; or if ``integral`` is not its
+    integral. Raises a TypeError if one of them is not a function.
 
     Parameters
     ----------
@@ -50,14 +55,6 @@ class Schedule:
         Function of (s, t) that returns :math:`\int_s^t β`, for tensors s ≤ t that broadcast. Write
         it without a difference that cancels. None: Gauss–Legendre quadrature with 8 panels of 16
         nodes, which is exact to rounding for rates that are smooth on the scale of (t − s)/8.
-
-    Raises
-    ------
-    ValueError
-        If the rate is negative, infinite or NaN at one of 1,025 times, returns another shape or
-        dtype, or is not resolved by the quadrature; or if ``integral`` is not its integral.
-    TypeError
-        If ``rate`` or ``integral`` cannot be called.
 
     Examples
     --------
@@ -119,12 +116,9 @@ class Schedule:
         return self._integral(s, t)
 
     def _quadrature(self, s: Tensor, t: Tensor) -> Tensor:
-        nodes, weights = gauss_legendre(16)
-        starts = torch.arange(_PANELS, device="cpu", dtype=torch.float64).unsqueeze(1)
-        fractions = ((starts + nodes) / _PANELS).flatten()
+        nodes, weights = gauss_legendre(16, panels=8)
         span = (t - s).unsqueeze(-1)
-        values = self._rate(s.unsqueeze(-1) + span * fractions)
-        return (span * values * weights.repeat(_PANELS) / _PANELS).sum(-1)
+        return (span * self._rate(s.unsqueeze(-1) + span * nodes) * weights).sum(-1)
 
     def _check_integral(self, *, given: bool) -> None:
         """Raise if the quadrature does not resolve the rate, or the integral is of another rate."""
@@ -152,10 +146,7 @@ class Schedule:
     def of(cls, value: Schedule | Parameter | Sequence[Parameter]) -> Schedule:
         """Create a schedule from a number (constant), a pair (β(0), β(1)) (linear) or a Schedule.
 
-        Raises
-        ------
-        TypeError
-            If ``value`` is none of these.
+        Raises a TypeError for anything else.
         """
         if isinstance(value, Schedule):
             return value

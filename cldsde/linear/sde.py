@@ -11,11 +11,10 @@ from torch import Tensor
 from cldsde.linear.blocks import apply_blocks
 from cldsde.linear.checks import MatrixLike, Parameter, TimeLike, as_matrix
 from cldsde.linear.covariance import covariance_root
-from cldsde.linear.distributions import Distributions
+from cldsde.linear.distributions import Distributions, frozen_parameters
 from cldsde.linear.dynamics import Dynamics, TimeChangedDynamics
 from cldsde.linear.function_dynamics import FunctionDynamics
 from cldsde.linear.kernel import Gaussian
-from cldsde.linear.learnt import frozen_parameters
 from cldsde.linear.random import Generators, check_generator, standard_normal
 from cldsde.linear.reprs import constructor_repr, shown
 from cldsde.linear.schedule import Schedule
@@ -39,26 +38,21 @@ class LinearSDE(Distributions):
         F, G and their transitions.
     initial_covariance
         Covariance of z_0 given the data, ``(k, k)``; None: zero. Derivatives by its variances exist
-        if they are above zero.
+        if they are above zero. ValueError if a covariance is not symmetric and positive
+        semi-definite.
     stationary_covariance
-        Σ∞, ``(k, k)``, if it is known exactly; None: derived. It is checked against F and G.
+        Σ∞, ``(k, k)``, if it is known exactly; None: derived. ValueError if it is not stationary
+        under F and G.
     prior_covariance
         Covariance of the prior at t = 1, ``(k, k)``. None: Σ∞, or without a stationary distribution
         the covariance of z_1 given x = 0.
 
-    Raises
-    ------
-    TypeError
-        If ``dynamics`` has another type than ``Dynamics``.
-    ValueError
-        If a covariance is not a symmetric positive semi-definite k×k matrix,
-        ``stationary_covariance`` is not stationary, or a subclass sets another ``T`` than 1.
-
     Notes
     -----
-    Times are numbers or floating-point tensors in [0, 1], and ``T`` is 1; two times broadcast.
-    Methods raise TypeError for a time of another type, ValueError for a time beyond [0, 1], and
-    OverflowError if a number is beyond the range of float64.
+    Times are numbers or floating-point tensors in [0, 1], and ``T`` is 1 for every subclass; two
+    times s ≤ t broadcast. Results have the shape of the times, and are float64 on the CPU. Methods
+    raise TypeError for a time of another type, ValueError for a time beyond [0, 1] or if s > t
+    somewhere, and OverflowError if a number is beyond the range of float64.
 
     Kernels are differentiable in tensors that the process is made of. To learn such a parameter,
     make the process anew in each training step. A process that is used after a change of its
@@ -87,8 +81,6 @@ class LinearSDE(Distributions):
     ... )
     >>> sde.components, sde.driven
     (3, (2,))
-    >>> sde.transition(0.2, 0.7).root.shape
-    torch.Size([3, 3])
     """
 
     T: ClassVar[float] = 1.0
@@ -141,25 +133,10 @@ class LinearSDE(Distributions):
 
         Parameters
         ----------
-        A
-            ``(k, k)``.
-        Q_root
-            ``(k, r)``.
-        schedule
-            β: a number, a pair (β(0), β(1)) for a linear schedule, or a `Schedule`.
+        A, Q_root, schedule
+            See `TimeChangedDynamics`.
         initial_covariance, stationary_covariance, prior_covariance
             See `LinearSDE`.
-
-        Raises
-        ------
-        ValueError
-            If A is not square, the matrices do not fit, or an entry is not finite.
-
-        Examples
-        --------
-        >>> sde = LinearSDE.from_matrices([[-0.5]], [[1.0]], schedule=(0.1, 20.0))
-        >>> sde.transition(0.2, 0.7).root.shape
-        torch.Size([1, 1])
         """
         return LinearSDE(
             TimeChangedDynamics(A, Q_root, schedule),
@@ -190,15 +167,11 @@ class LinearSDE(Distributions):
         initial_covariance, stationary_covariance, prior_covariance
             See `LinearSDE`.
 
-        Raises
-        ------
-        ValueError
-            If a function returns matrices that do not fit or values that are not finite, nearly
-            diverges or varies too quickly at a time, which is named; or if all diffusion is zero.
-
         Notes
         -----
-        The process can be pickled if its functions can, such as functions of a module.
+        Raises a ValueError if a function returns matrices that do not fit or values that are not
+        finite, nearly diverges or varies too quickly at a time, which is named; or if all diffusion
+        is zero. The process can be pickled if its functions can, such as functions of a module.
 
         Examples
         --------
@@ -222,7 +195,9 @@ class LinearSDE(Distributions):
 
         Interpolants of flow matching are such processes. The signal may vanish at t = 1, as in
         `RectifiedFlow`. Kernels are finite there, but drift and diffusion diverge
-        (`regular_until`).
+        (`regular_until`). Raises a ValueError if a function returns another shape or dtype or
+        values that are not finite, α or σ is out of range, α/σ increases somewhere, or a function
+        is not smooth. Raises a TypeError if an argument is not a function.
 
         Parameters
         ----------
@@ -233,14 +208,6 @@ class LinearSDE(Distributions):
         noise
             σ, a function like ``signal`` with σ > 0 for t > 0. σ(0) is the standard deviation of
             x_0 given the data. α/σ must decrease with t.
-
-        Raises
-        ------
-        TypeError
-            If an argument is not a function.
-        ValueError
-            If a function returns another shape or dtype or values that are not finite, α or σ is
-            out of range, α/σ increases somewhere, or a function is not smooth.
 
         Examples
         --------
@@ -292,7 +259,7 @@ class LinearSDE(Distributions):
         return LinearSDE(dynamics, stationary_covariance=self.stationary_covariance)
 
     def augment(self, x: Tensor, generator: Generators | None = None) -> Tensor:
-        """Draw an initial state z_0 = (x, 0, …) plus noise of the initial covariance.
+        """Draw initial states z_0 = (x, 0, …) plus noise of the initial covariance, ``(B, k, *D)``.
 
         Parameters
         ----------
@@ -300,11 +267,6 @@ class LinearSDE(Distributions):
             Data ``(B, *D)``, floating point.
         generator
             Random generator, or several for equal shares of the batch.
-
-        Returns
-        -------
-        Tensor
-            ``(B, k, *D)``.
         """
         check_generator(generator)
         state = self.embed(x)
@@ -321,35 +283,20 @@ class LinearSDE(Distributions):
     ) -> tuple[Tensor, Tensor]:
         """Draw a noisy state z_t = Ψ z_0 + L ξ from the forward process that starts at the data.
 
+        Returns z_t and ξ, both ``(B, k, *D)``, in the dtype and on the device of ``x0``.
+
         Parameters
         ----------
         x0
             Data ``(B, *D)``, floating point.
         t
-            One time, or ``(B,)``.
+            One time, or ``(B,)``; ValueError for another shape.
         conditioning
             ``"data"``: ξ is the noise given x_0 alone (hybrid score matching). ``"all"``: z_0 is
-            drawn first, and ξ is the noise given z_0 (denoising score matching).
+            drawn first, and ξ is the noise given z_0 (denoising score matching). ValueError for
+            another name.
         generator
             Random generator.
-
-        Returns
-        -------
-        z_t, noise : tuple of Tensor
-            State and ξ, both ``(B, k, *D)``, dtype and device of ``x0``.
-
-        Raises
-        ------
-        ValueError
-            If shapes do not fit or ``conditioning`` is unknown.
-
-        Examples
-        --------
-        >>> import torch
-        >>> from cldsde import CLD
-        >>> z, noise = CLD().perturb(torch.zeros(8, 3), 0.5)
-        >>> z.shape
-        torch.Size([8, 2, 3])
         """
         check_generator(generator)
         if conditioning == "data":
@@ -361,10 +308,7 @@ class LinearSDE(Distributions):
     def embed(self, x: Tensor) -> Tensor:
         """Mean of z_0: the state (x, 0, …), ``(B, k, *D)``, for data x ``(B, *D)``.
 
-        Raises
-        ------
-        TypeError
-            If ``x`` is not a floating-point tensor with a batch axis.
+        Raises a TypeError if ``x`` is not a floating-point tensor with a batch axis.
         """
         if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 1:
             got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__

@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from cldsde.linear.schedule import gauss_legendre
 
 
 def polynomials(coefficients: Tensor, x: Tensor) -> Tensor:
@@ -69,6 +72,21 @@ def legendre_moments(degrees: int, n: int) -> Tensor:
         for p in range(n)
     ]
     return torch.tensor(rows, dtype=torch.float64, device="cpu")
+
+
+@lru_cache
+def legendre_matrices(n: int) -> tuple[Tensor, Tensor]:
+    """Matrices from values at n Gauss nodes of [0, 1] to Legendre series, and to integrals from 0.
+
+    The integrals end at each node. The series is in P_m(2x − 1), which are not normalised.
+    """
+    nodes, weights = gauss_legendre(n)
+    x = 2 * nodes - 1
+    P = torch.from_numpy(np.polynomial.legendre.legvander(x.numpy(), n)).T
+    size = 2 * torch.arange(n, dtype=torch.float64, device="cpu") + 1
+    transform = size.unsqueeze(1) * weights * P[:-1]
+    rises = torch.cat([x.unsqueeze(0) + 1, P[2:] - P[:-2]]).T
+    return transform, (rises / (2 * size)) @ transform
 
 
 def balancing_scale(A: Tensor) -> Tensor:

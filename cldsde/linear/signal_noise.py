@@ -47,27 +47,15 @@ class SignalNoiseDynamics(Dynamics):
 
     Parameters
     ----------
-    signal
-        α, a function of float64 times of any shape that returns values of that shape; α(0) = 1,
-        positive before t = 1.
-    noise
-        σ, a function like ``signal``; not negative, positive for t > 0. If σ(0) > 0, the process
-        should have the initial covariance σ(0)².
+    signal, noise
+        See `LinearSDE.from_signal_noise`. If σ(0) > 0, the process should have the initial
+        covariance σ(0)².
     gain
         Function of (s, t) that returns σ(t) α(s) − σ(s) α(t) for s ≤ t, without cancellation. None:
         by a quadrature of the derivatives of α and σ, which is exact to rounding for smooth
         functions.
     variance_preserving
         Whether α² + σ² = 1. If False, it is checked to rounding at 1,025 times.
-
-    Raises
-    ------
-    TypeError
-        If an argument is not a function.
-    ValueError
-        If a function returns another shape or dtype, or values that are not finite; if α(0) is not
-        1 or α is not positive; if σ is negative; if the signal-to-noise ratio increases somewhere;
-        or if the functions are not smooth and ``gain`` is None.
 
     Examples
     --------
@@ -160,7 +148,7 @@ class SignalNoiseDynamics(Dynamics):
         a table. It is 1e-2 from a time at which the derivative of α or σ is infinite.
         `StochasticHeun`, `SSCS` and `Splitting` use it.
         """
-        x, w = _panels(_PANELS)
+        x, w = gauss_legendre(_NODES, _PANELS)
         start, span = s.unsqueeze(-1), (t - s).unsqueeze(-1)
         if self.regular_until < 1:
             self._finite(torch.where(t < 1, 0.0, torch.inf), t, "diffusion")
@@ -222,7 +210,7 @@ class SignalNoiseDynamics(Dynamics):
         """∫ (α_s σ′ − σ_s α′) over [s, t], with panels no longer than the checked ones."""
         span = (t - s).unsqueeze(-1)
         longest = float(span.detach().max()) if span.numel() else 0.0
-        x, w = _panels(max(1, math.ceil(longest * _CHECKED)))
+        x, w = gauss_legendre(_NODES, max(1, math.ceil(longest * _CHECKED)))
         (_, alpha_rate), (_, sigma_rate) = self._with_rates(s.unsqueeze(-1) + span * x)
         signal, noise = self._signal(s).unsqueeze(-1), self.noise(s).unsqueeze(-1)
         slope = signal * sigma_rate - noise * alpha_rate
@@ -294,13 +282,6 @@ class SignalNoiseDynamics(Dynamics):
             )
             raise ValueError(f"the {name} of this process diverges at t = {where:.15g}; {advice}")
         return values
-
-
-def _panels(count: int) -> tuple[Tensor, Tensor]:
-    """Nodes and weights of a composite Gauss–Legendre rule on [0, 1]."""
-    x, w = gauss_legendre(_NODES)
-    starts = torch.arange(count, dtype=torch.float64, device="cpu").unsqueeze(1)
-    return ((starts + x) / count).flatten(), (w / count).repeat(count)
 
 
 def _values(function: OfTime, grid: Tensor, name: str) -> Tensor:

@@ -35,14 +35,8 @@ def without_rounding(series: Tensor, rounding: Tensor) -> Tensor:
     """Set Legendre coefficients below the rounding error of the values to zero, entry by entry.
 
     Otherwise a derivative of order j would amplify the rounding error by NODES^2j. The gradients of
-    all coefficients are kept.
-
-    Parameters
-    ----------
-    series
-        ``(p, NODES, a, b)``.
-    rounding
-        Rounding error of a time relative to the length of its panel, ``(p,)``.
+    all coefficients are kept. ``rounding`` ``(p,)`` is the rounding error of a time relative to the
+    length of its panel.
     """
     size = series.detach().abs()
     order = torch.arange(NODES, device="cpu", dtype=torch.float64).reshape(-1, 1, 1)
@@ -54,17 +48,7 @@ def without_rounding(series: Tensor, rounding: Tensor) -> Tensor:
 def taylor(series: Tensor, end: Tensor, length: Tensor) -> Tensor:
     """Taylor terms of f(end − length y) in powers of y, from the Legendre coefficients of f.
 
-    Parameters
-    ----------
-    series
-        ``(p, NODES, a, b)``.
-    end, length
-        End and length in units of the panel, ``(p,)``.
-
-    Returns
-    -------
-    Tensor
-        ``(p, NODES, a, b)``.
+    Both series are ``(p, NODES, a, b)``. ``end`` and ``length`` ``(p,)`` are in units of the panel.
     """
     # Powers of y in p_j(x): u p_j = b_{j+1} p_{j+1} + b_j p_{j−1} with u = 2x − 1.
     b = _recurrence()
@@ -83,15 +67,8 @@ def taylor(series: Tensor, end: Tensor, length: Tensor) -> Tensor:
 def transition_series(F: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
     """Taylor terms of Y(y) = Ψ(end, end − h y), which solves Y' = Y F with Y(0) = I, and of Y G.
 
-    Parameters
-    ----------
-    F, G
-        Taylor terms of hF, ``(p, NODES, k, k)``, and of G, ``(p, NODES, k, r)``.
-
-    Returns
-    -------
-    Y, driven : tuple of Tensor
-        Terms ``(p, TERMS, k, k)``, whose sum is Ψ, and ``(p, TERMS, k, r)``.
+    They are ``(p, TERMS, k, k)``, whose sum is Ψ, and ``(p, TERMS, k, r)``. ``F`` and ``G`` are the
+    terms of hF, ``(p, NODES, k, k)``, and of G, ``(p, NODES, k, r)``.
     """
     p, _, k, _ = F.shape
     # Term n of a product with Y is the latest terms of Y, side by side, times the stacked factors.

@@ -301,7 +301,7 @@ class Conversion:
 
         Data have the shape ``(B, *D)``. Other shapes raise a ValueError.
         """
-        check_kernel_shape(self.state, z, "z")
+        check_kernel_shape(self.state, z=z)
         axes = () if self.source == "data" else (self.value.shape[-1],)
         expected = (len(z), *axes, *z.shape[2:])
         if value.shape != expected:
