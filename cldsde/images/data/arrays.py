@@ -46,18 +46,16 @@ def array_images(
     if 0 in pixels.shape:
         raise ValueError(f"{file} must hold at least one image; got shape {pixels.shape}")
     if pixels.dtype.kind == "f" and value_range is None:
-        ends = f"{pixels.min():g} to {pixels.max():g}"
         msg = f"{file} must hold images of uint8, or have a value_range; got {pixels.dtype} in "
-        raise ValueError(f"{msg}{ends}")
+        raise ValueError(f"{msg}{pixels.min():g} to {pixels.max():g}")
     if pixels.dtype != np.uint8 if value_range is None else pixels.dtype.kind != "f":
         msg = f"{file} must hold images of uint8, or floating-point numbers with value_range; got "
         raise TypeError(f"{msg}{pixels.dtype}")
     order = _layout_of(pixels.shape, layout, file, channels)
     tensor = to_nchw(torch.from_numpy(pixels), order)
     if targets is not None and (targets.dtype.kind not in "iu" or targets.shape != (len(pixels),)):
-        got = f"{targets.dtype} of shape {targets.shape}"
-        msg = f"labels must be integers of shape ({len(pixels)},), one per image; got {got}"
-        raise ValueError(msg)
+        msg = f"labels must be integers of shape ({len(pixels)},), one per image; got "
+        raise ValueError(f"{msg}{targets.dtype} of shape {targets.shape}")
     numbers = None if targets is None else torch.from_numpy(targets.astype(np.int64))
     return ArrayImages(tensor, levels=value_range or levels, labels=numbers)
 
@@ -89,7 +87,6 @@ def _layout_of(shape: Sequence[int], layout: Layout, file: Path, known: Sequence
 
 
 def _read(path: Path, images: str | None, labels: str | None) -> tuple[Array, Array | None]:
-    """The arrays of images and labels of a file."""
     if not path.is_file():
         raise FileNotFoundError(f"path must be a file; got {path}, which {what_instead(path)}")
     with path.open("rb") as stream:

@@ -47,8 +47,8 @@ def cache_folder() -> Path:
 class FolderImages(Images):
     """The pictures of a folder and its subfolders, a zip archive, or a saved data set.
 
-    They are decoded when they are needed, or once into a file of the cache. Every file is opened
-    once when the object is made, which reads its header, unless it was decoded before.
+    Every file is opened once when the object is made, which reads its header, unless it was decoded
+    before.
 
     Parameters
     ----------
@@ -122,6 +122,7 @@ class FolderImages(Images):
         self._bytes = math.prod(self._shape) * self._dtype.itemsize
         self._place: Path | None = None
         if cache is not None:
+            # Trainings on the same files, decoded alike, share a file.
             decoder = [PIL.__version__, *map(features.version, ("libjpeg_turbo", "zlib", "webp"))]
             key = json.dumps([_RULE, decoder, self._shape, bits, facts])
             folder = cache_folder() / "decoded" if cache == "auto" else Path(cache).expanduser()
@@ -154,9 +155,8 @@ class FolderImages(Images):
     def keep_decoded(self, *, progress: bool = False) -> None:
         """Decode all pictures into a file of the cache, from which they are read from now on.
 
-        Its name is a digest of shape, names, sizes and times of the files and the version of the
-        decoder, so that trainings share it. Of several processes one decodes, and an interrupted
-        call resumes. If pictures cannot be kept, a note on stderr says why.
+        Of several processes one decodes, and an interrupted call resumes. If pictures cannot be
+        kept, a note on stderr says why.
         """
         place = self._place
         if place is None or self._is_whole:
@@ -194,32 +194,28 @@ class FolderImages(Images):
 
     def _fill(self, place: Path, *, progress: bool) -> None:
         """Write the file of decoded pictures, from where an earlier call was interrupted."""
-        part = place.with_suffix(".part")
+        part, count = place.with_suffix(".part"), self._shape[0]
+        size = self._bytes // count
         try:
             _make_room(place, self._bytes, self._limit)
             if self._checked:
                 self._keep_damaged(place)
-            self._append(part, progress=progress)
+            with part.open("ab") as target:
+                done = min(count, target.tell() // size)
+                target.truncate(done * size)
+                options = {"total": count, "initial": done, "desc": "decoding", "unit": "picture"}
+                with progress_bar(None, shown=progress, **options) as bar:
+                    for first in range(done, count, _CHUNK):
+                        rows = range(first, min(first + _CHUNK, count))
+                        target.write(self._pixels(rows).tobytes())
+                        target.flush()
+                        os.fsync(target.fileno())
+                        bar.update(len(rows))
             self._keep_damaged(place)
             part.replace(place)
         except OSError:
             part.unlink(missing_ok=True)  # a full disk is needed for other files
             raise
-
-    def _append(self, part: Path, *, progress: bool) -> None:
-        """Decode the pictures that a part file lacks."""
-        count = self._shape[0]
-        with part.open("ab") as target:
-            done = min(count, target.tell() // (self._bytes // count))
-            target.truncate(done * (self._bytes // count))
-            options = {"total": count, "initial": done, "desc": "decoding", "unit": "picture"}
-            with progress_bar(None, shown=progress, **options) as bar:
-                for first in range(done, count, _CHUNK):
-                    rows = range(first, min(first + _CHUNK, count))
-                    target.write(self._pixels(rows).tobytes())
-                    target.flush()
-                    os.fsync(target.fileno())
-                    bar.update(len(rows))
 
     def _keep_damaged(self, place: Path) -> None:
         """Keep what a check of all pictures found, so that the next start need not look."""
@@ -270,7 +266,6 @@ class FolderImages(Images):
             return {row: text for row, text in enumerate(bar) if text is not None}
 
     def _described(self, damaged: Mapping[int, str]) -> str:
-        """Damaged files in one line, ten at most."""
         first, *others = damaged.values()
         if not others:
             return f"{first}; skip_damaged = true leaves it out"
@@ -288,7 +283,6 @@ class FolderImages(Images):
 
 
 def _decode(file: Path | Packed, shape: Sequence[int], dtype: np.dtype[Any]) -> Array:
-    """A picture ``(C, H, W)``."""
     mode = "F" if dtype == np.uint16 else "RGB" if shape[0] == 3 else "L"
     pixels = np.asarray(fitted(read_picture(file, mode), shape[1], shape[2]))
     if mode == "F":  # the filter reaches over both ends

@@ -89,7 +89,6 @@ def _name_order(parts: Names) -> tuple[list[str], Names]:
 
 
 def _in_folder(root: Path) -> Iterator[tuple[Names, Path]]:
-    """Files of a folder and its subfolders."""
     for name, folders, names in os.walk(root, onerror=_raise, followlinks=True):
         place = Path(name)
         above = [root / part for part in place.relative_to(root).parents]
@@ -105,7 +104,6 @@ def _raise(error: OSError) -> None:
 
 
 def _in_archive(archive: Path) -> Iterator[tuple[Names, Packed]]:
-    """Files of a zip archive."""
     stamp = _stamp(archive)
     try:
         entries = _opened(archive, stamp, os.getpid()).infolist()
