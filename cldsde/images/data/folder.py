@@ -26,8 +26,13 @@ from tqdm import tqdm
 from cldsde.files import file_lock, write_whole
 from cldsde.images.checks import Scale
 from cldsde.images.data.images import Images
-from cldsde.images.data.pictures import Packed, fitted, open_picture, read_picture
-from cldsde.images.data.sources import find_pictures
+from cldsde.images.data.pictures import (
+    Packed,
+    find_pictures,
+    fitted,
+    open_picture,
+    read_picture,
+)
 from cldsde.images.schema import Count, Flag, Positive, checked
 from cldsde.messages import brief
 from cldsde.progress import progress_bar
@@ -133,17 +138,22 @@ class FolderImages(Images):
         kept = [row for row in range(len(self._all)) if row not in damaged]
         if damaged and not (skip_damaged and kept):
             raise ValueError(self._described(damaged))
-        self._rows = torch.tensor(kept, device="cpu")
-        self.files = tuple(self._all[row] for row in kept)
-        numbers = None if labels is None else torch.tensor(labels, device="cpu")[self._rows]
+        numbers = None if labels is None else torch.tensor(labels, device="cpu")
         levels: Scale = 256 if bits == 8 else (0.0, 65535.0)
         shape = self._shape[1:]
-        super().__init__(len(kept), shape, levels=levels, labels=numbers, classes=names)
+        super().__init__(len(self._all), shape, levels=levels, labels=numbers, classes=names)
+        self._rows = self._rows[kept]
+        self.labels = None if numbers is None else numbers[kept]
         counts = (f"{count} files that end in {suffix}" for suffix, count in sorted(others.items()))
         self.skipped = (*damaged.values(), *counts)
         if self._place is not None and self._is_whole:
             with suppress(OSError):  # of a folder of another user
                 os.utime(self._place)
+
+    @property
+    def files(self) -> tuple[Path | Packed, ...]:
+        """The picture of each row."""
+        return tuple(self._all[row] for row in self._rows.tolist())
 
     @property
     def decodes_once(self) -> bool:
@@ -223,11 +233,10 @@ class FolderImages(Images):
         write_whole(place.with_suffix(".json"), lambda file: file.write_text(text))
 
     def _read(self, rows: Tensor) -> Tensor:
-        found = self._rows[rows]
         if self._is_whole:
-            pixels = _mapped(self._place, self._dtype, self._shape)[found.numpy()]
+            pixels = _mapped(self._place, self._dtype, self._shape)[rows.numpy()]
         else:
-            pixels = self._pixels(found.tolist())
+            pixels = self._pixels(rows.tolist())
         return torch.from_numpy(pixels if self._dtype == np.uint8 else pixels.astype(np.float32))
 
     def _pixels(self, rows: Sequence[int]) -> Array:

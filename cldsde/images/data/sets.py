@@ -20,10 +20,16 @@ from torch.nn import functional as F
 
 from cldsde.files import file_lock
 from cldsde.images.checks import listed
-from cldsde.images.data.arrays import Layout, array_images, to_nchw
 from cldsde.images.data.folder import FolderImages, cache_folder
-from cldsde.images.data.images import CHUNK, ArrayImages, Images, Subset
-from cldsde.images.data.sources import as_folder
+from cldsde.images.data.images import (
+    CHUNK,
+    ArrayImages,
+    Images,
+    Layout,
+    array_images,
+    to_nchw,
+)
+from cldsde.images.data.pictures import as_folder
 from cldsde.images.schema import Count, Flag, Levels, Natural, Number, Positive, Range, checked
 
 _DEBIAN = Path("/usr/share/datasets/fashion-mnist")
@@ -302,4 +308,4 @@ def _split(images: Images, held_out: float, seed: int) -> DataSet:
         msg = f"held_out must leave both parts an image; got {held_out}, that is {n} of the "
         raise ValueError(f"{msg}{len(images)}")
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed), device="cpu")
-    return DataSet(train=Subset(images, order[n:]), held_out=Subset(images, order[:n]))
+    return DataSet(train=images.subset(order[n:]), held_out=images.subset(order[:n]))
