@@ -55,8 +55,7 @@ class ScoreMatching:
 
     def __init__(self, score: Any, config: RunConfig) -> None:
         settings = config.training
-        self._sums = settings.reduction == "sum"
-        self._conditioning = settings.conditioning
+        self._reduction, self._conditioning = settings.reduction, settings.conditioning
         self._prediction: Prediction = config.score.prediction
         self._weighting: Weighting
         normal = {"mean": settings.log_snr_mean, "std": settings.log_snr_std}
@@ -94,7 +93,7 @@ class ScoreMatching:
         conditioning = self._conditioning
         pair = PerturbedData.draw(score.sde, x0, t, conditioning=conditioning, generator=generator)
         losses = score.loss(pair, condition=batch.labels, **kind)
-        if self._sums:
+        if self._reduction == "sum":
             losses = math.prod(x0.shape[1:]) * losses
         return weight.to(losses) * losses
 
