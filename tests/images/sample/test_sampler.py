@@ -30,7 +30,6 @@ from cldsde.images.sample.sampler import (
     chosen_for,
     make_plan,
     make_solver,
-    time_grid,
 )
 from cldsde.images.tensor_files import save_tensors
 from cldsde.solvers.recommended import recommended_plan
@@ -120,14 +119,14 @@ def test_a_solve_that_fails_raises_and_does_not_warn():
 def test_budgets_are_used_and_not_exceeded(name, nfe):
     sampling = SamplingConfig(solver=name, nfe=nfe, t_end=1e-2)
     process, solver = ReverseProcess(CLD(), PixelScore(CLD())), make_solver(sampling)
-    times = time_grid(process, solver, sampling)
+    times = make_plan(process.score, sampling)[0].times
     found = solvers.solve(process, solver, torch.zeros(1, 2, 3, 4, 4), times, denoise=True)
     assert found.nfev <= nfe
     longer = dataclasses.replace(sampling, nfe=nfe + solver.facts.nfe_per_step)
-    assert len(time_grid(process, solver, longer)) == len(times) + 1
+    assert len(make_plan(process.score, longer)[0].times) == len(times) + 1
     if solver.facts.nfe_per_step > 1:
         with pytest.raises(ValueError, match="nfe: 2 evaluations are too few"):
-            time_grid(process, solver, dataclasses.replace(sampling, nfe=2))
+            make_plan(process.score, dataclasses.replace(sampling, nfe=2))
 
 
 def test_models_of_dequantised_levels_return_the_levels():
