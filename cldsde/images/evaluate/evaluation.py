@@ -73,11 +73,7 @@ class Evaluation(Measurements):
         require(0 <= self.first_seed <= 2**32 - self.samples * self.repeats, "seed", msg)
         count = self.samples if images is None else images
         inception.check_counts(self._measures, count, len(self._images))
-        self._check_features()
-
-    def _check_features(self) -> None:
-        """Raise an error if a network for features is missing, or does not fit the images."""
-        names, channels = ", ".join(sorted(self._inception_metrics)), self.data.train.shape[0]
+        names, channels = ", ".join(sorted(self._inception_metrics)), train.shape[0]
         if names:
             msg = f"the file of Inception weights is needed for {names}; fd takes features of "
             require(self.weights is not None, "weights", f"{msg}a classifier of the data")
@@ -121,8 +117,7 @@ class Evaluation(Measurements):
 
     def of_recipe(self, model: ImageModel, recipe: SamplingConfig, file: Path) -> list[Result]:
         """Measure images of a recipe; see `of_run`."""
-        shape = model.space.shape if model.vae is None else model.vae.latent_shape
-        solver, times = chosen_for(model.score, recipe, shape)
+        solver, times = chosen_for(model.score, recipe, model.data_shape)
         own = {"recipe": plain(recipe), "solver": repr(solver), "times": times}
         # One for all repetitions, made if something is missing.
         sampler = cache(lambda: ImageSampler.of(model, recipe, batch=self.batch))
@@ -186,11 +181,7 @@ class Evaluation(Measurements):
         model: str,
         **own: Any,
     ) -> list[Result]:
-        """Results from a file, after the missing ones were measured and added to it.
-
-        ``measure`` returns reports of metrics, and the cost of the images. ``own`` are fields that
-        all results share.
-        """
+        """Results from a file; those it lacks are measured and added. ``own`` are common fields."""
         if place()[0]:
             with suppress(*_FAILURES):
                 if names := of_each(None)[0]:
@@ -256,7 +247,6 @@ class Evaluation(Measurements):
         return found, {"nfe": float(torch.cat(evaluations).mean()), "seconds": sum(seconds)}
 
     def _bits(self, model: ImageModel) -> dict[str, Any]:
-        """Bits per dim of a model, with everything that they depend on."""
         if place()[0]:
             return {}
         if model.t_min is None:
@@ -355,7 +345,6 @@ class Evaluation(Measurements):
 
 
 def _reported(wanted: Result, report: dict[str, Any], cost: dict[str, float]) -> Result:
-    """A result with the numbers of a report."""
     metric = wanted.metric
     if metric in {"fd", "bpd"}:
         numbers = {metric: report["frechet_distance" if metric == "fd" else "bits_per_dim"]}
