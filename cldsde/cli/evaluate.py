@@ -139,7 +139,6 @@ def _places(options: Namespace) -> tuple[Path, Path]:
 
 
 def _report(stored: Collection[Any], model: Any) -> None:
-    """Print results with their notes."""
     from cldsde.images.evaluate.results import bits_text, features_text, markdown_table, notes
 
     if table := markdown_table(stored):

@@ -221,8 +221,7 @@ def read_file(path: Path) -> dict[str, Any]:
         ".yml": lambda text: yaml.load(text, _Loader),
         ".json": lambda text: json.loads(text, object_pairs_hook=_unique),
     }
-    msg = f"a configuration ends in {', '.join(readers)}"
-    require(path.suffix in readers, str(path), msg)
+    require(path.suffix in readers, str(path), f"a configuration ends in {', '.join(readers)}")
     try:
         # Some editors begin a file with a mark of its byte order.
         values = readers[path.suffix](path.read_text(encoding="utf-8-sig"))
@@ -265,8 +264,7 @@ def parse_overrides(words: Iterable[str], example: str, name: str = "set") -> di
     values = {}
     for word in words:
         key, separator, text = (part.strip() for part in word.partition("="))
-        msg = f"takes key=value, such as {example}; got {word!r}"
-        require(bool(separator and key), name, msg)
+        require(bool(separator and key), name, f"takes key=value, such as {example}; got {word!r}")
         try:
             value: Any = tomllib.loads(f"value = {text}")["value"]
         except (tomllib.TOMLDecodeError, RecursionError):

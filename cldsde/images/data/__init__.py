@@ -1,7 +1,6 @@
 """Image data sets with labels, and their way to numbers in [−1, 1] and back.
 
-A data set is two `Images`, one to train on and one held out. `Images` return bytes or continuous
-numbers by row, from memory or files, so that a data set may exceed memory.
+Images are loaded by row, from memory or files, so that a data set may exceed memory.
 """
 
 from cldsde.images.data.folder import FolderImages

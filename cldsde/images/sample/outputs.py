@@ -56,11 +56,10 @@ class SampleRequest:
 
 
 def check_output(out: Path, request: SampleRequest, *, overwrite: bool = False) -> None:
-    """Check that samples can be written to a file or folder, before any work is done.
+    """Raise an error unless samples can be written to a file or folder.
 
     Files may be replaced, and finished parts of another request deleted, with ``overwrite``;
-    folders never are. Of a link, the target is written. Raises a SettingError with the key
-    ``"out"``, or an OSError.
+    folders never are. Of a link, the target is written.
     """
     named, out, problem = out, output_place(out), None
     if out.suffix == ".png" and len(request.seeds) > GRID_LIMIT:
@@ -99,9 +98,9 @@ def draw_to(
 ) -> float | None:
     """Sample images into a file or folder; return their mean score evaluations in process 0.
 
-    Each batch is kept in a folder beside the output, ``NAME.parts-…`` with a digest of the request,
-    until all are there: a later call for the same request resumes, also with batches of another
-    size. Parts of other requests for this output are deleted, see `check_output`.
+    Each batch is kept in a folder beside the output until all are there: a later call for the same
+    request resumes, also with batches of another size. Parts of other requests for this output are
+    deleted.
     """
     out = output_place(out)
     with alone(out) if process == 0 else nullcontext():
@@ -150,7 +149,6 @@ def _read(parts: Path) -> Iterator[tuple[NDArray[Any], NDArray[Any], NDArray[Any
 
 
 def _gather(out: Path, parts: Path, request: SampleRequest) -> None:
-    """Join the parts in a file, in the order of the seeds."""
     levels = request.sampler.space.levels
     drawn, images, evaluations = map(np.concatenate, zip(*_read(parts), strict=True))
     order = np.argsort(drawn)
@@ -195,7 +193,6 @@ def _gather_pictures(out: Path, parts: Path, request: SampleRequest) -> None:
 
 
 def _picture_names(request: SampleRequest) -> list[str]:
-    """Names of the pictures in a folder, in the order of the seeds."""
     digits = len(str(request.seeds[-1]))
     return [f"{seed:0{digits}d}.png" for seed in request.seeds]
 
@@ -227,7 +224,6 @@ def _all_parts(out: Path) -> list[Path]:
 
 
 def _drop_parts(out: Path, keep: Path | None = None) -> None:
-    """Delete the folders of parts of an output, except one."""
     for parts in {*_all_parts(out)} - {keep}:
         shutil.rmtree(parts)
 

@@ -24,10 +24,9 @@ from cldsde.images.train.objectives import make_objective
 
 
 class Meter:
-    """Means of losses and of gradients' norms, read seldom: reading waits for the device.
+    """Means of losses and gradients' norms, of all parts together and of each ``PART_…``.
 
-    ``loss`` is the sum of all losses, ``gradient_norm`` the norm of all parts together, and
-    ``PART_loss`` and ``PART_gradient_norm`` belong to one part.
+    They are read seldom, because reading waits for the device.
     """
 
     def __init__(self, engine: Accelerator, parts: Sequence[str]) -> None:

@@ -173,7 +173,6 @@ class _Trainer:
 
     @contextmanager
     def _logging(self) -> Iterator[None]:
-        """Start the trackers, and end them."""
         report = threading.excepthook
         # TensorBoard raises the errors of its thread in the main thread, too.
         threading.excepthook = lambda error: (
@@ -194,7 +193,6 @@ class _Trainer:
             threading.excepthook = report
 
     def _obey(self, stop: StopRequest) -> None:
-        """Save and stop if a signal was received."""
         if self.done % stop.every == 0 and stop.wanted:
             if self.done != self.saved:
                 self._save()
@@ -218,7 +216,6 @@ class _Trainer:
         return found
 
     def _stored(self, device: torch.device | str = "cpu") -> TrainedModel:
-        """The model in its file."""
         try:
             return read_model(self.folder / MODEL, self.config, device)
         except ValueError as error:
@@ -263,7 +260,6 @@ class _Trainer:
         return {name: f"{x:.4f}" for name, x in {"loss": loss, **held}.items()}
 
     def _record(self, numbers: dict[str, float]) -> None:
-        """Write numbers to the metrics and to the trackers."""
         numbers = {**numbers, "seconds": round(time.monotonic() - self.began, 3)}
         with self._writing(METRICS):
             self.folder.log({"images": self.seen, **numbers})

@@ -6,9 +6,8 @@ Its negative evidence lower bound
 .. math::
     \mathbb{E}_q[−\log p(x | z_0)] − H(q(z_0 | x)) + \mathrm{CE}(q(z_0 | x) ‖ p(z_0))
 
-trains encoder and decoder. The cross-entropy is `cldsde.score.cross_entropy` for every process. Its
-gradient passes through the states into the encoder, with fixed weights of the score. The score is
-trained on the same latent variables as constants, with its own weighting. So each loss has
+trains encoder and decoder, with fixed weights of the score in `cldsde.score.cross_entropy`. The
+score is trained on the same latent variables as constants, with its own weighting. So each loss has
 gradients in one part of the model alone. In the first stage the prior is standard normal.
 """
 
