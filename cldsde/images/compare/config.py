@@ -14,7 +14,7 @@ from pydantic import Field, Strict
 from cldsde.errors import SettingError, require, setting
 from cldsde.images.config import RECOMMENDED, Grid, RunConfig, SamplingConfig, StartTime
 from cldsde.images.data import DataSet
-from cldsde.images.evaluate.measurements import METRICS, Measurements
+from cldsde.images.evaluate.evaluation import METRICS, Measurements
 from cldsde.images.sample.sampler import make_plan, make_solver
 from cldsde.images.schema import (
     Configuration,

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import cache, cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import InstanceOf
+from pydantic import Field, InstanceOf
 from torch import Tensor
 
 from cldsde.errors import require, setting
@@ -22,19 +22,44 @@ from cldsde.images.config import SamplingConfig
 from cldsde.images.data import DataSet, Images
 from cldsde.images.data.samples import measured, measured_batches
 from cldsde.images.evaluate import classifier, distances, inception, likelihoods, results
-from cldsde.images.evaluate.measurements import METRICS, Measurements, of_each, place, shared
 from cldsde.images.evaluate.results import Result
 from cldsde.images.model import ImageModel, TrainedModel
+from cldsde.images.sample.outputs import of_each, place, shared
 from cldsde.images.sample.sampler import ImageSampler, chosen_for
-from cldsde.images.schema import check_name, plain, section
+from cldsde.images.schema import Count, check_name, plain, section
 from cldsde.progress import progress_bar
 from cldsde.score.flow_density import UnsolvedFlowError
 
+METRICS = ("fd", "fid", "kid", "isc", "prc", "bpd")
+"""Fréchet distance in features that fit the data; FID, KID, Inception score, precision and recall
+in Inception's; bits per dim."""
 _INCEPTION = {"fid", "kid", "isc", "prc"}
 _CACHE = "inception"  # folder of what is kept of a data set in the features of Inception
 Reports = dict[str, dict[str, Any]]
 """Numbers by metric, with everything that they depend on."""
 _FAILURES = (FloatingPointError, UnsolvedFlowError, likelihoods.UndefinedLikelihoodError)
+
+
+@section
+class Measurements:
+    """Metrics, and the numbers of images and the features that they need."""
+
+    samples: Annotated[Count, Field(ge=2)] = 1000
+    """Images per set. A comparison makes ``repeats`` sets for each cell of its table."""
+    repeats: Count = 1
+    """Sets of images with seeds of their own, whose spread is reported."""
+    batch: Count = 64
+    """Images per batch."""
+    metrics: tuple[str, ...] = ("fd",)
+    """Some of ``"fd"``, ``"fid"``, ``"kid"``, ``"isc"``, ``"prc"`` and ``"bpd"``."""
+    features: str = "classifier"
+    """Features of the Fréchet distance: ``"classifier"``, of a classifier trained on the data's
+    classes; ``"random"``, of one with random weights, also used for data without classes; or
+    ``module:attribute`` of the user's own network."""
+    weights: Path | None = None
+    """Inception weights, for fid, kid, isc and prc."""
+    likelihood_images: Count = 64
+    """Held-out images whose likelihood is computed."""
 
 
 @section

@@ -1,4 +1,4 @@
-"""Samples of a trained model in files: in parts that survive an interruption and can be shared."""
+"""Samples of a model in files, in parts that survive an interruption, and shared by processes."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL.PngImagePlugin import PngInfo
+from torch import distributed
 
 from cldsde.errors import SettingError
 from cldsde.files import PARTIAL, check_writable, file_lock, write_whole, writing
 from cldsde.images.checks import output_place
 from cldsde.images.data.samples import as_bytes, picture, save_grid
-from cldsde.images.sample.sampler import Samples, ahead, batches_of
+from cldsde.images.sample.sampler import ImageSampler, Samples, ahead, batches_of
 from cldsde.progress import progress_bar
 
 GRID_LIMIT = 4096
@@ -240,3 +241,35 @@ def _write_part(parts: Path, made: tuple[list[int], Samples]) -> None:
     for array in (np.array(seeds), *drawn[:2]):
         np.save(buffer, array)
     _write(parts / f"{seeds[0]:010d}.npy", lambda path: path.write_bytes(buffer.getbuffer()))
+
+
+def place() -> tuple[int, int]:
+    """Number of this process, 0 for the one with the results, and of all that share its work."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return 0, 1
+    return distributed.get_rank(), distributed.get_world_size()
+
+
+def of_each(own: Any) -> list[Any]:
+    """An object of each process, in the order of their numbers; all processes must call it."""
+    found = [own] * place()[1]
+    if len(found) > 1:
+        distributed.all_gather_object(found, own)
+    return found
+
+
+def shared(sampler: ImageSampler, seeds: range) -> Iterator[tuple[list[int], Samples]]:
+    """Batches of `ImageSampler.batches` in their order, of which each process samples a share."""
+    (rank, processes), batches = place(), sampler.batches(seeds)
+    mine = batches_of(sampler, batches[rank::processes], shown=False)
+    for _ in range(0, len(batches), processes):
+        own: Any
+        try:
+            own = next(mine, None)
+        except FloatingPointError as error:  # raised by all processes, which wait for each other
+            own = error
+        for made in of_each(own):
+            if isinstance(made, FloatingPointError):
+                raise made
+            if made is not None:
+                yield made
