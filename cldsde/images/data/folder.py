@@ -72,11 +72,10 @@ class FolderImages(Images):
         Threads that decode.
     skip_damaged
         Decode every picture at once, and leave out those that cannot be decoded.
-    cache
-        Folder of decoded pictures; ``"auto"``: the folder ``decoded`` in ``$CLDSDE_CACHE``, which
-        is ``~/.cache/cldsde`` by default; None decodes pictures whenever they are needed.
-    cache_gib
-        Largest size of that folder in GiB. The files unused for the longest time make room.
+    cache, cache_gib
+        Folder of decoded pictures, and its largest size in GiB: the files unused for the longest
+        time make room. ``"auto"`` is ``decoded`` in ``$CLDSDE_CACHE``, or else in
+        ``~/.cache/cldsde``. None decodes pictures whenever they are needed.
 
     Attributes
     ----------
@@ -181,16 +180,15 @@ class FolderImages(Images):
             msg += "are decoded again in each pass; data.options.cache names another folder"
             tqdm.write(msg, file=sys.stderr)
 
-    def sums(self, rows: Tensor | None = None, *, progress: bool = False) -> Tensor:
+    def sums(self, *, progress: bool = False) -> Tensor:
         """See `Images`; sums of decoded pictures are kept in the cache."""
-        rows = torch.arange(len(self), device="cpu") if rows is None else rows
         if self._place is None or not self._is_whole:
-            return super().sums(rows, progress=progress)
-        name = hashlib.sha256(self._rows[rows].numpy().tobytes()).hexdigest()[:16]
+            return super().sums(progress=progress)
+        name = hashlib.sha256(self._rows.numpy().tobytes()).hexdigest()[:16]
         file = self._place.with_suffix(f".{name}.npy")
         with suppress(OSError, ValueError, EOFError):
             return torch.from_numpy(np.load(file))
-        found = super().sums(rows, progress=progress)
+        found = super().sums(progress=progress)
         with suppress(OSError):
             write_whole(file, lambda path: np.save(path, found.numpy()))
         return found

@@ -90,13 +90,13 @@ class Images(ABC):
     def keep_decoded(self, *, progress: bool = False) -> None:  # noqa: B027 -- nothing to do
         """Make later reads fast, of all subsets, if each read decodes the images."""
 
-    def sums(self, rows: Tensor | None = None, *, progress: bool = False) -> Tensor:
-        """Sums of each pixel over rows, or all images, for statistics: ``(2, C, H, W)``.
+    def sums(self, *, progress: bool = False) -> Tensor:
+        """Sums of each pixel over all images, for statistics: ``(2, C, H, W)``.
 
         Of bytes these are the sums of levels and of their squares, int64. Of continuous numbers
         they are the mean and the sum of squared deviations from it, float64.
         """
-        rows = torch.arange(len(self), device="cpu") if rows is None else rows
+        rows = torch.arange(len(self), device="cpu")
         exact, seen = isinstance(self.levels, int), 0
         dtype = torch.int64 if exact else torch.float64
         found = torch.zeros((2, *self.shape), dtype=dtype, device="cpu")
