@@ -81,7 +81,7 @@ _NOT_FOR_PIPELINES = (
 def prepare(options: Namespace) -> Callable[[], None]:
     """Check the options and load the model; return the remaining work."""
     from cldsde.images.sample import ImageSampler, ObservedImage, SampleRequest, speed_up
-    from cldsde.images.sample.pipelines import is_pipeline
+    from cldsde.images.sample.source import is_pipeline
 
     both = options.seeds is not None and options.seed is not None
     require(not both, "seed", "--seeds is an alternative; got both")
@@ -110,7 +110,7 @@ def prepare(options: Namespace) -> Callable[[], None]:
 def _pipeline_request(options: Namespace, seeds: range, device: Any) -> Any:
     """Request for images of a pipeline; raise a SettingError for options that it does not take."""
     from cldsde.images.sample import SampleRequest
-    from cldsde.images.sample.pipelines import PipelineSampler
+    from cldsde.images.sample.source import PipelineSampler
 
     for name in _NOT_FOR_PIPELINES:
         given = getattr(options, name)
