@@ -138,8 +138,7 @@ def _work(options: Namespace, request: Any, state: Any) -> Callable[[], None]:
     def work() -> None:
         for note in request.notes() if state.is_main_process else ():
             print(f"note: {note}", file=sys.stderr)
-        place = {"process": state.process_index, "processes": state.num_processes}
-        nfe = draw_to(out, request, **place, wait=state.wait_for_everyone)
+        nfe = draw_to(out, request)
         if nfe is not None:
             print(f"Images of {counted(len(seeds), 'seed')} are in {out.resolve()}")
             print(f"Score evaluations per image: {nfe:.4g}")

@@ -89,41 +89,34 @@ def check_output(out: Path, request: SampleRequest, *, overwrite: bool = False) 
     check_writable(out.parent)
 
 
-def draw_to(
-    out: Path,
-    request: SampleRequest,
-    *,
-    process: int = 0,
-    processes: int = 1,
-    wait: Callable[[], None] = lambda: None,
-) -> float | None:
+def draw_to(out: Path, request: SampleRequest) -> float | None:
     """Sample images into a file or folder; return their mean score evaluations in process 0.
 
     Each batch is kept in a folder beside the output until all are there: a later call for the same
     request resumes, also with batches of another size. Parts of other requests for this output are
     deleted.
     """
-    out = output_place(out)
-    with alone(out) if process == 0 else nullcontext():
+    out, (rank, processes) = output_place(out), place()
+    with alone(out) if rank == 0 else nullcontext():
         parts = _parts_folder(out, request)
-        if process == 0:
+        if rank == 0:
             _drop_parts(out, keep=parts)
             parts.mkdir(exist_ok=True)
-        wait()
+        of_each(None)  # waits for all processes, here and below
         there = {seed for seeds, *_ in _read(parts) for seed in seeds.tolist()}
         missing = request.sampler.batches([seed for seed in request.seeds if seed not in there])
-        wait()
-        mine = batches_of(request.sampler, missing[process::processes], shown=process == 0)
+        of_each(None)
+        mine = batches_of(request.sampler, missing[rank::processes], shown=rank == 0)
         # A part is written while the next one is sampled, also if that is interrupted.
         for _ in ahead(partial(_write_part, parts), mine):
             pass
-        wait()
+        of_each(None)
         mean = None
-        if process == 0:
+        if rank == 0:
             mean = float(np.concatenate([evaluations for *_, evaluations in _read(parts)]).mean())
             (_gather if out.suffix else _gather_pictures)(out, parts, request)
             _drop_parts(out)
-        wait()
+        of_each(None)
         return mean
 
 
