@@ -238,7 +238,8 @@ class VAE(nn.Module):
         self.likelihood = DiscretisedLogistic(levels=levels) if logistic else Bernoulli()
         sizes: Any = {"block_out_channels": tuple(channels), "layers_per_block": blocks}
         sizes |= {"norm_num_groups": groups, "mid_block_add_attention": False}
-        down, up = (x * len(channels) for x in (("DownEncoderBlock2D",), ("UpDecoderBlock2D",)))
+        down = ("DownEncoderBlock2D",) * len(channels)
+        up = ("UpDecoderBlock2D",) * len(channels)
         self.encoder = Encoder(data, latent_channels, down, double_z=True, **sizes)
         self.decoder = Decoder(latent_channels, self.likelihood.width * data, up, **sizes)
 

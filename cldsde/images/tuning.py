@@ -31,7 +31,6 @@ from cldsde.solvers.fitting import Distance, Search, default_settings, fewest_tr
 
 SETS = 20  #: Sets of new images for the report.
 _SEARCHED = 2  # networks in whose features the search minimises distances; the report has one more
-_BOTH = "geometric mean of the next two"
 _REFERENCE, _MANY = 2000, 50  # images of the network itself, and evaluations of each
 
 
@@ -108,7 +107,7 @@ class Tuning:
 
         The first entry is the geometric mean of two distances, which the search minimises.
         """
-        names = (_BOTH, *self._distances)
+        names = ("geometric mean of the next two", *self._distances)
         found = torch.zeros(len(names), 2, SETS, dtype=torch.float64, device="cpu")
         for k in progress_bar(range(SETS), shown=True, desc="new images", unit="set"):
             for i, how in enumerate((None, settings)):

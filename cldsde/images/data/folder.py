@@ -18,14 +18,13 @@ from typing import Any, Literal
 import numpy as np
 import PIL
 import torch
-from numpy.typing import NDArray
 from PIL import features
 from torch import Tensor
 from tqdm import tqdm
 
 from cldsde.files import file_lock, write_whole
 from cldsde.images.checks import Scale
-from cldsde.images.data.images import Images
+from cldsde.images.data.images import Array, Images
 from cldsde.images.data.pictures import (
     Packed,
     find_pictures,
@@ -40,7 +39,6 @@ from cldsde.progress import progress_bar
 _RULE = 1  # of `_decode`; another number for each change of its results
 _CHUNK = 64  # pictures that are lost at most if decoding is interrupted
 _GIB = 2**30
-Array = NDArray[Any]
 
 
 def cache_folder() -> Path:
@@ -80,7 +78,7 @@ class FolderImages(Images):
     Attributes
     ----------
     files : tuple
-        The picture of each row.
+        The picture of each row; of a subset, too, the pictures of all rows.
     skipped : tuple of str
         Files left out, and the reason: undecodable files, and files with other suffixes.
 
@@ -142,17 +140,13 @@ class FolderImages(Images):
         shape = self._shape[1:]
         super().__init__(len(self._all), shape, levels=levels, labels=numbers, classes=names)
         self._rows = self._rows[kept]
+        self.files = tuple(self._all[row] for row in kept)
         self.labels = None if numbers is None else numbers[kept]
         counts = (f"{count} files that end in {suffix}" for suffix, count in sorted(others.items()))
         self.skipped = (*damaged.values(), *counts)
         if self._place is not None and self._is_whole:
             with suppress(OSError):  # of a folder of another user
                 os.utime(self._place)
-
-    @property
-    def files(self) -> tuple[Path | Packed, ...]:
-        """The picture of each row."""
-        return tuple(self._all[row] for row in self._rows.tolist())
 
     @property
     def decodes_once(self) -> bool:

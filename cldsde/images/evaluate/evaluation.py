@@ -33,7 +33,6 @@ from cldsde.score.flow_density import UnsolvedFlowError
 METRICS = ("fd", "fid", "kid", "isc", "prc", "bpd")
 """Fréchet distance in features that fit the data; FID, KID, Inception score, precision and recall
 in Inception's; bits per dim."""
-_INCEPTION = {"fid", "kid", "isc", "prc"}
 _CACHE = "inception"  # folder of what is kept of a data set in the features of Inception
 Reports = dict[str, dict[str, Any]]
 """Numbers by metric, with everything that they depend on."""
@@ -311,7 +310,7 @@ class Evaluation(Measurements):
 
     @property
     def _inception_metrics(self) -> set[str]:
-        return _INCEPTION & {*self.metrics}
+        return {"fid", "kid", "isc", "prc"} & {*self.metrics}
 
     @property
     def _images(self) -> Images:

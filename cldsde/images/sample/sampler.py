@@ -182,7 +182,6 @@ def make_plan(
 
 Precision = Literal["fp32", "bf16", "fp16"]
 """Precision of networks; states and coefficients have single precision at least."""
-_HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 _Weight = Annotated[Number, Field(ge=0)]
@@ -309,7 +308,7 @@ class ImageSampler:
             score = self._given(label)
             sde = plan.process.sde
             plan = plan.with_score(score if observed is None else observed.score(score, sde))
-        half = _HALVES.get(self.precision)
+        half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
         # Around the whole solve: its own arithmetic is elementwise, which autocast leaves alone.
         cast = torch.autocast(self.score.device.type, dtype=half) if half else nullcontext()
         with torch.no_grad(), cast:
