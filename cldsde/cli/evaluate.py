@@ -50,8 +50,7 @@ def prepare(options: Namespace) -> Callable[[], None]:
     """Check the options, load model and data; return the remaining work."""
     from cldsde.files import check_writable
     from cldsde.images.data.samples import load_samples
-    from cldsde.images.evaluate.evaluation import Evaluation
-    from cldsde.images.evaluate.measurements import Measurements
+    from cldsde.images.evaluate.evaluation import Evaluation, Measurements
     from cldsde.images.evaluate.results import read_results
     from cldsde.images.sample.sampler import make_plan
 
@@ -139,7 +138,6 @@ def _places(options: Namespace) -> tuple[Path, Path]:
 
 
 def _report(stored: Collection[Any], model: Any) -> None:
-    """Print results with their notes."""
     from cldsde.images.evaluate.results import bits_text, features_text, markdown_table, notes
 
     if table := markdown_table(stored):

@@ -81,7 +81,7 @@ _NOT_FOR_PIPELINES = (
 def prepare(options: Namespace) -> Callable[[], None]:
     """Check the options and load the model; return the remaining work."""
     from cldsde.images.sample import ImageSampler, ObservedImage, SampleRequest, speed_up
-    from cldsde.images.sample.pipelines import is_pipeline
+    from cldsde.images.sample.source import is_pipeline
 
     both = options.seeds is not None and options.seed is not None
     require(not both, "seed", "--seeds is an alternative; got both")
@@ -110,7 +110,7 @@ def prepare(options: Namespace) -> Callable[[], None]:
 def _pipeline_request(options: Namespace, seeds: range, device: Any) -> Any:
     """Request for images of a pipeline; raise a SettingError for options that it does not take."""
     from cldsde.images.sample import SampleRequest
-    from cldsde.images.sample.pipelines import PipelineSampler
+    from cldsde.images.sample.source import PipelineSampler
 
     for name in _NOT_FOR_PIPELINES:
         given = getattr(options, name)
@@ -138,8 +138,7 @@ def _work(options: Namespace, request: Any, state: Any) -> Callable[[], None]:
     def work() -> None:
         for note in request.notes() if state.is_main_process else ():
             print(f"note: {note}", file=sys.stderr)
-        place = {"process": state.process_index, "processes": state.num_processes}
-        nfe = draw_to(out, request, **place, wait=state.wait_for_everyone)
+        nfe = draw_to(out, request)
         if nfe is not None:
             print(f"Images of {counted(len(seeds), 'seed')} are in {out.resolve()}")
             print(f"Score evaluations per image: {nfe:.4g}")

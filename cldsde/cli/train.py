@@ -19,14 +19,13 @@ from typing import Any
 from cldsde.cli.options import DEVICE, SEED, flag, join_processes, option, several
 from cldsde.errors import require
 
-_INIT = "run, or diffusers folder, whose weights to start from"
 OPTIONS = (
     option("CONFIG", Path, "file in TOML, YAML or JSON"),
     several("--set KEY=VALUE", "override of a key, such as training.batch=64"),
     option("--seed N", SEED, "seed of weights, data order, times and noise"),
     option("--out DIR", Path, "run folder; the name of the configuration by default"),
     flag("--resume", "fail if there is no run to resume"),
-    option("--init-from RUN", str, _INIT),
+    option("--init-from RUN", str, "run, or diffusers folder, whose weights to start from"),
     DEVICE,
     flag("--dry-run", "check everything, measure loading and steps, and write no run"),
     flag("--print-config", "print the resolved configuration and stop"),

@@ -70,7 +70,6 @@ def prepare(options: Namespace) -> Callable[[], None]:
 
 
 def _reports(options: Namespace) -> Iterator[AnyReport]:
-    """The reports of solvers or of posterior samplers, yet to be made."""
     how = {"quick": options.quick, "seed": options.seed}
     if not options.posterior:
         if options.sampler:

@@ -1,11 +1,8 @@
-"""Image models: configuration, data, networks, training, sampling, evaluation, demonstration.
+"""Image models: configuration, data, networks, training, sampling, evaluation, comparison.
 
-Needs the extra ``images``: ``pip install 'cldsde[images]'``. One folder stands for each step::
+One folder stands for each step::
 
     configuration → train → run folder → sample → samples → evaluate → results → compare → report
-
-`data` reads images, `latent` has the autoencoders of latent models; `config`, `model` and
-`networks` are used by all of them.
 """
 
 try:

@@ -90,8 +90,7 @@ def check_groups(groups: int, channels: Sequence[int]) -> None:
 def output_place(path: Path) -> Path:
     """The place of an output, at the end of links; raise a SettingError if it cannot be written."""
     plain = path.is_file() or path.is_dir() or not (path.exists() or path.is_symlink())
-    msg = f"{path} is a link to nothing, a pipe or a device; name a file or folder"
-    require(plain, "out", msg)
+    require(plain, "out", f"{path} is a link to nothing, a pipe or a device; name a file or folder")
     return path.resolve()
 
 

@@ -73,7 +73,6 @@ class DataConfig:
     """Spread each grey level uniformly over its bin, as likelihoods need."""
 
     def __post_init__(self) -> None:
-        """Check name and options."""
         check_name(self.name, DATA_SETS, "name")
         options = checked_options(DATA_SETS[self.name], self.options)
         # A run is evaluated and resumed in other folders, too.
@@ -101,7 +100,6 @@ class ProcessConfig:
     the argument ``schedule``."""
 
     def __post_init__(self) -> None:
-        """Check name and options."""
         check_name(self.name, PROCESSES, "name")
         self.make()
 
@@ -130,8 +128,7 @@ class NetworkConfig:
     for guidance."""
 
     def __post_init__(self) -> None:
-        """Check name and options; code of one's own is imported when the network is made."""
-        if ":" not in self.name:
+        if ":" not in self.name:  # code of one's own is imported when the network is made
             check_name(self.name, NETWORKS, "name")
             object.__setattr__(self, "options", self.checked_options(NETWORKS[self.name]))
 
@@ -177,7 +174,6 @@ class ScoreConfig:
             return Parameterisation(code=self.code, log_clock=log_clock, **how)
 
     def __post_init__(self) -> None:
-        """Check the settings against each other."""
         own = (self.reference, self.inputs, self.prediction, self.mixing)
         theirs = (self.mixed, self.numerical_eps, self.levels)
         msg = "must be a published code for mixed, numerical_eps or levels; got 'cldsde'"
@@ -220,7 +216,6 @@ class SamplingConfig:
     """Fields of the solver that differ from its defaults, such as ``rtol``."""
 
     def __post_init__(self) -> None:
-        """Replace a short name of a solver by the full one, and give a named solver its grid."""
         object.__setattr__(self, "solver", canonical_name(self.solver))
         if self.grid is None and self.solver != RECOMMENDED:
             object.__setattr__(self, "grid", "root")
@@ -270,7 +265,6 @@ class RunConfig(Configuration):
     """Settings that do not change the model: a run may be resumed with others."""
 
     def __post_init__(self) -> None:
-        """Reject settings that do not go together."""
         process, score, training, latent = self.process, self.score, self.training, self.latent
         sde, kind = process.make(), score.prediction
         if score.code != "cldsde":

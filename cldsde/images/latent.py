@@ -1,14 +1,11 @@
 """Latent models: a variational autoencoder, distributions of pixels, and the bound to train with.
 
-A `VAE`, made of parts of the library diffusers, encodes an image as a Gaussian `Posterior` q(z | x)
-over maps z of latent channels. It decodes a latent map to the parameters of a distribution
-p(x | z) of the pixels, `DiscretisedLogistic` or `Bernoulli`. With a prior p(z),
+With the encoder's q(z | x), a prior p(z) and the decoder's distribution p(x | z) of the pixels,
 
     log p(x) ≥ E_q log p(x | z) − KL(q(z | x) ‖ p(z)).
 
-Images are numbers in [−1, 1]: level j of L grey levels is x_j = 2j/(L − 1) − 1. Given the decoder's
-output, the numbers of an image are independent, so that log-likelihoods are sums, in nats.
-Computations are in single precision at least, and no method waits for a device.
+Images are numbers in [−1, 1]: level j of L grey levels is x_j = 2j/(L − 1) − 1. Log-likelihoods are
+in nats. Computations are in single precision at least, and no method waits for a device.
 """
 
 from __future__ import annotations
@@ -48,7 +45,7 @@ class PixelLikelihood(ABC):
     """A distribution of images ``(B, C, H, W)`` whose parameters are the output of a decoder.
 
     ``levels`` is the number of grey levels over which its probabilities sum to 1. ``width`` is the
-    number of channels of the output for each channel of the images.
+    number of channels of the output per channel of the images. Pixels are independent.
     """
 
     levels: int
@@ -193,13 +190,11 @@ class Posterior(NamedTuple):
 class VAE(nn.Module):
     """A variational autoencoder of residual convolutional blocks, without attention.
 
-    Images are ``(C, H, W)`` of ``levels`` grey levels. ``channels`` are the numbers of channels at
-    n resolutions, from the full one down. Each has half of H and W of the one before, so H and W
-    are divisible by 2ⁿ⁻¹. Each of the ``groups`` of the normalisation has two or more channels. The
-    decoder has one residual block more per level than the encoder, ``blocks``. Latent maps have the
-    shape ``latent_shape`` = ``(latent_channels, h, w)``. The ``likelihood`` is "logistic",
-    `DiscretisedLogistic`, or "bernoulli", `Bernoulli`: a distribution of images of two levels, and
-    only an objective for others.
+    It encodes an image as a Gaussian `Posterior` over latent maps ``latent_shape``, and decodes a
+    latent map to the parameters of a distribution of the pixels. ``shape``, ``channels``,
+    ``blocks`` and ``groups`` are as for `UNet`. The ``likelihood`` is "logistic",
+    `DiscretisedLogistic` of ``levels``, or "bernoulli", `Bernoulli`: a distribution of images of
+    two levels, and only an objective for others.
 
     Notes
     -----
@@ -243,11 +238,10 @@ class VAE(nn.Module):
         self.likelihood = DiscretisedLogistic(levels=levels) if logistic else Bernoulli()
         sizes: Any = {"block_out_channels": tuple(channels), "layers_per_block": blocks}
         sizes |= {"norm_num_groups": groups, "mid_block_add_attention": False}
-        down, up = (f"{kind}Block2D" for kind in ("DownEncoder", "UpDecoder"))
-        kinds = {"down_block_types": (down,) * len(channels), "double_z": True}
-        self.encoder = Encoder(data, latent_channels, **kinds, **sizes)
-        width, kinds = self.likelihood.width, {"up_block_types": (up,) * len(channels)}
-        self.decoder = Decoder(latent_channels, width * data, **kinds, **sizes)
+        down = ("DownEncoderBlock2D",) * len(channels)
+        up = ("UpDecoderBlock2D",) * len(channels)
+        self.encoder = Encoder(data, latent_channels, down, double_z=True, **sizes)
+        self.decoder = Decoder(latent_channels, self.likelihood.width * data, up, **sizes)
 
     def encode(self, x: Tensor) -> Posterior:
         """q(z | x) of images ``(B, C, H, W)`` in [−1, 1], its parameters float32 and within ±5."""

@@ -133,6 +133,11 @@ class ImageModel:
         """The forward process."""
         return self.score.sde
 
+    @property
+    def data_shape(self) -> tuple[int, ...]:
+        """Shape of one sample of the process."""
+        return self.space.shape if self.vae is None else self.vae.latent_shape
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedModel(ImageModel):

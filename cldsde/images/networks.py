@@ -61,17 +61,27 @@ class _ScoreNetwork(nn.Module, ABC):
     def forward(self, z: Tensor, clock: Tensor, label: Tensor | None = None) -> Tensor:
         """Noise prediction ``(B, outputs·C, H, W)`` of the driven components.
 
-        ``z`` are states ``(B, inputs·C, H, W)``, ``clock`` is ``(B,)``, ``label`` are classes
-        ``(B,)`` int64 in [0, classes], the last one for no class; None: no class. A ValueError is
-        raised for labels on the CPU that are none of these. Reading labels on another device would
-        wait for it in every step of a sampler: there an image is NaN if its label is out of range.
+        ``label`` is int64 ``(B,)``, or None for no class. A ValueError is raised for other labels,
+        if they are on the CPU. Reading labels on another device would wait for it in every step of
+        a sampler: there an image is NaN if its label is out of range.
         """
-        if self.classes is not None:
-            label = _checked_label(label, len(z), self.classes, z.device)
-        elif label is not None:
-            msg = "label must be None: the network has no classes; make it with classes=…"
+        batch, classes = len(z), self.classes
+        if classes is None:
+            if label is not None:
+                msg = "label must be None: the network has no classes; make it with classes=…"
+                raise ValueError(msg)
+        elif label is None:
+            label = torch.full((batch,), classes, device=z.device)
+        elif not isinstance(label, Tensor) or (label.dtype, *label.shape) != (torch.int64, batch):
+            is_tensor = isinstance(label, Tensor)
+            got = f"{label.dtype} {tuple(label.shape)}" if is_tensor else repr(label)
+            raise ValueError(f"label must be an int64 tensor ({batch},), one a state; got {got}")
+        elif label.device.type == "cpu" and bool(((label < 0) | (label > classes)).any()):
+            msg = (
+                f"label must lie in [0, {classes}], {classes} being no class; got {label.tolist()}"
+            )
             raise ValueError(msg)
-        return self._apply_network(z, clock, label)
+        return self._apply_network(z, clock, None if label is None else label.to(z.device))
 
 
 class UNet(_ScoreNetwork):
@@ -161,6 +171,9 @@ class UNet(_ScoreNetwork):
 class NCSNpp(_ScoreNetwork):
     """The NCSN++ or DDPM++ of Song et al. (2021), layer by layer as published.
 
+    In the repository, ``configs/cifar10_cld.toml`` and ``configs/celebahq256_cld.toml`` have the
+    published networks.
+
     Parameters
     ----------
     shape, inputs, outputs, classes
@@ -170,16 +183,6 @@ class NCSNpp(_ScoreNetwork):
         ``dropout=0.0``; ``fir=True``, resample with a filter; ``inputs_enter="residual"``, or
         ``"once"`` or ``"skip"``; ``outputs_leave="once"``, or ``"skip"``; ``fourier_scale=None``,
         scale of Fourier features of the clock; ``gradient_checkpointing=False``.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If an argument is out of range or does not fit the others.
-
-    Notes
-    -----
-    In the repository, ``configs/cifar10_cld.toml`` and ``configs/celebahq256_cld.toml`` have the
-    published networks.
     """
 
     options_of = ncsnpp.NCSNpp
@@ -211,15 +214,3 @@ NETWORKS: dict[str, type[nn.Module]] = {"UNet": UNet, "NCSNpp": NCSNpp}
 
 A configuration names a network of one's own, with the same arguments, by ``module:Class``.
 """
-
-
-def _checked_label(label: Tensor | None, batch: int, classes: int, device: torch.device) -> Tensor:
-    if label is None:
-        return torch.full((batch,), classes, device=device)
-    if not isinstance(label, Tensor) or label.dtype != torch.int64 or label.shape != (batch,):
-        got = f"{label.dtype} {tuple(label.shape)}" if isinstance(label, Tensor) else repr(label)
-        raise ValueError(f"label must be an int64 tensor ({batch},), one a state; got {got}")
-    if label.device.type == "cpu" and bool(((label < 0) | (label > classes)).any()):
-        msg = f"label must lie in [0, {classes}], {classes} being no class; got {label.tolist()}"
-        raise ValueError(msg)
-    return label.to(device)

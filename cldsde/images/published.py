@@ -75,8 +75,7 @@ def read_published(
     """
     for key in parse_overrides(overrides, "sampling.nfe=100"):
         free = f"{key}.".startswith(tuple(f"{name}." for name in _OPEN))
-        msg = f"is determined by the checkpoint; these can be set: {', '.join(_OPEN)}"
-        require(free, key, msg)
+        require(free, key, f"is determined by the checkpoint; these can be set: {', '.join(_OPEN)}")
     checkpoint = read_checkpoint(path)
     published = recognise(checkpoint, path, family, name)
     images = max(1, checkpoint.step * published.batch)

@@ -61,11 +61,9 @@ class RunFolder:
         except TimeoutError:
             raise SettingError("out", f"{path} is in use by another process") from None
         except OSError as error:
-            msg = f"{path} cannot be made or written ({brief(error)})"
-            raise OSError(msg) from error
+            raise OSError(f"{path} cannot be made or written ({brief(error)})") from error
 
     def __truediv__(self, name: str) -> Path:
-        """Path of a file of the run."""
         return self.path / name
 
     def write(self, name: str, writer: Callable[[Path], object]) -> Path:

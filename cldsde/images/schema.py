@@ -174,7 +174,7 @@ def checked_options(
         given_or_not = parameter.default is not inspect.Parameter.empty or name in options
         require(given_or_not, f"{key}.{name}".removeprefix("."), "is missing")
     return {
-        name: _checked(value, hints.get(name, Any), f"{key}.{name}".removeprefix("."))
+        name: check_type(value, hints.get(name, Any), f"{key}.{name}".removeprefix("."))
         for name, value in options.items()
     }
 
@@ -194,16 +194,12 @@ def checked(function: F) -> F:
     return cast(F, call)
 
 
-def _checked(value: object, hint: Any, key: str) -> Any:
+def check_type(value: object, hint: Any, key: str) -> Any:
+    """Return a value that fits an annotation, made of a section if need be, or raise an error."""
     if isinstance(hint, type) and dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
         options = checked_options(hint, value, key=key)
         with setting(key):
             return hint(**options)
-    return check_type(value, hint, key)
-
-
-def check_type(value: object, hint: Any, key: str) -> Any:
-    """Return a value that fits an annotation, or raise a SettingError."""
     try:
         return TypeAdapter(hint, config=_STRICT).validate_python(value)
     except ValidationError as error:
@@ -221,8 +217,7 @@ def read_file(path: Path) -> dict[str, Any]:
         ".yml": lambda text: yaml.load(text, _Loader),
         ".json": lambda text: json.loads(text, object_pairs_hook=_unique),
     }
-    msg = f"a configuration ends in {', '.join(readers)}"
-    require(path.suffix in readers, str(path), msg)
+    require(path.suffix in readers, str(path), f"a configuration ends in {', '.join(readers)}")
     try:
         # Some editors begin a file with a mark of its byte order.
         values = readers[path.suffix](path.read_text(encoding="utf-8-sig"))
@@ -265,8 +260,7 @@ def parse_overrides(words: Iterable[str], example: str, name: str = "set") -> di
     values = {}
     for word in words:
         key, separator, text = (part.strip() for part in word.partition("="))
-        msg = f"takes key=value, such as {example}; got {word!r}"
-        require(bool(separator and key), name, msg)
+        require(bool(separator and key), name, f"takes key=value, such as {example}; got {word!r}")
         try:
             value: Any = tomllib.loads(f"value = {text}")["value"]
         except (tomllib.TOMLDecodeError, RecursionError):

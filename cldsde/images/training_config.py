@@ -141,7 +141,6 @@ class TrainingConfig:
     random weights."""
 
     def __post_init__(self) -> None:
-        """Reject weightings that do not go with other settings."""
         free = self.times not in ("logit_normal", "mode")
         msg = f"must be 'reweighted' if times is {self.times!r}, which is a weighting itself; "
         msg += f"got {self.weighting!r}"

@@ -31,7 +31,6 @@ from cldsde.solvers.fitting import Distance, Search, default_settings, fewest_tr
 
 SETS = 20  #: Sets of new images for the report.
 _SEARCHED = 2  # networks in whose features the search minimises distances; the report has one more
-_BOTH = "geometric mean of the next two"
 _REFERENCE, _MANY = 2000, 50  # images of the network itself, and evaluations of each
 
 
@@ -47,7 +46,6 @@ class Measured(NamedTuple):
         return _mean(self.default - self.fitted)
 
     def __str__(self) -> str:
-        """Means and their standard errors."""
         columns = _mean(self.default), _mean(self.fitted), self.gain
         texts = (f"{mean:.3f} ± {error:.3f}" for mean, error in columns)
         return "default {}, fitted {}, gain {}".format(*texts)
@@ -68,9 +66,8 @@ class Tuning:
 
     The search minimises the geometric mean of the Fréchet distances in features of two networks,
     because settings that were fitted to one network made the images worse in others. ``features``
-    names the first: ``"classifier"``, of the data's classes; ``"random"``, with random weights; or
-    ``module:attribute``. Without data, or without classes, ``"random"`` replaces ``"classifier"``.
-    The second network has random weights, and so has a third network in the report.
+    names the first, as for `Measurements`; without data it is ``"random"`` by default. The second
+    network has random weights, and so has a third network in the report.
     """
 
     model: ImageModel
@@ -110,19 +107,15 @@ class Tuning:
 
         The first entry is the geometric mean of two distances, which the search minimises.
         """
-        found: dict[str, list[list[float]]] = {x: [[], []] for x in (_BOTH, *self._distances)}
-        seeds = range(self.seed + 2, self.seed + 2 + SETS)
-        for seed in progress_bar(seeds, shown=True, desc="new images", unit="set"):
+        names = ("geometric mean of the next two", *self._distances)
+        found = torch.zeros(len(names), 2, SETS, dtype=torch.float64, device="cpu")
+        for k in progress_bar(range(SETS), shown=True, desc="new images", unit="set"):
             for i, how in enumerate((None, settings)):
-                images = self._pixels(self._draw(seed, nfe, how))
+                images = self._pixels(self._draw(self.seed + 2 + k, nfe, how))
                 distances = [distance(images) for distance in self._distances.values()]
                 both = _geometric_mean(distances[:_SEARCHED])
-                for sets, value in zip(found.values(), (both, *distances), strict=True):
-                    sets[i].append(value)
-        return {
-            name: Measured(*(torch.tensor(x, dtype=torch.float64, device="cpu") for x in pair))
-            for name, pair in found.items()
-        }
+                found[:, i, k] = found.new_tensor([both, *distances])
+        return {name: Measured(*pair) for name, pair in zip(names, found, strict=True)}
 
     @cached_property
     def process(self) -> ReverseProcess:
@@ -137,8 +130,7 @@ class Tuning:
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the samples of a try."""
-        vae = self.model.vae
-        return (self.images, *(self.model.space.shape if vae is None else vae.latent_shape))
+        return (self.images, *self.model.data_shape)
 
     @cached_property
     def _distances(self) -> Mapping[str, Distance]:

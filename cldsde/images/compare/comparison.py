@@ -23,8 +23,7 @@ from cldsde.errors import require
 from cldsde.images.compare.config import ComparisonConfig, RowConfig, check_comparison
 from cldsde.images.compare.report import FORMAT, RESULTS, read_comparison, write_report
 from cldsde.images.data.samples import is_whole_picture, save_grid
-from cldsde.images.evaluate.evaluation import Evaluation
-from cldsde.images.evaluate.measurements import Measurements
+from cldsde.images.evaluate.evaluation import Evaluation, Measurements
 from cldsde.images.evaluate.results import Result, check_comparable
 from cldsde.images.model import TrainedModel, load_model
 from cldsde.images.networks import parameter_count
@@ -93,7 +92,6 @@ class Comparison:
                 folder.close()
 
     def _evaluate(self, name: str, model: TrainedModel) -> None:
-        """Measure a model's rows, then its bits per dim."""
         file = self.folder / f"evaluations/{name}.jsonl"
         bits = self.models.get(name, {}).get("bits")
         self.models[name] = {**self._described(name, model), "bits": bits}
@@ -148,7 +146,6 @@ class Comparison:
         return name
 
     def _described(self, name: str, model: TrainedModel) -> dict[str, Any]:
-        """Facts about a trained model."""
         config, vae = model.config, model.vae
         first = config.pretraining_steps * config.training.batch
         options = ", ".join(f"{key}={value}" for key, value in config.process.options.items())
@@ -191,7 +188,6 @@ def _sampler(row: Mapping[str, Any]) -> str:
 def _row(
     row: RowConfig, cells: dict[float, dict[str, Any]], picture: str | None = None
 ) -> dict[str, Any]:
-    """A row with the cells that are known."""
     return {
         **{name: getattr(row, name) for name in ("model", "label", "solver")},
         "adaptive": not row.nfe,

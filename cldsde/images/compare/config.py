@@ -14,7 +14,7 @@ from pydantic import Field, Strict
 from cldsde.errors import SettingError, require, setting
 from cldsde.images.config import RECOMMENDED, Grid, RunConfig, SamplingConfig, StartTime
 from cldsde.images.data import DataSet
-from cldsde.images.evaluate.measurements import METRICS, Measurements
+from cldsde.images.evaluate.evaluation import METRICS, Measurements
 from cldsde.images.sample.sampler import make_plan, make_solver
 from cldsde.images.schema import (
     Configuration,
@@ -63,7 +63,6 @@ class RowConfig:
     does not set."""
 
     def __post_init__(self) -> None:
-        """Resolve the names, and check budgets and options."""
         object.__setattr__(self, "solver", canonical_name(self.solver))
         object.__setattr__(self, "label", self.label or self.solver)
         if self.t_end is None and self.solver != RECOMMENDED:
@@ -79,7 +78,8 @@ class RowConfig:
         require(len({*budgets}) == len(budgets), needed, f"must differ; got {list(budgets)}")
         msg = f"set nothing: options has {' and '.join(self.fixed)}; leave one out"
         require(bool(self.nfe) or len(self.fixed) < len(_TOLERANCES), "tolerances", msg)
-        self.recipes()
+        for recipe in self.recipes():
+            make_solver(recipe)
 
     @property
     def budgets(self) -> tuple[int, ...] | tuple[float, ...]:
@@ -102,9 +102,7 @@ class RowConfig:
 
     def _recipe(self, **changes: Any) -> SamplingConfig:
         names = ("solver", "grid", "t_start", "t_end", "denoise", "options")
-        recipe = SamplingConfig(**{**{name: getattr(self, name) for name in names}, **changes})
-        make_solver(recipe)
-        return recipe
+        return SamplingConfig(**{**{name: getattr(self, name) for name in names}, **changes})
 
 
 @section
@@ -123,7 +121,6 @@ class ComparisonConfig(Measurements, Configuration):
     """Samplers of the models."""
 
     def __post_init__(self) -> None:
-        """Check the parts against each other, and build the configuration of each model."""
         product = f"{self.samples:,} times {self.repeats:,}"
         msg = f"times repeats must be at most {_IMAGES:,}; got {product}"
         require(self.samples * self.repeats <= _IMAGES, "samples", msg)

@@ -184,7 +184,6 @@ def write_report(folder: Path) -> None:
 
 
 def _data_uri(content: bytes, kind: str) -> str:
-    """Source of an image in a page."""
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 

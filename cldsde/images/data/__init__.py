@@ -1,12 +1,10 @@
 """Image data sets with labels, and their way to numbers in [−1, 1] and back.
 
-A data set is two `Images`, one to train on and one held out. `Images` return bytes or continuous
-numbers by row, from memory or files, so that a data set may exceed memory.
+Images are loaded by row, from memory or files, so that a data set may exceed memory.
 """
 
-from cldsde.images.data.arrays import array_images
 from cldsde.images.data.folder import FolderImages
-from cldsde.images.data.images import ArrayImages, Images, Subset
+from cldsde.images.data.images import ArrayImages, Images, array_images
 from cldsde.images.data.pixels import augment, channel_statistics, pixels_of, to_levels, to_unit
 from cldsde.images.data.sets import (
     DATA_SETS,
@@ -24,7 +22,6 @@ __all__ = [
     "DataSet",
     "FolderImages",
     "Images",
-    "Subset",
     "array_file",
     "array_images",
     "augment",

@@ -18,16 +18,20 @@ from typing import Any, Literal
 import numpy as np
 import PIL
 import torch
-from numpy.typing import NDArray
 from PIL import features
 from torch import Tensor
 from tqdm import tqdm
 
 from cldsde.files import file_lock, write_whole
 from cldsde.images.checks import Scale
-from cldsde.images.data.images import Images
-from cldsde.images.data.pictures import Packed, fitted, open_picture, read_picture
-from cldsde.images.data.sources import find_pictures
+from cldsde.images.data.images import Array, Images
+from cldsde.images.data.pictures import (
+    Packed,
+    find_pictures,
+    fitted,
+    open_picture,
+    read_picture,
+)
 from cldsde.images.schema import Count, Flag, Positive, checked
 from cldsde.messages import brief
 from cldsde.progress import progress_bar
@@ -35,7 +39,6 @@ from cldsde.progress import progress_bar
 _RULE = 1  # of `_decode`; another number for each change of its results
 _CHUNK = 64  # pictures that are lost at most if decoding is interrupted
 _GIB = 2**30
-Array = NDArray[Any]
 
 
 def cache_folder() -> Path:
@@ -47,8 +50,8 @@ def cache_folder() -> Path:
 class FolderImages(Images):
     """The pictures of a folder and its subfolders, a zip archive, or a saved data set.
 
-    They are decoded when they are needed, or once into a file of the cache. Every file is opened
-    once when the object is made, which reads its header, unless it was decoded before.
+    Every file is opened once when the object is made, which reads its header, unless it was decoded
+    before.
 
     Parameters
     ----------
@@ -67,16 +70,15 @@ class FolderImages(Images):
         Threads that decode.
     skip_damaged
         Decode every picture at once, and leave out those that cannot be decoded.
-    cache
-        Folder of decoded pictures; ``"auto"``: the folder ``decoded`` in ``$CLDSDE_CACHE``, which
-        is ``~/.cache/cldsde`` by default; None decodes pictures whenever they are needed.
-    cache_gib
-        Largest size of that folder in GiB. The files unused for the longest time make room.
+    cache, cache_gib
+        Folder of decoded pictures, and its largest size in GiB: the files unused for the longest
+        time make room. ``"auto"`` is ``decoded`` in ``$CLDSDE_CACHE``, or else in
+        ``~/.cache/cldsde``. None decodes pictures whenever they are needed.
 
     Attributes
     ----------
     files : tuple
-        The picture of each row.
+        The picture of each row; of a subset, too, the pictures of all rows.
     skipped : tuple of str
         Files left out, and the reason: undecodable files, and files with other suffixes.
 
@@ -122,6 +124,7 @@ class FolderImages(Images):
         self._bytes = math.prod(self._shape) * self._dtype.itemsize
         self._place: Path | None = None
         if cache is not None:
+            # Trainings on the same files, decoded alike, share a file.
             decoder = [PIL.__version__, *map(features.version, ("libjpeg_turbo", "zlib", "webp"))]
             key = json.dumps([_RULE, decoder, self._shape, bits, facts])
             folder = cache_folder() / "decoded" if cache == "auto" else Path(cache).expanduser()
@@ -132,12 +135,13 @@ class FolderImages(Images):
         kept = [row for row in range(len(self._all)) if row not in damaged]
         if damaged and not (skip_damaged and kept):
             raise ValueError(self._described(damaged))
-        self._rows = torch.tensor(kept, device="cpu")
-        self.files = tuple(self._all[row] for row in kept)
-        numbers = None if labels is None else torch.tensor(labels, device="cpu")[self._rows]
+        numbers = None if labels is None else torch.tensor(labels, device="cpu")
         levels: Scale = 256 if bits == 8 else (0.0, 65535.0)
         shape = self._shape[1:]
-        super().__init__(len(kept), shape, levels=levels, labels=numbers, classes=names)
+        super().__init__(len(self._all), shape, levels=levels, labels=numbers, classes=names)
+        self._rows = self._rows[kept]
+        self.files = tuple(self._all[row] for row in kept)
+        self.labels = None if numbers is None else numbers[kept]
         counts = (f"{count} files that end in {suffix}" for suffix, count in sorted(others.items()))
         self.skipped = (*damaged.values(), *counts)
         if self._place is not None and self._is_whole:
@@ -154,9 +158,8 @@ class FolderImages(Images):
     def keep_decoded(self, *, progress: bool = False) -> None:
         """Decode all pictures into a file of the cache, from which they are read from now on.
 
-        Its name is a digest of shape, names, sizes and times of the files and the version of the
-        decoder, so that trainings share it. Of several processes one decodes, and an interrupted
-        call resumes. If pictures cannot be kept, a note on stderr says why.
+        Of several processes one decodes, and an interrupted call resumes. If pictures cannot be
+        kept, a note on stderr says why.
         """
         place = self._place
         if place is None or self._is_whole:
@@ -171,16 +174,15 @@ class FolderImages(Images):
             msg += "are decoded again in each pass; data.options.cache names another folder"
             tqdm.write(msg, file=sys.stderr)
 
-    def sums(self, rows: Tensor | None = None, *, progress: bool = False) -> Tensor:
+    def sums(self, *, progress: bool = False) -> Tensor:
         """See `Images`; sums of decoded pictures are kept in the cache."""
-        rows = torch.arange(len(self), device="cpu") if rows is None else rows
         if self._place is None or not self._is_whole:
-            return super().sums(rows, progress=progress)
-        name = hashlib.sha256(self._rows[rows].numpy().tobytes()).hexdigest()[:16]
+            return super().sums(progress=progress)
+        name = hashlib.sha256(self._rows.numpy().tobytes()).hexdigest()[:16]
         file = self._place.with_suffix(f".{name}.npy")
         with suppress(OSError, ValueError, EOFError):
             return torch.from_numpy(np.load(file))
-        found = super().sums(rows, progress=progress)
+        found = super().sums(progress=progress)
         with suppress(OSError):
             write_whole(file, lambda path: np.save(path, found.numpy()))
         return found
@@ -194,32 +196,28 @@ class FolderImages(Images):
 
     def _fill(self, place: Path, *, progress: bool) -> None:
         """Write the file of decoded pictures, from where an earlier call was interrupted."""
-        part = place.with_suffix(".part")
+        part, count = place.with_suffix(".part"), self._shape[0]
+        size = self._bytes // count
         try:
             _make_room(place, self._bytes, self._limit)
             if self._checked:
                 self._keep_damaged(place)
-            self._append(part, progress=progress)
+            with part.open("ab") as target:
+                done = min(count, target.tell() // size)
+                target.truncate(done * size)
+                options = {"total": count, "initial": done, "desc": "decoding", "unit": "picture"}
+                with progress_bar(None, shown=progress, **options) as bar:
+                    for first in range(done, count, _CHUNK):
+                        rows = range(first, min(first + _CHUNK, count))
+                        target.write(self._pixels(rows).tobytes())
+                        target.flush()
+                        os.fsync(target.fileno())
+                        bar.update(len(rows))
             self._keep_damaged(place)
             part.replace(place)
         except OSError:
             part.unlink(missing_ok=True)  # a full disk is needed for other files
             raise
-
-    def _append(self, part: Path, *, progress: bool) -> None:
-        """Decode the pictures that a part file lacks."""
-        count = self._shape[0]
-        with part.open("ab") as target:
-            done = min(count, target.tell() // (self._bytes // count))
-            target.truncate(done * (self._bytes // count))
-            options = {"total": count, "initial": done, "desc": "decoding", "unit": "picture"}
-            with progress_bar(None, shown=progress, **options) as bar:
-                for first in range(done, count, _CHUNK):
-                    rows = range(first, min(first + _CHUNK, count))
-                    target.write(self._pixels(rows).tobytes())
-                    target.flush()
-                    os.fsync(target.fileno())
-                    bar.update(len(rows))
 
     def _keep_damaged(self, place: Path) -> None:
         """Keep what a check of all pictures found, so that the next start need not look."""
@@ -227,11 +225,10 @@ class FolderImages(Images):
         write_whole(place.with_suffix(".json"), lambda file: file.write_text(text))
 
     def _read(self, rows: Tensor) -> Tensor:
-        found = self._rows[rows]
         if self._is_whole:
-            pixels = _mapped(self._place, self._dtype, self._shape)[found.numpy()]
+            pixels = _mapped(self._place, self._dtype, self._shape)[rows.numpy()]
         else:
-            pixels = self._pixels(found.tolist())
+            pixels = self._pixels(rows.tolist())
         return torch.from_numpy(pixels if self._dtype == np.uint8 else pixels.astype(np.float32))
 
     def _pixels(self, rows: Sequence[int]) -> Array:
@@ -270,7 +267,6 @@ class FolderImages(Images):
             return {row: text for row, text in enumerate(bar) if text is not None}
 
     def _described(self, damaged: Mapping[int, str]) -> str:
-        """Damaged files in one line, ten at most."""
         first, *others = damaged.values()
         if not others:
             return f"{first}; skip_damaged = true leaves it out"
@@ -288,7 +284,6 @@ class FolderImages(Images):
 
 
 def _decode(file: Path | Packed, shape: Sequence[int], dtype: np.dtype[Any]) -> Array:
-    """A picture ``(C, H, W)``."""
     mode = "F" if dtype == np.uint16 else "RGB" if shape[0] == 3 else "L"
     pixels = np.asarray(fitted(read_picture(file, mode), shape[1], shape[2]))
     if mode == "F":  # the filter reaches over both ends

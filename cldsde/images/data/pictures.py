@@ -1,13 +1,21 @@
-"""Safe reading of pictures: allowed formats, limited sizes, regular files and parts of others."""
+"""Pictures in folders, zip archives and data sets that the library datasets saved, read safely.
+
+Formats and sizes are limited, and files are regular.
+"""
 
 from __future__ import annotations
 
 import io
+import os
 import stat
-from collections.abc import Callable, Iterator
+import unicodedata
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import NamedTuple
+from functools import lru_cache, partial
+from pathlib import Path, PurePath, PurePosixPath
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +23,7 @@ from PIL import Image, ImageOps
 from PIL.Image import Image as PILImage
 from torch import Tensor
 
+from cldsde.images.checks import listed, what_instead
 from cldsde.messages import brief
 
 # Formats that Pillow decodes itself: others, such as EPS, would start a program.
@@ -26,6 +35,8 @@ SUFFIXES = {
 """Ends of the names of picture files."""
 _GREY16 = {"I;16", "I;16B", "I;16L", "I;16N"}
 _MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", *_GREY16}
+
+_LARGEST = 2**30  # bytes of a picture in an archive
 
 
 class Packed(NamedTuple):
@@ -98,3 +109,182 @@ def _to_colour(image: PILImage, mode: str) -> PILImage:
         image = Image.alpha_composite(white, colours).convert("RGB")
     # A copy outlives the file.
     return image.copy() if image.mode == mode else image.convert(mode)
+
+
+Names = tuple[str, ...]
+Files = list[tuple[Names, Path | Packed]]
+"""Pictures and their names, folders first."""
+
+
+class Found(NamedTuple):
+    """Pictures of a data set in their order, with their classes and the names of these.
+
+    ``facts`` change with the contents of the pictures; ``others`` are numbers of other files.
+    """
+
+    files: Sequence[Path | Packed]
+    labels: Sequence[int] | None
+    classes: Sequence[str] | None
+    facts: Any
+    others: Counter[str]
+
+
+def find_pictures(path: str | Path, *, classes: bool) -> Found:
+    """Pictures of a folder, a zip archive or a saved data set; see `FolderImages`."""
+    place = Path(path).expanduser()
+    packed = place.suffix.lower() == ".zip" and place.is_file()
+    root = place if packed else as_folder(place)
+    names = {x.name for x in root.iterdir()} if root.is_dir() else set()
+    if names >= {"dataset_info.json", "state.json"} or "dataset_dict.json" in names:
+        stamps = [(x.name, _stamp(x)) for x in sorted(root.glob("*.arrow"))]
+        return Found(*_in_table(root, classes=classes), [str(root.resolve()), stamps], Counter())
+    files: Files = []
+    others = Counter[str]()
+    for parts, file in _in_archive(root) if packed else _in_folder(root):
+        suffix = PurePath(parts[-1]).suffix
+        if suffix.lower() in SUFFIXES:
+            files.append((parts, file))
+        else:
+            others[suffix or "no suffix"] += 1
+    # An outer folder of all pictures in an archive does not count.
+    while packed and len({x[0] for x, _ in files}) == 1 and min(len(x) for x, _ in files) > 2:
+        files = [(parts[1:], file) for parts, file in files]
+    if not files:
+        msg = f"{root} holds no image; files that end in {listed(sorted(SUFFIXES))} count"
+        raise ValueError(msg)
+    files.sort(key=lambda one: _name_order(one[0]))
+    kinds, labels = _classes(root, files) if classes else (None, None)
+    # Files of the same names, sizes and times may be in two places.
+    facts = [str(root.resolve()), [(name, _stamp(file)) for name, file in files]]
+    return Found([file for _, file in files], labels, kinds, facts, others)
+
+
+def as_folder(path: str | Path) -> Path:
+    """The path of a folder that exists."""
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        msg = f"path must be a folder; got {folder}, which {what_instead(folder)}"
+        raise (NotADirectoryError if folder.exists() else FileNotFoundError)(msg)
+    return folder
+
+
+def _stamp(file: Any) -> Any:
+    """Everything that changes with a file: its size and time, or those in an archive."""
+    if isinstance(file, Packed):
+        return file.stamp
+    try:
+        return file.stat().st_size, file.stat().st_mtime_ns
+    except OSError:  # the error is reported when it is opened
+        return None
+
+
+def _name_order(parts: Names) -> tuple[list[str], Names]:
+    """Sorting key that does not depend on how a file system composes accents."""
+    return [unicodedata.normalize("NFC", part) for part in parts], parts
+
+
+def _in_folder(root: Path) -> Iterator[tuple[Names, Path]]:
+    for name, folders, names in os.walk(root, onerror=_raise, followlinks=True):
+        place = Path(name)
+        above = [root / part for part in place.relative_to(root).parents]
+        if place.resolve() in (folder.resolve() for folder in above):
+            raise ValueError(f"{place} is a link to a folder that it lies in; remove it")
+        folders[:] = [folder for folder in folders if folder[0] != "."]
+        for file in (place / name for name in names if name[0] != "."):
+            yield file.relative_to(root).parts, file
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _in_archive(archive: Path) -> Iterator[tuple[Names, Packed]]:
+    stamp = _stamp(archive)
+    try:
+        entries = _opened(archive, stamp, os.getpid()).infolist()
+    except (zipfile.BadZipFile, OSError, ValueError) as error:
+        raise ValueError(f"{archive} cannot be read as a zip archive: {error}") from error
+    for names, x in {PurePosixPath(x.filename).parts: x for x in entries}.items():
+        if not (x.is_dir() or any(part.startswith(("__MACOSX", ".")) for part in names)):
+            read = partial(_member, archive, stamp, x.filename)
+            yield names, Packed(f"{archive}, {x.filename}", read, (x.file_size, x.CRC))
+
+
+@lru_cache(maxsize=8)
+def _opened(archive: Path, stamp: Any, process: int) -> zipfile.ZipFile:
+    """An archive, open once per process: processes that share a file share its position."""
+    del stamp, process
+    return zipfile.ZipFile(archive)
+
+
+def _member(archive: Path, stamp: Any, name: str) -> bytes:
+    source = _opened(archive, stamp, os.getpid())
+    if source.getinfo(name).file_size > _LARGEST:
+        raise ValueError(f"it has more than {_LARGEST // 2**20} MiB")
+    return source.read(name)
+
+
+def _classes(root: Path, files: Files) -> tuple[list[str], list[int]]:
+    """Names of the classes, and the class of each file."""
+    for names, file in files:
+        if len(names) == 1:
+            msg = f"{file} belongs to no class; with classes=True images lie in subfolders"
+            raise ValueError(msg)
+    owners = [names[0] for names, _ in files]
+    tops = [x for x in root.iterdir() if x.is_dir() and x.name[0] != "."] if root.is_dir() else []
+    for name in sorted({x.name for x in tops} - {*owners}):
+        raise ValueError(f"{root / name} is a class without an image; add images or remove it")
+    classes = sorted({*owners}, key=lambda name: _name_order((name,)))
+    numbers = {name: i for i, name in enumerate(classes)}
+    return classes, [numbers[owner] for owner in owners]
+
+
+def _in_table(root: Path, *, classes: bool) -> tuple[list[Packed], Any, Any]:
+    """Pictures of a saved data set, their classes and the names of these."""
+    table = _table(root, os.getpid())
+    kinds = {name: type(kind).__name__ for name, kind in table.features.items()}
+    wanted = [("Image", "of pictures"), *([("ClassLabel", "of classes")] if classes else [])]
+    found = []
+    for kind, text in wanted:
+        columns = [name for name, own in kinds.items() if own == kind]
+        if len(columns) != 1:
+            msg = f"{root} must have one column {text} ({kind}); it has {len(columns)} among "
+            raise ValueError(f"{msg}{listed([*kinds])}. Select columns and save it again")
+        found += columns
+    reads = [partial(_cell, root, found[0], row) for row in range(len(table))]
+    files = [Packed(f"{root}, row {i}", read) for i, read in enumerate(reads)]
+    if not files:
+        raise ValueError(f"{root} holds no image")
+    if not classes:
+        return files, None, None
+    return files, [int(x) for x in table[found[1]]], table.features[found[1]].names
+
+
+@lru_cache(maxsize=8)
+def _table(root: Path, process: int) -> Any:
+    """A saved data set, whose pictures are not decoded; once per process."""
+    del process
+    try:
+        import datasets
+    except ImportError as error:
+        msg = f"{root} needs the library datasets, which saved it: pip install datasets"
+        raise ImportError(msg) from error
+    try:
+        table = datasets.load_from_disk(str(root))
+    except Exception as error:  # of many classes, for damaged folders
+        raise ValueError(f"{root} cannot be loaded by datasets: {brief(error)}") from error
+    if isinstance(table, datasets.DatasetDict):
+        msg = f"path must name the folder of a split in {root}: {listed([*table], 'or')}"
+        raise ValueError(msg)  # noqa: TRY004 -- the value of a path
+    for name, kind in table.features.items():
+        if isinstance(kind, datasets.Image):
+            table = table.cast_column(name, datasets.Image(decode=False))
+    return table
+
+
+def _cell(root: Path, column: str, row: int) -> bytes:
+    found = _table(root, os.getpid())[row][column]
+    if found is None:
+        raise ValueError("there is no picture")
+    content: bytes | None = found["bytes"]
+    return Path(found["path"]).read_bytes() if content is None else content

@@ -1,8 +1,4 @@
-"""Images to numbers in [−1, 1] and back, and the statistics of these numbers.
-
-Grey levels are numbers 0 … levels − 1. `to_unit` and `to_levels` put both ends of the scale on ±1;
-`augment` can instead spread every level over its bin, as likelihoods of discrete data need.
-"""
+"""Images to numbers in [−1, 1] and back, and the statistics of these numbers."""
 
 from __future__ import annotations
 
@@ -74,13 +70,8 @@ def augment(
     ``flip`` mirrors each image with probability 1/2. ``crop`` below 1 resizes a random part of each
     image to its size; the share of its height and width is uniform between ``crop`` and 1.
     ``dequantise`` spreads each level uniformly over its bin (`cldsde.score.dequantise`), instead of
-    `to_unit`.
-
-    Notes
-    -----
-    The order of the random numbers: if ``flip``, n uniform numbers, mirrored below 1/2; then, if
-    ``crop`` is below 1, 3n uniform numbers for sizes, rows and columns; then, if ``dequantise``,
-    n·C·H·W uniform numbers in the order of the images. They depend on nothing else.
+    `to_unit`. In this order it draws n uniform numbers if ``flip``, 3n if ``crop`` is below 1, and
+    n·C·H·W if ``dequantise``.
     """
     check_values(images, levels)
     if images.ndim != 4:

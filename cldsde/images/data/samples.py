@@ -57,8 +57,7 @@ def load_samples(path: Path, like: Images | None = None) -> Tensor:
     levels = np.asarray(levels).tolist()
     ends = levels if isinstance(levels, list) else None
     if ends is None and (not isinstance(levels, int) or not 2 <= levels <= 256):
-        msg = f"{path}: levels must be a number from 2 to 256, or a range; got {levels}"
-        raise ValueError(msg)
+        raise ValueError(f"{path}: levels must be a number from 2 to 256, or a range; got {levels}")
     try:
         known = (1, 3) if like is None else sorted({1, 3, like.shape[0]})
         found = array_images(path, value_range=ends, channels=known)

@@ -20,10 +20,16 @@ from torch.nn import functional as F
 
 from cldsde.files import file_lock
 from cldsde.images.checks import listed
-from cldsde.images.data.arrays import Layout, array_images, to_nchw
 from cldsde.images.data.folder import FolderImages, cache_folder
-from cldsde.images.data.images import CHUNK, ArrayImages, Images, Subset
-from cldsde.images.data.sources import as_folder
+from cldsde.images.data.images import (
+    CHUNK,
+    ArrayImages,
+    Images,
+    Layout,
+    array_images,
+    to_nchw,
+)
+from cldsde.images.data.pictures import as_folder
 from cldsde.images.schema import Count, Flag, Levels, Natural, Number, Positive, Range, checked
 
 _DEBIAN = Path("/usr/share/datasets/fashion-mnist")
@@ -53,9 +59,8 @@ def fashion_part(folder: Path, part: str, size: int) -> ArrayImages:
     images = _read_idx(folder, f"{part}-images-idx3-ubyte", (28, 28))
     labels = _read_idx(folder, name, ())
     if len(labels) != len(images) or int(labels.max()) >= len(_FASHION_CLASSES):
-        got = f"{len(labels)} labels up to {int(labels.max())}"
         msg = f"{folder / name} must hold a label in 0 … 9 for each of {len(images)} images; got "
-        raise ValueError(f"{msg}{got}")
+        raise ValueError(f"{msg}{len(labels)} labels up to {int(labels.max())}")
     images = images.unsqueeze(1)
     if size > 28:
         images = F.pad(images, [(size - 28) // 2] * 4)
@@ -103,7 +108,6 @@ TORCHVISION_SHAPES: dict[TorchvisionName, tuple[int, int, int]] = {
     "USPS": (1, 16, 16),
 }
 """Shapes of the images, known without them."""
-_PARTS = ("train", "test")
 
 
 def _whole_above_1(value: float) -> float:
@@ -117,13 +121,7 @@ HeldOut = Annotated[Number, Field(ge=0), AfterValidator(_whole_above_1)]
 
 
 class DataSet(NamedTuple):
-    """Images to train on, and images held out.
-
-    Attributes
-    ----------
-    train, held_out
-        Images of one shape and number of levels; None if no image is held out.
-    """
+    """Images to train on, and images held out, or None; both of one shape and number of levels."""
 
     train: Images
     held_out: Images | None
@@ -184,7 +182,7 @@ def torchvision_set(*, name: TorchvisionName, path: str | Path, download: Flag =
     path
         Torchvision's ``root``, the folder of the set.
     download
-        Download the set if it is not there. Nothing is downloaded otherwise.
+        Download the set if it is not there.
 
     Raises
     ------
@@ -195,7 +193,9 @@ def torchvision_set(*, name: TorchvisionName, path: str | Path, download: Flag =
 
     layout: Layout = "NHWC" if name.startswith("CIFAR") else "NHW"
     layout = "NCHW" if name in {"STL10", "SVHN"} else layout
-    split = [{"split": part} if layout == "NCHW" else {"train": part == "train"} for part in _PARTS]
+    parts = (
+        {"split": x} if layout == "NCHW" else {"train": x == "train"} for x in ("train", "test")
+    )
     root = Path(path).expanduser()
     try:
         if download:
@@ -203,21 +203,21 @@ def torchvision_set(*, name: TorchvisionName, path: str | Path, download: Flag =
         # Of several processes one downloads, and the others find the files.
         with file_lock(root / name, wait=True) if download else nullcontext():
             make = getattr(datasets, name)
-            sources = [make(str(root), download=download, **part) for part in split]
+            sources = [make(str(root), download=download, **part) for part in parts]
     except Exception as error:  # of many classes, for missing or damaged files
         hint = "is the network there?" if download else "download=True would fetch it"
         msg = f"{name} is not in {root}, or is damaged there; {hint} (torchvision: {error})"
         raise FileNotFoundError(msg) from error
-    parts = []
+    found = []
     for source in sources:
         images = torch.from_numpy(np.ascontiguousarray(source.data))
         labels = source.targets if hasattr(source, "targets") else source.labels
         labels = torch.as_tensor(labels, device="cpu")
         # QMNIST has more labels than the class.
-        parts.append((to_nchw(images, layout), labels[:, 0] if labels.ndim == 2 else labels))
+        found.append((to_nchw(images, layout), labels[:, 0] if labels.ndim == 2 else labels))
     names = getattr(sources[0], "classes", None)
-    classes = names or 1 + max(int(labels.max()) for _, labels in parts)
-    return DataSet(*(ArrayImages(x, labels=labels, classes=classes) for x, labels in parts))
+    classes = names or 1 + max(int(labels.max()) for _, labels in found)
+    return DataSet(*(ArrayImages(x, labels=labels, classes=classes) for x, labels in found))
 
 
 @checked
@@ -308,4 +308,4 @@ def _split(images: Images, held_out: float, seed: int) -> DataSet:
         msg = f"held_out must leave both parts an image; got {held_out}, that is {n} of the "
         raise ValueError(f"{msg}{len(images)}")
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed), device="cpu")
-    return DataSet(train=Subset(images, order[n:]), held_out=Subset(images, order[:n]))
+    return DataSet(train=images.subset(order[n:]), held_out=images.subset(order[:n]))

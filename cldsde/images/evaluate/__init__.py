@@ -1,7 +1,6 @@
 """Quality of samples and models: Fréchet distances, Inception metrics, likelihoods.
 
-All functions take uint8 images ``(N, C, H, W)`` on the CPU. They return dictionaries of JSON types
-with the numbers, their settings, hashes of images and weights, and versions.
+Results are dictionaries of JSON types, with everything that the numbers depend on.
 """
 
 from cldsde.images.evaluate.classifier import ClassifierFeatures, train_classifier

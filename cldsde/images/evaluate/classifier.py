@@ -26,11 +26,9 @@ _NAME = "cldsde.images.evaluation:ImageClassifier"
 
 CLASSIFIER = "classifier.safetensors"
 """File of a run, or beside results, with the classifier of its data."""
-
 _SMALLEST = 8  # height and width
 _TRAINED_ON = 150_000  # images for a classifier of a data set at least, repetitions counted
-Size = Annotated[Count, Field(le=4096)]
-"""Width, number of features or classes."""
+Size = Annotated[Count, Field(le=4096)]  # width, number of features or classes
 
 
 class ImageClassifier(nn.Module):
@@ -99,9 +97,8 @@ def train_classifier(
 ) -> tuple[ImageClassifier, float]:
     """Train an `ImageClassifier`; return it in evaluation mode with its held-out accuracy.
 
-    The images are loaded batch by batch. Without held-out images the accuracy is of the training
-    images. The same seed gives the same bits on the same machine with the same number of threads.
-    The global random state is not changed.
+    Without held-out images the accuracy is of the training images. The same seed gives the same
+    bits on the same machine with the same number of threads.
     """
     images, labels, held_out = data.train, data.train.labels, data.held_out or data.train
     if labels is None or images.classes is None or held_out.labels is None:

@@ -1,9 +1,4 @@
-"""Fréchet distances between Gaussians fitted to two sets of images, in features of any network.
-
-A feature network is any callable from uint8 images ``(B, C, H, W)`` to features ``(B, F)``. A user
-names one as ``module:attribute``. `ImageClassifier` is one to train on the data at hand, if no
-pretrained network fits them.
-"""
+"""Fréchet distances between Gaussians fitted to two sets of images, in features of any network."""
 
 from __future__ import annotations
 
@@ -23,27 +18,22 @@ from cldsde.messages import imported, in_words
 from cldsde.progress import progress_bar
 
 FeatureNetwork = Callable[[Tensor], Tensor]
-"""uint8 images ``(B, C, H, W)`` on the CPU to features ``(B, F)``, on any device. Continuous data
-are float32 from −1 to 1, the ends of their range. An attribute ``name``, a string, tells it from
-others of its kind, for example by a hash of its weights."""
+"""See `load_features`."""
 
 
 def load_features(name: str) -> FeatureNetwork:
     """Load a feature network by its name, ``module:attribute``.
 
     A feature network is a callable from uint8 images ``(B, C, H, W)`` on the CPU to features
-    ``(B, F)``. A class is instantiated without arguments; any other callable is taken as it is.
+    ``(B, F)`` on any device. Continuous data are float32 from −1 to 1, the ends of their range. Its
+    attribute ``name``, a string, if it has one, identifies it in results, for example by a hash of
+    its weights. A class is instantiated without arguments; any other callable is taken as it is.
     PyTorch modules are put into evaluation mode.
 
     Raises
     ------
     ValueError
         If the name cannot be imported, or is no callable.
-
-    Examples
-    --------
-    >>> load_features("torch:flatten").__name__
-    'flatten'
     """
     with setting("features"):
         found: Any = imported(name)
@@ -228,13 +218,7 @@ class FeatureSums:
 
 
 def frechet_of(first: FeatureStatistics, second: FeatureStatistics) -> float:
-    """Fréchet distance between the Gaussians of two sets, from their statistics.
-
-    Raises
-    ------
-    ValueError
-        If the statistics are of different features.
-    """
+    """Fréchet distance of two sets from their statistics, which must be in the same features."""
     if first.features != second.features or first.mean.shape != second.mean.shape:
         own, other = (f"{x.features!r} ({len(x.mean)})" for x in (first, second))
         raise ValueError(f"statistics must be of the same features; got {own} and {other}")
@@ -261,8 +245,7 @@ def frechet(
     reference
         ``(M, C, H, W)``, or their `FeatureStatistics` in the same features.
     features
-        Feature network, see `load_features`. An attribute ``name``, a string, identifies it in the
-        result.
+        Feature network, see `load_features`.
     batch, progress
         Images per batch; whether to show progress bars on stderr.
 

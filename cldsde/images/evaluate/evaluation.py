@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import cache, cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import InstanceOf
+from pydantic import Field, InstanceOf
 from torch import Tensor
 
 from cldsde.errors import require, setting
@@ -22,19 +22,43 @@ from cldsde.images.config import SamplingConfig
 from cldsde.images.data import DataSet, Images
 from cldsde.images.data.samples import measured, measured_batches
 from cldsde.images.evaluate import classifier, distances, inception, likelihoods, results
-from cldsde.images.evaluate.measurements import METRICS, Measurements, of_each, place, shared
 from cldsde.images.evaluate.results import Result
 from cldsde.images.model import ImageModel, TrainedModel
+from cldsde.images.sample.outputs import of_each, place, shared
 from cldsde.images.sample.sampler import ImageSampler, chosen_for
-from cldsde.images.schema import check_name, plain, section
+from cldsde.images.schema import Count, check_name, plain, section
 from cldsde.progress import progress_bar
 from cldsde.score.flow_density import UnsolvedFlowError
 
-_INCEPTION = {"fid", "kid", "isc", "prc"}
+METRICS = ("fd", "fid", "kid", "isc", "prc", "bpd")
+"""Fréchet distance in features that fit the data; FID, KID, Inception score, precision and recall
+in Inception's; bits per dim."""
 _CACHE = "inception"  # folder of what is kept of a data set in the features of Inception
 Reports = dict[str, dict[str, Any]]
 """Numbers by metric, with everything that they depend on."""
 _FAILURES = (FloatingPointError, UnsolvedFlowError, likelihoods.UndefinedLikelihoodError)
+
+
+@section
+class Measurements:
+    """Metrics, and the numbers of images and the features that they need."""
+
+    samples: Annotated[Count, Field(ge=2)] = 1000
+    """Images per set. A comparison makes ``repeats`` sets for each cell of its table."""
+    repeats: Count = 1
+    """Sets of images with seeds of their own, whose spread is reported."""
+    batch: Count = 64
+    """Images per batch."""
+    metrics: tuple[str, ...] = ("fd",)
+    """Some of ``"fd"``, ``"fid"``, ``"kid"``, ``"isc"``, ``"prc"`` and ``"bpd"``."""
+    features: str = "classifier"
+    """Features of the Fréchet distance: ``"classifier"``, of a classifier trained on the data's
+    classes; ``"random"``, of one with random weights, also used for data without classes; or
+    ``module:attribute`` of the user's own network."""
+    weights: Path | None = None
+    """Inception weights, for fid, kid, isc and prc."""
+    likelihood_images: Count = 64
+    """Held-out images whose likelihood is computed."""
 
 
 @section
@@ -73,11 +97,7 @@ class Evaluation(Measurements):
         require(0 <= self.first_seed <= 2**32 - self.samples * self.repeats, "seed", msg)
         count = self.samples if images is None else images
         inception.check_counts(self._measures, count, len(self._images))
-        self._check_features()
-
-    def _check_features(self) -> None:
-        """Raise an error if a network for features is missing, or does not fit the images."""
-        names, channels = ", ".join(sorted(self._inception_metrics)), self.data.train.shape[0]
+        names, channels = ", ".join(sorted(self._inception_metrics)), train.shape[0]
         if names:
             msg = f"the file of Inception weights is needed for {names}; fd takes features of "
             require(self.weights is not None, "weights", f"{msg}a classifier of the data")
@@ -121,8 +141,7 @@ class Evaluation(Measurements):
 
     def of_recipe(self, model: ImageModel, recipe: SamplingConfig, file: Path) -> list[Result]:
         """Measure images of a recipe; see `of_run`."""
-        shape = model.space.shape if model.vae is None else model.vae.latent_shape
-        solver, times = chosen_for(model.score, recipe, shape)
+        solver, times = chosen_for(model.score, recipe, model.data_shape)
         own = {"recipe": plain(recipe), "solver": repr(solver), "times": times}
         # One for all repetitions, made if something is missing.
         sampler = cache(lambda: ImageSampler.of(model, recipe, batch=self.batch))
@@ -186,11 +205,7 @@ class Evaluation(Measurements):
         model: str,
         **own: Any,
     ) -> list[Result]:
-        """Results from a file, after the missing ones were measured and added to it.
-
-        ``measure`` returns reports of metrics, and the cost of the images. ``own`` are fields that
-        all results share.
-        """
+        """Results from a file; those it lacks are measured and added. ``own`` are common fields."""
         if place()[0]:
             with suppress(*_FAILURES):
                 if names := of_each(None)[0]:
@@ -256,7 +271,6 @@ class Evaluation(Measurements):
         return found, {"nfe": float(torch.cat(evaluations).mean()), "seconds": sum(seconds)}
 
     def _bits(self, model: ImageModel) -> dict[str, Any]:
-        """Bits per dim of a model, with everything that they depend on."""
         if place()[0]:
             return {}
         if model.t_min is None:
@@ -296,7 +310,7 @@ class Evaluation(Measurements):
 
     @property
     def _inception_metrics(self) -> set[str]:
-        return _INCEPTION & {*self.metrics}
+        return {"fid", "kid", "isc", "prc"} & {*self.metrics}
 
     @property
     def _images(self) -> Images:
@@ -355,7 +369,6 @@ class Evaluation(Measurements):
 
 
 def _reported(wanted: Result, report: dict[str, Any], cost: dict[str, float]) -> Result:
-    """A result with the numbers of a report."""
     metric = wanted.metric
     if metric in {"fd", "bpd"}:
         numbers = {metric: report["frechet_distance" if metric == "fd" else "bits_per_dim"]}

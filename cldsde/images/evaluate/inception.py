@@ -45,10 +45,7 @@ _KIND = "a set of images in the features of Inception"
 
 
 class InceptionFeatures:
-    """2,048 features and 1,008 logits of the Inception network: a `FeatureNetwork`.
-
-    Its weights have the hash ``sha256``; ``published``: they are the weights of published FIDs.
-    """
+    """2,048 features and 1,008 logits of the Inception network: a `FeatureNetwork`."""
 
     def __init__(self, weights: Path, device: torch.device | str = "cpu") -> None:
         try:
@@ -76,7 +73,7 @@ class InceptionFeatures:
             raise ValueError(msg) from error
         self._network, self._device = network.to(device), device
         self.name, self.file = f"{_EXTRACTOR} {self.sha256}", weights.name
-        self.published = self.sha256.startswith(_PREFIX)
+        self.published = self.sha256.startswith(_PREFIX)  # the weights of published FIDs
 
     def __call__(self, images: Tensor) -> Tensor:
         """Features and logits of uint8 images, ``(B, 3056)``."""
@@ -117,16 +114,15 @@ def inception_metrics(
 ) -> dict[str, Any]:
     """FID, KID, Inception score, precision and recall, with the network of torch-fidelity.
 
-    Nothing is downloaded: the weights come from a file. Grey images are repeated to three channels.
-    An image takes about 0.4 s on a processor core.
+    Grey images are repeated to three channels. An image takes about 0.4 s on a processor core.
 
     Parameters
     ----------
     images, reference
         uint8 ``(N, C, H, W)`` and ``(M, C, H, W)`` with 1 or 3 channels.
     weights
-        The file `INCEPTION_FILE`, or other weights of that network; then ``weights.published`` of
-        the result is false.
+        The file `INCEPTION_FILE`, which is not downloaded, or other weights of that network; then
+        ``weights.published`` of the result is false.
     metrics
         Some of ``"fid"``, ``"kid"``, ``"isc"`` (Inception score of ``images``), ``"prc"``
         (precision and recall, with 3 neighbours).

@@ -18,9 +18,6 @@ from cldsde.progress import progress_bar
 from cldsde.score import ReverseProcess, Score, TimeSampler, dequantise, log_likelihood
 from cldsde.score.flow_density import Divergence
 
-Kind = Literal["auto", "exact", "bound"]
-Scale = Literal["bins", "ends"]
-
 _OF_BYTES = "; an upper bound on the bits of the discrete images"
 _QUANTITY = {
     "exact": "negative log-density of dequantised images, taken as states at t_min, by the "
@@ -41,9 +38,9 @@ def likelihood(
     model: Any,
     images: Tensor,
     *,
-    kind: Kind = "auto",
+    kind: Literal["auto", "exact", "bound"] = "auto",
     levels: Levels = 256,
-    scale: Scale = "bins",
+    scale: Literal["bins", "ends"] = "bins",
     batch: Count = 64,
     seed: Natural = 0,
     t_min: float = 1e-5,

@@ -125,9 +125,8 @@ def origin(device: str) -> dict[str, Any]:
 def markdown_table(results: Collection[Result]) -> str:
     """Table of recipes and numbers of images against means over repetitions, with their spread.
 
-    NFE is the mean number of score evaluations of an image, if it was measured. Results of a solver
-    whose defaults have changed since are left out, and those that share seeds with others. What the
-    recommended solver chose is below the table, by its name or class.
+    Left out are results of a solver whose defaults have changed since, and those that share seeds
+    with others. The choices of the recommended solver are below the table.
     """
     solvers = {json.dumps(result.recipe): result.solver for result in results}
     rows: dict[tuple[str, int], list[Result]] = {}

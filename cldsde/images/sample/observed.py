@@ -71,7 +71,6 @@ class ObservedImage:
     particles: int = 16
 
     def __post_init__(self) -> None:
-        """Reject options that no model fits."""
         check_name(self.method, get_args(ObservedMethod), "method")
         msg = f"must be finite and positive; got {self.noise_std:g}"
         require(0 < self.noise_std < math.inf, "noise_std", msg)
@@ -85,11 +84,10 @@ class ObservedImage:
     def read(
         cls, known: Path | None, observe: str | None, space: ImageSpace, **options: Any
     ) -> Self | None:
-        """Read the pictures that a command names; None if it names none.
+        """Read the picture ``known`` that a command names; None if it names none.
 
-        ``known`` is the file of the picture. ``observe`` is the operator, or a picture of the mask,
-        white for observed pixels. Both are cropped and resized to the images of the model,
-        ``space``, as the pictures of a training are, or to the blocks of "downsample".
+        ``observe`` is the operator, or a picture of the mask, white for observed pixels. Both are
+        cropped and resized as pictures of a training are, to the model's size or its blocks.
         """
         options = {key: x for key, x in options.items() if x is not None}
         if known is None and observe is None:
@@ -165,8 +163,7 @@ class Conditioning:
         require(not self.particles or solver == _TWISTED, "solver", msg)
         if self.observed.method != "replacement":
             return solver
-        msg = "must have a grid of times for 'replacement'"
-        require(not solver.facts.adaptive, "solver", msg)
+        require(not solver.facts.adaptive, "solver", "must have a grid of times for 'replacement'")
         mask, basis = self.observed.mask, None
         if mask is None:  # grey
             mask, basis = torch.eye(3, 1, dtype=torch.bool, device="cpu")[..., None], grey_basis()

@@ -1,4 +1,4 @@
-"""Samples of a trained model in files: in parts that survive an interruption and can be shared."""
+"""Samples of a model in files, in parts that survive an interruption, and shared by processes."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL.PngImagePlugin import PngInfo
+from torch import distributed
 
 from cldsde.errors import SettingError
 from cldsde.files import PARTIAL, check_writable, file_lock, write_whole, writing
 from cldsde.images.checks import output_place
 from cldsde.images.data.samples import as_bytes, picture, save_grid
-from cldsde.images.sample.sampler import Samples, ahead, batches_of
+from cldsde.images.sample.sampler import ImageSampler, Samples, ahead, batches_of
 from cldsde.progress import progress_bar
 
 GRID_LIMIT = 4096
@@ -56,11 +57,10 @@ class SampleRequest:
 
 
 def check_output(out: Path, request: SampleRequest, *, overwrite: bool = False) -> None:
-    """Check that samples can be written to a file or folder, before any work is done.
+    """Raise an error unless samples can be written to a file or folder.
 
     Files may be replaced, and finished parts of another request deleted, with ``overwrite``;
-    folders never are. Of a link, the target is written. Raises a SettingError with the key
-    ``"out"``, or an OSError.
+    folders never are. Of a link, the target is written.
     """
     named, out, problem = out, output_place(out), None
     if out.suffix == ".png" and len(request.seeds) > GRID_LIMIT:
@@ -89,41 +89,34 @@ def check_output(out: Path, request: SampleRequest, *, overwrite: bool = False) 
     check_writable(out.parent)
 
 
-def draw_to(
-    out: Path,
-    request: SampleRequest,
-    *,
-    process: int = 0,
-    processes: int = 1,
-    wait: Callable[[], None] = lambda: None,
-) -> float | None:
+def draw_to(out: Path, request: SampleRequest) -> float | None:
     """Sample images into a file or folder; return their mean score evaluations in process 0.
 
-    Each batch is kept in a folder beside the output, ``NAME.parts-…`` with a digest of the request,
-    until all are there: a later call for the same request resumes, also with batches of another
-    size. Parts of other requests for this output are deleted, see `check_output`.
+    Each batch is kept in a folder beside the output until all are there: a later call for the same
+    request resumes, also with batches of another size. Parts of other requests for this output are
+    deleted.
     """
-    out = output_place(out)
-    with alone(out) if process == 0 else nullcontext():
+    out, (rank, processes) = output_place(out), place()
+    with alone(out) if rank == 0 else nullcontext():
         parts = _parts_folder(out, request)
-        if process == 0:
+        if rank == 0:
             _drop_parts(out, keep=parts)
             parts.mkdir(exist_ok=True)
-        wait()
+        of_each(None)  # waits for all processes, here and below
         there = {seed for seeds, *_ in _read(parts) for seed in seeds.tolist()}
         missing = request.sampler.batches([seed for seed in request.seeds if seed not in there])
-        wait()
-        mine = batches_of(request.sampler, missing[process::processes], shown=process == 0)
+        of_each(None)
+        mine = batches_of(request.sampler, missing[rank::processes], shown=rank == 0)
         # A part is written while the next one is sampled, also if that is interrupted.
         for _ in ahead(partial(_write_part, parts), mine):
             pass
-        wait()
+        of_each(None)
         mean = None
-        if process == 0:
+        if rank == 0:
             mean = float(np.concatenate([evaluations for *_, evaluations in _read(parts)]).mean())
             (_gather if out.suffix else _gather_pictures)(out, parts, request)
             _drop_parts(out)
-        wait()
+        of_each(None)
         return mean
 
 
@@ -150,7 +143,6 @@ def _read(parts: Path) -> Iterator[tuple[NDArray[Any], NDArray[Any], NDArray[Any
 
 
 def _gather(out: Path, parts: Path, request: SampleRequest) -> None:
-    """Join the parts in a file, in the order of the seeds."""
     levels = request.sampler.space.levels
     drawn, images, evaluations = map(np.concatenate, zip(*_read(parts), strict=True))
     order = np.argsort(drawn)
@@ -195,7 +187,6 @@ def _gather_pictures(out: Path, parts: Path, request: SampleRequest) -> None:
 
 
 def _picture_names(request: SampleRequest) -> list[str]:
-    """Names of the pictures in a folder, in the order of the seeds."""
     digits = len(str(request.seeds[-1]))
     return [f"{seed:0{digits}d}.png" for seed in request.seeds]
 
@@ -227,7 +218,6 @@ def _all_parts(out: Path) -> list[Path]:
 
 
 def _drop_parts(out: Path, keep: Path | None = None) -> None:
-    """Delete the folders of parts of an output, except one."""
     for parts in {*_all_parts(out)} - {keep}:
         shutil.rmtree(parts)
 
@@ -244,3 +234,35 @@ def _write_part(parts: Path, made: tuple[list[int], Samples]) -> None:
     for array in (np.array(seeds), *drawn[:2]):
         np.save(buffer, array)
     _write(parts / f"{seeds[0]:010d}.npy", lambda path: path.write_bytes(buffer.getbuffer()))
+
+
+def place() -> tuple[int, int]:
+    """Number of this process, 0 for the one with the results, and of all that share its work."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return 0, 1
+    return distributed.get_rank(), distributed.get_world_size()
+
+
+def of_each(own: Any) -> list[Any]:
+    """An object of each process, in the order of their numbers; all processes must call it."""
+    found = [own] * place()[1]
+    if len(found) > 1:
+        distributed.all_gather_object(found, own)
+    return found
+
+
+def shared(sampler: ImageSampler, seeds: range) -> Iterator[tuple[list[int], Samples]]:
+    """Batches of `ImageSampler.batches` in their order, of which each process samples a share."""
+    (rank, processes), batches = place(), sampler.batches(seeds)
+    mine = batches_of(sampler, batches[rank::processes], shown=False)
+    for _ in range(0, len(batches), processes):
+        own: Any
+        try:
+            own = next(mine, None)
+        except FloatingPointError as error:  # raised by all processes, which wait for each other
+            own = error
+        for made in of_each(own):
+            if isinstance(made, FloatingPointError):
+                raise made
+            if made is not None:
+                yield made

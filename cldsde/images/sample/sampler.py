@@ -99,7 +99,6 @@ def chosen_for(
 def _recommended(
     process: ReverseProcess, sampling: SamplingConfig, shape: Sequence[int]
 ) -> tuple[Recipe, Plan]:
-    """Recipe and plan of the recommended solver."""
     nfe, start, end = sampling.nfe, sampling.t_start, sampling.t_end
     how: dict[str, Any] = {"shape": shape, "start": start, "end": end, "nfe": nfe}
     try:
@@ -116,8 +115,7 @@ def changed_recipe(
     """Change fields of a recipe, and options of its solver; another solver has its own defaults.
 
     Raises a SettingError for a value that is not allowed, for a budget or grid of an adaptive
-    solver, and for a solver outside of cldsde that the recipe names: its code is run only if the
-    caller names it.
+    solver, and for a solver outside of cldsde that the caller does not name.
     """
     msg = f"the run's own, {recipe.solver}, is code outside of cldsde; name it here to run it, "
     named = "solver" in changes or ":" not in recipe.solver
@@ -134,25 +132,6 @@ def changed_recipe(
     return changed
 
 
-def time_grid(
-    process: ReverseProcess, solver: Solver, sampling: SamplingConfig, shape: Sequence[int] = (1,)
-) -> Tensor:
-    """The longest grid on which a solver takes at most ``nfe`` score evaluations.
-
-    The last denoising counts, and with guidance each score evaluation is two. Adaptive solvers get
-    the two ends. The start depends on the shape of the data. Raises a SettingError if no step
-    fits, a ValueError if the solver does not apply.
-    """
-    if sampling.solver == FITTED:
-        with setting("settings"):
-            return _settings(sampling).times(process.sde)
-    grid: Any = getattr(grids, f"{sampling.grid}_times")
-    with setting("t_end"):
-        ends = window(process, sampling.t_start, sampling.t_end, shape=shape, nfe=sampling.nfe)
-    with setting("nfe"):
-        return fit_grid(process, solver, *ends, sampling.nfe, grid=grid, denoise=sampling.denoise)
-
-
 def make_plan(
     score: ScoreFunction,
     sampling: SamplingConfig,
@@ -162,8 +141,10 @@ def make_plan(
 ) -> tuple[Plan, Denoise]:
     """The plan of a solver for data of a shape, and how its solves end.
 
-    With an observed picture, ``multistep-2-sde`` stands for the recommended solver. Raises a
-    SettingError if recipe, process and observation do not fit.
+    The grid is the longest that takes at most ``nfe`` score evaluations: the last denoising counts,
+    and guidance doubles them. Adaptive solvers get the two ends. With an observed picture,
+    ``multistep-2-sde`` stands for the recommended solver. Raises a SettingError if recipe, process
+    and observation do not fit.
     """
     score = as_score(score)
     sde = check_process(score.sde if sde is None else sde)
@@ -179,7 +160,17 @@ def make_plan(
             fits = sampling.solver != FITTED
             require(fits, "settings", "were fitted without an observed picture; name a solver")
             sampling, solver = observed.recipe(sampling, process), observed.solver(solver)
-        made = plan(process, solver, time_grid(process, solver, sampling, shape))
+        if sampling.solver == FITTED:
+            with setting("settings"):
+                times = _settings(sampling).times(process.sde)
+        else:
+            nfe, grid = sampling.nfe, getattr(grids, f"{sampling.grid}_times")
+            with setting("t_end"):
+                ends = window(process, sampling.t_start, sampling.t_end, shape=shape, nfe=nfe)
+            with setting("nfe"):
+                how: Any = {"grid": grid, "denoise": sampling.denoise}
+                times = fit_grid(process, solver, *ends, nfe, **how)
+        made = plan(process, solver, times)
         if observed is not None:
             observed.check_steps(made)
         return made, sampling.denoise
@@ -191,7 +182,6 @@ def make_plan(
 
 Precision = Literal["fp32", "bf16", "fp16"]
 """Precision of networks; states and coefficients have single precision at least."""
-_HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 _Weight = Annotated[Number, Field(ge=0)]
@@ -211,9 +201,9 @@ class Samples(NamedTuple):
 class ImageSampler:
     """Sampler of images: process, solver, plan, classes, guidance, inpainting and autoencoder.
 
-    Solver, grid and tables are computed once, for any number of batches. An image depends on its
-    own seed alone, except for rounding in the network, which may depend on the size of the batch.
-    Settings that do not fit the model or each other raise a SettingError at once.
+    The plan is computed once, for any number of batches. An image depends on its own seed alone,
+    except for rounding in the network, which may depend on the size of the batch. Settings that do
+    not fit the model or each other raise a SettingError at once.
     """
 
     score: Score
@@ -237,7 +227,6 @@ class ImageSampler:
         return cls(model.score, model.space, sampling, vae=model.vae, batch=batch, **options)
 
     def __post_init__(self) -> None:
-        """Check the settings, and make the plan."""
         kinds: dict[str, Any] = {"batch": Count, "guidance": _Weight, "precision": Precision}
         for name, kind in kinds.items():
             check_type(getattr(self, name), kind, name)
@@ -319,7 +308,7 @@ class ImageSampler:
             score = self._given(label)
             sde = plan.process.sde
             plan = plan.with_score(score if observed is None else observed.score(score, sde))
-        half = _HALVES.get(self.precision)
+        half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
         # Around the whole solve: its own arithmetic is elementwise, which autocast leaves alone.
         cast = torch.autocast(self.score.device.type, dtype=half) if half else nullcontext()
         with torch.no_grad(), cast:

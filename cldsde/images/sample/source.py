@@ -1,24 +1,35 @@
-"""Models to sample from: runs, runs under another process, diffusers folders; faster networks."""
+"""Models to sample from: runs, networks and pipelines of diffusers, with any process."""
 
 from __future__ import annotations
 
 import hashlib
 import inspect
 import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, ClassVar, Literal, cast, get_args
 
 import torch
-from torch import Tensor
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
 
 from cldsde.errors import SettingError, require, setting
 from cldsde.images.config import ProcessConfig, SamplingConfig
 from cldsde.images.model import ImageModel, ImageSpace, TrainedModel, load_model
 from cldsde.images.sample.export import is_exported, load_exported
+from cldsde.images.sample.sampler import Samples
 from cldsde.images.schema import check_name, plain
 from cldsde.images.tensor_files import tensors_digest
-from cldsde.pretrained import from_diffusers
+from cldsde.pretrained import PipelineScheduler, from_diffusers
+from cldsde.pretrained.diffusers_models import network_and_scheduler
 from cldsde.score import Denoiser, DenoiserScore, ScoreDenoiser
+from cldsde.solvers.base import Solver
+
+# Networks of a pipeline besides the one that `from_diffusers` reads.
+_MORE_PARTS = ("text_encoder", "vae", "vqvae")
+_STEPS, _BATCH = 20, 4
 
 
 def of_run(
@@ -102,3 +113,119 @@ def speed_up(model: ImageModel, compile_mode: CompileMode | None, *, channels_la
         msg = "needs a run under its own process, whose network is compiled"
         raise SettingError("compile_mode", msg)
     model.model.score.network.compile(mode=compile_mode)
+
+
+def is_pipeline(source: Path) -> bool:
+    """Whether a folder, or a file in it, is a pipeline with text or an autoencoder."""
+    index = (source.parent if source.is_file() else source) / "model_index.json"
+    if not index.is_file():
+        return False
+    with setting("model"):
+        listed = json.loads(index.read_text(encoding="utf-8"))
+    return any(listed.get(part, [None])[0] is not None for part in _MORE_PARTS)
+
+
+@dataclass(frozen=True, eq=False)
+class PipelineSampler:
+    """Sampler of images with a pipeline, whose text encoder, guidance and decoder are its own."""
+
+    pipeline: Any  # with a `cldsde.pretrained.PipelineScheduler`
+    process: ProcessConfig  # of that
+    arguments: dict[str, Any]  # of a call for one image: prompt, negative_prompt, class_labels
+    guidance: float | None = None  # weight of text or class; None: the pipeline's own default
+    nfe: int = _STEPS  # number of steps
+    batch: int = _BATCH  # largest number of images in one call
+    space: ClassVar = ImageSpace((3, 1, 1))  # colours
+
+    @classmethod
+    def load(
+        cls,
+        source: Path,
+        process: ProcessConfig,
+        device: torch.device | str,
+        *,
+        prompt: str | None,
+        negative_prompt: str | None,
+        label: str | None,
+        guidance: float | None,
+        solver: Solver | None,
+        nfe: int | None,
+        batch: int | None,
+    ) -> PipelineSampler:
+        """Load a pipeline of a folder; raise a SettingError if it does not take what is asked."""
+        folder = source.parent if source.is_file() else source
+        with setting("model"):
+            try:
+                pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+            except (OSError, ImportError) as error:
+                raise SettingError("", f"{folder} cannot be loaded: {error}") from error
+        taken = inspect.signature(pipeline.__call__).parameters
+        name = type(pipeline).__name__
+        words = {"prompt": prompt, "negative_prompt": negative_prompt}
+        for key, value in words.items():
+            require(value is None or key in taken, key, f"must be left out for a {name}")
+        arguments: dict[str, Any] = {key: x for key, x in words.items() if x is not None}
+        require("prompt" not in taken or prompt is not None, "prompt", f"needed for a {name}")
+        require(label is None or "class_labels" in taken, "label", f"must be left out for a {name}")
+        if "class_labels" in taken:
+            require(str(label).isdecimal(), "label", f"must be a number for a {name}; got {label}")
+            arguments["class_labels"] = int(str(label))
+        others = [key for key, x in taken.items() if x.default is inspect.Parameter.empty]
+        lacking = [key for key in others if key not in (*arguments, "args", "kwargs")]
+        require(not lacking, "model", f"a {name} also needs {', '.join(lacking)}")
+        with setting("solver"):
+            pipeline.scheduler = PipelineScheduler(pipeline.scheduler, process.make(), solver)
+        pipeline.to(device).set_progress_bar_config(disable=True)
+        require(nfe is None or nfe > 0, "nfe", f"must be at least 1; got {nfe}")
+        require(batch is None or batch > 0, "batch", f"must be at least 1; got {batch}")
+        fits = guidance is None or 0 <= guidance < math.inf
+        require(fits, "guidance", f"must be finite and at least 0; got {guidance}")
+        return cls(pipeline, process, arguments, guidance, nfe or _STEPS, batch or _BATCH)
+
+    def batches(self, seeds: Sequence[int]) -> list[tuple[int | None, list[int]]]:
+        """Seeds of batches; None stands for the label, which the arguments have."""
+        starts = range(0, len(seeds), self.batch)
+        return [(None, list(seeds[i : i + self.batch])) for i in starts]
+
+    def start(self, seeds: Sequence[int]) -> None:
+        """Nothing: a pipeline draws its own start."""
+
+    def draw(self, seeds: Sequence[int], label: int | None = None, start: None = None) -> Samples:
+        """One image for each seed."""
+        given = {name: [x] * len(seeds) for name, x in self.arguments.items()}
+        if self.guidance is not None:
+            given["guidance_scale"] = self.guidance  # type: ignore[assignment]
+        rows: list[int] = []
+
+        def count(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            noisy = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+            rows.append(len(noisy))
+
+        network, _ = network_and_scheduler(self.pipeline)
+        hook = network.register_forward_pre_hook(count, with_kwargs=True)
+        try:
+            made = self.pipeline(
+                **given,
+                num_inference_steps=self.nfe,
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+                output_type="np",
+            ).images
+        finally:
+            hook.remove()
+        images = torch.as_tensor(made, device="cpu").movedim(-1, 1)
+        evaluations = torch.full((len(seeds),), sum(rows) // len(seeds), device="cpu")
+        return Samples((images.clamp(0, 1) * 255).round().to(torch.uint8), evaluations)
+
+    def digest(self) -> str:
+        """SHA-256 of all weights."""
+        weights: dict[str, Tensor] = {}
+        for name, part in self.pipeline.components.items():
+            states = part.state_dict() if isinstance(part, nn.Module) else {}
+            weights |= {f"{name}.{key}": x.cpu() for key, x in states.items()}
+        return tensors_digest(weights)
+
+    def recipe(self) -> dict[str, object]:
+        """Everything that the images depend on besides weights and seeds, in JSON types."""
+        own = {name: getattr(self, name) for name in ("nfe", "batch", "guidance")}
+        solver = repr(self.pipeline.scheduler.solver)
+        return {"process": plain(self.process), "solver": solver, **own, **self.arguments}

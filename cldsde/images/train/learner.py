@@ -19,16 +19,14 @@ from cldsde.images.latent import Batch, Times
 from cldsde.images.model import ImageSpace, Statistics, make_model
 from cldsde.images.power_averages import WIDTHS, power
 from cldsde.images.streams import image_order, stream, stream_seed
-from cldsde.images.train.engine import shares
+from cldsde.images.train.engine import networks, own, shard, shares, whole
 from cldsde.images.train.objectives import make_objective
-from cldsde.images.train.shards import networks, own, shard, whole
 
 
 class Meter:
-    """Means of losses and of gradients' norms, read seldom: reading waits for the device.
+    """Means of losses and gradients' norms, of all parts together and of each ``PART_…``.
 
-    ``loss`` is the sum of all losses, ``gradient_norm`` the norm of all parts together, and
-    ``PART_loss`` and ``PART_gradient_norm`` belong to one part.
+    They are read seldom, because reading waits for the device.
     """
 
     def __init__(self, engine: Accelerator, parts: Sequence[str]) -> None:
@@ -56,10 +54,10 @@ class Meter:
 
 
 class _Core(NamedTuple):
-    """A network as part of the model: the module that it belongs to, and its name there.
+    """A network, with the module that it belongs to and its name there.
 
-    Networks alone are wrapped for several processes, half precision and compilation: times,
-    kernels, noise and loss keep their precision.
+    Only networks are wrapped for several processes, half precision and compilation: times, kernels,
+    noise and loss keep their precision.
     """
 
     owner: nn.Module

@@ -1,7 +1,7 @@
 """Training of a score model on images: one loop, on any number of processes, resumable to the bit.
 
-All randomness is a function of the seed and of the images seen (`cldsde.images.streams`). A run
-does not depend on interruptions, and on the number of processes only by rounding and dropout.
+A run does not depend on interruptions (`cldsde.images.streams`), and on the number of processes
+only by rounding and dropout.
 """
 
 from __future__ import annotations
@@ -46,9 +46,8 @@ from cldsde.images.runs import CONFIG, METRICS, SNAPSHOTS, STATE, RunFolder
 from cldsde.images.sample.sampler import ImageSampler, ahead
 from cldsde.images.schema import leaves
 from cldsde.images.tensor_files import save_tensors
-from cldsde.images.train.engine import check_run, make_engine
+from cldsde.images.train.engine import check_run, load, make_engine, on_cpu, own
 from cldsde.images.train.learner import Learner, learning_rates
-from cldsde.images.train.shards import load, on_cpu, own
 from cldsde.images.train.state import StopRequest, keep_snapshot, load_state, save_state
 from cldsde.images.train.summary import forecast
 from cldsde.progress import progress_bar
@@ -68,13 +67,8 @@ def train(
 ) -> DiffusionModel:
     """Train a model; return it with averaged weights, in evaluation mode.
 
-    Writes to the run folder: lines of ``metrics.jsonl``, grids of samples, ``model.safetensors``
-    with the averaged weights, and the training state. SIGINT and SIGTERM end the training after a
-    step, with its state saved; a second signal ends a single process at once. An interrupted run
-    resumes from its last state. On the CPU of the same machine it ends with the same bits as an
-    uninterrupted run, on a GPU up to nondeterministic kernels. A finished run is loaded, or trained
-    further if ``training.images`` has grown. Under ``torchrun`` or ``accelerate launch`` the
-    processes share each batch.
+    The page "Train an image model" lists the files, and says how a run is stopped and resumed. A
+    finished run is loaded, or trained further if ``training.images`` has grown.
     """
     with _learner(config, data, device, statistics) as learner:
         return _Trainer(learner, run).run(progress=progress)
@@ -179,7 +173,6 @@ class _Trainer:
 
     @contextmanager
     def _logging(self) -> Iterator[None]:
-        """Start the trackers, and end them."""
         report = threading.excepthook
         # TensorBoard raises the errors of its thread in the main thread, too.
         threading.excepthook = lambda error: (
@@ -200,7 +193,6 @@ class _Trainer:
             threading.excepthook = report
 
     def _obey(self, stop: StopRequest) -> None:
-        """Save and stop if a signal was received."""
         if self.done % stop.every == 0 and stop.wanted:
             if self.done != self.saved:
                 self._save()
@@ -224,7 +216,6 @@ class _Trainer:
         return found
 
     def _stored(self, device: torch.device | str = "cpu") -> TrainedModel:
-        """The model in its file."""
         try:
             return read_model(self.folder / MODEL, self.config, device)
         except ValueError as error:
@@ -269,7 +260,6 @@ class _Trainer:
         return {name: f"{x:.4f}" for name, x in {"loss": loss, **held}.items()}
 
     def _record(self, numbers: dict[str, float]) -> None:
-        """Write numbers to the metrics and to the trackers."""
         numbers = {**numbers, "seconds": round(time.monotonic() - self.began, 3)}
         with self._writing(METRICS):
             self.folder.log({"images": self.seen, **numbers})

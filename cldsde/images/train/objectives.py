@@ -6,9 +6,8 @@ Its negative evidence lower bound
 .. math::
     \mathbb{E}_q[−\log p(x | z_0)] − H(q(z_0 | x)) + \mathrm{CE}(q(z_0 | x) ‖ p(z_0))
 
-trains encoder and decoder. The cross-entropy is `cldsde.score.cross_entropy` for every process. Its
-gradient passes through the states into the encoder, with fixed weights of the score. The score is
-trained on the same latent variables as constants, with its own weighting. So each loss has
+trains encoder and decoder, with fixed weights of the score in `cldsde.score.cross_entropy`. The
+score is trained on the same latent variables as constants, with its own weighting. So each loss has
 gradients in one part of the model alone. In the first stage the prior is standard normal.
 """
 
@@ -55,8 +54,7 @@ class ScoreMatching:
 
     def __init__(self, score: Any, config: RunConfig) -> None:
         settings = config.training
-        self._sums = settings.reduction == "sum"
-        self._conditioning = settings.conditioning
+        self._reduction, self._conditioning = settings.reduction, settings.conditioning
         self._prediction: Prediction = config.score.prediction
         self._weighting: Weighting
         normal = {"mean": settings.log_snr_mean, "std": settings.log_snr_std}
@@ -94,7 +92,7 @@ class ScoreMatching:
         conditioning = self._conditioning
         pair = PerturbedData.draw(score.sde, x0, t, conditioning=conditioning, generator=generator)
         losses = score.loss(pair, condition=batch.labels, **kind)
-        if self._sums:
+        if self._reduction == "sum":
             losses = math.prod(x0.shape[1:]) * losses
         return weight.to(losses) * losses
 

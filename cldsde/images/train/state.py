@@ -19,8 +19,8 @@ from cldsde.errors import require
 from cldsde.images.model import STATE_KIND, model_notes
 from cldsde.images.runs import SNAPSHOTS, STATE, RunFolder
 from cldsde.images.tensor_files import load_tensors, save_tensors
+from cldsde.images.train.engine import like, load, on_cpu
 from cldsde.images.train.learner import Learner
-from cldsde.images.train.shards import like, load, on_cpu
 from cldsde.messages import one_line
 
 
@@ -71,9 +71,7 @@ class StopRequest:
 def save_state(learner: Learner, run: RunFolder, step: int, seconds: float, sums: Tensor) -> None:
     """Write the state of a training after so many steps and seconds, with `Meter.shared`.
 
-    All processes must call it; the first one writes.
-
-    Random numbers need no state: they are functions of the seed and of the images seen.
+    All processes must call it; the first one writes. Random numbers need no state.
     """
     tensors = {
         f"{part}.{name}": x

@@ -91,8 +91,8 @@ def rehearsal(data: DataSet) -> tuple[DataSet, float]:
 def forecast(learner: Learner, decoding: float) -> list[str]:
     """Make some steps of each stage; return lines about the time and memory of the training.
 
-    ``decoding`` are the seconds by `rehearsal`. Batches are loaded while steps are made, as in a
-    training. The first step, which allocates memory, does not count.
+    ``decoding`` are the seconds by `rehearsal`. The first step, which allocates memory, does not
+    count.
     """
     device, batch = learner.engine.device, learner.settings.batch
     on_gpu, first, speeds = device.type == "cuda", learner.config.pretraining_steps, []

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from cldsde.images.data import ArrayImages, Subset, array_file
+from cldsde.images.data import ArrayImages, array_file
 from image_data import PIXELS, random_bytes, whole
 from probes import generator
 
@@ -23,7 +23,7 @@ def test_rows_are_loaded_in_any_order_and_again():
 def test_a_subset_keeps_rows_with_their_labels_and_all_classes():
     pixels, labels = torch.from_numpy(random_bytes(5, 1, 2, 2, levels=4)), torch.arange(5) % 3
     images = ArrayImages(pixels, levels=4, labels=labels, classes=["a", "b", "c"])
-    part = Subset(images, torch.tensor([4, 1, 0]))
+    part = images.subset(torch.tensor([4, 1, 0]))
     assert torch.equal(whole(part), pixels[[4, 1, 0]])
     assert part.labels.tolist() == [1, 1, 0]
     assert (part.levels, part.classes, part.class_names) == (4, 3, ("a", "b", "c"))
@@ -32,11 +32,11 @@ def test_a_subset_keeps_rows_with_their_labels_and_all_classes():
 @pytest.mark.parametrize("row", [-1, 3, 2**40])
 def test_a_row_out_of_range_is_an_index_error(row):
     images = ArrayImages(PIXELS)
-    for source in (images, Subset(images, torch.arange(3))):
+    for source in (images, images.subset(torch.arange(3))):
         with pytest.raises(IndexError, match=f"rows must lie in 0 … 2; got .*{row}"):
             source.load(torch.tensor([1, row]))
     with pytest.raises(IndexError, match=rf"rows must lie in 0 … 2; got \[{row}\]"):
-        Subset(images, torch.tensor([row]))
+        images.subset(torch.tensor([row]))
 
 
 @pytest.mark.parametrize("rows", [[0], torch.zeros(1), torch.tensor([True]), PIXELS[0].long(), 0])

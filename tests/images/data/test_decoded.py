@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cldsde.images.data import FolderImages, Subset, channel_statistics
+from cldsde.images.data import FolderImages, channel_statistics
 from cldsde.images.data import folder as decoded
 from image_data import random_bytes, save, whole
 from tolerances import rounding
@@ -63,7 +63,7 @@ def test_pictures_are_decoded_once_and_an_interrupted_call_resumes(
             FolderImages(photos, size=8).keep_decoded(progress=True)
     assert "decoding" in capsys.readouterr().err
     count.clear()
-    images = Subset(FolderImages(photos, size=8), torch.arange(2, COUNT))
+    images = FolderImages(photos, size=8).subset(torch.arange(2, COUNT))
     assert images.decodes_once
     images.keep_decoded()
     assert sorted(count) == [f"{i}.png" for i in range(64, COUNT)]
@@ -108,8 +108,8 @@ def test_statistics_are_kept_with_the_pictures(photos, monkeypatch):
     rows = torch.arange(0, COUNT, 3)
     for options in ({}, {"channels": 1, "bits": 16}):
         plain = FolderImages(photos, size=8, cache=None, **options)
-        expected = channel_statistics(Subset(plain, rows))
-        images = Subset(FolderImages(photos, size=8, **options), rows)
+        expected = channel_statistics(plain.subset(rows))
+        images = FolderImages(photos, size=8, **options).subset(rows)
         images.keep_decoded()
         first = channel_statistics(images)
         with monkeypatch.context() as patch:
@@ -215,7 +215,7 @@ def test_numbers_of_16_bit_pictures_are_kept(photos):
         assert bool((found[2] == 200 * 257).all())  # 65535 = 257 · 255
         assert float(found.min()) == 0 < float(found[3, 0, 3, 0]) < float(found[3, 0, 4, 0])
         assert float(found.max()) == 65535
-    mean, variance = channel_statistics(Subset(images, torch.arange(2)))
+    mean, variance = channel_statistics(images.subset(torch.arange(2)))
     unit = 2 * numbers.astype(float) / 65535 - 1
     close = {"rel": 0, "abs": rounding(128)}  # of sums of 128 numbers
     assert float(mean) == pytest.approx(unit.mean(), **close)

@@ -102,9 +102,9 @@ def test_saved_data_sets_that_do_not_fit_are_named(saved, monkeypatch):
     with pytest.raises(ValueError, match=r"one column of classes \(ClassLabel\); it has 0 among"):
         FolderImages(splits / "b", size=8, classes=True)
     (saved / "state.json").write_text("{")
-    from cldsde.images.data import sources
+    from cldsde.images.data import pictures
 
-    sources._table.cache_clear()
+    pictures._table.cache_clear()
     with pytest.raises(ValueError, match="saved cannot be loaded by datasets"):
         FolderImages(saved, size=8)
     monkeypatch.setitem(sys.modules, "datasets", None)

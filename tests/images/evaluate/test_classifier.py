@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from cldsde.images.data import ArrayImages, DataSet, Subset
+from cldsde.images.data import ArrayImages, DataSet
 from cldsde.images.evaluate import ClassifierFeatures, train_classifier
 from cldsde.images.evaluate.classifier import (
     ImageClassifier,
@@ -46,7 +46,7 @@ def test_classifier_learns_its_classes(trained):
 def test_training_depends_on_its_seed_alone_and_leaves_the_global_state():
     """Also with a short last batch."""
     images = bars(70, 0, size=8)
-    data = DataSet(images, Subset(images, torch.arange(3)))
+    data = DataSet(images, images.subset(torch.arange(3)))
     options = {"epochs": 1, "batch": 32, "width": 2, "size": 4}
     torch.rand(1)  # away from the state that a seeded training would leave
     before = torch.get_rng_state()
@@ -91,7 +91,7 @@ def test_wrong_arguments_of_a_training_are_rejected(changes, error, message):
 def test_a_class_that_only_held_out_images_have_is_known():
     images = bars(9, 0)
     [some, rest] = (images.labels < 2).nonzero()[:, 0], (images.labels == 2).nonzero()[:, 0]
-    data = DataSet(Subset(images, some), Subset(images, rest))
+    data = DataSet(images.subset(some), images.subset(rest))
     assert train_classifier(data, epochs=1, width=2)[0].architecture["classes"] == 3
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import itertools
 import json
 import os
 import threading
@@ -30,7 +31,6 @@ from cldsde.images.sample.sampler import (
     chosen_for,
     make_plan,
     make_solver,
-    time_grid,
 )
 from cldsde.images.tensor_files import save_tensors
 from cldsde.solvers.recommended import recommended_plan
@@ -120,14 +120,14 @@ def test_a_solve_that_fails_raises_and_does_not_warn():
 def test_budgets_are_used_and_not_exceeded(name, nfe):
     sampling = SamplingConfig(solver=name, nfe=nfe, t_end=1e-2)
     process, solver = ReverseProcess(CLD(), PixelScore(CLD())), make_solver(sampling)
-    times = time_grid(process, solver, sampling)
+    times = make_plan(process.score, sampling)[0].times
     found = solvers.solve(process, solver, torch.zeros(1, 2, 3, 4, 4), times, denoise=True)
     assert found.nfev <= nfe
     longer = dataclasses.replace(sampling, nfe=nfe + solver.facts.nfe_per_step)
-    assert len(time_grid(process, solver, longer)) == len(times) + 1
+    assert len(make_plan(process.score, longer)[0].times) == len(times) + 1
     if solver.facts.nfe_per_step > 1:
         with pytest.raises(ValueError, match="nfe: 2 evaluations are too few"):
-            time_grid(process, solver, dataclasses.replace(sampling, nfe=2))
+            make_plan(process.score, dataclasses.replace(sampling, nfe=2))
 
 
 def test_models_of_dequantised_levels_return_the_levels():
@@ -276,12 +276,13 @@ def test_links_to_nothing_and_pipes_are_rejected(request_of, tmp_path):
     assert names(tmp_path) == {"x.npz", "y.npz"}
 
 
-def test_processes_share_the_work(request_of, tmp_path):
-    request, wait = request_of(7), threading.Barrier(2, timeout=60).wait
+def test_processes_share_the_work(request_of, tmp_path, monkeypatch):
+    request, ranks, barrier = request_of(7), itertools.count(), threading.Barrier(2, timeout=60)
     draw_to(tmp_path / "one", request)
-    share = partial(draw_to, tmp_path / "two", request, processes=2, wait=wait)
+    monkeypatch.setattr(outputs, "place", lambda: (next(ranks), 2))
+    monkeypatch.setattr(outputs, "of_each", lambda own: barrier.wait())
     with ThreadPoolExecutor(2) as pool:
-        for done in [pool.submit(share, process=i) for i in range(2)]:
+        for done in [pool.submit(draw_to, tmp_path / "two", request) for _ in range(2)]:
             done.result()
     for file in (tmp_path / "one").iterdir():
         assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
