@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,11 @@ from beside_diffusers import Distances, check_kept
 from cldsde import VPSDE, DenoiserScore, sample
 from cldsde.files import write_whole
 from cldsde.images.model import load_model
-from cldsde.solvers import RECOMMENDED, times_of_log_snr
+from cldsde.solvers import RECOMMENDED, times_of_log_snr, vp_times
 from cldsde.solvers.recommended import Recipe
 
-FITTED, _, USUAL = RECOMMENDED[:3]
+FITTED = RECOMMENDED[0]
+USUAL = replace(FITTED, grid=vp_times, ends=(-3.3, 3.3))
 ROWS = {"fitted levels": FITTED, "vp_times": USUAL}
 
 

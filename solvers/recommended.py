@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -51,7 +50,6 @@ class Recipe:
 # evaluations take levels between them.
 _FITTED_LEVELS = (-3.0, -1.35, -0.33, 0.6, 2.35)
 
-_FITTED_STEPS = 4  # largest number of steps on these levels
 _FEW = 8  # largest number of steps of order 3
 
 
@@ -71,15 +69,10 @@ def _multistep(order: Literal[2, 3], stochasticity: float, variable: Variable = 
     return ExponentialMultistep(order=order, stochasticity=stochasticity, variable=variable)
 
 
-_fitted = partial(
-    Recipe, denoise=True, most_steps=_FITTED_STEPS, grid=fitted_times, ends=(-3.0, 2.35)
-)
-
 RECOMMENDED = (
-    _fitted(_multistep(3, 0.5, "vp_time"), most_components=1),
-    _fitted(_multistep(3, 1.0, "vp_time")),
-    Recipe(_multistep(3, 0.5, "vp_time"), True, _FEW, 1, vp_times),
-    Recipe(_multistep(2, 1.0, "vp_time"), True, most_components=1, grid=vp_times),
+    Recipe(_multistep(3, 0.5, "vp_time"), True, _FEW, 1, fitted_times, (-3.3, 2.6)),
+    Recipe(_multistep(2, 1.0, "vp_time"), True, math.inf, 1, vp_times),
+    Recipe(_multistep(3, 1.0, "vp_time"), True, 4, math.inf, fitted_times, (-3.0, 2.35)),
     Recipe(_multistep(3, 1.0), True, _FEW),
     Recipe(_multistep(2, 1.0), True),
     Recipe(SSCS(), denoise="step"),

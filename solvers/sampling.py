@@ -50,9 +50,10 @@ def sample(
 
     The solver is the first of `RECOMMENDED` that applies to the process and number of steps.
     Sampling starts at the noise level σ with σ² = D·nfe/40 for D numbers per sample, at least at
-    σ = 27 (κ = −3.3; κ = −log σ = ½ log SNR), and ends at κ = 3.3 with the data prediction. With at
-    most 4 steps it starts at least at σ = 20 and ends at κ = 2.35. A score that knows the noise
-    levels of its training, such as `DenoiserScore`, narrows this range.
+    σ = 27 (κ = −3.3; κ = −log σ = ½ log SNR), and ends at κ = 3.3 with the data prediction. At most
+    8 steps of a process of one component end at κ = 2.6. At most 4 steps of other processes start
+    at least at σ = 20, and end at κ = 2.35. A score that knows the noise levels of its training,
+    such as `DenoiserScore`, narrows this range.
 
     Parameters
     ----------
@@ -109,11 +110,11 @@ def sample(
 
     Notes
     -----
-    The end at κ = 3.3 smooths structure finer than e^{−κ} ≈ 0.04, and κ = 2.35 finer than 0.1. If
-    an exact score has finer structure, pass ``times`` with a smaller end.
+    The end at κ = 3.3 smooths structure finer than e^{−κ} ≈ 0.04, and the earlier ends of few steps
+    finer than 0.1. If an exact score has finer structure, pass ``times`` with a smaller end.
 
     The settings of few steps suit networks. With an exact score of normal data of variance 1, 4 to
-    9 evaluations give standard deviations up to 11 % (VP) or 22 % (CLD) too large, and 3
+    9 evaluations give standard deviations up to 12 % (VP) or 22 % (CLD) too large, and 3
     evaluations give 23 % too small ones. Take at least 10.
 
     The mean of all numbers of a sample, such as the brightness of an image, is the direction of the

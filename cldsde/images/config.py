@@ -205,11 +205,11 @@ class SamplingConfig:
     t_start: StartTime = None
     t_end: Time | None = None
     """Times at which sampling starts and ends (ε). None: as for `cldsde.sample`, from κ = −3.3 to
-    3.3 (κ: half the log of the signal-to-noise ratio). With up to 4 steps, the recommended solver
-    goes from −3.0 to 2.35. The start is at a smaller κ if the numbers per image times the
-    evaluations exceed 29,000, or 16,000 for the recommended solver with up to 4 steps. In a latent
-    model the numbers are the latent variables. Both ends are within the noise levels of the process
-    and of the score's training."""
+    3.3 (κ: half the log of the signal-to-noise ratio). The recommended solver ends at 2.6 with up
+    to 8 steps of a process of one component; with up to 4 steps of others it goes from −3.0 to
+    2.35. The start is at a smaller κ if the numbers per image, or the latent variables of a latent
+    model, times the evaluations exceed 29,000 (from −3.0: 16,000). Both ends are within the noise
+    levels of the process and of the score's training."""
     denoise: Flag = True
     """Return the data prediction at ε instead of the state there."""
     options: Mapping[str, Any] = field(default_factory=dict)
