@@ -11,7 +11,6 @@ from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import torch
-from pydantic_core import to_jsonable_python
 
 from cldsde.linear import LinearSDE
 from cldsde.messages import counted, in_words, one_line
@@ -22,6 +21,7 @@ from cldsde.solvers.grids import quadratic_times
 from .moments import check_repeated
 from .order_estimate import OrderEstimate, Verdict
 from .orders import moment_error
+from .plain import plain
 from .problems import Problem
 from .reference import GaussianReference, reference_kernel
 
@@ -51,7 +51,7 @@ class Check:
     def to_dict(self) -> dict[str, Any]:
         """Convert to JSON types."""
         estimate = None if self.estimate is None else self.estimate.to_dict()
-        return {**to_jsonable_python(self, inf_nan_mode="null"), "estimate": estimate}
+        return {**plain(self), "estimate": estimate}
 
 
 class Outcome(NamedTuple):

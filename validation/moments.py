@@ -23,7 +23,8 @@ class _BasisNoise(NoiseSource):
     """Noise source of unit vectors, to probe a solve; it records the number of rows of each draw.
 
     The first samples get zeros. Each of the next samples gets one unit vector of a solve's noise.
-    The last sample gets twice the sum of all unit vectors.
+    The last sample gets twice the sum of all unit vectors. If ``first`` is the number of samples,
+    all draws are zeros.
     """
 
     def __init__(self, first: int) -> None:

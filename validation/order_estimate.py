@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
-from pydantic_core import to_jsonable_python
 
 from cldsde.linear.checks import check_positive
 
+from .plain import plain
 from .regression import Array, is_steady, local_orders, log_slope, turns
 
 _MODEL = 1e-3  # relative error of every expansion of an error, however smooth it looks
@@ -64,7 +64,7 @@ class OrderEstimate:
 
     def to_dict(self) -> dict[str, Any]:
         """Fields and `exceeds` in types of strict JSON: lists for tuples, None for NaN."""
-        return {**to_jsonable_python(self, inf_nan_mode="null"), "exceeds": self.exceeds}
+        return {**plain(self), "exceeds": self.exceeds}
 
     def to_json(self) -> str:
         """`to_dict` as a JSON text."""

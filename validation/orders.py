@@ -159,6 +159,7 @@ def _sampled_weak_order(
             f"solver must have `path_noise` for a weak order on mixtures, which is measured along "
             f"shared Brownian paths; got {solver!r}. Use a problem with Gaussian data"
         )
+    _check_divisors(steps, steps[-1])
     declared = solver.facts.weak_order
     batches = max(20, -(-samples // _BATCH))
     size = -(-samples // batches)
@@ -308,6 +309,7 @@ def strong_order(
         raise TypeError(f"solver must have `path_noise` for a strong order; {solver!r} has none")
     batches = 10
     _check_samples(samples if case is None else len(case.start), 2 * batches)
+    _check_divisors(steps, steps[-1] if case is None else len(case.times) - 1)
     g = generator if generator is not None else torch.Generator().manual_seed(0)
     finest = grid(problem.start, problem.end, steps[-1])
     paths = case if case is not None else PathCase(problem, finest, samples, g)
@@ -350,12 +352,14 @@ def _check_samples(samples: int, least: int) -> None:
         raise ValueError(f"samples must be at least {least}, for a standard error; got {samples}")
 
 
+def _check_divisors(steps: Sequence[int], finest: int) -> None:
+    if uneven := [n for n in steps if finest % n]:
+        raise ValueError(f"steps must be divisors of the finest, {finest}; got {uneven[0]}")
+
+
 def _along(solver: Solver, problem: Problem, paths: PathCase, steps: int) -> Tensor:
     """Final states of a solver along given paths, ``(samples, k, D)``."""
-    stride, rest = divmod(len(paths.times) - 1, steps)
-    if rest:
-        msg = f"steps must be divisors of the finest, {len(paths.times) - 1}; got {steps}"
-        raise ValueError(msg)
+    stride = (len(paths.times) - 1) // steps
     times = paths.times[::stride]
     functionals = solver.path_noise(problem.process, times)
     assert functionals is not None

@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+import enum
 import json
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from cldsde.files import write_whole
+
+
+def plain(value: Any) -> Any:
+    """Fields, dicts and sequences for JSON: lists for tuples, None for NaN and infinity."""
+    if is_dataclass(value):
+        return plain(asdict(value))
+    if isinstance(value, dict):
+        return {name: plain(entry) for name, entry in value.items()}
+    if isinstance(value, tuple | list):
+        return [plain(entry) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, enum.StrEnum) else value
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pydantic_core import to_jsonable_python
 from torch import Tensor
 
 from cldsde.linear import CLD, LinearSDE
@@ -17,6 +16,7 @@ from cldsde.score import GaussianMixture, ReverseProcess
 
 from .metrics import responsibilities, sliced_wasserstein
 from .order_estimate import Verdict
+from .plain import plain
 from .posterior_methods import PosteriorMethod, PosteriorSampler, posterior_methods
 from .posterior_problems import PosteriorProblem
 
@@ -80,7 +80,7 @@ class PosteriorError:
     def to_dict(self) -> dict[str, Any]:
         """In JSON types."""
         verdict = None if self.verdict is None else str(self.verdict)
-        return {**to_jsonable_python(self, inf_nan_mode="null"), "verdict": verdict}
+        return {**plain(self), "verdict": verdict}
 
 
 def posterior_error(

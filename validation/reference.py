@@ -152,15 +152,18 @@ class GaussianReference:
 
     def moments(self, t: float) -> tuple[Tensor, Tensor]:
         """Mean ``(k, 1)`` and covariance ``(k, k)`` at a time."""
-        if t not in self._index:
+        i = self._position(t)
+        return torch.from_numpy(self._mean[i].copy()), torch.from_numpy(self._covariance[i].copy())
+
+    def _position(self, t: float) -> int:
+        if float(t) not in self._index:
             msg = f"t must be one of the {len(self._times)} times of this reference; got {t!r}"
             raise ValueError(msg)
-        i = self._index[t]
-        return torch.from_numpy(self._mean[i].copy()), torch.from_numpy(self._covariance[i].copy())
+        return self._index[float(t)]
 
     def flow(self, z: Tensor, t: float, u: float) -> Tensor:
         """Exact probability flow of states ``(B, k, 1)`` from t to u."""
         before, after = self.moments(t)[0], self.moments(u)[0]
-        i, j = self._index[t], self._index[u]
+        i, j = self._position(t), self._position(u)
         move = torch.from_numpy(self._flow[j] @ np.linalg.inv(self._flow[i]))
         return after + move @ (z - before)

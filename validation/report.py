@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic_core import to_jsonable_python
 
 from cldsde.files import write_whole
 from cldsde.solvers.authoring import Solver
@@ -21,7 +20,7 @@ from cldsde.solvers.named import canonical_name
 
 from .checks import NOT_APPLICABLE, Check, facts_fault
 from .order_estimate import OrderEstimate, Verdict
-from .plain import text_table, write_json
+from .plain import plain, text_table, write_json
 from .plots import drawable_levels, order_curves
 from .suite import declares_order
 from .work_precision import WorkPrecision
@@ -78,7 +77,7 @@ class Report:
             "inconclusive": self.inconclusive(),
             "solvers": self.solver_table(),
             "checks": [check.to_dict() for check in self.checks],
-            "work_precision": to_jsonable_python(self.tables, inf_nan_mode="null"),
+            "work_precision": plain(self.tables),
         }
 
     def write_json(self, file: Path) -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
-from pydantic_core import to_jsonable_python
 from torch import Tensor
 
 from cldsde.messages import counted
@@ -25,6 +24,7 @@ from cldsde.tables import Entry, Table
 from .metrics import bures_wasserstein, mode_spread_error, sliced_wasserstein
 from .moments import propagate_moments
 from .orders import Grid, moment_error
+from .plain import plain
 from .plots import canvas
 from .problems import Problem, check_problem
 from .reference import GaussianReference
@@ -73,7 +73,7 @@ class WorkPrecision:
 
     def to_json(self) -> str:
         """Convert the table to JSON, with null for an error that is not finite."""
-        return json.dumps(to_jsonable_python(self, inf_nan_mode="null"), indent=1)
+        return json.dumps(plain(self), indent=1)
 
     def to_markdown(self) -> str:
         """Convert the table to Markdown: one line per solver, one column per budget.

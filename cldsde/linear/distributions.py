@@ -172,6 +172,8 @@ class Distributions:
         .. math:: z_s = Ψ(s,0) z_0 + Φ_λ (z_t − Ψ(t,0) z_0) + ζ, \qquad
                   ζ ∼ N(0,\ Σ_s − Φ_λ Σ_t Φ_λ^⊤)
 
+        Φ_λ is the transition matrix from t to s of :math:`F + \tfrac{1+λ^2}2 G G^⊤ Σ^{-1}`.
+
         Parameters
         ----------
         s, t

@@ -8,7 +8,8 @@ Between t and s < t the processes
 
 run backwards in time, have the same distribution of z_τ given z_0 for every stochasticity λ. λ = 1
 is the Bayesian posterior p(z_s | z_t, z_0), and λ = 0 is a probability flow. For k = 1 this is the
-family of Song, Meng and Ermon (2021, eq. 7). `LinearSDE.posterior` defines Φ_λ.
+family of Song, Meng and Ermon (2021, eq. 7). Φ_λ is the transition matrix of the bracket from t to
+s, for z − Ψ(τ,0) z_0.
 """
 
 from __future__ import annotations

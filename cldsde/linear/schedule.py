@@ -31,6 +31,7 @@ _CHECK_POINTS = 1025
 
 
 @lru_cache
+@torch.inference_mode(False)
 def gauss_legendre(n: int, panels: int = 1) -> tuple[Tensor, Tensor]:
     """Nodes and weights of the n-point Gauss–Legendre rule on equal panels of [0, 1], float64."""
     nodes, weights = np.polynomial.legendre.leggauss(n)

@@ -50,7 +50,8 @@ class LinearSDE(Distributions):
     Notes
     -----
     Times are numbers or floating-point tensors in [0, 1], and ``T`` is 1 for every subclass; two
-    times s ≤ t broadcast. Results have the shape of the times, and are float64 on the CPU. Methods
+    times s ≤ t broadcast. Coefficients and kernels have the shape of the times before their matrix
+    axes, and are float64 on the CPU. States have the dtype and device of the data. Methods
     raise TypeError for a time of another type, ValueError for a time beyond [0, 1] or if s > t
     somewhere, and OverflowError if a number is beyond the range of float64.
 

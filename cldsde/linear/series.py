@@ -58,6 +58,7 @@ def eliminate(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @lru_cache
+@torch.inference_mode(False)
 def legendre_moments(degrees: int, n: int) -> Tensor:
     """∫ x^p P_j(x) dx over [0, 1] for orthonormal Legendre polynomials, ``(n, degrees)``.
 
@@ -75,6 +76,7 @@ def legendre_moments(degrees: int, n: int) -> Tensor:
 
 
 @lru_cache
+@torch.inference_mode(False)
 def legendre_matrices(n: int) -> tuple[Tensor, Tensor]:
     """Matrices from values at n Gauss nodes of [0, 1] to Legendre series, and to integrals from 0.
 

@@ -96,6 +96,7 @@ def basis(x: Tensor) -> Tensor:
 
 
 @lru_cache
+@torch.inference_mode(False)
 def _recurrence() -> Tensor:
     """b_j = j/√(4j² − 1) for j < NODES."""
     b = [j / math.sqrt(4 * j * j - 1) for j in range(1, NODES)]
@@ -103,6 +104,7 @@ def _recurrence() -> Tensor:
 
 
 @lru_cache
+@torch.inference_mode(False)
 def _transform() -> Tensor:
     """Matrix from values at the Gauss nodes to coefficients, ``(NODES, NODES)``."""
     values = basis(gauss_legendre(NODES)[0])

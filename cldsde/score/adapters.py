@@ -24,10 +24,12 @@ def as_torchdiffeq(process: LinearSDE | ReverseProcess) -> torch.nn.Module:
     state. Pass ``step_t`` with the last time, or the method evaluates past it. Another ``process``
     raises a TypeError.
     """
-    return _ProcessModule(process)
+    return _Flow(process)
 
 
 class _ProcessModule(torch.nn.Module):
+    """A process for another library; it owns the parameters of a score that is a module."""
+
     def __init__(self, process: LinearSDE | ReverseProcess) -> None:
         super().__init__()
         if not isinstance(process, LinearSDE | ReverseProcess):
@@ -37,6 +39,8 @@ class _ProcessModule(torch.nn.Module):
         if isinstance(process, ReverseProcess) and isinstance(process.score, torch.nn.Module):
             self.score = process.score
 
+
+class _Flow(_ProcessModule):
     def forward(self, t: Tensor, z: Tensor) -> Tensor:
         at = t.detach().to("cpu", torch.float64)
         if isinstance(self._process, LinearSDE):

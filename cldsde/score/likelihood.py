@@ -117,6 +117,7 @@ def log_likelihood(
     mean = sde.embed(x0)
     check_between(t_min, 1e-300, 1 - 1e-9, "t_min")
     one_of(start, Start, "start")
+    one_of(divergence, Divergence, "divergence")
     as_integer(samples, 1, "samples")
     if x0.numel() == 0 and len(x0):
         msg = f"x0 must hold at least one number per data point; got shape {tuple(x0.shape)}"

@@ -36,7 +36,7 @@ class TimeSampler:
         second moment at each time. A density proportional to the loss makes the expected weighted
         loss constant in time. Other values raise a ValueError.
     t_min
-        Smallest time, in (0, ½].
+        Smallest time, in (0, ½]; ValueError otherwise.
 
     Examples
     --------
@@ -189,8 +189,8 @@ def mode_density(scale: float = 1.29) -> Callable[[Tensor], Tensor]:
     Parameters
     ----------
     scale
-        s in (−1, 2/(π − 2)). 0 is uniform; a positive s prefers the middle, a negative s the ends.
-        See `log_snr_density` for the result and errors; times 0 are allowed.
+        s in (−1, 2/(π − 2)), ValueError otherwise. 0 is uniform; a positive s prefers the middle, a
+        negative s the ends. See `log_snr_density` for the result; times 0 are allowed.
     """
     check_between(scale, -1 + 1e-9, 2 / (math.pi - 2) - 1e-9, "scale")
     return partial(_mode, scale=scale)

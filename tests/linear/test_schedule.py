@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from cldsde import Schedule
+from cldsde.linear import schedule, series
 from probes import tensor
 from references import clock_of
 from references.kernels import variance_clock
@@ -98,3 +99,16 @@ def test_rates_and_integrals_keep_the_shape_of_time(rate):
     s, t = torch.zeros(2, 1, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
     shapes = beta.rate(t).shape, beta.integral(s, t).shape, beta.rate(tensor(0.5)).shape
     assert shapes == ((3,), (2, 3), ())
+
+
+@pytest.mark.parametrize("rule", [schedule.gauss_legendre, series.legendre_moments])
+def test_rules_that_inference_mode_computed_first_serve_training(rule):
+    rule.cache_clear()
+    with torch.inference_mode():
+        first = rule(5, 2)
+    found = first[1] if isinstance(first, tuple) else first
+    weight = torch.ones((), dtype=torch.float64, requires_grad=True)
+    (weight * found).square().sum().backward()
+    # d/dw Σ(w x)² at w = 1, two products and ten sums.
+    expected = 2 * found.square().sum()
+    torch.testing.assert_close(weight.grad, expected, rtol=rounding(20), atol=0)

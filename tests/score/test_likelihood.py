@@ -10,7 +10,7 @@ from torch import nn
 from cldsde import CLD, HOLD, VPSDE, GaussianMixture, LinearSDE, ReverseProcess
 from cldsde.score import flow_log_prob, log_likelihood
 from probes import Recording, generator
-from score.cases import PROCESSES, states
+from score.cases import PROCESSES, TWO, states
 from tolerances import EPS, EPS32, rounding
 
 CRITICAL, VP = PROCESSES["CLD"], PROCESSES["VP"]
@@ -301,3 +301,19 @@ def test_unusable_scores_are_errors(score, error, message):
     process = ReverseProcess(CRITICAL, score)
     with pytest.raises(error, match=message):
         flow_log_prob(process, torch.zeros(2, 2, 2, dtype=torch.float64), 0.25)
+
+
+def test_an_unknown_divergence_is_rejected_before_noise_is_drawn():
+    g = generator(0)
+    before = g.get_state()
+    process = ReverseProcess(CLD(), TWO.score(CLD()))
+    for weighted in (False, True):
+        with pytest.raises(ValueError, match="divergence must be one of 'exact', 'hutchinson'"):
+            log_likelihood(
+                process,
+                torch.zeros(2, 2, dtype=torch.float64),
+                divergence="foo",
+                importance_weighted=weighted,
+                generator=g,
+            )
+    assert torch.equal(g.get_state(), before)

@@ -22,7 +22,7 @@ from cldsde.validation.reference import reference_kernel
 from faulty_solvers import altered, declaring
 from gaussian_data import DATA, reverse
 from gaussian_data import PROCESSES as GAUSSIAN
-from probes import check_normal, generator, tensor
+from probes import check_normal, generator, tensor, untouchable
 from references import dense
 from tolerances import rounding, standard_error, standard_error_of_variance
 
@@ -393,3 +393,19 @@ def test_solvers_and_arguments_without_exact_moments_are_rejected(changes, error
     valid = {"process": reverse("CLD"), "solver": EM, "times": GRID, **START}
     with pytest.raises(error, match=message):
         propagate_moments(*(valid | changes).values())
+
+
+def test_steps_that_do_not_divide_the_finest_are_rejected_before_paths_are_drawn(monkeypatch):
+    monkeypatch.setattr(orders, "PathCase", untouchable)
+    for measure in (weak_order, strong_order):
+        with pytest.raises(ValueError, match="steps must be divisors of the finest, 256; got 96"):
+            measure(solvers.EulerMaruyama(), PROBLEMS["VP, three modes"], steps=(16, 64, 96, 256))
+
+
+def test_reference_moments_take_times_of_the_grid():
+    problem = PROBLEMS["VP"]
+    times = solvers.uniform_times(problem.start, problem.end, 2)
+    reference = GaussianReference(problem, times)
+    for t in times:
+        for own, other in zip(reference.moments(t), reference.moments(float(t)), strict=True):
+            assert torch.equal(own, other)
