@@ -275,9 +275,14 @@ def solve(
     TypeError
         If an argument has the wrong type.
     ValueError
-        If state or solver do not fit the process, the times neither decrease nor increase, or an
-        argument does not fit the others. ``denoise`` does not fit an increasing grid. All arguments
-        are checked before the score is evaluated.
+        All arguments are checked before the score is evaluated. The error is raised if
+
+        - the state does not fit the process, or the solver does not apply to it;
+        - the grid neither decreases nor increases;
+        - the grid increases, and the solver is stochastic or ``denoise`` is set;
+        - ``log_prob`` is set and the solver's steps are not Gaussian;
+        - ``t_eval`` is not on the grid;
+        - both ``generator`` and ``noise`` are given.
 
     Warns
     -----

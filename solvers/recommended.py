@@ -69,6 +69,7 @@ def _multistep(order: Literal[2, 3], stochasticity: float, variable: Variable = 
     return ExponentialMultistep(order=order, stochasticity=stochasticity, variable=variable)
 
 
+# At equal κ, all processes of one component have the samples of VP, so they share its grids.
 RECOMMENDED = (
     Recipe(_multistep(3, 0.5, "vp_time"), True, _FEW, 1, fitted_times, (-3.3, 2.6)),
     Recipe(_multistep(2, 1.0, "vp_time"), True, math.inf, 1, vp_times),
@@ -80,7 +81,7 @@ RECOMMENDED = (
 )
 """Solvers in order of preference; the first that applies to a process is used.
 
-At equal κ, processes of one component differ in scale alone: they all have the samples of VP."""
+The page "Which solver, grid and end?" has them in a table."""
 
 
 def recommended_plan(

@@ -115,7 +115,7 @@ def sample(
 
     The settings of few steps suit networks. With an exact score of normal data of variance 1, 4 to
     9 evaluations give standard deviations up to 12 % (VP) or 22 % (CLD) too large, and 3
-    evaluations give 23 % too small ones. Take at least 10.
+    evaluations give 24 % too small ones. Take at least 10.
 
     The mean of all numbers of a sample, such as the brightness of an image, is the direction of the
     data that needs most noise to hide. At the start it has a standard deviation of 0.52. If the

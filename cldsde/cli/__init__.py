@@ -1,7 +1,7 @@
 """The command ``cldsde``.
 
-Exit codes: 0 success, 1 the work failed, 2 rejected before any work, 130 interrupted by Ctrl-C, 143 a
-training was stopped by SIGTERM. Errors are one line on stderr.
+Exit codes: 0 success, 1 the work failed, 2 rejected before any work, 130 interrupted by Ctrl-C, 143
+a training was stopped by SIGTERM. Errors are one line on stderr.
 """
 
 from __future__ import annotations

@@ -61,9 +61,10 @@ class _ScoreNetwork(nn.Module, ABC):
     def forward(self, z: Tensor, clock: Tensor, label: Tensor | None = None) -> Tensor:
         """Noise prediction ``(B, outputs·C, H, W)`` of the driven components.
 
-        ``label`` is int64 ``(B,)``, or None for no class. A ValueError is raised for other labels,
-        if they are on the CPU. Reading labels on another device would wait for it in every step of
-        a sampler: there an image is NaN if its label is out of range.
+        ``z`` is ``(B, inputs·C, H, W)`` and ``clock`` ``(B,)``. ``label`` is int64 ``(B,)`` in [0,
+        classes]; None, or ``classes``, is no class. Another dtype or shape raises a ValueError. So
+        does a label out of range on the CPU. On another device its image is NaN, because reading
+        the label would wait for the device in every step.
         """
         batch, classes = len(z), self.classes
         if classes is None:
