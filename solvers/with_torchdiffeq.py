@@ -41,9 +41,9 @@ class TorchDiffEq(Solver):
     """Solver of the probability-flow ODE by a method of torchdiffeq (Chen et al. 2018).
 
     Methods with fixed steps use the given grid. Adaptive methods use its ends, with one step size
-    for the whole batch, and step onto each requested time. torchdiffeq reads numbers back from the
-    device at every step, so `ProbabilityFlow` has less overhead. Options out of range raise a
-    ValueError.
+    for the whole batch, and step onto each requested time. The score is never evaluated outside the
+    grid's ends. torchdiffeq reads numbers back from the device at every step, so `ProbabilityFlow`
+    has less overhead. Options out of range raise a ValueError.
 
     Parameters
     ----------

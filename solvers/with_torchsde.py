@@ -49,8 +49,9 @@ class _Tables(NamedTuple):
 class TorchSDE(GridSolver):
     """Solver of the reverse SDE by a method of torchsde (Li et al. 2020; Kidger et al. 2021).
 
-    Each step of the grid is one step of torchsde's method. The Brownian motion comes from the noise
-    source of `solve`. Orders are for additive noise.
+    Each step of the grid is one step of torchsde's method, so no step leaves the grid. The Brownian
+    motion comes from the noise source of `solve`, so a seed gives the same bits. Orders are for
+    additive noise.
 
     Parameters
     ----------

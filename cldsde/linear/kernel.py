@@ -70,7 +70,8 @@ def log_density(residual: Tensor, root: Tensor) -> Tensor:
 class Kernel:
     """Transition kernel z_t | z_s ~ N(mean z_s, root rootᵀ), the same for every data dimension.
 
-    The tensors are float64 on the CPU.
+    ``mean`` and the lower-triangular ``root`` are ``(*, k, k)``, float64 on the CPU, for times of
+    shape ``(*)``.
 
     Examples
     --------

@@ -35,8 +35,8 @@ class Posterior:
     """Posterior z_s | z_t, z_0 ~ N(state z_t + initial z_0, root rootᵀ) of an earlier state, s ≤ t.
 
     Create it with `LinearSDE.posterior`. z_0 is the mean of the start: ``sde.embed(x0)`` if the
-    posterior is conditioned on the data, or all of z_0 if the initial covariance is zero. The
-    tensors are float64 on the CPU.
+    posterior is conditioned on the data, or all of z_0 if the initial covariance is zero.
+    ``state``, ``initial`` and the lower-triangular ``root`` are ``(*, k, k)``, float64 on the CPU.
 
     Examples
     --------
