@@ -15,7 +15,7 @@ from cldsde.files import write_whole
 
 def plain(value: Any) -> Any:
     """Fields, dicts and sequences for JSON: lists for tuples, None for NaN and infinity."""
-    if is_dataclass(value):
+    if is_dataclass(value) and not isinstance(value, type):
         return plain(asdict(value))
     if isinstance(value, dict):
         return {name: plain(entry) for name, entry in value.items()}

@@ -190,11 +190,11 @@ class Posterior(NamedTuple):
 class VAE(nn.Module):
     """A variational autoencoder of residual convolutional blocks, without attention.
 
-    It encodes an image as a Gaussian `Posterior` over latent maps ``latent_shape`` =
-    ``(latent_channels, H/2ⁿ⁻¹, W/2ⁿ⁻¹)``, for n ``channels``, and decodes a latent map to the parameters of a distribution of the pixels. ``shape``, ``channels``,
-    ``blocks`` and ``groups`` are as for `UNet`. The ``likelihood`` is "logistic",
-    `DiscretisedLogistic` of ``levels``, or "bernoulli", `Bernoulli`: a distribution of images of
-    two levels, and only an objective for others.
+    It encodes an image as a Gaussian `Posterior` over latent maps, ``(latent_channels, H/2ⁿ⁻¹,
+    W/2ⁿ⁻¹)`` for n ``channels``, and decodes a latent map to the parameters of a distribution of
+    the pixels. ``shape``, ``channels``, ``blocks`` and ``groups`` are as for `UNet`. The
+    ``likelihood`` is "logistic", `DiscretisedLogistic` of ``levels``, or "bernoulli", `Bernoulli`:
+    a distribution of images of two levels, and only an objective for others.
 
     Notes
     -----

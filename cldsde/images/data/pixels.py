@@ -70,8 +70,8 @@ def augment(
     ``flip`` mirrors each image with probability 1/2. ``crop`` below 1 resizes a random part of each
     image to its size; the share of its height and width is uniform between ``crop`` and 1.
     ``dequantise`` spreads each level uniformly over its bin (`cldsde.score.dequantise`), instead of
-    `to_unit`. In this order it draws n uniform numbers if ``flip``, 3n if ``crop`` is below 1 (sizes,
-    rows and columns), and n·C·H·W if ``dequantise``.
+    `to_unit`. In this order it draws n uniform numbers if ``flip``, 3n if ``crop`` is below 1
+    (sizes, rows and columns), and n·C·H·W if ``dequantise``.
     """
     check_values(images, levels)
     if images.ndim != 4:
