@@ -132,8 +132,8 @@ class Run(TrainedModel):
         export(self, Path(folder).expanduser())
 
 
-def as_array(samples: Samples) -> NDArray[np.uint8]:
-    """Images as an array ``(N, H, W, C)``."""
+def as_array(samples: Samples) -> NDArray[np.uint8] | NDArray[np.float32]:
+    """Images as an array ``(N, H, W, C)``: uint8, or float32 for continuous data."""
     return samples.images.movedim(1, -1).numpy()
 
 
