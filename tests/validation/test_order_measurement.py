@@ -160,7 +160,7 @@ STRONG: list[Any] = [
     (EulerMaruyama(), "VE", 1, FEWER, None),
     (EulerMaruyama(), "HOLD", 1, FEWER, None),
     (solvers.StochasticHeun(), "VP", 1, FEWER, 1.5),
-    (solvers.StochasticHeun(), "CLD, linear schedule", 1, FEWER, None),
+    (solvers.StochasticHeun(), "CLD, linear schedule", 1, (*FEWER, 256), None),
     (solvers.StochasticHeun(), "PSLD", 1, (*FEWER[1:], 256), None),  # has two sources of noise
 ]
 # More solvers and problems. Of the fifth order there is little above rounding at 256 steps, of the
