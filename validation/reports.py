@@ -31,8 +31,8 @@ def reports(
     """Check solvers: an empty report, again after each check, and a complete one at the end.
 
     ``solvers`` are names, or ``module:ClassName``; by default all solvers and the transition
-    kernels. ``cases`` are names of problems; by default all problems, or those of a quick
-    validation, which also has fewer levels and samples. With ``draw`` diagrams of work and
+    kernels. ``cases`` names problems; by default all problems, or those of a quick validation,
+    which also has fewer levels and samples. With ``draw`` diagrams of work and
     precision are measured, too, of solvers that pass. A name that is unknown, or a problem without
     a check for the solvers, raises a ValueError at once.
     """

@@ -209,8 +209,8 @@ class SamplingConfig:
     to 8 steps of a process of one component; with up to 4 steps of others it goes from −3.0 to
     2.35. The start is at a smaller κ if the numbers per image, or the latent variables of a latent
     model, times the evaluations exceed 29,000 (from −3.0: 16,000). Both ends are within the noise
-    levels of the process. Under another process than the run's (``--process``) they are also within
-    those of the training; a note says if a run ends below ``training.t_min``."""
+    levels of the process, and with ``--process`` within those of the training, too. Without it a
+    run may end below ``training.t_min``, and prints a note."""
     denoise: Flag = True
     """Return the data prediction at ε instead of the state there."""
     options: Mapping[str, Any] = field(default_factory=dict)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cldsde import Schedule
-from cldsde.linear import schedule, series
+from cldsde.linear import schedule, series, taylor
 from probes import tensor
 from references import clock_of
 from references.kernels import variance_clock
@@ -101,14 +101,23 @@ def test_rates_and_integrals_keep_the_shape_of_time(rate):
     assert shapes == ((3,), (2, 3), ())
 
 
-@pytest.mark.parametrize("rule", [schedule.gauss_legendre, series.legendre_moments])
-def test_rules_that_inference_mode_computed_first_serve_training(rule):
+RULES = [
+    (schedule.gauss_legendre, (5, 2)),
+    (series.legendre_moments, (5, 2)),
+    (series.legendre_matrices, (5,)),
+    (taylor._recurrence, ()),
+    (taylor._transform, ()),
+]
+
+
+@pytest.mark.parametrize(("rule", "arguments"), RULES)
+def test_rules_that_inference_mode_computed_first_serve_training(rule, arguments):
     rule.cache_clear()
     with torch.inference_mode():
-        first = rule(5, 2)
+        first = rule(*arguments)
     found = first[1] if isinstance(first, tuple) else first
     weight = torch.ones((), dtype=torch.float64, requires_grad=True)
     (weight * found).square().sum().backward()
-    # d/dw Σ(w x)² at w = 1, two products and ten sums.
+    # d/dw Σ(w x)² at w = 1: two products of each term, and the same positive terms are added.
     expected = 2 * found.square().sum()
     torch.testing.assert_close(weight.grad, expected, rtol=rounding(20), atol=0)

@@ -1,4 +1,4 @@
-"""Images as bytes or numbers, with labels, found by row number; those of NumPy's files."""
+"""Images as bytes or numbers, with labels, found by row number, and images in NumPy's files."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ def test_a_width_is_loaded_from_the_snapshots_of_a_run(run):
     assert len(trajectory) == 12
     for width in WIDTHS:
         expected = direct(trajectory, width)
-        for name in (f"snapshots/power-{width}-000000000192", f"power-{width}"):
+        for name in (f"snapshots/power-{width}-000000000192", f"power-{width}", f"power-{width}0"):
             found = weights(run / f"{name}.safetensors")
             rounding = 12 * EPS32 * float(expected.norm())
             assert float((found - expected).norm()) < rounding
