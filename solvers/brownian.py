@@ -40,8 +40,8 @@ class BrownianPath(NoiseSource):
 
     The path splits at the given times. To reach another time, it bisects the cell around that time
     up to 20 times and then splits exactly there. Each split costs a draw, so pass the finest grid
-    that you will use. The order of queries matters only for times closer than a millionth of a
-    cell.
+    that you will use. The order of queries matters only for queried times closer to each other than
+    a millionth of a cell.
 
     As ``noise`` of `solve` it serves several grids or solvers. Solvers of the reverse process use
     +ΔW of each step [u, t]. With a score of zero they add noise from t to u; they do not undo

@@ -73,7 +73,8 @@ class FolderImages(Images):
     cache, cache_gib
         Folder of decoded pictures, and its largest size in GiB: the files unused for the longest
         time make room. ``"auto"`` is ``decoded`` in ``$CLDSDE_CACHE``, or else in
-        ``~/.cache/cldsde``. None decodes pictures whenever they are needed.
+        ``$XDG_CACHE_HOME/cldsde`` or ``~/.cache/cldsde``. None decodes pictures whenever they are
+        needed.
 
     Attributes
     ----------
