@@ -17,4 +17,5 @@ free = ConditionalScore(score, encoder_hidden_states=no_text, pooled_projections
 latents = sample(sde, GuidedScore(given, free, 7.0), (1, *denoiser.shape), nfe=20)  # 10 guided
 vae = pipe.vae.config
 with torch.no_grad():
-    images = pipe.vae.decode(latents / vae.scaling_factor + vae.shift_factor).sample  # in [-1, 1]
+    decoded = pipe.vae.decode(latents / vae.scaling_factor + vae.shift_factor).sample  # in [-1, 1]
+pipe.image_processor.postprocess(decoded)[0].save("lighthouse.png")

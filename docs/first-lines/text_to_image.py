@@ -14,4 +14,7 @@ score = DenoiserScore(denoiser, sde)
 given, free = (ConditionalScore(score, encoder_hidden_states=x) for x in (text, no_text))
 latents = sample(sde, GuidedScore(given, free, 7.5), (2, *denoiser.shape), nfe=20)  # 10 guided
 with torch.no_grad():
-    images = pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample  # in [-1, 1]
+    decoded = pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample  # in [-1, 1]
+images = pipe.image_processor.postprocess(decoded)
+images[0].save("lighthouse.png")
+images[1].save("harbour.png")
