@@ -137,7 +137,7 @@ def make_plan(
         if observed is not None and solver is not None:
             fits = sampling.solver != FITTED
             require(fits, "settings", "were fitted without an observed picture; name a solver")
-            sampling, solver = observed.recipe(sampling, process), observed.solver(solver)
+            solver = observed.solver(solver)
         how: dict[str, Any] = {"nfe": sampling.nfe, "shape": shape}
         how |= {"start": sampling.t_start, "end": sampling.t_end}
         grid = getattr(grids, f"{sampling.grid or 'root'}_times")
@@ -146,12 +146,13 @@ def make_plan(
                 times = _settings(sampling).times(process.sde)
         else:
             with setting("t_end"):
-                ends = window(process, **how)
+                start, end = window(process, **how)
+            end = end if observed is None else observed.end(sde, end)
             with setting("nfe"):
                 if solver is None:
                     return recommended_plan(process, **how)[::-1]
                 options: Any = {"grid": grid, "denoise": sampling.denoise}
-                times = fit_grid(process, solver, *ends, sampling.nfe, **options)
+                times = fit_grid(process, solver, start, end, sampling.nfe, **options)
         made = plan(process, solver, times)
         if observed is not None:
             observed.check_steps(made)
