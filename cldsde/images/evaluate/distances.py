@@ -43,10 +43,9 @@ def load_features(name: str) -> FeatureNetwork:
         except (Exception, SystemExit) as error:
             msg = f"{name!r} cannot be made without arguments ({in_words(error)})"
             raise SettingError("features", msg) from error
-    if not callable(found):
-        kind = type(found).__name__
-        msg = f"must be callable, uint8 images (B, C, H, W) to features (B, F); {name!r} is {kind}"
-        raise SettingError("features", msg)
+    kind = type(found).__name__
+    msg = f"must be callable, uint8 images (B, C, H, W) to features (B, F); {name!r} is {kind}"
+    require(callable(found), "features", msg)
     if isinstance(found, nn.Module):
         found.eval().requires_grad_(False)
     network: FeatureNetwork = found
@@ -110,15 +109,8 @@ def frechet_distance(first: Tensor, second: Tensor) -> float:
         raise ValueError(f"first and second need two rows each; got {len(first)} and {len(second)}")
     if not bool(first.isfinite().all() and second.isfinite().all()):
         raise ValueError("first and second must be finite")
-    a, b = first.to("cpu", torch.float64), second.to("cpu", torch.float64)
-    return _gaussian_distance(a.mean(0), torch.cov(a.T), b.mean(0), torch.cov(b.T))
-
-
-def _gaussian_distance(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) -> float:
-    shift = (mean_a - mean_b).square().sum()
-    # tr (A^½ B A^½)^½ is the sum of the singular values of A^½ B^½.
-    overlap = torch.linalg.svdvals(_root(cov_a) @ _root(cov_b)).sum()
-    return float(shift + cov_a.trace() + cov_b.trace() - 2 * overlap)
+    both = (x.to("cpu", torch.float64) for x in (first, second))
+    return frechet_of(*(FeatureStatistics(x.mean(0), x.T.cov(), len(x), "", "") for x in both))
 
 
 def _root(covariance: Tensor) -> Tensor:
@@ -222,7 +214,11 @@ def frechet_of(first: FeatureStatistics, second: FeatureStatistics) -> float:
     if first.features != second.features or first.mean.shape != second.mean.shape:
         own, other = (f"{x.features!r} ({len(x.mean)})" for x in (first, second))
         raise ValueError(f"statistics must be of the same features; got {own} and {other}")
-    return _gaussian_distance(first.mean, first.covariance, second.mean, second.covariance)
+    a, b = first.covariance, second.covariance
+    shift = (first.mean - second.mean).square().sum()
+    # tr (A^½ B A^½)^½ is the sum of the singular values of A^½ B^½.
+    overlap = torch.linalg.svdvals(_root(a) @ _root(b)).sum()
+    return float(shift + a.trace() + b.trace() - 2 * overlap)
 
 
 def frechet(
