@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import pickle
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -30,11 +29,6 @@ INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 _PREFIX = "6726825d"
 _URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
 _EXTRACTOR = "inception-v3-compat"  # torch-fidelity's name of the network
-# Errors of `torch.load` for files that are damaged or of another format.
-_UNREADABLE = (
-    *(pickle.UnpicklingError, RuntimeError, EOFError, OSError),
-    *(ValueError, TypeError, LookupError, AttributeError),
-)
 InceptionMetric = Literal["fid", "kid", "isc", "prc"]
 """Fréchet and kernel distance, inception score, precision and recall, by torch-fidelity's names."""
 
@@ -84,7 +78,7 @@ def _state(weights: Path, other: str) -> dict[str, Tensor]:
     """Finite tensors of a file by their names, or a ValueError that begins with ``other``."""
     try:
         state: Any = torch.load(weights, map_location="cpu", weights_only=True)
-    except _UNREADABLE as error:
+    except Exception as error:  # torch documents none, and raises many
         msg = f"{other}: it is damaged, or holds other things than tensors, which are not loaded; "
         raise ValueError(f"{msg}get it from {_URL}") from error
     if not isinstance(state, dict) or not all(
