@@ -106,8 +106,7 @@ class Evaluation(Measurements):
             with setting("weights"):
                 _ = self._inception
         if "fd" in self.metrics and self._kind not in {"classifier", "random"}:
-            two = measured(self._images.load(torch.arange(2, device="cpu")), self._images.levels)
-            distances.check_features(distances.load_features(self.features), two)
+            distances.check_features(self._network, next(measured_batches(self._images, 2)))
 
     def prepare(self, *, progress: bool = False) -> None:
         """Train the classifier that measuring samples needs, if there is none yet."""
