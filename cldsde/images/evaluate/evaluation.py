@@ -36,6 +36,8 @@ in Inception's; bits per dim."""
 _CACHE = "inception"  # folder of what is kept of a data set in the features of Inception
 Reports = dict[str, dict[str, Any]]
 """Numbers by metric, with everything that they depend on."""
+_Measure = Callable[[list[str]], tuple[Reports, dict[str, float]]]
+"""Reports of metrics, and the cost of the images."""
 _FAILURES = (FloatingPointError, UnsolvedFlowError, likelihoods.UndefinedLikelihoodError)
 
 
@@ -191,18 +193,13 @@ class Evaluation(Measurements):
                 found["fd"]["classes"] = self.data.train.classes
         if others:
             own, size = sums["inception"].statistics(), min(1000, count, self._shape[0])
-            options: dict[str, Any] = {"kid_subset_size": size}
-            report = inception.report(own, self._reference, self._inception, others, **options)
+            kid = {"kid_subsets": 100, "kid_subset_size": size}
+            report = inception.report(own, self._reference, self._inception, others, kid)
             found |= dict.fromkeys(others, report)
         return found
 
     def _filled(
-        self,
-        file: Path,
-        metrics: Iterable[str],
-        measure: Callable[[list[str]], tuple[Reports, dict[str, float]]],
-        model: str,
-        **own: Any,
+        self, file: Path, metrics: Iterable[str], measure: _Measure, model: str, **own: Any
     ) -> list[Result]:
         """Results from a file; those it lacks are measured and added. ``own`` are common fields."""
         if place()[0]:

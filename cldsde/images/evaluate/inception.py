@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -157,8 +157,8 @@ def inception_metrics(
     own = feature_sums(network, images.shape, metrics).of(batches(images))
     known = reference.shape, distances.images_sha256(reference), network
     other = reference_statistics(batches(reference), *known, metrics, cache)
-    options = {"seed": seed, "kid_subsets": kid_subsets, "kid_subset_size": kid_subset_size}
-    return report(own, other, network, metrics, **options)
+    kid = {"kid_subsets": kid_subsets, "kid_subset_size": kid_subset_size}
+    return report(own, other, network, metrics, kid, seed)
 
 
 def feature_sums(
@@ -202,15 +202,12 @@ def report(
     other: distances.FeatureStatistics,
     network: InceptionFeatures,
     metrics: Iterable[str],
-    *,
+    kid: Mapping[str, int],
     seed: int = 0,
-    kid_subsets: int = 100,
-    kid_subset_size: int = 1000,
 ) -> dict[str, Any]:
     """Metrics of images compared with others; see `inception_metrics`."""
     from torch_fidelity import metric_isc, metric_kid, metric_prc
 
-    kid = {"kid_subsets": kid_subsets, "kid_subset_size": kid_subset_size}
     features: Any = [x.rows[:, :_FEATURES] for x in (own, other) if x.rows is not None]
     found: dict[str, tuple[float, float | None, str | None]] = {}
     if "fid" in metrics:
@@ -218,8 +215,8 @@ def report(
     if "kid" in metrics:
         options = {"rng_seed": seed, "verbose": False, **kid}
         mean, spread = metric_kid.kid_features_to_metric(*features, **options).values()
-        kind = f"standard deviation over {kid_subsets} subsets of {kid_subset_size}"
-        found["kid"] = mean, spread, kind
+        kind = "standard deviation over {kid_subsets} subsets of {kid_subset_size}"
+        found["kid"] = mean, spread, kind.format_map(kid)
     if "isc" in metrics:
         assert own.rows is not None
         logits = own.rows[:, _FEATURES:]
