@@ -55,10 +55,7 @@ def _settings(sampling: SamplingConfig) -> SamplerSettings:
 
 
 def make_solver(sampling: SamplingConfig) -> Solver | None:
-    """The solver of a configuration; None if it is the recommended one.
-
-    Raises a SettingError for an unknown name or option.
-    """
+    """The solver of a configuration; None if it is the recommended one."""
     if sampling.solver == RECOMMENDED:
         msg = "needs a solver by name; 'recommended' chooses grid and options itself"
         require(sampling.grid is None, "grid", msg)
@@ -93,11 +90,7 @@ def chosen_for(
 def changed_recipe(
     recipe: SamplingConfig, options: Mapping[str, Any] | None = None, **changes: Any
 ) -> SamplingConfig:
-    """Change fields of a recipe, and options of its solver; another solver has its own defaults.
-
-    Raises a SettingError for a value that is not allowed, for a budget or grid of an adaptive
-    solver, and for a solver outside of cldsde that the caller does not name.
-    """
+    """Change fields of a recipe, and options of its solver; another solver has its own defaults."""
     msg = f"the run's own, {recipe.solver}, is code outside of cldsde; name it here to run it, "
     named = "solver" in changes or ":" not in recipe.solver
     require(named, "solver", f"{msg}or take another")
