@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-from argparse import ArgumentTypeError
-from collections.abc import Callable
+from argparse import ArgumentTypeError, Namespace
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from cldsde.errors import SettingError
+from cldsde.errors import SettingError, require
 
 Option = tuple[list[str], dict[str, Any]]
 """Names and settings of an option, arguments of ``ArgumentParser.add_argument``."""
@@ -87,6 +87,12 @@ _KINDS: dict[Any, Kind] = {
 }
 
 DEVICE = option("--device NAME", str, "auto, cpu, cuda, cuda:N or mps", default="auto")
+
+
+def reject(options: Namespace, names: Iterable[str], reason: str) -> None:
+    """Raise a SettingError for the first of some options that is given."""
+    for name in names:
+        require(getattr(options, name) in (None, []), name, reason)
 
 
 def resolve_device(name: str) -> str:
