@@ -39,10 +39,7 @@ _BITS = ("bits_per_dim", "standard_error", "images", "is_bound", "quantity", "nf
 
 
 class Comparison:
-    """A comparison in its folder.
-
-    The constructor checks everything and opens the folders; `run` does the work.
-    """
+    """A comparison in its folder, which the constructor checks and opens; `run` does the work."""
 
     def __init__(
         self, config: ComparisonConfig, out: Path, *, device: str = "cpu", progress: bool = False

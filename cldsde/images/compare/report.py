@@ -188,10 +188,7 @@ def _data_uri(content: bytes, kind: str) -> str:
 
 
 def plot_measure(results: Mapping[str, Any], measure: str) -> Figure:
-    """Plot a measure against score evaluations, one panel per model, the others in grey.
-
-    Shows means over repeats, and bands of one standard deviation.
-    """
+    """Plot mean ± standard deviation of repeats, one panel per model, the others in grey."""
     rows = []
     for row in results["rows"]:
         cells = [cell for cell in row["cells"] if measure in cell.get("measures", ())]

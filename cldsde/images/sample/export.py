@@ -167,10 +167,7 @@ def check_export(run: TrainedModel, folder: Path) -> RunScheduler:
 
 
 def export(run: TrainedModel, folder: Path) -> None:
-    """Write a run as a pipeline that ``DDPMPipeline.from_pretrained`` loads.
-
-    The folder is whole or does not exist. Raises the errors of `check_export`.
-    """
+    """Write a run as a pipeline, whole or not at all; raise the errors of `check_export`."""
     network = cast(MixedScore, run.score).network.get_submodule("network")
     pipeline, folder = DDPMPipeline(network, check_export(run, folder)), folder.absolute()
     with (

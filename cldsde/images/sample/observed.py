@@ -194,10 +194,7 @@ class Conditioning:
     def sample(
         self, plan: Plan, seeds: Sequence[int], *, denoise: bool, chunk: int
     ) -> tuple[Tensor, Tensor]:
-        """Data ``(N, C, H, W)`` by `sample_posterior`, and their score evaluations ``(N,)``.
-
-        Each seed is a run of its own, of which one particle is chosen by its weight.
-        """
+        """Data ``(N, C, H, W)`` and their score evaluations ``(N,)``, a posterior run per seed."""
         count = self.particles
         how: Any = {"method": "pigdm", "denoise": denoise, "chunk": chunk, "particles": count}
         given = (plan.process, self.observation, plan.times)

@@ -126,24 +126,27 @@ def make_plan(
     if observed is not None and sampling.solver == RECOMMENDED:
         sampling = dataclasses.replace(sampling, solver="multistep-2-sde")
     solver = make_solver(sampling)
+    how: dict[str, Any] = {"nfe": sampling.nfe, "shape": shape}
+    how |= {"start": sampling.t_start, "end": sampling.t_end}
     try:
-        if observed is not None and solver is not None:
+        if solver is None:
+            with setting("t_end"):
+                window(process, **how)  # raises if the ends are the reason
+            with setting("nfe"):
+                return recommended_plan(process, **how)[::-1]
+        if observed is not None:
             fits = sampling.solver != FITTED
             require(fits, "settings", "were fitted without an observed picture; name a solver")
             solver = observed.solver(solver)
-        how: dict[str, Any] = {"nfe": sampling.nfe, "shape": shape}
-        how |= {"start": sampling.t_start, "end": sampling.t_end}
-        grid = getattr(grids, f"{sampling.grid or 'root'}_times")
+        grid = getattr(grids, f"{sampling.grid}_times")
         if sampling.solver == FITTED:
             with setting("settings"):
-                times = _settings(sampling).times(process.sde)
+                times = _settings(sampling).times(sde)
         else:
             with setting("t_end"):
                 start, end = window(process, **how)
             end = end if observed is None else observed.end(sde, end)
             with setting("nfe"):
-                if solver is None:
-                    return recommended_plan(process, **how)[::-1]
                 options: Any = {"grid": grid, "denoise": sampling.denoise}
                 times = fit_grid(process, solver, start, end, sampling.nfe, **options)
         made = plan(process, solver, times)
