@@ -162,8 +162,9 @@ class Conditioning:
             return solver
         require(not solver.facts.adaptive, "solver", "must have a grid of times for 'replacement'")
         mask, basis = self.observed.mask, None
-        if mask is None:  # grey
-            mask, basis = torch.eye(3, 1, dtype=torch.bool, device="cpu")[..., None], grey_basis()
+        if mask is None:  # grey, the first vector of the basis
+            mask = torch.eye(3, 1, dtype=torch.bool, device="cpu")[..., None]
+            basis = torch.from_numpy(helmert(3, full=True))
         return Imputation(solver, self.known, mask.to(self.known.device), basis=basis)
 
     def end(self, sde: LinearSDE, end: float) -> float:
@@ -205,11 +206,6 @@ class Conditioning:
         data = found.samples.reshape(-1, count, *found.samples.shape[1:])
         evaluations = torch.full((len(seeds),), count * found.nfev, device="cpu")
         return data[torch.arange(len(seeds), device="cpu"), torch.cat(numbers)], evaluations
-
-
-def grey_basis() -> Tensor:
-    """Orthonormal basis ``(3, 3)`` of the channels, float64, one vector per row, grey first."""
-    return torch.from_numpy(helmert(3, full=True))
 
 
 def _observation(
