@@ -53,9 +53,21 @@ class InceptionFeatures:
         with weights.open("rb") as file:
             self.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         other = f"{weights} (SHA-256 {self.sha256[:8]}…) is not {INCEPTION_FILE}"
+        try:
+            state: Any = torch.load(weights, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch documents none, and raises many
+            msg = f"{other}: it is damaged, or holds other things than tensors, which are not "
+            raise ValueError(f"{msg}loaded; get it from {_URL}") from error
+        if not isinstance(state, dict) or not all(
+            isinstance(key, str) and isinstance(x, Tensor) for key, x in state.items()
+        ):
+            msg = f"{other}: it must hold a dictionary of tensors; got {type(state).__name__}"
+            raise ValueError(msg)
+        if not all(bool(x.isfinite().all()) for x in state.values()):
+            raise ValueError(f"{other}: it holds NaN or infinity")
         # torch-fidelity would run code of the file, so that it gets a copy that holds none.
         copy = io.BytesIO()
-        torch.save(_state(weights, other), copy)
+        torch.save(state, copy)
         copy.seek(0)
         try:
             layers, path = ["2048", "logits_unbiased"], {"feature_extractor_weights_path": copy}
@@ -72,23 +84,6 @@ class InceptionFeatures:
     def __call__(self, images: Tensor) -> Tensor:
         """Features and logits of uint8 images, ``(B, 3056)``."""
         return torch.cat(self._network(images.to(self._device).expand(-1, 3, -1, -1)), 1)
-
-
-def _state(weights: Path, other: str) -> dict[str, Tensor]:
-    """Finite tensors of a file by their names, or a ValueError that begins with ``other``."""
-    try:
-        state: Any = torch.load(weights, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch documents none, and raises many
-        msg = f"{other}: it is damaged, or holds other things than tensors, which are not loaded; "
-        raise ValueError(f"{msg}get it from {_URL}") from error
-    if not isinstance(state, dict) or not all(
-        isinstance(key, str) and isinstance(x, Tensor) for key, x in state.items()
-    ):
-        msg = f"{other}: it must hold a dictionary of tensors; got {type(state).__name__}"
-        raise ValueError(msg)
-    if not all(bool(x.isfinite().all()) for x in state.values()):
-        raise ValueError(f"{other}: it holds NaN or infinity")
-    return state
 
 
 @checked
