@@ -72,8 +72,7 @@ def prepare(options: Namespace) -> Callable[[], None]:
 def _reports(options: Namespace) -> Iterator[AnyReport]:
     how = {"quick": options.quick, "seed": options.seed}
     if not options.posterior:
-        if options.sampler:
-            raise SettingError("sampler", "names a posterior sampler; add --posterior")
+        reject(options, ["sampler"], "names a posterior sampler; add --posterior")
         return reports(options.solver, options.problem, draw=options.out is not None, **how)
     reject(options, ("solver", "out"), "does not go with --posterior; leave one of them out")
     return posterior_reports(options.sampler, options.problem, **how)
