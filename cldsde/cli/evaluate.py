@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from cldsde.cli.models import DATA, FEATURES, MODEL, RECIPE, SOLVERS, data_of, model_of, recipes_of
-from cldsde.cli.options import DEVICE, INTEGERS, LIST, join_processes, option
+from cldsde.cli.options import DEVICE, INTEGERS, LIST, join_processes, option, reject
 from cldsde.errors import require
 from cldsde.messages import counted
 
@@ -126,9 +126,7 @@ def _places(options: Namespace) -> tuple[Path, Path]:
     msg = "is missing: the run or configuration whose data to compare with"
     require(is_run or reference is not None, "reference", msg)
     if not is_run and options.model is None:
-        for name in _OF_SAMPLING:
-            left_out = getattr(options, name) in (None, [])
-            require(left_out, name, "must be left out for samples, which are there already")
+        reject(options, _OF_SAMPLING, "must be left out for samples, which are there already")
     place, process = _named(target or Path("model")), f"-{options.process}" * bool(options.process)
     default = place.with_name(f"{place.name}-evaluation.jsonl")
     of_file = "" if weights.name == MODEL else f"-{weights.stem}"

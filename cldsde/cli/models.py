@@ -9,8 +9,8 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cldsde.cli.options import LIST, flag, option, several
-from cldsde.errors import SettingError, require, setting
+from cldsde.cli.options import LIST, flag, option, reject, several
+from cldsde.errors import SettingError, setting
 from cldsde.solvers import SamplerSettings, named_solvers
 
 if TYPE_CHECKING:
@@ -102,9 +102,8 @@ def recipes_of(
     from cldsde.images.schema import parse_overrides
 
     if options.settings:
-        for name in ("solver", "nfe", "grid", "t_start", "t_end", "denoise", "set"):
-            allowed = getattr(options, name) in (None, [])
-            require(allowed, name, "must be left out with --settings, which replaces it")
+        names = ("solver", "nfe", "grid", "t_start", "t_end", "denoise", "set")
+        reject(options, names, "must be left out with --settings, which replaces it")
         for file in options.settings:
             with setting("settings"):
                 settings = SamplerSettings.load(Path(file).expanduser())

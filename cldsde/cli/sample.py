@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cldsde.cli.models import MODEL, RECIPE, SOLVERS, model_of, process_config, recipes_of
-from cldsde.cli.options import DEVICE, ONE_SEED, SEEDS, Kind, flag, join_processes, option
+from cldsde.cli.options import DEVICE, ONE_SEED, SEEDS, Kind, flag, join_processes, option, reject
 from cldsde.errors import require
 from cldsde.messages import counted
 from cldsde.solvers.named import find_solver
@@ -74,7 +74,7 @@ OPTIONS = (
 # Options that a pipeline decides by itself.
 _NOT_FOR_PIPELINES = (
     *("grid", "t_start", "t_end", "denoise", "set", "settings", "known", "observe"),
-    *("method", "noise_std", "particles", "precision", "compile_mode", "channels_last"),
+    *("method", "noise_std", "particles", "compile_mode"),
 )
 
 
@@ -91,9 +91,8 @@ def prepare(options: Namespace) -> Callable[[], None]:
         require(options.model.exists(), "model", f"{options.model} is no folder")
     if options.run is None and options.model is not None and is_pipeline(options.model):
         return _work(options, _pipeline_request(options, seeds, device), state)
-    for name in ("prompt", "negative_prompt"):
-        given = getattr(options, name)
-        require(given is None, name, "needs --model and a text-to-image folder of diffusers")
+    msg = "needs --model and a text-to-image folder of diffusers"
+    reject(options, ("prompt", "negative_prompt"), msg)
     model = model_of(options, options.run, device)
     speed_up(model, options.compile_mode, channels_last=options.channels_last)
     solvers, budgets = ([x] if x is not None else None for x in (options.solver, options.nfe))
@@ -112,11 +111,10 @@ def _pipeline_request(options: Namespace, seeds: range, device: Any) -> Any:
     from cldsde.images.sample import SampleRequest
     from cldsde.images.sample.source import PipelineSampler
 
-    for name in _NOT_FOR_PIPELINES:
-        given = getattr(options, name)
-        unset = given in (None, [], {}) or (name, given) == ("channels_last", False)
-        allowed = unset or (name, given) == ("precision", "fp32")
-        require(allowed, name, "must be left out for a pipeline of diffusers")
+    msg = "must be left out for a pipeline of diffusers"
+    reject(options, _NOT_FOR_PIPELINES, msg)
+    require(options.precision == "fp32", "precision", msg)
+    require(not options.channels_last, "channels_last", msg)
     names = ("prompt", "negative_prompt", "label", "guidance", "nfe", "batch")
     how: dict[str, Any] = {name: getattr(options, name) for name in names}
     chosen = options.solver in {None, "recommended"}

@@ -22,7 +22,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from cldsde.cli.options import SEED, flag, option, several
+from cldsde.cli.options import SEED, flag, option, reject, several
 from cldsde.errors import SettingError
 from cldsde.messages import in_words
 from cldsde.validation.files import AnyReport, ReportFiles
@@ -72,12 +72,9 @@ def prepare(options: Namespace) -> Callable[[], None]:
 def _reports(options: Namespace) -> Iterator[AnyReport]:
     how = {"quick": options.quick, "seed": options.seed}
     if not options.posterior:
-        if options.sampler:
-            raise SettingError("sampler", "names a posterior sampler; add --posterior")
+        reject(options, ["sampler"], "names a posterior sampler; add --posterior")
         return reports(options.solver, options.problem, draw=options.out is not None, **how)
-    for name in ("solver", "out"):
-        if getattr(options, name):
-            raise SettingError(name, "does not go with --posterior; leave one of them out")
+    reject(options, ("solver", "out"), "does not go with --posterior; leave one of them out")
     return posterior_reports(options.sampler, options.problem, **how)
 
 

@@ -1,10 +1,10 @@
 """Imputation: known data come back, independent data are unchanged, the rest is conditional."""
 
 import pytest
+import scipy.linalg
 import torch
 
 from cldsde import CLD, HOLD, VESDE, VPSDE, GaussianMixture, ReverseProcess, solvers
-from cldsde.images.sample.observed import grey_basis
 from cldsde.linear.blocks import apply_blocks
 from cldsde.solvers import EulerMaruyama, Imputation, RecordedNoise
 from probes import Recorder, Recording, generator, noting
@@ -27,7 +27,8 @@ GRID = solvers.quadratic_times(1.0, 1e-2, 6)
 IMAGE = (3, 2, 4)
 KNOWN = torch.randn(IMAGE, generator=generator(1), dtype=torch.float64)
 MASK = torch.rand(IMAGE, generator=generator(2)) < 0.5
-GREY, BASIS = torch.tensor([True, False, False])[:, None, None], grey_basis()
+GREY = torch.tensor([True, False, False])[:, None, None]
+BASIS = torch.from_numpy(scipy.linalg.helmert(3, full=True))  # of the channels, grey first
 STEPS = rounding(512, 10.0)  # a few steps of sums of a few numbers
 
 

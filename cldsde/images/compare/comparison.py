@@ -39,10 +39,7 @@ _BITS = ("bits_per_dim", "standard_error", "images", "is_bound", "quantity", "nf
 
 
 class Comparison:
-    """A comparison in its folder.
-
-    The constructor checks everything and opens the folders; `run` does the work.
-    """
+    """A comparison in its folder, which the constructor checks and opens; `run` does the work."""
 
     def __init__(
         self, config: ComparisonConfig, out: Path, *, device: str = "cpu", progress: bool = False
@@ -117,7 +114,11 @@ class Comparison:
         if "bpd" in self.config.metrics:
             [result] = self.evaluation.of_density(model, file)
             self.found.append(result)
-            self.models[name]["bits"] = _bits(result)
+            self.models[name]["bits"] = {"reason": result.failed}
+            if result.failed is None:
+                about = result.about
+                bits = {**{key: about[key] for key in _BITS}, "t_min": about["settings"]["t_min"]}
+                self.models[name]["bits"] = bits
             self._write()
 
     def _draw(self, row: RowConfig, model: TrainedModel) -> str:
@@ -209,14 +210,6 @@ def _cell(found: list[Result]) -> dict[str, Any]:
         cell["measures"] = {name: [one[name] for one in numbers] for name in numbers[0]}
     reason = next((result.failed for result in found if result.failed is not None), None)
     return cell if reason is None else {**cell, "reason": reason}
-
-
-def _bits(result: Result) -> dict[str, Any]:
-    """Bits per dim of a model, or the reason why it has none."""
-    if result.failed is not None:
-        return {"reason": result.failed}
-    about = result.about
-    return {**{key: about[key] for key in _BITS}, "t_min": about["settings"]["t_min"]}
 
 
 def _training_seconds(metrics: Path) -> float | None:

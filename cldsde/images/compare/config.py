@@ -28,7 +28,6 @@ from cldsde.images.schema import (
 )
 from cldsde.images.train.engine import check_run
 from cldsde.images.training_config import Time
-from cldsde.solvers.named import canonical_name
 
 PRESETS = {
     name: Path(__file__).with_name("presets") / f"{name}.toml"
@@ -63,12 +62,12 @@ class RowConfig:
     does not set."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "solver", canonical_name(self.solver))
-        object.__setattr__(self, "label", self.label or self.solver)
-        if self.t_end is None and self.solver != RECOMMENDED:
-            object.__setattr__(self, "t_end", 1e-3)
         recipe = self._recipe()
-        object.__setattr__(self, "grid", recipe.grid)
+        chosen = {name: getattr(recipe, name) for name in ("solver", "grid", "t_end")}
+        if recipe.t_end is None and recipe.solver != RECOMMENDED:
+            chosen["t_end"] = 1e-3
+        for name, value in {**chosen, "label": self.label or recipe.solver}.items():
+            object.__setattr__(self, name, value)
         solver = make_solver(recipe)
         adaptive = solver is not None and solver.facts.adaptive
         needed, other = ("tolerances", "nfe") if adaptive else ("nfe", "tolerances")

@@ -188,10 +188,7 @@ def _data_uri(content: bytes, kind: str) -> str:
 
 
 def plot_measure(results: Mapping[str, Any], measure: str) -> Figure:
-    """Plot a measure against score evaluations, one panel per model, the others in grey.
-
-    Shows means over repeats, and bands of one standard deviation.
-    """
+    """Plot mean ± standard deviation of repeats, one panel per model, the others in grey."""
     rows = []
     for row in results["rows"]:
         cells = [cell for cell in row["cells"] if measure in cell.get("measures", ())]
@@ -205,8 +202,9 @@ def plot_measure(results: Mapping[str, Any], measure: str) -> Figure:
     columns = min(3, len(models))
     height = math.ceil(len(models) / columns)
     figure = Figure(figsize=(4.6 * columns, 4.2 * height), layout="constrained")
-    grid = figure.subplots(height, columns, sharex=True, sharey=True, squeeze=False)
-    for axes, model in zip(grid.flat, models, strict=False):
+    for place, model in enumerate(models, 1):
+        first = figure.axes[0] if figure.axes else None
+        axes = figure.add_subplot(height, columns, place, sharex=first, sharey=first)
         for own, label, (nfe, means, spreads) in rows:
             if own != model:
                 axes.plot(nfe, means, color="0.82", linewidth=1, zorder=1)
@@ -223,10 +221,7 @@ def plot_measure(results: Mapping[str, Any], measure: str) -> Figure:
             axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axis.set_minor_formatter(NullFormatter())
-        axes.tick_params(labelbottom=True, labelleft=True)
         axes.grid(visible=True, alpha=0.3)
-    for axes in grid.flat[len(models) :]:
-        axes.set_axis_off()
     figure.supxlabel("score evaluations per image (NFE)", fontsize="medium")
     figure.supylabel(MEASURES[measure], fontsize="medium")
     return figure

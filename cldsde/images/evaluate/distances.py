@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from importlib.metadata import version
 from typing import Any
 
@@ -28,12 +28,8 @@ def load_features(name: str) -> FeatureNetwork:
     ``(B, F)`` on any device. Continuous data are float32 from −1 to 1, the ends of their range. Its
     attribute ``name``, a string, if it has one, identifies it in results, for example by a hash of
     its weights. A class is instantiated without arguments; any other callable is taken as it is.
-    PyTorch modules are put into evaluation mode.
-
-    Raises
-    ------
-    ValueError
-        If the name cannot be imported, or is no callable.
+    PyTorch modules are put into evaluation mode. Raises a ValueError if the name cannot be
+    imported, or is no callable.
     """
     with setting("features"):
         found: Any = imported(name)
@@ -43,10 +39,9 @@ def load_features(name: str) -> FeatureNetwork:
         except (Exception, SystemExit) as error:
             msg = f"{name!r} cannot be made without arguments ({in_words(error)})"
             raise SettingError("features", msg) from error
-    if not callable(found):
-        kind = type(found).__name__
-        msg = f"must be callable, uint8 images (B, C, H, W) to features (B, F); {name!r} is {kind}"
-        raise SettingError("features", msg)
+    kind = type(found).__name__
+    msg = f"must be callable, uint8 images (B, C, H, W) to features (B, F); {name!r} is {kind}"
+    require(callable(found), "features", msg)
     if isinstance(found, nn.Module):
         found.eval().requires_grad_(False)
     network: FeatureNetwork = found
@@ -110,15 +105,8 @@ def frechet_distance(first: Tensor, second: Tensor) -> float:
         raise ValueError(f"first and second need two rows each; got {len(first)} and {len(second)}")
     if not bool(first.isfinite().all() and second.isfinite().all()):
         raise ValueError("first and second must be finite")
-    a, b = first.to("cpu", torch.float64), second.to("cpu", torch.float64)
-    return _gaussian_distance(a.mean(0), torch.cov(a.T), b.mean(0), torch.cov(b.T))
-
-
-def _gaussian_distance(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) -> float:
-    shift = (mean_a - mean_b).square().sum()
-    # tr (A^½ B A^½)^½ is the sum of the singular values of A^½ B^½.
-    overlap = torch.linalg.svdvals(_root(cov_a) @ _root(cov_b)).sum()
-    return float(shift + cov_a.trace() + cov_b.trace() - 2 * overlap)
+    both = (x.to("cpu", torch.float64) for x in (first, second))
+    return frechet_of(*(FeatureStatistics(x.mean(0), x.T.cov(), len(x), "", "") for x in both))
 
 
 def _root(covariance: Tensor) -> Tensor:
@@ -164,35 +152,29 @@ class FeatureStatistics:
         return FeatureSums(features, images.shape).of(bar)
 
 
+@dataclass(eq=False)
 class FeatureSums:
-    """Running `FeatureStatistics` of uint8 images that come in batches and are not kept.
+    """Running `FeatureStatistics` of uint8 images that come in batches and are not kept."""
 
-    ``shape`` is ``(N, C, H, W)`` of all images. ``size`` is the number of features, if the network
-    returns more numbers. ``keep`` keeps all numbers of each image.
-    """
+    features: FeatureNetwork
+    shape: Sequence[int]  # (N, C, H, W) of all images
+    _: KW_ONLY
+    size: int | None = None  # number of features, if the network returns more numbers
+    keep: bool = False  # keep all numbers of each image
 
-    def __init__(
-        self,
-        features: FeatureNetwork,
-        shape: Sequence[int],
-        *,
-        size: int | None = None,
-        keep: bool = False,
-    ) -> None:
-        self._features, self._name = features, feature_name(features)
-        self._size, self._keep = size, keep
-        self._rows: list[Tensor] = []
-        self._hash = hashlib.sha256(f"{tuple(shape)}".encode())
+    def __post_init__(self) -> None:
+        self._name, self._rows = feature_name(self.features), list[Tensor]()
+        self._hash = hashlib.sha256(f"{tuple(self.shape)}".encode())
         self._seen, zero = 0, torch.zeros((), device="cpu")
         self._mean, self._scatter = zero, zero
 
     def add(self, images: Tensor) -> None:
         """Add a batch of uint8 images ``(B, C, H, W)``."""
         with torch.no_grad():
-            rows = checked_features(self._features(images), len(images))
-        if self._keep:
+            rows = checked_features(self.features(images), len(images))
+        if self.keep:
             self._rows.append(rows.float())
-        rows = rows[:, : self._size]
+        rows = rows[:, : self.size]
         if self._seen and self._mean.shape != rows.shape[1:]:
             sizes = f"{len(self._mean)} and {rows.shape[1]}"
             raise ValueError(f"features must return as many features for each batch; got {sizes}")
@@ -214,7 +196,7 @@ class FeatureSums:
         """The statistics of all images."""
         covariance = self._scatter / (self._seen - 1)
         found = self._mean, covariance, self._seen, self._name, self._hash.hexdigest()
-        return FeatureStatistics(*found, torch.cat(self._rows) if self._keep else None)
+        return FeatureStatistics(*found, torch.cat(self._rows) if self.keep else None)
 
 
 def frechet_of(first: FeatureStatistics, second: FeatureStatistics) -> float:
@@ -222,7 +204,11 @@ def frechet_of(first: FeatureStatistics, second: FeatureStatistics) -> float:
     if first.features != second.features or first.mean.shape != second.mean.shape:
         own, other = (f"{x.features!r} ({len(x.mean)})" for x in (first, second))
         raise ValueError(f"statistics must be of the same features; got {own} and {other}")
-    return _gaussian_distance(first.mean, first.covariance, second.mean, second.covariance)
+    a, b = first.covariance, second.covariance
+    shift = (first.mean - second.mean).square().sum()
+    # tr (A^½ B A^½)^½ is the sum of the singular values of A^½ B^½.
+    overlap = torch.linalg.svdvals(_root(a) @ _root(b)).sum()
+    return float(shift + a.trace() + b.trace() - 2 * overlap)
 
 
 def frechet(
@@ -235,8 +221,7 @@ def frechet(
 ) -> dict[str, Any]:
     """Fréchet distance of images to a reference in the features of any network.
 
-    It is biased upwards by about a constant divided by the number of images: compare equal numbers
-    only. With no more images than features a covariance is singular, and the bias large.
+    Compare equal numbers of images only: the page "Compute an FID that compares" has the bias.
 
     Parameters
     ----------

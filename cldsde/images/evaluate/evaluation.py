@@ -9,6 +9,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import field
 from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -36,6 +37,8 @@ in Inception's; bits per dim."""
 _CACHE = "inception"  # folder of what is kept of a data set in the features of Inception
 Reports = dict[str, dict[str, Any]]
 """Numbers by metric, with everything that they depend on."""
+_Measure = Callable[[list[str]], tuple[Reports, dict[str, float]]]
+"""Reports of metrics, and the cost of the images."""
 _FAILURES = (FloatingPointError, UnsolvedFlowError, likelihoods.UndefinedLikelihoodError)
 
 
@@ -75,6 +78,8 @@ class Evaluation(Measurements):
     device: str = "cpu"
     progress: bool = False  # show progress bars on stderr
     first_seed: int = 0  # of the images
+    # First batch of images of digests and recipes that were measured.
+    first_images: dict[tuple[str, str], Any] = field(default_factory=dict, init=False)
 
     def check(self, images: int | None = None, *, shape: Sequence[int] | None = None) -> None:
         """Raise an error if something cannot be measured, before any work is done."""
@@ -106,8 +111,7 @@ class Evaluation(Measurements):
             with setting("weights"):
                 _ = self._inception
         if "fd" in self.metrics and self._kind not in {"classifier", "random"}:
-            two = measured(self._images.load(torch.arange(2, device="cpu")), self._images.levels)
-            distances.check_features(distances.load_features(self.features), two)
+            distances.check_features(self._network, next(measured_batches(self._images, 2)))
 
     def prepare(self, *, progress: bool = False) -> None:
         """Train the classifier that measuring samples needs, if there is none yet."""
@@ -192,18 +196,13 @@ class Evaluation(Measurements):
                 found["fd"]["classes"] = self.data.train.classes
         if others:
             own, size = sums["inception"].statistics(), min(1000, count, self._shape[0])
-            options: dict[str, Any] = {"kid_subset_size": size}
-            report = inception.report(own, self._reference, self._inception, others, **options)
+            kid = {"kid_subsets": 100, "kid_subset_size": size}
+            report = inception.report(own, self._reference, self._inception, others, kid)
             found |= dict.fromkeys(others, report)
         return found
 
     def _filled(
-        self,
-        file: Path,
-        metrics: Iterable[str],
-        measure: Callable[[list[str]], tuple[Reports, dict[str, float]]],
-        model: str,
-        **own: Any,
+        self, file: Path, metrics: Iterable[str], measure: _Measure, model: str, **own: Any
     ) -> list[Result]:
         """Results from a file; those it lacks are measured and added. ``own`` are common fields."""
         if place()[0]:
@@ -291,11 +290,6 @@ class Evaluation(Measurements):
     def bar(self) -> Any:
         """Progress of `of_run`, in sampled images."""
         return progress_bar(None, shown=self.progress, desc="evaluation", unit="image")
-
-    @cached_property
-    def first_images(self) -> dict[tuple[str, str], Tensor]:
-        """First batch of images of digests and recipes that were measured."""
-        return {}
 
     @property
     def _kind(self) -> str:

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-import pickle
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -30,11 +29,6 @@ INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 _PREFIX = "6726825d"
 _URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
 _EXTRACTOR = "inception-v3-compat"  # torch-fidelity's name of the network
-# Errors of `torch.load` for files that are damaged or of another format.
-_UNREADABLE = (
-    *(pickle.UnpicklingError, RuntimeError, EOFError, OSError),
-    *(ValueError, TypeError, LookupError, AttributeError),
-)
 InceptionMetric = Literal["fid", "kid", "isc", "prc"]
 """Fréchet and kernel distance, inception score, precision and recall, by torch-fidelity's names."""
 
@@ -59,9 +53,21 @@ class InceptionFeatures:
         with weights.open("rb") as file:
             self.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         other = f"{weights} (SHA-256 {self.sha256[:8]}…) is not {INCEPTION_FILE}"
+        try:
+            state: Any = torch.load(weights, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch documents none, and raises many
+            msg = f"{other}: it is damaged, or holds other things than tensors, which are not "
+            raise ValueError(f"{msg}loaded; get it from {_URL}") from error
+        if not isinstance(state, dict) or not all(
+            isinstance(key, str) and isinstance(x, Tensor) for key, x in state.items()
+        ):
+            msg = f"{other}: it must hold a dictionary of tensors; got {type(state).__name__}"
+            raise ValueError(msg)
+        if not all(bool(x.isfinite().all()) for x in state.values()):
+            raise ValueError(f"{other}: it holds NaN or infinity")
         # torch-fidelity would run code of the file, so that it gets a copy that holds none.
         copy = io.BytesIO()
-        torch.save(_state(weights, other), copy)
+        torch.save(state, copy)
         copy.seek(0)
         try:
             layers, path = ["2048", "logits_unbiased"], {"feature_extractor_weights_path": copy}
@@ -78,23 +84,6 @@ class InceptionFeatures:
     def __call__(self, images: Tensor) -> Tensor:
         """Features and logits of uint8 images, ``(B, 3056)``."""
         return torch.cat(self._network(images.to(self._device).expand(-1, 3, -1, -1)), 1)
-
-
-def _state(weights: Path, other: str) -> dict[str, Tensor]:
-    """Finite tensors of a file by their names, or a ValueError that begins with ``other``."""
-    try:
-        state: Any = torch.load(weights, map_location="cpu", weights_only=True)
-    except _UNREADABLE as error:
-        msg = f"{other}: it is damaged, or holds other things than tensors, which are not loaded; "
-        raise ValueError(f"{msg}get it from {_URL}") from error
-    if not isinstance(state, dict) or not all(
-        isinstance(key, str) and isinstance(x, Tensor) for key, x in state.items()
-    ):
-        msg = f"{other}: it must hold a dictionary of tensors; got {type(state).__name__}"
-        raise ValueError(msg)
-    if not all(bool(x.isfinite().all()) for x in state.values()):
-        raise ValueError(f"{other}: it holds NaN or infinity")
-    return state
 
 
 @checked
@@ -163,8 +152,8 @@ def inception_metrics(
     own = feature_sums(network, images.shape, metrics).of(batches(images))
     known = reference.shape, distances.images_sha256(reference), network
     other = reference_statistics(batches(reference), *known, metrics, cache)
-    options = {"seed": seed, "kid_subsets": kid_subsets, "kid_subset_size": kid_subset_size}
-    return report(own, other, network, metrics, **options)
+    kid = {"kid_subsets": kid_subsets, "kid_subset_size": kid_subset_size}
+    return report(own, other, network, metrics, kid, seed)
 
 
 def feature_sums(
@@ -208,15 +197,12 @@ def report(
     other: distances.FeatureStatistics,
     network: InceptionFeatures,
     metrics: Iterable[str],
-    *,
+    kid: Mapping[str, int],
     seed: int = 0,
-    kid_subsets: int = 100,
-    kid_subset_size: int = 1000,
 ) -> dict[str, Any]:
     """Metrics of images compared with others; see `inception_metrics`."""
     from torch_fidelity import metric_isc, metric_kid, metric_prc
 
-    kid = {"kid_subsets": kid_subsets, "kid_subset_size": kid_subset_size}
     features: Any = [x.rows[:, :_FEATURES] for x in (own, other) if x.rows is not None]
     found: dict[str, tuple[float, float | None, str | None]] = {}
     if "fid" in metrics:
@@ -224,8 +210,8 @@ def report(
     if "kid" in metrics:
         options = {"rng_seed": seed, "verbose": False, **kid}
         mean, spread = metric_kid.kid_features_to_metric(*features, **options).values()
-        kind = f"standard deviation over {kid_subsets} subsets of {kid_subset_size}"
-        found["kid"] = mean, spread, kind
+        kind = "standard deviation over {kid_subsets} subsets of {kid_subset_size}"
+        found["kid"] = mean, spread, kind.format_map(kid)
     if "isc" in metrics:
         assert own.rows is not None
         logits = own.rows[:, _FEATURES:]

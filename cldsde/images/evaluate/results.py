@@ -144,8 +144,7 @@ def markdown_table(results: Collection[Result]) -> str:
             ends = " from t = {t_start:.4g} to {t_end:.4g}".format_map(chosen) if chosen else ""
             short = known.get(row[0].solver) or row[0].solver.partition("(")[0]
             remarks[f"{RECOMMENDED}, {recipe['nfe']} evaluations: {short}{ends}."] = None
-        end = recipe.get("t_end")
-        end = None if end is None else f"{end:.4g}"
+        end = "" if recipe.get("t_end") is None else f"{recipe['t_end']:.4g}"
         times = ", ".join(filter(None, (recipe.get("grid"), end)))
         if recipe["solver"] == "fitted":
             times = "κ " + ", ".join(f"{x:.2f}" for x in recipe["options"]["log_snr"])

@@ -25,7 +25,7 @@ from cldsde.images.model import (
     make_model,
 )
 from cldsde.images.networks import CLOCK_SCALE
-from cldsde.images.sample.sampler import changed_recipe, chosen_for, make_plan
+from cldsde.images.sample.sampler import changed_recipe, make_plan
 from cldsde.images.schema import plain
 from cldsde.images.tensor_files import tensors_digest
 from cldsde.linear.blocks import apply_blocks
@@ -63,10 +63,11 @@ class RunScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
         """Choose the grid of the run for a number of score evaluations; pipelines call it."""
         sampling = changed_recipe(self.run.sampling, nfe=num_inference_steps)
-        made, denoise = make_plan(self._score, sampling, shape=self.space.shape)
+        made, recipe = make_plan(self._score, sampling, shape=self.space.shape)
         self._plan = made
-        self._solver = check_steppable(made.solver)
-        self._times = made.times if denoise else made.times[:-1]
+        with setting("solver"):
+            self._solver = check_steppable(made.solver)
+        self._times = made.times if recipe.denoise else made.times[:-1]
         self._known = KnownTimes(made.times[:-1])
         zero = torch.zeros(1, made.process.sde.components, *self.space.shape, device="cpu")
         clocks = [self._inputs(zero, i)[1] for i in range(len(self._times))]
@@ -161,17 +162,12 @@ def check_export(run: TrainedModel, folder: Path) -> RunScheduler:
     statistics = (x.tolist() for x in (score.data_mean, score.data_variance))
     values = plain(dataclasses.astuple(space))
     scheduler: RunScheduler = RunScheduler(config.to_dict(), values, *statistics, run.images_seen)
-    with setting("solver"):
-        check_steppable(chosen_for(run.score, run.sampling)[0])
     scheduler.set_timesteps(run.sampling.nfe)
     return scheduler
 
 
 def export(run: TrainedModel, folder: Path) -> None:
-    """Write a run as a pipeline that ``DDPMPipeline.from_pretrained`` loads.
-
-    The folder is whole or does not exist. Raises the errors of `check_export`.
-    """
+    """Write a run as a pipeline, whole or not at all; raise the errors of `check_export`."""
     network = cast(MixedScore, run.score).network.get_submodule("network")
     pipeline, folder = DDPMPipeline(network, check_export(run, folder)), folder.absolute()
     with (

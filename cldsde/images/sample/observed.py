@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import math
 import os
@@ -17,7 +16,6 @@ from scipy.linalg import helmert
 from torch import Tensor
 
 from cldsde.errors import SettingError, require, setting
-from cldsde.images.config import SamplingConfig
 from cldsde.images.data import to_unit
 from cldsde.images.data.pictures import fitted, pixels_of_picture, read_picture
 from cldsde.images.model import ImageSpace
@@ -25,10 +23,9 @@ from cldsde.images.schema import check_name
 from cldsde.images.streams import stream
 from cldsde.linear import LinearSDE
 from cldsde.linear.checks import check_positive
-from cldsde.score import Observation, PosteriorScore, ReverseProcess, Score
+from cldsde.score import Observation, PosteriorScore, Score
 from cldsde.solvers import ExponentialMultistep, Imputation, Plan, sample_posterior
 from cldsde.solvers.authoring import Solver
-from cldsde.solvers.recommended import window
 
 ObservedMethod = Literal["moments", "pigdm", "dps", "twisted", "replacement"]
 _OPERATORS = re.compile(r"mask|grey|downsample:\d+|blur:\d*\.?\d+(e-?\d+)?")
@@ -165,19 +162,19 @@ class Conditioning:
             return solver
         require(not solver.facts.adaptive, "solver", "must have a grid of times for 'replacement'")
         mask, basis = self.observed.mask, None
-        if mask is None:  # grey
-            mask, basis = torch.eye(3, 1, dtype=torch.bool, device="cpu")[..., None], grey_basis()
+        if mask is None:  # grey, the first vector of the basis
+            mask = torch.eye(3, 1, dtype=torch.bool, device="cpu")[..., None]
+            basis = torch.from_numpy(helmert(3, full=True))
         return Imputation(solver, self.known, mask.to(self.known.device), basis=basis)
 
-    def recipe(self, sampling: SamplingConfig, process: ReverseProcess) -> SamplingConfig:
-        """The recipe with an end that is early enough: later noise would blur the posterior."""
+    def end(self, sde: LinearSDE, end: float) -> float:
+        """An end of sampling that is early enough: later noise would blur the posterior."""
         if self.observed.method == "replacement":
-            return sampling
-        latest = self.observation.end_time(process.sde, self.observation.shape or ())
-        _, end = window(process, sampling.t_start, sampling.t_end)
+            return end
+        latest = self.observation.end_time(sde, self.observation.shape or ())
         msg = f"is so small that sampling would end before 1e-8, at t = {latest:g}; got "
         require(latest >= 1e-8, "noise_std", f"{msg}{self.observed.noise_std:g}")
-        return dataclasses.replace(sampling, t_end=min(end, latest))
+        return min(end, latest)
 
     def check_steps(self, plan: Plan) -> None:
         """Raise a SettingError if the steps are too long for DPS, which then diverges.
@@ -198,10 +195,7 @@ class Conditioning:
     def sample(
         self, plan: Plan, seeds: Sequence[int], *, denoise: bool, chunk: int
     ) -> tuple[Tensor, Tensor]:
-        """Data ``(N, C, H, W)`` by `sample_posterior`, and their score evaluations ``(N,)``.
-
-        Each seed is a run of its own, of which one particle is chosen by its weight.
-        """
+        """Data ``(N, C, H, W)`` and their score evaluations ``(N,)``, a posterior run per seed."""
         count = self.particles
         how: Any = {"method": "pigdm", "denoise": denoise, "chunk": chunk, "particles": count}
         given = (plan.process, self.observation, plan.times)
@@ -212,11 +206,6 @@ class Conditioning:
         data = found.samples.reshape(-1, count, *found.samples.shape[1:])
         evaluations = torch.full((len(seeds),), count * found.nfev, device="cpu")
         return data[torch.arange(len(seeds), device="cpu"), torch.cat(numbers)], evaluations
-
-
-def grey_basis() -> Tensor:
-    """Orthonormal basis ``(3, 3)`` of the channels, float64, one vector per row, grey first."""
-    return torch.from_numpy(helmert(3, full=True))
 
 
 def _observation(

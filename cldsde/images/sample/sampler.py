@@ -30,7 +30,6 @@ from cldsde.score import ConditionalScore, GuidedScore, ReverseProcess, Score, S
 from cldsde.score.protocol import as_score
 from cldsde.solvers import Imputation, Plan, SampleNoise, SamplerSettings, find_solver, grids, plan
 from cldsde.solvers.authoring import Solver
-from cldsde.solvers.planning import Denoise
 from cldsde.solvers.recommended import Recipe, fit_grid, recommended_plan, window
 
 _ELSEWHERE = {"ddim": "multistep-1", "dpm-solver++": "multistep-2", "dpmpp_2m": "multistep-2"}
@@ -56,10 +55,7 @@ def _settings(sampling: SamplingConfig) -> SamplerSettings:
 
 
 def make_solver(sampling: SamplingConfig) -> Solver | None:
-    """The solver of a configuration; None if it is the recommended one.
-
-    Raises a SettingError for an unknown name or option.
-    """
+    """The solver of a configuration; None if it is the recommended one."""
     if sampling.solver == RECOMMENDED:
         msg = "needs a solver by name; 'recommended' chooses grid and options itself"
         require(sampling.grid is None, "grid", msg)
@@ -82,41 +78,19 @@ def chosen_for(
     score: Score, sampling: SamplingConfig, shape: Sequence[int] = (1,)
 ) -> tuple[Solver, dict[str, Any]]:
     """The solver that samples a score, and the grid and ends that the settings leave open."""
-    solver, ends = make_solver(sampling), (sampling.t_start, sampling.t_end)
-    if solver is not None and (sampling.solver == FITTED or None not in ends):
-        return solver, {}
-    process = ReverseProcess(check_process(score.sde), score)
-    if solver is not None:
-        with setting("t_end"):
-            start, end = window(process, *ends, shape, sampling.nfe)
-        return solver, {"t_start": start, "t_end": end}
-    recipe, made = _recommended(process, sampling, shape)
+    made, recipe = make_plan(score, sampling, shape=shape)
+    recommended, ends = sampling.solver == RECOMMENDED, (sampling.t_start, sampling.t_end)
+    if not recommended and (sampling.solver == FITTED or None not in ends):
+        return made.solver, {}
     start, *_, end = made.times.tolist()
-    grid = recipe.grid.__name__.removesuffix("_times")
-    return made.solver, {"grid": grid, "t_start": start, "t_end": end}
-
-
-def _recommended(
-    process: ReverseProcess, sampling: SamplingConfig, shape: Sequence[int]
-) -> tuple[Recipe, Plan]:
-    nfe, start, end = sampling.nfe, sampling.t_start, sampling.t_end
-    how: dict[str, Any] = {"shape": shape, "start": start, "end": end, "nfe": nfe}
-    try:
-        return recommended_plan(process, **how)
-    except ValueError as error:
-        with setting("t_end"):
-            window(process, **how)  # raises if the ends are the reason
-        raise SettingError("nfe", str(error)) from error
+    grid = {"grid": recipe.grid.__name__.removesuffix("_times")} if recommended else {}
+    return made.solver, {**grid, "t_start": start, "t_end": end}
 
 
 def changed_recipe(
     recipe: SamplingConfig, options: Mapping[str, Any] | None = None, **changes: Any
 ) -> SamplingConfig:
-    """Change fields of a recipe, and options of its solver; another solver has its own defaults.
-
-    Raises a SettingError for a value that is not allowed, for a budget or grid of an adaptive
-    solver, and for a solver outside of cldsde that the caller does not name.
-    """
+    """Change fields of a recipe, and options of its solver; another solver has its own defaults."""
     msg = f"the run's own, {recipe.solver}, is code outside of cldsde; name it here to run it, "
     named = "solver" in changes or ":" not in recipe.solver
     require(named, "solver", f"{msg}or take another")
@@ -138,8 +112,8 @@ def make_plan(
     sde: LinearSDE | None = None,
     observed: Conditioning | None = None,
     shape: Sequence[int] = (1,),
-) -> tuple[Plan, Denoise]:
-    """The plan of a solver for data of a shape, and how its solves end.
+) -> tuple[Plan, Recipe]:
+    """The plan of a solver for data of a shape, and the recipe that it was made by.
 
     The grid is the longest that takes at most ``nfe`` score evaluations: the last denoising counts,
     and guidance doubles them. Adaptive solvers get the two ends. With an observed picture,
@@ -152,28 +126,33 @@ def make_plan(
     if observed is not None and sampling.solver == RECOMMENDED:
         sampling = dataclasses.replace(sampling, solver="multistep-2-sde")
     solver = make_solver(sampling)
+    how: dict[str, Any] = {"nfe": sampling.nfe, "shape": shape}
+    how |= {"start": sampling.t_start, "end": sampling.t_end}
     try:
         if solver is None:
-            chosen, made = _recommended(process, sampling, shape)
-            return made, chosen.denoise
+            with setting("t_end"):
+                window(process, **how)  # raises if the ends are the reason
+            with setting("nfe"):
+                return recommended_plan(process, **how)[::-1]
         if observed is not None:
             fits = sampling.solver != FITTED
             require(fits, "settings", "were fitted without an observed picture; name a solver")
-            sampling, solver = observed.recipe(sampling, process), observed.solver(solver)
+            solver = observed.solver(solver)
+        grid = getattr(grids, f"{sampling.grid}_times")
         if sampling.solver == FITTED:
             with setting("settings"):
-                times = _settings(sampling).times(process.sde)
+                times = _settings(sampling).times(sde)
         else:
-            nfe, grid = sampling.nfe, getattr(grids, f"{sampling.grid}_times")
             with setting("t_end"):
-                ends = window(process, sampling.t_start, sampling.t_end, shape=shape, nfe=nfe)
+                start, end = window(process, **how)
+            end = end if observed is None else observed.end(sde, end)
             with setting("nfe"):
-                how: Any = {"grid": grid, "denoise": sampling.denoise}
-                times = fit_grid(process, solver, *ends, nfe, **how)
+                options: Any = {"grid": grid, "denoise": sampling.denoise}
+                times = fit_grid(process, solver, start, end, sampling.nfe, **options)
         made = plan(process, solver, times)
         if observed is not None:
             observed.check_steps(made)
-        return made, sampling.denoise
+        return made, Recipe(solver, sampling.denoise, grid=grid)
     except SettingError:
         raise
     except ValueError as error:
@@ -247,7 +226,7 @@ class ImageSampler:
         return None if self.observed is None else self.observed.of(self.space, self.score.device)
 
     @cached_property
-    def _planned(self) -> tuple[Plan, Denoise]:
+    def _planned(self) -> tuple[Plan, Recipe]:
         # Guidance counts, so that the plan is made for a guided score.
         planned = self.score if self.guidance == 1 else self._given(0)
         return make_plan(planned, self.sampling, None, self._conditioning, self._data_shape)
@@ -301,7 +280,7 @@ class ImageSampler:
 
         ``start`` may have been made ahead by the method `start`, for one call.
         """
-        (plan, denoise), observed = self._planned, self._conditioning
+        (plan, recipe), observed = self._planned, self._conditioning
         space, vae = self.space, self.vae
         noise, state = self.start(seeds) if start is None else start
         if label is not None:
@@ -317,7 +296,7 @@ class ImageSampler:
                     plan, seeds, denoise=self.sampling.denoise, chunk=self.batch
                 )
             else:
-                found = plan.solve(state, noise=noise, denoise=denoise, warn=False)
+                found = plan.solve(state, noise=noise, denoise=recipe.denoise, warn=False)
                 if not found.success:
                     raise FloatingPointError(f"{self.sampling.solver} failed: {found.message}")
                 data, evaluations = found.data, found.stats["nfev"]

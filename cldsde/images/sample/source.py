@@ -202,27 +202,22 @@ class PipelineSampler:
             rows.append(len(noisy))
 
         network, _ = network_and_scheduler(self.pipeline)
-        hook = network.register_forward_pre_hook(count, with_kwargs=True)
-        try:
+        with network.register_forward_pre_hook(count, with_kwargs=True):
             made = self.pipeline(
                 **given,
                 num_inference_steps=self.nfe,
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds],
                 output_type="np",
             ).images
-        finally:
-            hook.remove()
         images = torch.as_tensor(made, device="cpu").movedim(-1, 1)
         evaluations = torch.full((len(seeds),), sum(rows) // len(seeds), device="cpu")
         return Samples((images.clamp(0, 1) * 255).round().to(torch.uint8), evaluations)
 
     def digest(self) -> str:
         """SHA-256 of all weights."""
-        weights: dict[str, Tensor] = {}
-        for name, part in self.pipeline.components.items():
-            states = part.state_dict() if isinstance(part, nn.Module) else {}
-            weights |= {f"{name}.{key}": x.cpu() for key, x in states.items()}
-        return tensors_digest(weights)
+        parts = self.pipeline.components.items()
+        networks = nn.ModuleDict({name: x for name, x in parts if isinstance(x, nn.Module)})
+        return tensors_digest({name: x.cpu() for name, x in networks.state_dict().items()})
 
     def recipe(self) -> dict[str, object]:
         """Everything that the images depend on besides weights and seeds, in JSON types."""

@@ -13,7 +13,7 @@ from cldsde.images.config import SamplingConfig
 from cldsde.images.data import to_unit
 from cldsde.images.model import ImageSpace
 from cldsde.images.sample import ImageSampler, ObservedImage
-from cldsde.images.sample.observed import grey_basis
+from cldsde.solvers import SSCS
 from image_data import PixelScore, random_bytes, save
 from tolerances import rounding, standard_error
 
@@ -166,7 +166,8 @@ def test_pictures_are_read_from_files(tmp_path):
 
 
 def test_the_grey_basis_is_orthonormal_and_begins_with_grey():
-    basis, one = grey_basis(), torch.eye(3).double()
+    grey = observed("grey", method="replacement").of(SPACE, "cpu")
+    basis, one = grey.solver(SSCS()).basis, torch.eye(3).double()
     torch.testing.assert_close(basis @ basis.mT, one, rtol=0, atol=rounding(4))
     torch.testing.assert_close(basis[0], one.sum(0) / 3**0.5, rtol=0, atol=rounding(4))
 

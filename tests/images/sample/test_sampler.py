@@ -455,10 +455,10 @@ def test_other_fields_and_options_are_kept_but_another_solver_has_its_own_defaul
 def test_the_recommended_recipe_is_that_of_sample(sde, nfe):
     score = PixelScore(sde)
     sampler = ImageSampler(score, SPACE, SamplingConfig(nfe=nfe))
-    found, denoise = sampler._planned
+    found, made = sampler._planned
     process = ReverseProcess(sde, score)
     recipe, expected = recommended_plan(process, nfe=nfe, shape=SPACE.shape)
-    assert (found.solver, denoise) == (expected.solver, recipe.denoise)
+    assert (found.solver, made.denoise) == (expected.solver, recipe.denoise)
     assert torch.equal(found.times, expected.times)
     early = ImageSampler(score, SPACE, SamplingConfig(nfe=nfe, t_end=0.1))
     assert abs(early.t_end - 0.1) <= rounding(scale=0.1)
