@@ -13,8 +13,9 @@ from cldsde.linear.covariance import covariance_root, joint_root, triangular_inv
 from cldsde.linear.dynamics import Dynamics
 from cldsde.linear.flow import flow_rotations
 from cldsde.linear.kernel import Kernel, check_density
-from cldsde.linear.posterior import Posterior, bayes, reverse_family
+from cldsde.linear.posterior import Posterior, bayes
 from cldsde.linear.reprs import shown
+from cldsde.linear.reverse_family import reverse_family
 
 
 class Distributions:
