@@ -18,11 +18,10 @@ from cldsde.files import write_whole
 from cldsde.solvers.authoring import Solver
 from cldsde.solvers.named import canonical_name
 
-from .checks import NOT_APPLICABLE, Check, facts_fault
+from .checks import NOT_APPLICABLE, Check, declares_order, facts_fault
 from .order_estimate import OrderEstimate, Verdict
 from .plain import plain, text_table, write_json
 from .plots import drawable_levels, order_curves
-from .suite import declares_order
 from .work_precision import WorkPrecision
 
 TABLE = "report.txt"
