@@ -53,14 +53,6 @@ def moment_error(
     ------
     ValueError
         If the solver does not apply, or its steps are not affine.
-
-    Examples
-    --------
-    >>> from cldsde import solvers, validation
-    >>> problem = validation.problems()["CLD"]
-    >>> times = solvers.quadratic_times(1.0, problem.end, 100)
-    >>> validation.moment_error(solvers.SSCS(), problem, times) < 5e-3
-    True
     """
     if reference is None:
         reference = GaussianReference(problem, times[[0, -1]])

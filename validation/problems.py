@@ -136,11 +136,6 @@ def problems() -> dict[str, Problem]:
     dimensions. Two problems end near the data, where the score is stiff. In "CLD, rotation"
     covariances are stationary and the probability flow makes six turns at an increasing rate.
     Errors of any order are then well above rounding at steps that resolve it.
-
-    Examples
-    --------
-    >>> problems()["CLD, ring"].dimension
-    2
     """
     gaussian = GaussianMixture([1.0], [[0.3]], [[[0.25]]])
     stationary = GaussianMixture([1.0], [[0.3]], [[[1.0]]])

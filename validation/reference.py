@@ -77,15 +77,7 @@ def reference_kernel(sde: LinearSDE, s: float, t: float) -> tuple[Tensor, Tensor
 
     .. math:: \dotΨ = FΨ, \qquad \dot Q = FQ + QF^⊤ + GG^⊤
 
-    Parameters
-    ----------
-    sde, s, t
-        The process, and times s < t.
-
-    Returns
-    -------
-    psi, covariance : tuple of Tensor
-        ``(k, k)`` float64.
+    Ψ and Q are ``(k, k)`` float64. The times are numbers s < t.
 
     Examples
     --------
@@ -118,15 +110,6 @@ class GaussianReference:
     ------
     ValueError
         If the data are not Gaussian of one dimension.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from cldsde.validation import problems
-    >>> times = torch.tensor([0.05, 1.0], dtype=torch.float64)
-    >>> mean, covariance = GaussianReference(problems()["VP"], times).moments(1.0)
-    >>> mean.shape, covariance.shape
-    (torch.Size([1, 1]), torch.Size([1, 1]))
     """
 
     def __init__(self, problem: Problem, times: Tensor) -> None:

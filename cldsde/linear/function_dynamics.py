@@ -26,11 +26,10 @@ _DEGREES = 14
 class FunctionDynamics(Dynamics):
     r"""Dynamics with F(t) and G(t) given by functions of time, which need not commute.
 
-    [0, 1] is divided into panels with ‖F‖h ≤ 2 on which F and G are polynomials to rounding.
-    Panels are shorter if the functions vary quickly, and enclose jumps. On a panel, or on a part of
-    it, Ψ(end, τ) G(τ) is a Taylor series. Its terms have full relative accuracy however short the
-    part is. Gaussian elimination of common leading terms then keeps the digits of each row of the
-    noise root, as in `TimeChangedDynamics`. Panels in between are composed in a binary tree.
+    On a panel of `partition`, or on a part of it, Ψ(end, τ) G(τ) is a Taylor series. Its terms have
+    full relative accuracy however short the part is. Gaussian elimination of common leading terms
+    then keeps the digits of each row of the noise root, as in `TimeChangedDynamics`. Panels in
+    between are composed in a binary tree.
 
     Structure shorter than 1/256 may be missed. Near a jump or a square root of t, panels are much
     shorter than 1/‖F‖. Composing them loses digits of the smallest rows. See

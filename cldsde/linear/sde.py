@@ -62,8 +62,6 @@ class LinearSDE(Distributions):
 
     Examples
     --------
-    A named process:
-
     >>> from cldsde.linear import TimeChangedDynamics
     >>> class Overdamped(LinearSDE):
     ...     def __init__(self, stiffness: float) -> None:
@@ -72,16 +70,7 @@ class LinearSDE(Distributions):
     >>> Overdamped(2.0).prior.covariance
     tensor([[0.5000]], dtype=torch.float64)
 
-    An unnamed process with two auxiliary components:
-
-    >>> sde = LinearSDE.from_matrices(
-    ...     A=[[0, 1, 0], [-1, 0, 2], [0, -2, -3]],
-    ...     Q_root=[[0], [0], [6**0.5]],
-    ...     schedule=4.0,
-    ...     initial_covariance=[[0, 0, 0], [0, 0.1, 0], [0, 0, 0.1]],
-    ... )
-    >>> sde.components, sde.driven
-    (3, (2,))
+    :doc:`/how-to/declare-a-process` has more.
     """
 
     T: ClassVar[float] = 1.0
@@ -132,12 +121,7 @@ class LinearSDE(Distributions):
     ) -> LinearSDE:
         """Create a process from constant matrices: F(t) = β(t) A, G(t) = √β(t) Q_root.
 
-        Parameters
-        ----------
-        A, Q_root, schedule
-            See `TimeChangedDynamics`.
-        initial_covariance, stationary_covariance, prior_covariance
-            See `LinearSDE`.
+        See `TimeChangedDynamics` for A, Q_root and schedule, and `LinearSDE` for the covariances.
         """
         return LinearSDE(
             TimeChangedDynamics(A, Q_root, schedule),
@@ -160,11 +144,9 @@ class LinearSDE(Distributions):
 
         Parameters
         ----------
-        drift
-            Function of a time (0-dimensional float64 tensor) that returns F, ``(k, k)``. It may
-            jump, and must be smooth in t between jumps.
-        diffusion
-            Function of a time that returns G, ``(k, r)``; it may jump, too.
+        drift, diffusion
+            Functions of a time (0-dimensional float64 tensor) that return F, ``(k, k)``, and G,
+            ``(k, r)``. They may jump, and must be smooth in t between jumps.
         initial_covariance, stationary_covariance, prior_covariance
             See `LinearSDE`.
 
@@ -296,8 +278,6 @@ class LinearSDE(Distributions):
             ``"data"``: ξ is the noise given x_0 alone (hybrid score matching). ``"all"``: z_0 is
             drawn first, and ξ is the noise given z_0 (denoising score matching). ValueError for
             another name.
-        generator
-            Random generator.
         """
         check_generator(generator)
         if conditioning == "data":
