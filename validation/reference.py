@@ -22,37 +22,24 @@ from .problems import Problem
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
 _TOLERANCE = 1e-13
-_MANY = 64
 
 
-def _integrate(
-    slope: Callable[[float, Array], Array], ends: tuple[float, float], start: Array, at: Array
+def dop853(
+    slope: Callable[[float, Array], Array], s: float, t: float, start: Array, *, atol: float
 ) -> Array:
-    """Solution at increasing times ``at`` within the ends, ``(len(at), *start.shape)``."""
+    """Solution at t of a differential equation from s, by scipy's method of order 8."""
     from scipy.integrate import solve_ivp  # imported here because it is slow to import
 
-    def run(s: float, t: float, state: Array, stops: Array | None = None) -> Array:
-        found = solve_ivp(
-            lambda time, y: slope(time, y.reshape(start.shape)).flatten(),
-            (s, t),
-            state,
-            t_eval=stops,
-            method="DOP853",
-            rtol=_TOLERANCE,
-            atol=_TOLERANCE * 1e-3,
-        )
-        solution: Array = found.y
-        return solution
-
-    if len(at) > _MANY:
-        return run(*ends, start.flatten(), at).T.reshape(-1, *start.shape)
-    # Solve up to each time, because interpolation between steps would lose two or three digits.
-    pieces, state, now = [], start.flatten(), ends[0]
-    for stop in at:
-        if stop > now:
-            state, now = run(now, stop, state)[:, -1], stop
-        pieces.append(state.reshape(start.shape))
-    return np.stack(pieces)
+    found = solve_ivp(
+        lambda time, y: slope(time, y.reshape(start.shape)).flatten(),
+        (s, t),
+        start.flatten(),
+        method="DOP853",
+        rtol=_TOLERANCE,
+        atol=atol,
+    )
+    end: Array = found.y[:, -1].reshape(start.shape).copy()
+    return end
 
 
 def _moments(
@@ -68,8 +55,13 @@ def _moments(
         drift = F + noise @ np.linalg.inv(y[:, :k]) / 2 if flow else F
         return np.concatenate([moved + moved.T + noise, drift @ y[:, k:]], axis=1)
 
-    found = _integrate(slope, (s, at[-1]), np.concatenate(start, axis=1), at)
-    return found[:, :, :k], found[:, :, k:]
+    found, now = [np.concatenate(start, axis=1)], s
+    # Solve up to each time, because interpolation between steps would lose two or three digits.
+    for stop in at:
+        found.append(dop853(slope, now, stop, found[-1], atol=_TOLERANCE * 1e-3))
+        now = stop
+    moments = np.stack(found[1:])
+    return moments[:, :, :k], moments[:, :, k:]
 
 
 def reference_kernel(sde: LinearSDE, s: float, t: float) -> tuple[Tensor, Tensor]:
