@@ -79,8 +79,7 @@ class PosteriorError:
 
     def to_dict(self) -> dict[str, Any]:
         """In JSON types."""
-        verdict = None if self.verdict is None else str(self.verdict)
-        return {**plain(self), "verdict": verdict}
+        return {**plain(self), "verdict": plain(self.verdict)}
 
 
 def posterior_error(

@@ -1,9 +1,8 @@
 """Dynamics of a linear SDE: drift and diffusion matrices and the transitions that follow from them.
 
 A process (`cldsde.linear.sde.LinearSDE`) holds one of these. A transition is returned as the pair
-(Ψ, L) with Q = L Lᵀ, and L is computed directly. A covariance is never formed, subtracted or
-factorised, so no digits cancel. This matters for t − s → 0, because the entries of Q scale with
-different powers of t − s, and for nearly degenerate distributions.
+(Ψ, L) with Q = L Lᵀ. L is computed without a covariance, so no digits cancel
+(:doc:`/explanation/linear-sdes`), also for t − s → 0 and for nearly degenerate distributions.
 """
 
 from __future__ import annotations

@@ -241,7 +241,7 @@ class PSLD(LinearSDE):
         super().__init__(
             TimeChangedDynamics(
                 [[-gamma / 2, 0.5 / mass], [-0.5, -nu / 2]],
-                [[_root(gamma), 0], [0, _root(mass * nu)]],
+                [[safe_sqrt(as_float64(gamma)), 0], [0, safe_sqrt(as_float64(mass * nu))]],
                 beta,
             ),
             initial_covariance=_diagonal(0, self.velocity_scale * mass),
@@ -311,10 +311,6 @@ def _rates(
     low = parameter_at_least(beta_min, 0.0, "beta_min")
     high = positive_parameter(beta_max, "beta_max")
     return low, high, None, Schedule.linear(beta_min, beta_max)
-
-
-def _root(x: Parameter) -> Parameter:
-    return safe_sqrt(x) if isinstance(x, Tensor) else sqrt(x)
 
 
 def _diagonal(*entries: Parameter) -> Tensor:
