@@ -15,7 +15,7 @@ from cldsde.linear.distributions import Distributions, frozen_parameters
 from cldsde.linear.dynamics import Dynamics, TimeChangedDynamics
 from cldsde.linear.function_dynamics import FunctionDynamics
 from cldsde.linear.kernel import Gaussian
-from cldsde.linear.random import Generators, check_generator, standard_normal
+from cldsde.linear.random import Generators, standard_normal
 from cldsde.linear.reprs import constructor_repr, shown
 from cldsde.linear.schedule import Schedule
 from cldsde.linear.signal_noise import OfTime, SignalNoiseDynamics
@@ -251,7 +251,6 @@ class LinearSDE(Distributions):
         generator
             Random generator, or several for equal shares of the batch.
         """
-        check_generator(generator)
         state = self.embed(x)
         noise = standard_normal(state.shape, generator=generator, dtype=x.dtype, device=x.device)
         return state + apply_blocks(self.initial_root, noise)
@@ -279,7 +278,6 @@ class LinearSDE(Distributions):
             drawn first, and ξ is the noise given z_0 (denoising score matching). ValueError for
             another name.
         """
-        check_generator(generator)
         if conditioning == "data":
             return self.marginal(t).perturb(self.embed(x0), generator=generator)
         if conditioning == "all":
