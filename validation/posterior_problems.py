@@ -21,13 +21,7 @@ _END_LEVEL = 0.1
 
 @dataclass(frozen=True, eq=False)
 class PosteriorProblem:
-    """Data whose distribution is a mixture of Gaussians, and a linear observation of them.
-
-    Examples
-    --------
-    >>> posterior_problems(noise_std=0.1)["two modes"].posterior
-    GaussianMixture(modes=2, dimension=2)
-    """
+    """Data whose distribution is a mixture of Gaussians, and a linear observation of them."""
 
     name: str  #: Name in reports.
     data: GaussianMixture

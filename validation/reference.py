@@ -69,14 +69,8 @@ def reference_kernel(sde: LinearSDE, s: float, t: float) -> tuple[Tensor, Tensor
 
     .. math:: \dotΨ = FΨ, \qquad \dot Q = FQ + QF^⊤ + GG^⊤
 
-    Ψ and Q are ``(k, k)`` float64. The times are numbers s < t.
-
-    Examples
-    --------
-    >>> from cldsde import CLD
-    >>> psi, Q = reference_kernel(CLD(), 0.2, 0.7)
-    >>> float((CLD().transition(0.2, 0.7).covariance - Q).abs().max()) < 1e-11
-    True
+    Ψ and Q are ``(k, k)`` float64. The times are numbers s < t. :doc:`/how-to/declare-a-process`
+    compares a kernel with them.
     """
     k = sde.components
     covariance, psi = _moments(sde, (np.zeros((k, k)), np.eye(k)), s, np.array([t]))

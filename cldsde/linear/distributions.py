@@ -137,12 +137,6 @@ class Distributions:
         ----------
         t
             Times in (0, 1]; ValueError if the distribution at a time has no density.
-
-        Examples
-        --------
-        >>> from cldsde import RectifiedFlow
-        >>> RectifiedFlow().log_snr(0.5).item()  # α = σ = 1/2
-        0.0
         """
         times = as_times(t, "t")
         kernel = self._marginal(times, self.initial_root)
