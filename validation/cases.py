@@ -13,7 +13,8 @@ from cldsde.linear.schedule import gauss_legendre
 from cldsde.solvers.authoring import PathNoise
 
 from .problems import Problem
-from .reference import Array, GaussianReference, dop853
+from .reference import GaussianReference, dop853
+from .regression import Array
 
 _NODES = 6  # quadrature nodes per cell
 

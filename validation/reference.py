@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,8 +17,7 @@ from torch import Tensor
 from cldsde.linear import LinearSDE
 
 from .problems import Problem
-
-Array = np.ndarray[Any, np.dtype[np.float64]]
+from .regression import Array
 
 _TOLERANCE = 1e-13
 
