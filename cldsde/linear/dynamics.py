@@ -26,13 +26,7 @@ from cldsde.linear.checks import MatrixLike, Parameter, as_matrix
 from cldsde.linear.covariance import joint_root
 from cldsde.linear.reprs import constructor_repr
 from cldsde.linear.schedule import Schedule
-from cldsde.linear.series import (
-    balancing_scale,
-    eliminate,
-    legendre_moments,
-    polynomials,
-    powers,
-)
+from cldsde.linear.series import balancing_scale, eliminate, legendre_moments, polynomials
 
 
 class Dynamics(ABC):
@@ -263,9 +257,8 @@ class TimeChangedDynamics(Dynamics):
         """Noise root with eliminated leading terms, joined with Ψ ``start`` if ``early``."""
         r = Q_root.shape[1]
         inputs, scales = _distinct_columns(torch.cat([Q_root, start], dim=1))
-        series = torch.einsum("ijp,jb->ibp", taylor, inputs).unsqueeze(-1) * powers(
-            h, self._TAYLOR_TERMS
-        )
+        powers = h ** torch.arange(self._TAYLOR_TERMS, device="cpu").unsqueeze(1)
+        series = torch.einsum("ijp,jb->ibp", taylor, inputs).unsqueeze(-1) * powers
         # An input that only the start has is one column, whatever the power.
         driving = scales[:, :r].detach().ne(0).any(1)[:, None, None]
         whole = torch.cat([series.sum(2, keepdim=True), torch.zeros_like(series[:, :, 1:])], dim=2)

@@ -24,14 +24,6 @@ def polynomials(coefficients: Tensor, x: Tensor) -> Tensor:
     return value
 
 
-def powers(x: Tensor, n: int) -> Tensor:
-    """Powers 0 … n−1 of a vector, ``(n, len(x))``, in log₂ n products."""
-    powers = torch.stack([torch.ones_like(x), x])
-    while len(powers) < n:
-        powers = torch.cat([powers, powers * (powers[-1] * x)])
-    return powers[:n]
-
-
 def eliminate(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Factor rows ``(k, m, n)`` as M E by Gaussian elimination with column pivoting.
 
