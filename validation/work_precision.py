@@ -24,8 +24,7 @@ from cldsde.tables import Entry, Table
 from .metrics import bures_wasserstein, mode_spread_error, sliced_wasserstein
 from .moments import propagate_moments
 from .orders import Grid, moment_error
-from .plain import plain
-from .plots import canvas
+from .plain import canvas, plain
 from .problems import Problem, check_problem
 from .reference import GaussianReference
 
