@@ -23,13 +23,6 @@ def bures_wasserstein(
         ``(d,)``.
     covariance, other_covariance
         ``(d, d)``, positive semi-definite.
-
-    Examples
-    --------
-    >>> import torch
-    >>> one = torch.eye(1)
-    >>> round(bures_wasserstein(torch.zeros(1), one, torch.ones(1), 4 * one) ** 2, 12)
-    2.0
     """
     first, second = covariance.to(torch.float64), other_covariance.to(torch.float64)
     values, vectors = torch.linalg.eigh(first)

@@ -155,15 +155,7 @@ class LinearSDE(Distributions):
         Raises a ValueError if a function returns matrices that do not fit or values that are not
         finite, nearly diverges or varies too quickly at a time, which is named; or if all diffusion
         is zero. The process can be pickled if its functions can, such as functions of a module.
-
-        Examples
-        --------
-        >>> import torch
-        >>> sde = LinearSDE.from_functions(
-        ...     lambda t: (-1 - t).reshape(1, 1), lambda t: torch.ones(1, 1, dtype=torch.float64)
-        ... )
-        >>> f"{sde.transition_matrix(0.0, 1.0).item():.6f}"  # e^{-3/2}
-        '0.223130'
+        :doc:`/how-to/declare-a-process` has an example.
         """
         return LinearSDE(
             FunctionDynamics(drift, diffusion),
@@ -176,11 +168,11 @@ class LinearSDE(Distributions):
     def from_signal_noise(cls, signal: OfTime, noise: OfTime) -> LinearSDE:
         """Create a one-component process from x_t = signal(t) x_0 + noise(t) n, n ~ N(0, 1).
 
-        Interpolants of flow matching are such processes. The signal may vanish at t = 1, as in
-        `RectifiedFlow`. Kernels are finite there, but drift and diffusion diverge
-        (`regular_until`). Raises a ValueError if a function returns another shape or dtype or
-        values that are not finite, α or σ is out of range, α/σ increases somewhere, or a function
-        is not smooth. Raises a TypeError if an argument is not a function.
+        Interpolants of flow matching are such processes (:doc:`/how-to/flow-matching` has
+        examples). The signal may vanish at t = 1, as in `RectifiedFlow`. Kernels are finite there,
+        but drift and diffusion diverge (`regular_until`). Raises a ValueError if a function returns
+        another shape or dtype or values that are not finite, α or σ is out of range, α/σ increases
+        somewhere, or a function is not smooth. Raises a TypeError if an argument is not a function.
 
         Parameters
         ----------
@@ -191,13 +183,6 @@ class LinearSDE(Distributions):
         noise
             σ, a function like ``signal`` with σ > 0 for t > 0. σ(0) is the standard deviation of
             x_0 given the data. α/σ must decrease with t.
-
-        Examples
-        --------
-        >>> import torch
-        >>> sde = LinearSDE.from_signal_noise(lambda t: (1 - t) ** 2, torch.sqrt)
-        >>> sde.transition(0.5, 1.0).mean.item(), sde.marginal(0.5).covariance.item()
-        (0.0, 0.5...)
         """
         dynamics = SignalNoiseDynamics(signal, noise)
         start = noise(torch.zeros(1, 1, dtype=torch.float64, device="cpu"))
