@@ -165,7 +165,7 @@ class TimeChangedDynamics(Dynamics):
         if self.components == 1 and not self.A.requires_grad:
             return self._single_transition(s, t, initial_root)
         scale = self._scale
-        h, halvings, taylor = self._halved(s, t)
+        h, halvings, most, taylor = self._halved(s, t)
         psi = polynomials(taylor, h)
         Q_root = self.Q_root / scale.unsqueeze(1)
         start = Q_root.new_zeros(self.components, 0)
@@ -176,7 +176,7 @@ class TimeChangedDynamics(Dynamics):
             root = self._eliminated_root(taylor, h, Q_root, start, halvings == 0)
         else:
             root = self._short_root(taylor, h, Q_root)
-        for i in range(_most(halvings)):
+        for i in range(most):
             # One triangularisation of many columns costs less than one after each doubling.
             if i and i % 2 == 0:
                 root = lower_factor(root)
@@ -222,20 +222,21 @@ class TimeChangedDynamics(Dynamics):
         if self.components == 1:
             h = self._clock(s, t, float(self.A.detach().abs()))
             return (self.A * h[..., None, None]).exp()
-        h, halvings, taylor = self._halved(s, t)
+        h, halvings, most, taylor = self._halved(s, t)
         psi = polynomials(taylor, h)
-        for i in range(_most(halvings)):
+        for i in range(most):
             psi = torch.where(i < halvings, block_product(psi, psi), psi)
         return self._in_units(psi, s.shape)
 
-    def _halved(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Clock steps h₀ and halvings m ``(n,)``, and terms Aʲ/j! in balanced units."""
+    def _halved(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor, int, Tensor]:
+        """Clock steps h₀, halvings m ``(n,)``, the largest m, and terms Aʲ/j! in balanced units."""
         series = self._series() if self._constant_series is None else self._constant_series
         norm = float(series[..., 1].detach().abs().sum(0).max())
         h = self._clock(s, t, norm).flatten()
         # Each interval has its own number of halvings, because halving costs digits.
         halvings = torch.ceil(torch.log2((norm * h.detach()).clamp_min(1.0)))
-        return h * 0.5**halvings, halvings, series
+        most = int(halvings.max()) if len(halvings) else 0
+        return h * 0.5**halvings, halvings, most, series
 
     def _in_units(self, psi: Tensor, shape: torch.Size) -> Tensor:
         return stack_first(psi * (self._scale.unsqueeze(1) / self._scale).unsqueeze(-1), shape)
@@ -294,10 +295,6 @@ class TimeChangedDynamics(Dynamics):
         """Dynamics with Σ∞ Aᵀ Σ∞⁻¹ in place of A: couplings change sign, friction does not."""
         reversed_A = torch.linalg.solve(covariance, self.A @ covariance).T
         return TimeChangedDynamics(reversed_A, self.Q_root, self.schedule)
-
-
-def _most(halvings: Tensor) -> int:
-    return int(halvings.max()) if len(halvings) else 0
 
 
 def _leads_coincide(taylor: Tensor, inputs: Tensor) -> bool:
