@@ -41,18 +41,14 @@ def moment_error(
     Parameters
     ----------
     solver
-        A solver on a fixed grid whose steps are affine if the score is.
+        A solver on a fixed grid whose steps are affine if the score is; ValueError if they are not,
+        or if the solver does not apply to the problem.
     problem
         Gaussian data of one dimension.
     times
         Decreasing grid ``(n + 1,)``. The solver starts from the exact moments.
     reference
         The exact moments, if they have been computed already.
-
-    Raises
-    ------
-    ValueError
-        If the solver does not apply, or its steps are not affine.
     """
     if reference is None:
         reference = GaussianReference(problem, times[[0, -1]])

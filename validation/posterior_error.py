@@ -98,27 +98,21 @@ def posterior_error(
     Parameters
     ----------
     method
-        A name in `posterior_methods`, or your own sampler (`PosteriorSampler`), which then claims
-        the exact posterior.
+        A name in `posterior_methods`, ValueError for another name; or your own sampler
+        (`PosteriorSampler`), which then claims the exact posterior.
     problem
-        Data and observation.
+        Data and observation; TypeError for another type.
     sde
         The forward process; None: `CLD`.
     samples, repeats
         Samples of each repetition, at least 100, and independent repetitions, at least 2.
     steps
-        Steps of the grid, `PosteriorProblem.times`, at least 2.
+        Steps of the grid, `PosteriorProblem.times`, at least 2. ValueError if one of these three
+        numbers is smaller, and TypeError if one is no integer.
     seed
         Seed of all random numbers.
     name
         Name of the method in the result.
-
-    Raises
-    ------
-    TypeError
-        If ``problem`` is no `PosteriorProblem`, or a number is no integer.
-    ValueError
-        If the method is unknown, or a number is too small.
 
     Examples
     --------

@@ -65,12 +65,8 @@ def posterior_problems(noise_std: float = 0.1) -> dict[str, PosteriorProblem]:
     Parameters
     ----------
     noise_std
-        Standard deviation of the observation's noise; numbers of the data have about unit variance.
-
-    Raises
-    ------
-    ValueError
-        If it is not positive.
+        Standard deviation of the observation's noise, > 0; ValueError otherwise. Numbers of the
+        data have about unit variance.
     """
     check_positive(noise_std, "noise_std")
     made = (

@@ -86,14 +86,9 @@ class GaussianReference:
     Parameters
     ----------
     problem
-        A problem with Gaussian data of one dimension.
+        A problem with Gaussian data of one dimension; ValueError otherwise.
     times
         Times in (0, T] of the answers.
-
-    Raises
-    ------
-    ValueError
-        If the data are not Gaussian of one dimension.
     """
 
     def __init__(self, problem: Problem, times: Tensor) -> None:
