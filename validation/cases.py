@@ -58,9 +58,10 @@ class PathCase:
     - the stochastic integral of the process;
     - for Gaussian data of one dimension, the noise in the solution of the linear reverse SDE.
 
-    Transitions within a cell come from the package, whose kernels are checked separately. ``times``
-    is the finest grid to be solved on. ``start`` are the states ``(samples, k, D)`` at its start.
-    ``end`` are the exact end states; None unless the data are Gaussian of one dimension.
+    Transitions and reverse steps of a cell come from the package. Kernels are checked separately,
+    and a wrong reverse step would leave an error that does not fall. ``times`` is the finest grid
+    to be solved on. ``start`` are the states ``(samples, k, D)`` at its start. ``end`` are the
+    exact end states; None unless the data are Gaussian of one dimension.
     """
 
     def __init__(
