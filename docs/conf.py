@@ -96,7 +96,7 @@ autosummary_context = {
             "cldsde.validation.order_estimate.Level",
         ],
         "cldsde.validation.WorkPrecision": ["cldsde.validation.work_precision.WorkPrecisionPoint"],
-        "cldsde.validation.calibration_ranks": ["cldsde.validation.calibration.Calibration"],
+        "cldsde.validation.calibration_ranks": ["cldsde.validation.posterior_error.Calibration"],
         "cldsde.validation.posterior_error": ["cldsde.validation.posterior_error.PosteriorError"],
         "cldsde.validation.posterior_methods": [
             "cldsde.validation.posterior_methods.PosteriorMethod"

@@ -1,11 +1,10 @@
 """Measurement of solvers against exact answers."""
 
-from .calibration import calibration_ranks
 from .metrics import bures_wasserstein, sliced_wasserstein
 from .moments import propagate_moments
 from .order_estimate import OrderEstimate, estimate_order
 from .orders import moment_error, ode_order, strong_order, weak_order
-from .posterior_error import posterior_error
+from .posterior_error import calibration_ranks, posterior_error
 from .posterior_methods import posterior_methods
 from .posterior_problems import posterior_problems
 from .problems import Problem, problems

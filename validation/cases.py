@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +13,8 @@ from cldsde.linear.schedule import gauss_legendre
 from cldsde.solvers.authoring import PathNoise
 
 from .problems import Problem
-from .reference import GaussianReference
+from .reference import GaussianReference, dop853
+from .regression import Array
 
 _NODES = 6  # quadrature nodes per cell
 
@@ -39,23 +39,14 @@ class FlowCase:
 
 
 def _numerical_flow(problem: Problem, start: Tensor) -> Tensor:
-    from scipy.integrate import solve_ivp  # imported here because it is slow to import
-
-    def slope(x: float, flat: Any) -> Any:
+    def slope(x: float, state: Array) -> Array:
         # As a function of log t, the flow near the data is as smooth as at other times.
         t = min(max(math.exp(x), problem.end), problem.start)
-        state = torch.from_numpy(flat.copy()).reshape(start.shape)
-        return t * problem.process.probability_flow(state, t).flatten().numpy()
+        flow: Array = problem.process.probability_flow(torch.from_numpy(state.copy()), t).numpy()
+        return t * flow
 
-    found = solve_ivp(
-        slope,
-        (math.log(problem.start), math.log(problem.end)),
-        start.flatten().numpy(),
-        method="DOP853",
-        rtol=1e-13,
-        atol=1e-13,
-    )
-    return torch.from_numpy(found.y[:, -1].copy()).reshape(start.shape)
+    ends = math.log(problem.start), math.log(problem.end)
+    return torch.from_numpy(dop853(slope, *ends, start.numpy(), atol=1e-13))
 
 
 class PathCase:
@@ -67,10 +58,10 @@ class PathCase:
     - the stochastic integral of the process;
     - for Gaussian data of one dimension, the noise in the solution of the linear reverse SDE.
 
-    Moments come from `GaussianReference`. Transitions within a cell come from the package, whose
-    kernels are checked separately. ``times`` is the finest grid to be solved on. ``start`` are the
-    states ``(samples, k, D)`` at its start. ``end`` are the exact end states; None unless the data
-    are Gaussian of one dimension.
+    Transitions and reverse steps of a cell come from the package. Kernels are checked separately,
+    and a wrong reverse step would leave an error that does not fall. ``times`` is the finest grid
+    to be solved on. ``start`` are the states ``(samples, k, D)`` at its start. ``end`` are the
+    exact end states; None unless the data are Gaussian of one dimension.
     """
 
     def __init__(
@@ -90,9 +81,12 @@ class PathCase:
         forth = sde.transition_matrix(nodes, t.unsqueeze(1).expand(-1, _NODES))
         # Divide the time integral by the cell's length, so that all rows have similar sizes.
         parts = [eye, x[:, None, None] * eye, forth @ G]
-        exact = _exact_steps(problem, times, nodes) if problem.exact else None
-        if exact is not None:
-            means, moves, back = exact
+        if problem.exact:
+            covariance = sde.initial_covariance
+            covariance[0, 0] += float(problem.data.covariances)
+            means = sde.marginal(times).mean[..., :1] * float(problem.data.means)
+            moves = sde.posterior(u, t, initial_covariance=covariance).state
+            back = sde.posterior(u.unsqueeze(1), nodes, initial_covariance=covariance).state
             parts.append(back @ G)
         columns = (length.unsqueeze(1) * w).sqrt()[..., None, None] * torch.cat(parts, dim=-2)
         roots = joint_root(columns.movedim(1, 2).flatten(2))
@@ -105,9 +99,9 @@ class PathCase:
             xi = torch.randn(size, dtype=torch.float64, generator=generator, device="cpu")
             drawn = torch.split(apply_blocks(roots[i], xi), rows, dim=1)
             self._cells.append((drawn[0].clone(), length[i] * drawn[1], drawn[2].clone()))
-            if exact is not None:
+            if problem.exact:
                 z = means[i + 1] + apply_blocks(moves[i], z - means[i]) + drawn[3]
-        if exact is not None:
+        if problem.exact:
             self.end = z
 
     def draws(self, noise: PathNoise, every: int) -> list[Tensor]:
@@ -136,24 +130,3 @@ class PathCase:
                 draw = draw + apply_blocks(noise.time_integral[i], total)
             draws.append(draw)
         return draws
-
-
-def _exact_steps(problem: Problem, times: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Exact reverse SDE for Gaussian data: its means, and Φ_1(u, τ) = Σ_u Ψ(τ, u)ᵀ Σ_τ⁻¹.
-
-    Φ_1 is given from start to end of each cell, and from its nodes to its end.
-    """
-    reference = GaussianReference(problem, torch.cat([times, nodes.flatten()]))
-
-    def covariances(at: Tensor) -> Tensor:
-        found = torch.stack([reference.moments(moment)[1] for moment in at.flatten().tolist()])
-        return found.reshape(*at.shape, *found.shape[1:])
-
-    def moves(end: Tensor, at: Tensor) -> Tensor:
-        psi = problem.sde.transition_matrix(end.expand(at.shape), at)
-        found: Tensor = covariances(end) @ psi.mT @ torch.linalg.inv(covariances(at))
-        return found
-
-    means = torch.stack([reference.moments(t)[0] for t in times.tolist()])
-    t, u = times[:-1], times[1:]
-    return means, moves(u, t), moves(u.unsqueeze(1), nodes)

@@ -101,6 +101,12 @@ def facts_fault(solver: Solver) -> str:
     return ""
 
 
+def declares_order(solver: Solver) -> bool:
+    """Whether a solver declares an order of any kind."""
+    facts = solver.facts
+    return (facts.weak_order or facts.strong_order or facts.ode_order) is not None
+
+
 def kernel_check(sde: LinearSDE) -> Outcome:
     """Check that a process's transition kernels solve its differential equations."""
     found = []

@@ -8,7 +8,7 @@ from cldsde.errors import SettingError, require
 from cldsde.files import check_target, new_folder
 from cldsde.messages import in_words
 
-from .plots import canvas
+from .plain import canvas
 from .posterior_suite import PosteriorReport
 from .report import TABLE, Report, earlier_files
 

@@ -57,12 +57,15 @@ def propagate_moments(
 ) -> tuple[Tensor, Tensor]:
     """Exact mean and covariance of a solver's final state, for an affine score.
 
+    Raises a ValueError if the shapes of the moments do not fit, the grid does not decrease, or the
+    score or the solver's step is not affine.
+
     Parameters
     ----------
     process
         A reverse process whose score is affine in the state: Gaussian data.
     solver
-        A solver on a fixed grid.
+        A solver on a fixed grid; TypeError if it is adaptive.
     times
         Decreasing grid ``(n + 1,)``.
     mean, covariance
@@ -72,14 +75,6 @@ def propagate_moments(
     -------
     mean, covariance : tuple of Tensor
         Moments at ``times[-1]``, float64, ``(k, D)`` and ``(kD, kD)``.
-
-    Raises
-    ------
-    TypeError
-        If the solver is adaptive.
-    ValueError
-        If the shapes of the moments do not fit, the grid does not decrease, or the score or the
-        solver's step is not affine.
     """
     sampler = plan(process, solver, times)
     if sampler.nfev is None:

@@ -194,7 +194,12 @@ def estimate_order(
     1.00 [0.96, 1.04], declared 1.5: FAIL
     """
     h, e, s, floor = _checked_levels(steps, errors, standard_errors, rounding)
-    _check_options(expected, tolerance, confidence, spacing)
+    if expected is not None and not (math.isfinite(expected) and expected > 0):
+        raise ValueError(f"expected must be a finite, positive order or None; got {expected}")
+    check_positive(tolerance, "tolerance")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must lie strictly between 0 and 1; got {confidence}")
+    check_positive(spacing, "spacing")
     quantile = -NormalDist().inv_cdf((1 - confidence) / 2)
     reasons = [_reason(*level) for level in zip(e, s, floor, strict=True)]
     kept = usable = np.flatnonzero([not reason for reason in reasons])
@@ -227,23 +232,19 @@ def estimate_order(
     local, covariance = local_orders(x[kept], y[kept], variances[kept])
     margins = quantile * np.sqrt(covariance.diagonal())
     lows, highs = local - margins, local + margins
-    verdict, fault, grown = None, "", False
-    relation = "has no declared order to be compared with"
-    if expected is not None:
-        verdict, relation = _judge(low, high, expected, tolerance)
-        if len(local):
-            ends = usable[[0, -1]]
-            noise = quantile * math.hypot(*s[ends], *(floor[ends] / 3))
-            grown = e[ends[1]] - e[ends[0]] > noise
-            # Rule 2 drops coarse levels only, so the last two levels are the same as for rule 1.
-            limit = highs[-1]
-            if not s[usable].any() and turns(x[usable], y[usable], variances[usable], quantile):
-                limit = math.inf  # the levels have noise without known standard errors
-            fault = _fault(local[-1], limit, grown, expected, tolerance)
+    verdict, relation = _judge(low, high, expected, tolerance)
+    message = _message(order, low, high, relation, reasons)
+    if expected is not None and len(local):
+        ends = usable[[0, -1]]
+        noise = quantile * math.hypot(*s[ends], *(floor[ends] / 3))
+        grown = e[ends[1]] - e[ends[0]] > noise
+        # Rule 2 drops coarse levels only, so the last two levels are the same as for rule 1.
+        limit = highs[-1]
+        if not s[usable].any() and turns(x[usable], y[usable], variances[usable], quantile):
+            limit = math.inf  # the levels have noise without known standard errors
+        fault = _fault(local[-1], limit, grown, expected, tolerance)
         if fault and (grown or verdict is not Verdict.FAIL):
-            verdict = Verdict.FAIL
-        else:
-            fault = ""
+            verdict, message = Verdict.FAIL, fault
     numbers = np.stack([h, *(np.where(np.isfinite(x), x, math.nan) for x in (e, s))], 1)
     return OrderEstimate(
         order=order,
@@ -258,7 +259,7 @@ def estimate_order(
             for (step, error, std), reason in zip(numbers.tolist(), reasons, strict=True)
         ),
         verdict=verdict,
-        message=fault or _message(order, low, high, relation, reasons),
+        message=message,
     )
 
 
@@ -298,17 +299,6 @@ def _checked_levels(
     return h, e, s, floor
 
 
-def _check_options(
-    expected: float | None, tolerance: float, confidence: float, spacing: float
-) -> None:
-    if expected is not None and not (math.isfinite(expected) and expected > 0):
-        raise ValueError(f"expected must be a finite, positive order or None; got {expected}")
-    check_positive(tolerance, "tolerance")
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must lie strictly between 0 and 1; got {confidence}")
-    check_positive(spacing, "spacing")
-
-
 def _reason(error: float, standard_error: float, floor: float) -> str:
     """Reason why a level cannot be used, independent of the other levels; empty if it can."""
     if not math.isfinite(error):
@@ -318,8 +308,12 @@ def _reason(error: float, standard_error: float, floor: float) -> str:
     return "below 3 standard errors" if error / 3 < standard_error else ""
 
 
-def _judge(low: float, high: float, expected: float, tolerance: float) -> tuple[Verdict, str]:
+def _judge(
+    low: float, high: float, expected: float | None, tolerance: float
+) -> tuple[Verdict | None, str]:
     """Verdict on an interval, and how it lies to the declared order."""
+    if expected is None:
+        return None, "has no declared order to be compared with"
     least = expected - tolerance
     if high < least:
         return Verdict.FAIL, f"is more than {tolerance:g} below the declared {expected:g}"

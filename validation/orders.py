@@ -41,26 +41,14 @@ def moment_error(
     Parameters
     ----------
     solver
-        A solver on a fixed grid whose steps are affine if the score is.
+        A solver on a fixed grid whose steps are affine if the score is; ValueError if they are not,
+        or if the solver does not apply to the problem.
     problem
         Gaussian data of one dimension.
     times
         Decreasing grid ``(n + 1,)``. The solver starts from the exact moments.
     reference
         The exact moments, if they have been computed already.
-
-    Raises
-    ------
-    ValueError
-        If the solver does not apply, or its steps are not affine.
-
-    Examples
-    --------
-    >>> from cldsde import solvers, validation
-    >>> problem = validation.problems()["CLD"]
-    >>> times = solvers.quadratic_times(1.0, problem.end, 100)
-    >>> validation.moment_error(solvers.SSCS(), problem, times) < 5e-3
-    True
     """
     if reference is None:
         reference = GaussianReference(problem, times[[0, -1]])
@@ -226,19 +214,14 @@ def ode_order(
     Parameters
     ----------
     solver
-        A deterministic solver.
+        A deterministic solver. ValueError as in `weak_order`, and if the solver declares a weak or
+        strong order, or is adaptive and cannot take steps of one length.
     problem, steps, grid, tolerance
         See `weak_order`.
     case
         Start states and their exact end states, if they have been computed already.
     samples, generator
         Otherwise the number of start states, and their random generator.
-
-    Raises
-    ------
-    ValueError
-        See `weak_order`; also if the solver declares a weak or strong order, or is adaptive and
-        cannot take steps of one length.
     """
     _check_arguments(solver, problem, steps, grid, adaptive=True)
     as_integer(samples, 1, "samples")
@@ -282,7 +265,7 @@ def strong_order(
     With Gaussian data the exact ends of the paths are known. For mixtures the order follows from
     distances between neighbouring levels. It may be lower there, because the score is nonlinear.
     These distances do not show whether the levels converge to the right paths; `weak_order` checks
-    the distribution.
+    the distribution. Raises the errors that `weak_order` raises for mixtures.
 
     Parameters
     ----------
@@ -298,11 +281,6 @@ def strong_order(
         Paths over the finest grid, if they have been computed already.
     samples, generator
         Otherwise the number of paths, and their random generator.
-
-    Raises
-    ------
-    TypeError, ValueError
-        As `weak_order` for mixtures.
     """
     _check_arguments(solver, problem, steps, grid)
     if solver.path_noise(problem.process, grid(problem.start, problem.end, 1)) is None:

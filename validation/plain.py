@@ -1,4 +1,4 @@
-"""Results as strict JSON, and as tables of text."""
+"""Results as strict JSON, as tables of text, and in figures."""
 
 from __future__ import annotations
 
@@ -44,3 +44,14 @@ def text_table(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(map(str.ljust, row, widths)) for row in rows)
     return "\n".join(line.rstrip() for line in lines)
+
+
+def canvas(width: float, height: float) -> tuple[Any, Any]:
+    """Create a matplotlib figure and its axes, without a window."""
+    try:
+        from matplotlib.figure import Figure  # an extra
+    except ImportError as error:
+        msg = "matplotlib is missing; install the extra: pip install 'cldsde[validation]'"
+        raise ImportError(msg) from error
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots()

@@ -21,13 +21,7 @@ _END_LEVEL = 0.1
 
 @dataclass(frozen=True, eq=False)
 class PosteriorProblem:
-    """Data whose distribution is a mixture of Gaussians, and a linear observation of them.
-
-    Examples
-    --------
-    >>> posterior_problems(noise_std=0.1)["two modes"].posterior
-    GaussianMixture(modes=2, dimension=2)
-    """
+    """Data whose distribution is a mixture of Gaussians, and a linear observation of them."""
 
     name: str  #: Name in reports.
     data: GaussianMixture
@@ -71,12 +65,8 @@ def posterior_problems(noise_std: float = 0.1) -> dict[str, PosteriorProblem]:
     Parameters
     ----------
     noise_std
-        Standard deviation of the observation's noise; numbers of the data have about unit variance.
-
-    Raises
-    ------
-    ValueError
-        If it is not positive.
+        Standard deviation of the observation's noise, > 0; ValueError otherwise. Numbers of the
+        data have about unit variance.
     """
     check_positive(noise_std, "noise_std")
     made = (

@@ -26,16 +26,6 @@ from .problems import check_names
 _JUDGED_NOISE = 0.1
 
 
-@dataclass(frozen=True)
-class _Run:
-    """One measurement that is to be made."""
-
-    method: str
-    problem: str
-    noise_std: float
-    options: dict[str, Any]  # of `posterior_error`
-
-
 def planted_samplers() -> dict[str, PosteriorSampler]:
     """Wrong samplers that a measurement has to find: moment matching, exact for one Gaussian."""
     options: dict[str, Any] = {"iterations": 10, "data_variance": 1.0}
@@ -61,20 +51,23 @@ def posterior_runs(
     quick: bool,
     problems: Sequence[str] = (),
     named: Mapping[str, PosteriorSampler] | None = None,
-) -> list[_Run]:
-    """Measurements of a validation, and of planted samplers; see `posterior_reports`."""
+) -> list[tuple[str, str, float, dict[str, Any]]]:
+    """Measurements of a validation, and of planted samplers; see `posterior_reports`.
+
+    Each is a method, a problem, the noise, and options of `posterior_error`.
+    """
     methods = tuple(named or posterior_methods())
     cases: list[tuple[LinearSDE, float]] = [(CLD(), 0.1)]
     if not quick:
         cases += [(CLD(), 1.0), (CLD(), 0.01), (VPSDE(), 0.1), (PSLD(), 0.1)]
     runs = [
-        _Run(method, problem, level, {"sde": sde, "samples": 1000, "repeats": 2 if quick else 3})
+        (method, problem, level, {"sde": sde, "samples": 1000, "repeats": 2 if quick else 3})
         for sde, level in cases
         for problem in problems or posterior_problems()
         for method in methods
     ]
     few = {"sde": CLD(), "samples": 500, "repeats": 2}
-    return [*runs, *(_Run(name, "one Gaussian", 0.1, few) for name in planted_samplers())]
+    return [*runs, *((name, "one Gaussian", 0.1, few) for name in planted_samplers())]
 
 
 def posterior_reports(
@@ -102,11 +95,9 @@ def posterior_reports(
         found = list[PosteriorError]()
         growing = PosteriorReport(found)
         yield growing
-        for run in progress_bar(runs, shown=True, desc="posteriors"):
-            sampler = known.get(run.method, run.method)
-            problem = posterior_problems(run.noise_std)[run.problem]
-            options = {**run.options, "seed": seed, "name": run.method}
-            found.append(posterior_error(sampler, problem, **options))
+        for method, name, noise_std, options in progress_bar(runs, shown=True, desc="posteriors"):
+            sampler, problem = known.get(method, method), posterior_problems(noise_std)[name]
+            found.append(posterior_error(sampler, problem, **options, seed=seed, name=method))
             yield growing
 
     return made()

@@ -26,6 +26,9 @@ _OTHERS = ("NFE per step", "distribution", "work and precision", "bias", "error 
 class Problem:
     """Reference problem: the reverse process from T to ε, for data with an exact score.
 
+    Raises a TypeError if an argument has the wrong type, and a ValueError if not
+    0 < end < start ≤ 1, a kind of check is unknown, or orders fall.
+
     Parameters
     ----------
     name, sde, data
@@ -42,13 +45,6 @@ class Problem:
     ode_orders, quick_ode_orders
         Declared ODE orders that the problem can measure: above the first number and at most the
         second. A quick validation measures each order on few problems.
-
-    Raises
-    ------
-    TypeError
-        If an argument has the wrong type.
-    ValueError
-        If not 0 < end < start ≤ 1, a kind of check is unknown, or orders fall.
     """
 
     name: str
@@ -136,11 +132,6 @@ def problems() -> dict[str, Problem]:
     dimensions. Two problems end near the data, where the score is stiff. In "CLD, rotation"
     covariances are stationary and the probability flow makes six turns at an increasing rate.
     Errors of any order are then well above rounding at steps that resolve it.
-
-    Examples
-    --------
-    >>> problems()["CLD, ring"].dimension
-    2
     """
     gaussian = GaussianMixture([1.0], [[0.3]], [[[0.25]]])
     stationary = GaussianMixture([1.0], [[0.3]], [[[1.0]]])

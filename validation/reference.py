@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,41 +17,27 @@ from torch import Tensor
 from cldsde.linear import LinearSDE
 
 from .problems import Problem
-
-Array = np.ndarray[Any, np.dtype[np.float64]]
+from .regression import Array
 
 _TOLERANCE = 1e-13
-_MANY = 64
 
 
-def _integrate(
-    slope: Callable[[float, Array], Array], ends: tuple[float, float], start: Array, at: Array
+def dop853(
+    slope: Callable[[float, Array], Array], s: float, t: float, start: Array, *, atol: float
 ) -> Array:
-    """Solution at increasing times ``at`` within the ends, ``(len(at), *start.shape)``."""
+    """Solution at t of a differential equation from s, by scipy's method of order 8."""
     from scipy.integrate import solve_ivp  # imported here because it is slow to import
 
-    def run(s: float, t: float, state: Array, stops: Array | None = None) -> Array:
-        found = solve_ivp(
-            lambda time, y: slope(time, y.reshape(start.shape)).flatten(),
-            (s, t),
-            state,
-            t_eval=stops,
-            method="DOP853",
-            rtol=_TOLERANCE,
-            atol=_TOLERANCE * 1e-3,
-        )
-        solution: Array = found.y
-        return solution
-
-    if len(at) > _MANY:
-        return run(*ends, start.flatten(), at).T.reshape(-1, *start.shape)
-    # Solve up to each time, because interpolation between steps would lose two or three digits.
-    pieces, state, now = [], start.flatten(), ends[0]
-    for stop in at:
-        if stop > now:
-            state, now = run(now, stop, state)[:, -1], stop
-        pieces.append(state.reshape(start.shape))
-    return np.stack(pieces)
+    found = solve_ivp(
+        lambda time, y: slope(time, y.reshape(start.shape)).flatten(),
+        (s, t),
+        start.flatten(),
+        method="DOP853",
+        rtol=_TOLERANCE,
+        atol=atol,
+    )
+    end: Array = found.y[:, -1].reshape(start.shape).copy()
+    return end
 
 
 def _moments(
@@ -68,8 +53,13 @@ def _moments(
         drift = F + noise @ np.linalg.inv(y[:, :k]) / 2 if flow else F
         return np.concatenate([moved + moved.T + noise, drift @ y[:, k:]], axis=1)
 
-    found = _integrate(slope, (s, at[-1]), np.concatenate(start, axis=1), at)
-    return found[:, :, :k], found[:, :, k:]
+    found, now = [np.concatenate(start, axis=1)], s
+    # Solve up to each time, because interpolation between steps would lose two or three digits.
+    for stop in at:
+        found.append(dop853(slope, now, stop, found[-1], atol=_TOLERANCE * 1e-3))
+        now = stop
+    moments = np.stack(found[1:])
+    return moments[:, :, :k], moments[:, :, k:]
 
 
 def reference_kernel(sde: LinearSDE, s: float, t: float) -> tuple[Tensor, Tensor]:
@@ -77,22 +67,8 @@ def reference_kernel(sde: LinearSDE, s: float, t: float) -> tuple[Tensor, Tensor
 
     .. math:: \dotΨ = FΨ, \qquad \dot Q = FQ + QF^⊤ + GG^⊤
 
-    Parameters
-    ----------
-    sde, s, t
-        The process, and times s < t.
-
-    Returns
-    -------
-    psi, covariance : tuple of Tensor
-        ``(k, k)`` float64.
-
-    Examples
-    --------
-    >>> from cldsde import CLD
-    >>> psi, Q = reference_kernel(CLD(), 0.2, 0.7)
-    >>> float((CLD().transition(0.2, 0.7).covariance - Q).abs().max()) < 1e-11
-    True
+    Ψ and Q are ``(k, k)`` float64. The times are numbers s < t. :doc:`/how-to/declare-a-process`
+    compares a kernel with them.
     """
     k = sde.components
     covariance, psi = _moments(sde, (np.zeros((k, k)), np.eye(k)), s, np.array([t]))
@@ -110,23 +86,9 @@ class GaussianReference:
     Parameters
     ----------
     problem
-        A problem with Gaussian data of one dimension.
+        A problem with Gaussian data of one dimension; ValueError otherwise.
     times
         Times in (0, T] of the answers.
-
-    Raises
-    ------
-    ValueError
-        If the data are not Gaussian of one dimension.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from cldsde.validation import problems
-    >>> times = torch.tensor([0.05, 1.0], dtype=torch.float64)
-    >>> mean, covariance = GaussianReference(problems()["VP"], times).moments(1.0)
-    >>> mean.shape, covariance.shape
-    (torch.Size([1, 1]), torch.Size([1, 1]))
     """
 
     def __init__(self, problem: Problem, times: Tensor) -> None:

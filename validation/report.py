@@ -18,11 +18,9 @@ from cldsde.files import write_whole
 from cldsde.solvers.authoring import Solver
 from cldsde.solvers.named import canonical_name
 
-from .checks import NOT_APPLICABLE, Check, facts_fault
-from .order_estimate import OrderEstimate, Verdict
-from .plain import plain, text_table, write_json
-from .plots import drawable_levels, order_curves
-from .suite import declares_order
+from .checks import NOT_APPLICABLE, Check, declares_order, facts_fault
+from .order_estimate import Level, OrderEstimate, Verdict
+from .plain import canvas, plain, text_table, write_json
 from .work_precision import WorkPrecision
 
 TABLE = "report.txt"
@@ -220,9 +218,9 @@ class Report:
         for table in self.tables:
             files[folder / _file_name("work and precision", table.problem)] = table.plot
         for subject in self.summary():
-            own = [check for check in self._own(subject) if drawable_levels(check)]
+            own = [check for check in self._own(subject) if _drawable_levels(check)]
             if own:
-                figure = order_curves(subject, own)
+                figure = _order_curves(subject, own)
                 files[folder / _file_name("orders", subject)] = figure.savefig
         for file, writer in files.items():
             write_whole(file, writer)
@@ -292,6 +290,37 @@ def _span(estimates: Sequence[OrderEstimate], *, intervals: bool = False) -> str
 def _range(values: Sequence[float], digits: str) -> str:
     low, high = (f"{value:{digits}}" for value in (min(values), max(values)))
     return low if low == high else f"{low} … {high}"
+
+
+def _drawable_levels(check: Check) -> list[Level]:
+    """Levels that logarithmic axes can show."""
+    levels = () if check.estimate is None else check.estimate.levels
+    return [level for level in levels if 0 < level.error < math.inf]
+
+
+def _order_curves(subject: str, own: Sequence[Check]) -> Any:
+    """Plot of a solver's errors against steps, with hollow markers for dropped levels."""
+    figure, axes = canvas(8, 3.6)
+    for i, check in enumerate(own):
+        assert check.estimate is not None
+        levels = _drawable_levels(check)
+        kept = [level for level in levels if level.kept]
+        marker, style = "osD^v<>"[i % 7], {"color": f"C{i % 10}", "markersize": 4, "linewidth": 1}
+        steps, errors = [x.step for x in levels], [x.error for x in levels]
+        axes.plot(steps, errors, marker, **style, markerfacecolor="none")
+        label = f"{check.kind} on {check.problem}: {check.estimate.order:.2f}"
+        steps, errors = [x.step for x in kept], [x.error for x in kept]
+        axes.plot(steps, errors, f"{marker}-", **style, label=label)
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="1 / number of steps",
+        ylabel="error of moments or states",
+        title=subject,
+    )
+    axes.grid(visible=True, alpha=0.3)
+    axes.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    return figure
 
 
 def _file_name(kind: str, subject: str) -> str:

@@ -24,8 +24,7 @@ from cldsde.tables import Entry, Table
 from .metrics import bures_wasserstein, mode_spread_error, sliced_wasserstein
 from .moments import propagate_moments
 from .orders import Grid, moment_error
-from .plain import plain
-from .plots import canvas
+from .plain import canvas, plain
 from .problems import Problem, check_problem
 from .reference import GaussianReference
 
@@ -96,21 +95,16 @@ class WorkPrecision:
     ) -> None:
         """Plot error against work on logarithmic axes.
 
+        Raises an ImportError without matplotlib, which comes with the extra ``validation``.
+
         Parameters
         ----------
         file
             File to write, e.g. ``work.svg``.
         against
-            Horizontal axis: ``"nfe"`` or ``"seconds"``.
+            Horizontal axis: ``"nfe"`` or ``"seconds"``; ValueError for another name.
         file_format
             ``"svg"``, ``"png"``, …; None: from the file's suffix.
-
-        Raises
-        ------
-        ValueError
-            If ``against`` is neither.
-        ImportError
-            If matplotlib is not installed; it comes with the extra ``validation``.
         """
         if against not in ("nfe", "seconds"):
             raise ValueError(f"against must be 'nfe' or 'seconds'; got {against!r}")

@@ -27,7 +27,7 @@ from cldsde.errors import SettingError
 from cldsde.messages import in_words
 from cldsde.validation.files import AnyReport, ReportFiles
 from cldsde.validation.posterior_suite import posterior_reports
-from cldsde.validation.reports import reports
+from cldsde.validation.suite import reports
 
 OPTIONS = (
     flag("--quick", "fewer problems, levels and samples; takes two to five minutes"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 from typing import get_args
 
@@ -196,6 +196,32 @@ def check_callable(value: object, name: str, kind: str) -> None:
     """Raise TypeError unless a value is callable; ``kind`` says what it must be."""
     if not callable(value):
         raise TypeError(f"{name} must be {kind}; got {reprlib.repr(value)}")
+
+
+def checked_values(
+    function: Callable[[Tensor], Tensor], times: Tensor, name: str, *, signed: bool = True
+) -> Tensor:
+    """Finite float64 values of a function at times ``(n,)`` of [0, 1]; raise ValueError otherwise.
+
+    Unless ``signed``, they must not be negative.
+    """
+    try:
+        values = torch.as_tensor(function(times), device="cpu").detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        msg = f"{name} must accept a tensor of times, as torch's functions do; it raised: {error}"
+        raise ValueError(msg) from error
+    if values.shape != times.shape or values.dtype != torch.float64:
+        raise ValueError(
+            f"{name} must return float64 of the shape of its argument, {tuple(times.shape)}; got "
+            f"{values.dtype} of shape {tuple(values.shape)}"
+        )
+    bad = ~(values.isfinite() if signed else values.isfinite() & (values >= 0))
+    if bool(bad.any()):
+        raise ValueError(
+            f"{name} must be finite{'' if signed else ' and not negative'} on [0, 1]; got "
+            f"{float(values[bad][0]):g} at t = {float(times[bad][0]):g}"
+        )
+    return values
 
 
 def as_device(device: torch.device | str) -> torch.device:

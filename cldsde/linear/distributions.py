@@ -13,8 +13,9 @@ from cldsde.linear.covariance import covariance_root, joint_root, triangular_inv
 from cldsde.linear.dynamics import Dynamics
 from cldsde.linear.flow import flow_rotations
 from cldsde.linear.kernel import Kernel, check_density
-from cldsde.linear.posterior import Posterior, bayes, reverse_family
+from cldsde.linear.posterior import Posterior, bayes
 from cldsde.linear.reprs import shown
+from cldsde.linear.reverse_family import reverse_family
 
 
 class Distributions:
@@ -81,21 +82,11 @@ class Distributions:
         return self.dynamics.diffusion(as_times(t, "t"))
 
     def transition(self, s: TimeLike, t: TimeLike) -> Kernel:
-        r"""Transition kernel: the distribution of z_t given z_s, for s ≤ t.
+        r"""Transition kernel: the distribution of z_t given z_s, for times s ≤ t that broadcast.
 
         .. math:: z_t \mid z_s ∼ N(Ψ(t,s)\,z_s,\ ∫_s^t Ψ(t,u) G G^⊤ Ψ(t,u)^⊤ du)
 
-        Parameters
-        ----------
-        s, t
-            Times in [0, 1]: numbers or floating-point tensors that broadcast.
-
-        Examples
-        --------
-        >>> from cldsde import LinearSDE
-        >>> kernel = LinearSDE.from_matrices([[-1.0]], [[2**0.5]]).transition(0.0, 1.0)
-        >>> f"{kernel.mean.item():.4f} {kernel.covariance.item():.4f}"  # e^{-1}, 1 − e^{-2}
-        '0.3679 0.8647'
+        See `Kernel` for an example.
         """
         return Kernel(*self._factors(*self._interval(s, t)))
 
@@ -146,12 +137,6 @@ class Distributions:
         ----------
         t
             Times in (0, 1]; ValueError if the distribution at a time has no density.
-
-        Examples
-        --------
-        >>> from cldsde import RectifiedFlow
-        >>> RectifiedFlow().log_snr(0.5).item()  # α = σ = 1/2
-        0.0
         """
         times = as_times(t, "t")
         kernel = self._marginal(times, self.initial_root)
@@ -172,7 +157,8 @@ class Distributions:
         .. math:: z_s = Ψ(s,0) z_0 + Φ_λ (z_t − Ψ(t,0) z_0) + ζ, \qquad
                   ζ ∼ N(0,\ Σ_s − Φ_λ Σ_t Φ_λ^⊤)
 
-        Φ_λ is the transition matrix from t to s of :math:`F + \tfrac{1+λ^2}2 G G^⊤ Σ^{-1}`.
+        Φ_λ is the transition matrix from t to s of :math:`F + \tfrac{1+λ^2}2 G G^⊤ Σ^{-1}`. See
+        `Posterior` for an example.
 
         Parameters
         ----------
@@ -192,14 +178,6 @@ class Distributions:
         References
         ----------
         J. Song, C. Meng and S. Ermon, *Denoising diffusion implicit models*, 2021, eq. 7.
-
-        Examples
-        --------
-        >>> from cldsde import LinearSDE
-        >>> sde = LinearSDE.from_matrices([[-0.5]], [[1.0]], (0.1, 20.0))
-        >>> step = sde.posterior(0.4, 0.5)
-        >>> step.state.item(), step.root.item()
-        (0.555..., 0.721...)
         """
         start, end = self._interval(s, t)
         levels = as_levels(stochasticity, "stochasticity", start.shape)

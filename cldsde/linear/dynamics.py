@@ -1,9 +1,8 @@
 """Dynamics of a linear SDE: drift and diffusion matrices and the transitions that follow from them.
 
 A process (`cldsde.linear.sde.LinearSDE`) holds one of these. A transition is returned as the pair
-(Ψ, L) with Q = L Lᵀ, and L is computed directly. A covariance is never formed, subtracted or
-factorised, so no digits cancel. This matters for t − s → 0, because the entries of Q scale with
-different powers of t − s, and for nearly degenerate distributions.
+(Ψ, L) with Q = L Lᵀ. L is computed without a covariance, so no digits cancel
+(:doc:`/explanation/linear-sdes`), also for t − s → 0 and for nearly degenerate distributions.
 """
 
 from __future__ import annotations
@@ -27,13 +26,7 @@ from cldsde.linear.checks import MatrixLike, Parameter, as_matrix
 from cldsde.linear.covariance import joint_root
 from cldsde.linear.reprs import constructor_repr
 from cldsde.linear.schedule import Schedule
-from cldsde.linear.series import (
-    balancing_scale,
-    eliminate,
-    legendre_moments,
-    polynomials,
-    powers,
-)
+from cldsde.linear.series import balancing_scale, eliminate, legendre_moments, polynomials
 
 
 class Dynamics(ABC):
@@ -172,7 +165,7 @@ class TimeChangedDynamics(Dynamics):
         if self.components == 1 and not self.A.requires_grad:
             return self._single_transition(s, t, initial_root)
         scale = self._scale
-        h, halvings, taylor = self._halved(s, t)
+        h, halvings, most, taylor = self._halved(s, t)
         psi = polynomials(taylor, h)
         Q_root = self.Q_root / scale.unsqueeze(1)
         start = Q_root.new_zeros(self.components, 0)
@@ -183,7 +176,7 @@ class TimeChangedDynamics(Dynamics):
             root = self._eliminated_root(taylor, h, Q_root, start, halvings == 0)
         else:
             root = self._short_root(taylor, h, Q_root)
-        for i in range(_most(halvings)):
+        for i in range(most):
             # One triangularisation of many columns costs less than one after each doubling.
             if i and i % 2 == 0:
                 root = lower_factor(root)
@@ -229,20 +222,21 @@ class TimeChangedDynamics(Dynamics):
         if self.components == 1:
             h = self._clock(s, t, float(self.A.detach().abs()))
             return (self.A * h[..., None, None]).exp()
-        h, halvings, taylor = self._halved(s, t)
+        h, halvings, most, taylor = self._halved(s, t)
         psi = polynomials(taylor, h)
-        for i in range(_most(halvings)):
+        for i in range(most):
             psi = torch.where(i < halvings, block_product(psi, psi), psi)
         return self._in_units(psi, s.shape)
 
-    def _halved(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Clock steps h₀ and halvings m ``(n,)``, and terms Aʲ/j! in balanced units."""
+    def _halved(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor, int, Tensor]:
+        """Clock steps h₀, halvings m ``(n,)``, the largest m, and terms Aʲ/j! in balanced units."""
         series = self._series() if self._constant_series is None else self._constant_series
         norm = float(series[..., 1].detach().abs().sum(0).max())
         h = self._clock(s, t, norm).flatten()
         # Each interval has its own number of halvings, because halving costs digits.
         halvings = torch.ceil(torch.log2((norm * h.detach()).clamp_min(1.0)))
-        return h * 0.5**halvings, halvings, series
+        most = int(halvings.max()) if len(halvings) else 0
+        return h * 0.5**halvings, halvings, most, series
 
     def _in_units(self, psi: Tensor, shape: torch.Size) -> Tensor:
         return stack_first(psi * (self._scale.unsqueeze(1) / self._scale).unsqueeze(-1), shape)
@@ -264,9 +258,8 @@ class TimeChangedDynamics(Dynamics):
         """Noise root with eliminated leading terms, joined with Ψ ``start`` if ``early``."""
         r = Q_root.shape[1]
         inputs, scales = _distinct_columns(torch.cat([Q_root, start], dim=1))
-        series = torch.einsum("ijp,jb->ibp", taylor, inputs).unsqueeze(-1) * powers(
-            h, self._TAYLOR_TERMS
-        )
+        powers = h ** torch.arange(self._TAYLOR_TERMS, device="cpu").unsqueeze(1)
+        series = torch.einsum("ijp,jb->ibp", taylor, inputs).unsqueeze(-1) * powers
         # An input that only the start has is one column, whatever the power.
         driving = scales[:, :r].detach().ne(0).any(1)[:, None, None]
         whole = torch.cat([series.sum(2, keepdim=True), torch.zeros_like(series[:, :, 1:])], dim=2)
@@ -302,10 +295,6 @@ class TimeChangedDynamics(Dynamics):
         """Dynamics with Σ∞ Aᵀ Σ∞⁻¹ in place of A: couplings change sign, friction does not."""
         reversed_A = torch.linalg.solve(covariance, self.A @ covariance).T
         return TimeChangedDynamics(reversed_A, self.Q_root, self.schedule)
-
-
-def _most(halvings: Tensor) -> int:
-    return int(halvings.max()) if len(halvings) else 0
 
 
 def _leads_coincide(taylor: Tensor, inputs: Tensor) -> bool:

@@ -12,10 +12,9 @@ from typing_extensions import override
 from cldsde.linear.blocks import block_product, lower_factor, safe_sqrt, stack_first
 from cldsde.linear.checks import check_callable
 from cldsde.linear.dynamics import Dynamics, driven_rows
-from cldsde.linear.panels import Function, OverTimes, at_nodes, partition, time_rounding
+from cldsde.linear.panels import Function, OverTimes, end_series, partition, transition_series
 from cldsde.linear.reprs import shown
 from cldsde.linear.series import eliminate, legendre_moments
-from cldsde.linear.taylor import TERMS, legendre, taylor, transition_series, without_rounding
 
 _AT_ONCE = 512  # largest number of pieces whose series are in memory
 # On a panel Legendre coefficients decrease by a factor of 8 each. The squares of those after the
@@ -26,11 +25,10 @@ _DEGREES = 14
 class FunctionDynamics(Dynamics):
     r"""Dynamics with F(t) and G(t) given by functions of time, which need not commute.
 
-    [0, 1] is divided into panels with ‖F‖h ≤ 2 on which F and G are polynomials to rounding.
-    Panels are shorter if the functions vary quickly, and enclose jumps. On a panel, or on a part of
-    it, Ψ(end, τ) G(τ) is a Taylor series. Its terms have full relative accuracy however short the
-    part is. Gaussian elimination of common leading terms then keeps the digits of each row of the
-    noise root, as in `TimeChangedDynamics`. Panels in between are composed in a binary tree.
+    On a panel of `partition`, or on a part of it, Ψ(end, τ) G(τ) is a Taylor series. Its terms have
+    full relative accuracy however short the part is. Gaussian elimination of common leading terms
+    then keeps the digits of each row of the noise root, as in `TimeChangedDynamics`. Panels in
+    between are composed in a binary tree.
 
     Structure shorter than 1/256 may be missed. Near a jump or a square root of t, panels are much
     shorter than 1/‖F‖. Composing them loses digits of the smallest rows. See
@@ -153,26 +151,17 @@ class FunctionDynamics(Dynamics):
         self, drift: Function, left: Tensor, length: Tensor, s: Tensor, h: Tensor, start: Tensor
     ) -> _Transitions:
         """Transitions over [s, s + h] in panels [left, left + length] ``(n,)``, from ``start``."""
-        functions, k = (drift, self._diffusion), self.components
-        values = torch.cat([at_nodes(f, left, length) for f in functions], dim=-1)
-        at_end = torch.cat([f(s + h) for f in functions], dim=-1)
-        series = without_rounding(legendre(values), time_rounding(left, length))
-        series = taylor(series, (s + h - left) / length, h / length)
-        # Interpolation gives a nearly vanishing entry no relative accuracy, so use the function's
-        # value at the end. It averages the rounding of all other entries.
-        small = at_end.detach().abs() < 0.01 * values.detach().abs().amax(1)
-        value = torch.where(small, at_end, series[:, 0])
-        series = torch.cat([value.unsqueeze(1), series[:, 1:]], dim=1)
+        series, k = end_series((drift, self._diffusion), left, length, s, h), self.components
         F, G = h[:, None, None, None] * series[..., :k], series[..., k:]
         Y, driven = transition_series(F, G)
         psi = Y.sum(1).permute(1, 2, 0)
         terms = driven.permute(2, 3, 1, 0) * safe_sqrt(h)
-        r = terms.shape[1]
+        _, r, count, _ = terms.shape
         # Eliminate the initial root together with the noise.
         columns = torch.cat([terms.flatten(1, 2), block_product(psi, start)], dim=1)
         multipliers, columns = eliminate(columns)
-        terms, spread = columns[:, : r * TERMS].reshape_as(terms), columns[:, r * TERMS :]
-        noise = legendre_moments(_DEGREES, TERMS).T @ terms
+        terms, spread = columns[:, : r * count].reshape_as(terms), columns[:, r * count :]
+        noise = legendre_moments(_DEGREES, count).T @ terms
         root = lower_factor(torch.cat([noise.flatten(1, 2), spread], dim=1))
         return _Transitions(psi, block_product(multipliers, root))
 

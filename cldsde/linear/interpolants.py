@@ -24,22 +24,13 @@ class RectifiedFlow(LinearSDE):
 
     The prior is N(0, 1). Drift and diffusion diverge at t = 1, but distributions are finite there.
     `ExponentialMultistep` can start at t = 1 if the score predicts the data, and other solvers at
-    `LinearSDE.regular_until`.
-    ``ExponentialMultistep(order=1)`` is Euler's method for the flow-matching ODE.
+    `LinearSDE.regular_until`. ``ExponentialMultistep(order=1)`` is Euler's method for the
+    flow-matching ODE.
 
     References
     ----------
     X. Liu, C. Gong and Q. Liu, *Flow straight and fast*, 2023; Y. Lipman et al., *Flow matching for
     generative modeling*, 2023; N. Ma et al., *SiT*, 2024, for stochastic sampling.
-
-    Examples
-    --------
-    >>> sde = RectifiedFlow()
-    >>> kernel = sde.marginal(0.25)
-    >>> kernel.mean.item(), kernel.root.item()
-    (0.75, 0.25)
-    >>> sde.transition(0.5, 1.0).mean.item(), sde.prior.covariance.item()
-    (0.0, 1.0)
     """
 
     def __init__(self) -> None:

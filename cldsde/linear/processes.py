@@ -41,11 +41,6 @@ class VPSDE(LinearSDE):
         Finite β(0) ≥ 0 and β(1) > 0, in units of 1/t; ValueError otherwise.
     schedule
         Noise schedule β in place of the linear one, e.g. ``Schedule.cosine()``.
-
-    Examples
-    --------
-    >>> VPSDE().marginal(1.0).mean.item()  # e^{-B/2}, B = 10.05
-    0.00657...
     """
 
     def __init__(
@@ -78,14 +73,6 @@ class VPSDE(LinearSDE):
             ``(N,)``, decreasing from below 1 to at least 0, such as ``scheduler.alphas_cumprod``;
             ValueError otherwise. The last entry may be 0, for a terminal signal-to-noise ratio of
             zero. The table may be a learnt parameter.
-
-        Examples
-        --------
-        >>> sde = VPSDE.from_alphas_cumprod([0.9, 0.5, 0.0])
-        >>> sde
-        VPSDE.from_alphas_cumprod(<3 entries>)
-        >>> f"{sde.marginal(2 / 3).mean.square().item():.6f}"
-        '0.500000'
         """
         return TableProcess(table)
 
@@ -165,12 +152,6 @@ class CLD(LinearSDE):
     position_noise
         ε ≥ 0. If ε > 0, √β ε dw is added to dx (Strasman et al. 2025). Both components are then
         driven, and x and v are correlated in the stationary distribution.
-
-    Examples
-    --------
-    >>> sde = CLD()
-    >>> sde.components, sde.driven
-    (2, (1,))
     """
 
     def __init__(
@@ -241,7 +222,7 @@ class PSLD(LinearSDE):
         super().__init__(
             TimeChangedDynamics(
                 [[-gamma / 2, 0.5 / mass], [-0.5, -nu / 2]],
-                [[_root(gamma), 0], [0, _root(mass * nu)]],
+                [[safe_sqrt(as_float64(gamma)), 0], [0, safe_sqrt(as_float64(mass * nu))]],
                 beta,
             ),
             initial_covariance=_diagonal(0, self.velocity_scale * mass),
@@ -311,10 +292,6 @@ def _rates(
     low = parameter_at_least(beta_min, 0.0, "beta_min")
     high = positive_parameter(beta_max, "beta_max")
     return low, high, None, Schedule.linear(beta_min, beta_max)
-
-
-def _root(x: Parameter) -> Parameter:
-    return safe_sqrt(x) if isinstance(x, Tensor) else sqrt(x)
 
 
 def _diagonal(*entries: Parameter) -> Tensor:

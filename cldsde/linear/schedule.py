@@ -21,13 +21,12 @@ from cldsde.linear.checks import (
     as_parameter,
     check_between,
     check_callable,
+    checked_values,
     parameter_at_least,
     parameter_value,
     positive_parameter,
 )
 from cldsde.linear.reprs import shown
-
-_CHECK_POINTS = 1025
 
 
 @lru_cache
@@ -74,27 +73,8 @@ class Schedule:
         check_callable(rate, "rate", "a function of times")
         if integral is not None:
             check_callable(integral, "integral", "a function of two times")
-        grid = torch.linspace(0, 1, _CHECK_POINTS, device="cpu", dtype=torch.float64)
-        try:
-            values = torch.as_tensor(rate(grid), device="cpu").detach()
-        except (TypeError, ValueError, RuntimeError) as error:
-            msg = f"rate must accept a tensor of times, as torch's functions do; it raised: {error}"
-            raise ValueError(msg) from error
-        if values.shape != grid.shape:
-            raise ValueError(
-                f"rate must return a tensor of the shape of its argument, {tuple(grid.shape)}; got "
-                f"{tuple(values.shape)}"
-            )
-        if values.dtype != torch.float64:
-            msg = f"rate must return float64, the dtype of its argument; got {values.dtype}"
-            raise ValueError(msg)
-        bad = ~(values.isfinite() & (values >= 0))
-        if bool(bad.any()):
-            where = int(bad.nonzero()[0])
-            raise ValueError(
-                f"rate must be finite and not negative on [0, 1]; got {float(values[where]):g} at "
-                f"t = {float(grid[where]):g}"
-            )
+        grid = torch.linspace(0, 1, 1025, device="cpu", dtype=torch.float64)
+        checked_values(rate, grid, "rate", signed=False)
         self._made_by = ""
         self._rate = rate
         self._integral = integral if integral is not None else self._quadrature

@@ -15,7 +15,7 @@ from cldsde.linear.distributions import Distributions, frozen_parameters
 from cldsde.linear.dynamics import Dynamics, TimeChangedDynamics
 from cldsde.linear.function_dynamics import FunctionDynamics
 from cldsde.linear.kernel import Gaussian
-from cldsde.linear.random import Generators, check_generator, standard_normal
+from cldsde.linear.random import Generators, standard_normal
 from cldsde.linear.reprs import constructor_repr, shown
 from cldsde.linear.schedule import Schedule
 from cldsde.linear.signal_noise import OfTime, SignalNoiseDynamics
@@ -62,8 +62,6 @@ class LinearSDE(Distributions):
 
     Examples
     --------
-    A named process:
-
     >>> from cldsde.linear import TimeChangedDynamics
     >>> class Overdamped(LinearSDE):
     ...     def __init__(self, stiffness: float) -> None:
@@ -72,16 +70,7 @@ class LinearSDE(Distributions):
     >>> Overdamped(2.0).prior.covariance
     tensor([[0.5000]], dtype=torch.float64)
 
-    An unnamed process with two auxiliary components:
-
-    >>> sde = LinearSDE.from_matrices(
-    ...     A=[[0, 1, 0], [-1, 0, 2], [0, -2, -3]],
-    ...     Q_root=[[0], [0], [6**0.5]],
-    ...     schedule=4.0,
-    ...     initial_covariance=[[0, 0, 0], [0, 0.1, 0], [0, 0, 0.1]],
-    ... )
-    >>> sde.components, sde.driven
-    (3, (2,))
+    :doc:`/how-to/declare-a-process` has more.
     """
 
     T: ClassVar[float] = 1.0
@@ -132,12 +121,7 @@ class LinearSDE(Distributions):
     ) -> LinearSDE:
         """Create a process from constant matrices: F(t) = β(t) A, G(t) = √β(t) Q_root.
 
-        Parameters
-        ----------
-        A, Q_root, schedule
-            See `TimeChangedDynamics`.
-        initial_covariance, stationary_covariance, prior_covariance
-            See `LinearSDE`.
+        See `TimeChangedDynamics` for A, Q_root and schedule, and `LinearSDE` for the covariances.
         """
         return LinearSDE(
             TimeChangedDynamics(A, Q_root, schedule),
@@ -160,11 +144,9 @@ class LinearSDE(Distributions):
 
         Parameters
         ----------
-        drift
-            Function of a time (0-dimensional float64 tensor) that returns F, ``(k, k)``. It may
-            jump, and must be smooth in t between jumps.
-        diffusion
-            Function of a time that returns G, ``(k, r)``; it may jump, too.
+        drift, diffusion
+            Functions of a time (0-dimensional float64 tensor) that return F, ``(k, k)``, and G,
+            ``(k, r)``. They may jump, and must be smooth in t between jumps.
         initial_covariance, stationary_covariance, prior_covariance
             See `LinearSDE`.
 
@@ -173,15 +155,7 @@ class LinearSDE(Distributions):
         Raises a ValueError if a function returns matrices that do not fit or values that are not
         finite, nearly diverges or varies too quickly at a time, which is named; or if all diffusion
         is zero. The process can be pickled if its functions can, such as functions of a module.
-
-        Examples
-        --------
-        >>> import torch
-        >>> sde = LinearSDE.from_functions(
-        ...     lambda t: (-1 - t).reshape(1, 1), lambda t: torch.ones(1, 1, dtype=torch.float64)
-        ... )
-        >>> f"{sde.transition_matrix(0.0, 1.0).item():.6f}"  # e^{-3/2}
-        '0.223130'
+        :doc:`/how-to/declare-a-process` has an example.
         """
         return LinearSDE(
             FunctionDynamics(drift, diffusion),
@@ -194,11 +168,11 @@ class LinearSDE(Distributions):
     def from_signal_noise(cls, signal: OfTime, noise: OfTime) -> LinearSDE:
         """Create a one-component process from x_t = signal(t) x_0 + noise(t) n, n ~ N(0, 1).
 
-        Interpolants of flow matching are such processes. The signal may vanish at t = 1, as in
-        `RectifiedFlow`. Kernels are finite there, but drift and diffusion diverge
-        (`regular_until`). Raises a ValueError if a function returns another shape or dtype or
-        values that are not finite, α or σ is out of range, α/σ increases somewhere, or a function
-        is not smooth. Raises a TypeError if an argument is not a function.
+        Interpolants of flow matching are such processes (:doc:`/how-to/flow-matching` has
+        examples). The signal may vanish at t = 1, as in `RectifiedFlow`. Kernels are finite there,
+        but drift and diffusion diverge (`regular_until`). Raises a ValueError if a function returns
+        another shape or dtype or values that are not finite, α or σ is out of range, α/σ increases
+        somewhere, or a function is not smooth. Raises a TypeError if an argument is not a function.
 
         Parameters
         ----------
@@ -209,13 +183,6 @@ class LinearSDE(Distributions):
         noise
             σ, a function like ``signal`` with σ > 0 for t > 0. σ(0) is the standard deviation of
             x_0 given the data. α/σ must decrease with t.
-
-        Examples
-        --------
-        >>> import torch
-        >>> sde = LinearSDE.from_signal_noise(lambda t: (1 - t) ** 2, torch.sqrt)
-        >>> sde.transition(0.5, 1.0).mean.item(), sde.marginal(0.5).covariance.item()
-        (0.0, 0.5...)
         """
         dynamics = SignalNoiseDynamics(signal, noise)
         start = noise(torch.zeros(1, 1, dtype=torch.float64, device="cpu"))
@@ -269,7 +236,6 @@ class LinearSDE(Distributions):
         generator
             Random generator, or several for equal shares of the batch.
         """
-        check_generator(generator)
         state = self.embed(x)
         noise = standard_normal(state.shape, generator=generator, dtype=x.dtype, device=x.device)
         return state + apply_blocks(self.initial_root, noise)
@@ -296,10 +262,7 @@ class LinearSDE(Distributions):
             ``"data"``: ξ is the noise given x_0 alone (hybrid score matching). ``"all"``: z_0 is
             drawn first, and ξ is the noise given z_0 (denoising score matching). ValueError for
             another name.
-        generator
-            Random generator.
         """
-        check_generator(generator)
         if conditioning == "data":
             return self.marginal(t).perturb(self.embed(x0), generator=generator)
         if conditioning == "all":

@@ -24,14 +24,6 @@ def polynomials(coefficients: Tensor, x: Tensor) -> Tensor:
     return value
 
 
-def powers(x: Tensor, n: int) -> Tensor:
-    """Powers 0 … n−1 of a vector, ``(n, len(x))``, in log₂ n products."""
-    powers = torch.stack([torch.ones_like(x), x])
-    while len(powers) < n:
-        powers = torch.cat([powers, powers * (powers[-1] * x)])
-    return powers[:n]
-
-
 def eliminate(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Factor rows ``(k, m, n)`` as M E by Gaussian elimination with column pivoting.
 
@@ -93,20 +85,17 @@ def legendre_matrices(n: int) -> tuple[Tensor, Tensor]:
 
 def balancing_scale(A: Tensor) -> Tensor:
     """Powers of two d for which D⁻¹AD has rows and columns of similar norms (Osborne 1960)."""
-    k = len(A)
-    size = A.abs().tolist()
-    scale = [1.0] * k
+    size = A.detach().abs().numpy().copy()
+    np.fill_diagonal(size, 0.0)
+    scale = np.ones(len(size))
     for _ in range(8):
-        balanced = True
-        for i in range(k):
-            row = sum(size[i][j] for j in range(k) if j != i)
-            column = sum(size[j][i] for j in range(k) if j != i)
+        before = scale.copy()
+        for i in range(len(size)):
+            row, column = size[i].sum(), size[:, i].sum()
             factor = 2.0 ** round(math.log2(row / column) / 2) if row > 0 and column > 0 else 1.0
-            balanced = balanced and factor == 1.0
             scale[i] *= factor
-            for j in range(k):
-                size[i][j] /= factor
-                size[j][i] *= factor
-        if balanced:
+            size[i] /= factor
+            size[:, i] *= factor
+        if (scale == before).all():
             break
-    return torch.tensor(scale, dtype=torch.float64, device="cpu")
+    return torch.from_numpy(scale)

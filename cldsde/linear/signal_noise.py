@@ -22,7 +22,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from cldsde.linear.blocks import safe_sqrt
-from cldsde.linear.checks import check_callable
+from cldsde.linear.checks import check_callable, checked_values
 from cldsde.linear.covariance import joint_root
 from cldsde.linear.dynamics import Dynamics
 from cldsde.linear.reprs import shown
@@ -285,22 +285,8 @@ class SignalNoiseDynamics(Dynamics):
 
 
 def _values(function: OfTime, grid: Tensor, name: str) -> Tensor:
-    """Values on a grid; raise unless they are finite float64 numbers of the grid's shape."""
-    try:
-        values = torch.as_tensor(function(grid), device="cpu").detach()
-    except (TypeError, ValueError, RuntimeError) as error:
-        msg = f"{name} must accept a tensor of times, as torch's functions do; it raised: {error}"
-        raise ValueError(msg) from error
-    if values.shape != grid.shape or values.dtype != torch.float64:
-        raise ValueError(
-            f"{name} must return float64 of the shape of its argument, {tuple(grid.shape)}; got "
-            f"{values.dtype} of shape {tuple(values.shape)}"
-        )
-    bad = ~values.isfinite()
-    if bool(bad.any()):
-        where = float(grid[bad][0])
-        msg = f"{name} must be finite on [0, 1]; got {float(values[bad][0]):g} at t = {where:g}"
-        raise ValueError(msg)
+    """`checked_values` on a grid; raise ValueError also if the function has no derivative."""
+    values = checked_values(function, grid, name)
     try:
         torch.func.jvp(function, (grid,), (torch.ones_like(grid),))
     except (NotImplementedError, RuntimeError) as error:

@@ -15,7 +15,7 @@ import cldsde
 import own_solvers
 from cldsde.cli import main
 from cldsde.solvers import named_solvers
-from cldsde.validation import reports, suite
+from cldsde.validation import suite
 from cldsde.validation.report import Report
 
 QUICK = "--quick --problem CLD"
@@ -36,8 +36,8 @@ def measured_once():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(suite, "_measure", measured)
-        few = functools.partial(reports.work_precision, budgets=(10, 20))
-        patch.setattr(reports, "work_precision", few)
+        few = functools.partial(suite.work_precision, budgets=(10, 20))
+        patch.setattr(suite, "work_precision", few)
         yield
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cldsde import Schedule
-from cldsde.linear import schedule, series, taylor
+from cldsde.linear import panels, schedule, series
 from probes import tensor
 from references import clock_of
 from references.kernels import variance_clock
@@ -105,8 +105,8 @@ RULES = [
     (schedule.gauss_legendre, (5, 2)),
     (series.legendre_moments, (5, 2)),
     (series.legendre_matrices, (5,)),
-    (taylor._recurrence, ()),
-    (taylor._transform, ()),
+    (panels._recurrence, ()),
+    (panels._transform, ()),
 ]
 
 

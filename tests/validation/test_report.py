@@ -16,7 +16,7 @@ from cldsde.validation.files import ReportFiles
 from cldsde.validation.order_estimate import Verdict
 from cldsde.validation.posterior_suite import posterior_reports
 from cldsde.validation.report import Report
-from cldsde.validation.reports import reports
+from cldsde.validation.suite import reports
 from cldsde.validation.work_precision import WorkPrecisionPoint
 
 PASS, FAIL, INCONCLUSIVE = Verdict.PASS, Verdict.FAIL, Verdict.INCONCLUSIVE
