@@ -32,10 +32,9 @@ from cldsde.linear.blocks import apply_blocks
 from cldsde.linear.checks import TimeLike, check_at_least, one_of
 from cldsde.linear.covariance import joint_root
 from cldsde.linear.sde import LinearSDE, check_process
-from cldsde.score.conversion import Conversion, Prediction
-from cldsde.score.matching import PerturbedData, Weighting
+from cldsde.score.conversion import Prediction
 from cldsde.score.network_score import Inputs, NetworkScore
-from cldsde.score.times import PlannedTime, coefficients_at, score_times
+from cldsde.score.times import PlannedTime, coefficients_at
 
 Code = Literal["cld-sgm", "score-sde-vp", "score-sde-ve"]
 """Code that trained a network, and for ``score_sde`` the kind of process."""
@@ -138,27 +137,12 @@ class PublishedScore(NetworkScore):
         planned: PlannedTime | None,
         prediction: Prediction,
         condition: Tensor | None,
-    ) -> Tensor:
+    ) -> tuple[Prediction, Tensor]:
         c = coefficients_at(self, t, z, self._coefficients, z.dtype, planned=planned)
         learnt = self._evaluate(z.flatten(1, 2), c.clock, condition, z.shape[2])
         score = apply_blocks(c.gain[..., None, None], learnt.unsqueeze(1))
-        score = score - apply_blocks(c.reference[..., None, None], z[:, list(self.sde.driven)])
-        if prediction == "score":
-            return score
-        times = score_times(t, z, planned)
-        convert = Conversion.at(self.sde, times, "score", prediction)
-        return convert(z, score)
-
-    def loss(
-        self,
-        pair: PerturbedData,
-        *,
-        prediction: Prediction = "noise",
-        weighting: Weighting = "reweighted",
-        condition: Tensor | None = None,
-    ) -> Tensor:
-        """Score-matching loss of each sample, ``(B,)``; see `MixedScore.loss`."""
-        return self._loss_of_score(pair, prediction, weighting, condition)
+        reference = apply_blocks(c.reference[..., None, None], z[:, list(self.sde.driven)])
+        return "score", score - reference
 
     def _coefficients(self, times: Tensor) -> _Coefficients:
         """Clock, gain and reference; the clock is in single precision, as in the published code."""

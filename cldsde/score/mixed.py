@@ -27,11 +27,11 @@ from cldsde.linear.checks import TimeLike, as_number, check_state, one_of
 from cldsde.linear.covariance import joint_root, triangular_inverse
 from cldsde.linear.kernel import Kernel
 from cldsde.linear.sde import LinearSDE, check_process
-from cldsde.score.conversion import MEASURED, Conversion, Prediction, WhitenedKernel, whiten
+from cldsde.score.conversion import MEASURED, Prediction, WhitenedKernel, whiten
 from cldsde.score.matching import PerturbedData, Weighting
 from cldsde.score.network_score import Inputs, NetworkScore
 from cldsde.score.time_sampling import check_normal, normal_log_snr
-from cldsde.score.times import PlannedTime, coefficients_at, score_times
+from cldsde.score.times import PlannedTime, coefficients_at
 
 _LEAST_CLOCK = -10.0
 
@@ -170,18 +170,16 @@ class MixedScore(NetworkScore):
         planned: PlannedTime | None,
         prediction: Prediction,
         condition: Tensor | None,
-    ) -> Tensor:
+    ) -> tuple[Prediction, Tensor]:
         table = coefficients_at(
             self, t, z, self._coefficients, z.dtype, planned=planned, version=self._loads
         )
         direct = self.predicts_data and prediction not in ("score", "noise")
         source: Prediction = "data" if direct else "noise"
         value = self._estimate(source, z, table, condition)
-        if prediction == source:
-            return value
         if prediction == "score":
-            return apply_blocks(table.to_score, value)
-        return Conversion.at(self.sde, score_times(t, z, planned), source, prediction)(z, value)
+            return "score", apply_blocks(table.to_score, value)
+        return source, value
 
     def loss(
         self,
@@ -206,7 +204,9 @@ class MixedScore(NetworkScore):
         one_of(prediction, MEASURED, "prediction")
         if pair.conditioning == "all":
             # The noise given all of z_0 belongs to another root, so compare scores.
-            return self._loss_of_score(pair, prediction, weighting, condition)
+            return super().loss(
+                pair, prediction=prediction, weighting=weighting, condition=condition
+            )
         coefficients = self._coefficients(pair.t, pair.kernel, pair.whitened)
         if isinstance(weighting, _LogSNRWeighting) and weighting.model is self and pair.t.ndim:
             known = weighting.of_known(pair.whitened, coefficients)
