@@ -1,15 +1,11 @@
-"""Linear operators on a batch of data, for `Observation`, and their numerical test and norm."""
+"""Numerical test and norm of linear operators on a batch of data, and copies of their tensors."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional
-
-from cldsde.linear.checks import described
 
 Operator = Callable[[Tensor], Tensor]
 """Function of data ``(B, *D)`` that returns ``(B, *E)`` and acts on each sample separately."""
@@ -36,76 +32,6 @@ class Copies:
             with torch.inference_mode(False):
                 self._copies[key] = self._original.to(key[1], key[0])
         return self._copies[key]
-
-
-def selection(mask: Tensor) -> Operator:
-    """Selection of the entries that a bool mask ``(*D)`` marks, ``(B, m)``."""
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        raise TypeError(f"mask must be a bool tensor; got {described(mask)}")
-    indices = Copies(mask.flatten().nonzero().flatten())
-    if not bool(mask.any()):
-        raise ValueError("mask must mark at least one entry as observed; got none")
-
-    def forward(x: Tensor) -> Tensor:
-        _check_size(x, mask.numel(), "mask")
-        return x.flatten(1).index_select(1, indices.like(x))
-
-    return forward
-
-
-def matrix_product(matrix: Tensor) -> Operator:
-    """Product of a finite matrix ``(m, D)`` with flattened data, ``(B, m)``."""
-    if matrix.ndim != 2 or not bool(matrix.isfinite().all()):
-        raise ValueError(f"A must be a finite matrix (m, D); got shape {tuple(matrix.shape)}")
-
-    copies = Copies(matrix)
-
-    def forward(x: Tensor) -> Tensor:
-        _check_size(x, matrix.shape[1], "A")
-        return x.flatten(1) @ copies.like(x).mT
-
-    return forward
-
-
-def block_means(shape: tuple[int, ...], factor: int) -> Operator:
-    """Block means along all axes but the first, for data of shape ``(C, *S)``."""
-
-    def forward(x: Tensor) -> Tensor:
-        _check_shape(x, shape)
-        for axis in range(2, x.ndim):
-            x = torch.unflatten(x, axis, (-1, factor)).mean(axis + 1)
-        return x
-
-    return forward
-
-
-def correlation(shape: tuple[int, ...], kernel: Tensor) -> Operator:
-    """Correlation of images ``(C, H, W)`` with a finite kernel of odd sizes and zero padding."""
-    odd = kernel.ndim == 2 and all(n % 2 for n in kernel.shape)
-    if not odd or not bool(kernel.isfinite().all()):
-        raise ValueError(f"kernel must be finite, (h, w) with odd sizes; got {tuple(kernel.shape)}")
-    padding = (kernel.shape[0] // 2, kernel.shape[1] // 2)
-    copies = Copies(kernel)
-
-    def forward(x: Tensor) -> Tensor:
-        _check_shape(x, shape)
-        planes = x.flatten(0, 1).unsqueeze(1)
-        return functional.conv2d(planes, copies.like(x)[None, None], padding=padding).view_as(x)
-
-    return forward
-
-
-def _check_size(x: Tensor, size: int, name: str) -> None:
-    if math.prod(x.shape[1:]) != size:
-        raise ValueError(
-            f"{name} must fit the data: it is for {size} numbers; got data of shape "
-            f"{tuple(x.shape[1:])}, {math.prod(x.shape[1:])} numbers"
-        )
-
-
-def _check_shape(x: Tensor, shape: tuple[int, ...]) -> None:
-    if x.shape[1:] != shape:
-        raise ValueError(f"y must fit the data: it is for shape {shape}; got {tuple(x.shape[1:])}")
 
 
 def check_linear(
