@@ -31,7 +31,7 @@ from cldsde.score.conversion import MEASURED, Prediction, WhitenedKernel, whiten
 from cldsde.score.matching import PerturbedData, Weighting
 from cldsde.score.network_score import Inputs, NetworkScore
 from cldsde.score.time_sampling import check_normal, normal_log_snr
-from cldsde.score.times import PlannedTime, coefficients_at
+from cldsde.score.times import PlannedTime, coefficients_at, on_device
 
 _LEAST_CLOCK = -10.0
 
@@ -47,9 +47,6 @@ class _Coefficients(NamedTuple):
     data_residual: Tensor  # (*, V), standard deviation of x_0 given the reference and z
     log_snr: Tensor  # (*), κ = ½ log ψᵀΣ⁻¹ψ, the network's time input
     to_score: Tensor  # (*, d, d), −L_dd^{−T}
-
-    def to(self, like: Tensor) -> _Coefficients:
-        return _Coefficients(*(field.to(like) for field in self))
 
     def residual_variance(self) -> Tensor:
         """Mean square of c_out, ``(*)``."""
@@ -213,7 +210,8 @@ class MixedScore(NetworkScore):
             weighting = lambda t: known  # noqa: E731
         direct = self.predicts_data and prediction != "noise"
         source: Prediction = "data" if direct else "noise"
-        value = self._estimate(source, pair.z, coefficients.to(pair.z), condition)
+        moved = _Coefficients(*on_device(coefficients, pair.z.dtype, pair.z.device))
+        value = self._estimate(source, pair.z, moved, condition)
         return pair.loss(value, source, weighting=weighting, measured=prediction)
 
     def residual_variance(self, t: Tensor, prediction: Prediction = "noise") -> Tensor:

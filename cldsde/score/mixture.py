@@ -21,7 +21,7 @@ from cldsde.score.conditioning import conditioned
 from cldsde.score.observation import Observation
 from cldsde.score.operators import Copies
 from cldsde.score.protocol import Score
-from cldsde.score.times import PlannedTime, coefficients_at, score_times
+from cldsde.score.times import PlannedTime, coefficients_at, on_device, score_times
 
 Rows = Literal["driven", "all", "auxiliary"]
 """Components whose score is computed."""
@@ -37,9 +37,6 @@ class _Marginal(NamedTuple):
     whitening: Tensor  # (*, n, D, k, k), inverse of the triangular root
     log_scale: Tensor  # (*, n), log weight + log normalisation
     data_log_scale: Tensor  # (*, n), the same for the data component of the state alone
-
-    def to(self, like: Tensor) -> _Marginal:
-        return _Marginal(*(field.to(like) for field in self))
 
 
 class _DenseMarginal(NamedTuple):
@@ -282,7 +279,8 @@ class GaussianMixture:
         check_process(sde)
         flat = self._flat_state(sde, z)
         with torch.autocast(z.device.type, enabled=False):
-            marginal = self._marginal(sde, score_times(t, z)).to(flat)
+            found = self._marginal(sde, score_times(t, z))
+            marginal = _Marginal(*on_device(found, flat.dtype, flat.device))
             return marginal, *self._terms(flat, marginal)
 
     def _terms(self, z: Tensor, marginal: _Marginal) -> tuple[Tensor, Tensor]:
