@@ -124,12 +124,9 @@ class Convention:
 
     def estimate(self, signal: float, noise: float) -> tuple[float, float]:
         """Coefficients of x and of the network's output in its prediction of the data."""
-        if self.predicts == "data":
-            return 0.0, 1.0
-        if self.predicts == "flow":
-            return 1.0, -noise
-        if self.predicts == "velocity":
-            return signal, -noise
+        known = {"data": (0.0, 1.0), "flow": (1.0, -noise), "velocity": (signal, -noise)}
+        if self.predicts in known:
+            return known[self.predicts]
         if signal == 0:
             raise ValueError(
                 "scheduler: a network that predicts the noise (prediction_type='epsilon') cannot "
