@@ -52,8 +52,8 @@ class Imputation(GridSolver):
     noise of the last time, or a small error with ``denoise=True``. `impose` sets them exactly.
     Arguments that do not fit raise a ValueError or TypeError.
 
-    Even on fine grids the samples are not from the posterior, because each step sees the known part
-    through fresh noise. `PosteriorScore` with its default method and `sample_posterior` are closer.
+    Even on fine grids the samples are not from the posterior. `PosteriorScore` with its default
+    method and `sample_posterior` are closer.
 
     Parameters
     ----------

@@ -112,23 +112,12 @@ class DenoiserScore(Score):
     def forward(
         self, z: Tensor, t: TimeLike, *, planned: PlannedTime | None = None, **conditions: Any
     ) -> Tensor:
-        """Score of the driven components, ``(B, len(driven), *D)``.
+        """Score of the driven components, ``(B, len(driven), *D)``; see `Score` for the arguments.
 
-        Parameters
-        ----------
-        z, planned
-            See `Score`.
-        t
-            One time or ``(B,)``, above 0.
-        conditions
-            Passed to the denoiser, such as class labels. A solver passes none: give it a
-            `ConditionalScore`.
-
-        Raises
-        ------
-        ValueError
-            If the noise level at a time lies outside of the denoiser's, which solvers check before
-            the first evaluation, or the denoiser returns another shape.
+        ``t`` may be one time for all, above 0. Conditions, such as class labels, are passed to the
+        denoiser. A solver passes none: give it a `ConditionalScore`. If the noise level at a time
+        lies outside of the denoiser's, which solvers check before the first evaluation, or the
+        denoiser returns another shape, a ValueError is raised.
         """
         wide, rows, data = self._denoised(z, t, planned, **conditions)
         return (apply_blocks(rows.state, wide) + apply_blocks(rows.value, data)).to(z.dtype)

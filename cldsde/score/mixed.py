@@ -4,13 +4,6 @@ docs/explanation/hybrid-score-matching.md derives the additive form n = n_ref + 
 noise. For data N(μ, s₀²) the reference n_ref is the best prediction of the noise. The remaining
 noise then has the covariance s₀² c_d c_dᵀ / (1 + s₀² cᵀc) with c = L⁻¹ψ. So the network's target
 has unit size at every t with c_out = s₀ c_d / √(1 + s₀² cᵀc).
-
-With inputs="estimate" the network's input is û of `DenoiserScore`, a sufficient statistic of the
-state. E[x_0 | û] is the same function of û and of the signal-to-noise ratio for every process, so
-one network serves all processes.
-
-The convex form n = (1 − a) n_ref + a n_θ (Vahdat, Kreis and Kautz 2021, §3.2) has a learnt weight a
-per channel, the logistic function of a parameter.
 """
 
 from __future__ import annotations
@@ -70,12 +63,13 @@ class MixedScore(NetworkScore):
         ``(C, *S)``, e.g. ``(C, 1, 1)``.
     inputs
         ``"state"``: the network's input is the state. ``"estimate"``: its input is the best
-        unbiased estimate of the data, ``(B, C, *S)``, and its output has the same shape. Such a
-        network serves any process at the signal-to-noise ratios of its training.
+        unbiased estimate of the data, û of `DenoiserScore`, ``(B, C, *S)``, and its output has the
+        same shape. Such a network serves any process at the signal-to-noise ratios of its training.
     mixing_logits
         None: the additive form. A tensor that broadcasts with ``(C, *S)``, e.g. −3 in
-        ``(C, 1, 1)``: the convex form, with learnt weights a = 1/(1 + e^{−logit}) that start from
-        these logits. For ``inputs="state"`` only.
+        ``(C, 1, 1)``: the convex form n = (1 − a) n_ref + a n_θ (Vahdat, Kreis and Kautz 2021,
+        §3.2), with learnt weights a = 1/(1 + e^{−logit}) that start from these logits. For
+        ``inputs="state"`` only.
 
     Raises
     ------

@@ -169,19 +169,9 @@ class GaussianMixture:
     def log_prob(self, sde: LinearSDE, z: Tensor, t: TimeLike) -> Tensor:
         """Log-density of the state, log p_t(z), ``(B,)`` nats in the dtype of ``z``.
 
-        Parameters
-        ----------
-        sde
-            The forward process.
-        z
-            ``(B, k, *D)`` with D numbers per component.
-        t
-            One time or ``(B,)``. t > 0 always has a density.
-
-        Raises
-        ------
-        ValueError
-            If shapes do not fit or the distribution has no density at some time.
+        ``z`` is a state ``(B, k, *D)`` with D numbers per component, and ``t`` one time or
+        ``(B,)``. t > 0 always has a density. If shapes do not fit or the distribution has no
+        density at some time, a ValueError is raised.
         """
         _, _, log_terms = self._whitened(sde, z, t)
         return log_terms.logsumexp(-1).to(z.dtype)

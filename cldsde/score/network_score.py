@@ -22,13 +22,7 @@ Inputs = Literal["state", "estimate"]
 
 
 class NetworkScore(Score, ABC):
-    """Score of the driven components from a network; the base of `MixedScore`.
-
-    Attributes
-    ----------
-    network, sde, inputs
-        See `MixedScore`.
-    """
+    """Score of the driven components from a network; the base of `MixedScore`."""
 
     network: nn.Module
     sde: LinearSDE
