@@ -30,18 +30,6 @@ class Plan:
     """Precomputed solver: everything that depends on process, solver and grid alone.
 
     Create it with `plan`. A plan serves any number of batches, dtypes and devices.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from cldsde import CLD, GaussianMixture, ReverseProcess, solvers
-    >>> sde = CLD()
-    >>> process = ReverseProcess(sde, GaussianMixture([1.0], [[0.3]], [[[0.25]]]).score(sde))
-    >>> sampler = solvers.plan(process, solvers.SSCS(), solvers.quadratic_times(sde.T, 1e-3, 50))
-    >>> g = torch.Generator().manual_seed(0)
-    >>> batches = [sde.prior.sample((100, 1), generator=g) for _ in range(3)]
-    >>> [sampler.solve(batch, generator=g).nfev for batch in batches]
-    [50, 50, 50]
     """
 
     process: ReverseProcess

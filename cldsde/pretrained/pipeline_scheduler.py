@@ -50,7 +50,8 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     Put it in place of a pipeline's scheduler. The pipeline sees x = α x_0 + σ n, as with
     `diffusers.DDIMScheduler`; velocities and other components of the process stay inside. n steps
-    evaluate the network n times: the last step returns the data prediction.
+    evaluate the network n times: the last step returns the data prediction. The page "Sample in a
+    diffusers pipeline" has a complete program.
 
     Parameters
     ----------
@@ -93,17 +94,6 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     - If a pipeline changes its latents between two steps (masks, callbacks), x changes and the rest
       of the state stays, so that the state keeps its distribution. Solvers that correct an
       earlier step (``corrector=True``, ``order=3``) start again from the changed state.
-
-    Examples
-    --------
-    >>> from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-    >>> blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
-    >>> unet = UNet2DModel(8, 1, 1, block_out_channels=(8,), norm_num_groups=4, **blocks)
-    >>> pipe = DDPMPipeline(unet.eval(), DDPMScheduler())
-    >>> pipe.scheduler = PipelineScheduler(pipe.scheduler, "CLD")
-    >>> pipe.set_progress_bar_config(disable=True)
-    >>> pipe(num_inference_steps=5, output_type="np").images.shape
-    (1, 8, 8, 1)
     """
 
     order = 1
