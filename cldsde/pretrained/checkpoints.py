@@ -74,13 +74,9 @@ class _Weight:
 def read_checkpoint(path: Path | str) -> Checkpoint:
     """Read a checkpoint; code in the file is not run.
 
-    Raises
-    ------
-    FileNotFoundError
-        If there is no such file.
-    SettingError
-        If the path is a folder, or the file is truncated, holds anything but tensors, numbers and
-        their containers, or is not a checkpoint of these codes.
+    Raises a FileNotFoundError if there is no such file, and a SettingError if the path is a folder,
+    or the file is truncated, holds anything but tensors, numbers and their containers, or is not a
+    checkpoint of these codes.
     """
     path = Path(path).expanduser()
     msg = f"{path} is a folder; name the file in it that torch.save wrote, checkpoint_….pth"
@@ -140,13 +136,9 @@ def load_weights(
 ) -> None:
     """Load averaged weights into a network; weights that are not averaged come from the model.
 
-    Every tensor of the checkpoint is used, and every shape is checked.
-
-    Raises
-    ------
-    SettingError
-        If a weight is missing, unknown, of another shape, not of real numbers or not finite, or
-        the checkpoint does not hold the table of noise levels ``sigmas``.
+    Every tensor of the checkpoint is used. Raises a SettingError if a weight is missing, unknown,
+    of another shape, not of real numbers or not finite, or the checkpoint does not hold the table
+    of noise levels ``sigmas``.
     """
     state, wanted = network.state_dict(), list(_published(network))
     names = {weight.name for weight in wanted}

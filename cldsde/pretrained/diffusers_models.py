@@ -85,7 +85,6 @@ def from_diffusers(
     ValueError
         If weights are not safetensors, there is no scheduler, levels or prediction of the scheduler
         or the clock of the network are unknown, or the network takes more than noisy data.
-
     """
     try:
         import diffusers  # noqa: F401 -- fail before anything else

@@ -101,21 +101,13 @@ class PublishedScore(NetworkScore):
 
     Raises
     ------
-    TypeError
-        If ``sde`` is not a process.
-    ValueError
-        If several components are driven.
+    TypeError, ValueError
+        If ``sde`` is not a process, or several components are driven.
 
     Notes
     -----
     With N discrete noise levels, the gain at time t is the gain of a level, as in the published
     code: of level ⌊(N − 1) t⌋ for VP, and of (N − 1)(1 − t) rounded for VE.
-
-    References
-    ----------
-    Y. Song et al., *Score-based generative modeling through stochastic differential equations*,
-    2021. T. Dockhorn et al., *Score-based generative modeling with critically-damped Langevin
-    diffusion*, 2022.
     """
 
     inputs: Inputs = "state"
