@@ -17,8 +17,7 @@ from cldsde.linear.kernel import check_density
 from cldsde.linear.random import check_generator, standard_normal
 from cldsde.linear.reprs import constructor_repr
 from cldsde.linear.sde import LinearSDE, check_process
-from cldsde.score.conditioning import conditioned
-from cldsde.score.observation import Observation
+from cldsde.score.observation import Observation, conditioned
 from cldsde.score.operators import Copies
 from cldsde.score.protocol import Score
 from cldsde.score.times import PlannedTime, coefficients_at, on_device, score_times
