@@ -17,8 +17,7 @@ from cldsde.linear.interpolants import RectifiedFlow, falling
 from cldsde.linear.processes import CLD, HOLD, PSLD, VESDE, VPSDE, SubVPSDE
 from cldsde.linear.sde import LinearSDE
 from cldsde.pretrained.descriptions import process_of, solver_of
-from cldsde.pretrained.noise import streams_of
-from cldsde.pretrained.stepping import check_steppable, recommended_steps
+from cldsde.pretrained.stepping import check_steppable, recommended_steps, streams_of
 from cldsde.progress import progress_bar
 from cldsde.score import NoisePath
 from cldsde.solvers.base import Solver

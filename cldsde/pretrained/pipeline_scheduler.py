@@ -26,7 +26,6 @@ from cldsde.pretrained.descriptions import (
     settings_of,
     solver_of,
 )
-from cldsde.pretrained.noise import GeneratorNoise, streams_of
 from cldsde.pretrained.pipeline_levels import (
     levels_of_grid,
     levels_of_scheduler,
@@ -34,7 +33,13 @@ from cldsde.pretrained.pipeline_levels import (
     window,
 )
 from cldsde.pretrained.pipeline_prediction import DataPrediction
-from cldsde.pretrained.stepping import PathSteps, check_steppable, recommended_steps
+from cldsde.pretrained.stepping import (
+    GeneratorNoise,
+    PathSteps,
+    check_steppable,
+    recommended_steps,
+    streams_of,
+)
 from cldsde.solvers import SamplerSettings
 from cldsde.solvers.base import Solver
 from cldsde.solvers.noise import NoiseSource
