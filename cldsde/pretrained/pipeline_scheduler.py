@@ -18,7 +18,7 @@ from torch import Tensor
 from cldsde.linear.checks import one_of
 from cldsde.linear.random import Generators
 from cldsde.linear.sde import LinearSDE
-from cldsde.pretrained.conventions import Convention
+from cldsde.pretrained.conventions import Convention, DataPrediction
 from cldsde.pretrained.descriptions import (
     described_process,
     described_solver,
@@ -32,7 +32,6 @@ from cldsde.pretrained.pipeline_levels import (
     levels_of_settings,
     window,
 )
-from cldsde.pretrained.pipeline_prediction import DataPrediction
 from cldsde.pretrained.stepping import (
     GeneratorNoise,
     PathSteps,
