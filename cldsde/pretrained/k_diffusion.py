@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cldsde.linear.checks import check_callable
+from cldsde.linear.checks import check_callable, shaped
 from cldsde.linear.interpolants import RectifiedFlow, falling
 from cldsde.linear.processes import CLD, HOLD, PSLD, VESDE, VPSDE, SubVPSDE
 from cldsde.linear.sde import LinearSDE
@@ -45,8 +45,8 @@ def sample_k_diffusion(
     r"""Sample with any linear SDE, with the arguments of the samplers of k-diffusion and ComfyUI.
 
     The model sees x = x_0 + σ n. Velocities and other components of the process stay inside. Each
-    level before the final 0 is one evaluation of the model. The last evaluation
-    is the result. In ComfyUI, ``KSAMPLER(sample_k_diffusion)`` is a sampler.
+    level before the final 0 is one evaluation of the model. The last evaluation is the result. In
+    ComfyUI, ``KSAMPLER(sample_k_diffusion)`` is a sampler.
 
     Parameters
     ----------
@@ -54,7 +54,7 @@ def sample_k_diffusion(
         Denoiser model(x, sigma, \*\*extra_args) of ``(B, *D)`` and levels ``(B,)`` that returns an
         estimate of x_0.
     x
-        Noisy data ``(B, *D)`` of level ``sigmas[0]``.
+        Noisy data ``(B, *D)`` of level ``sigmas[0]``. The result has its type.
     sigmas
         Decreasing levels ``(n + 1,)``. They may end in 0, with the data, or above 0, with x of the
         last level. With one level, x is returned.
@@ -82,11 +82,6 @@ def sample_k_diffusion(
     noise_sampler
         k-diffusion's source of noise noise_sampler(sigma, next_sigma), in place of ``noise``, for
         processes of one component.
-
-    Returns
-    -------
-    Tensor
-        ``(B, *D)`` in the type of x: the data, or x of the last level.
 
     Raises
     ------
@@ -146,8 +141,8 @@ def sample_k_diffusion(
     for i in progress_bar(range(len(levels) - 1), shown=shown, desc="sampling"):
         denoised = model(x, given[i] * x.new_ones(len(x)), **arguments)
         if not isinstance(denoised, Tensor) or denoised.shape != shape:
-            got = tuple(denoised.shape) if isinstance(denoised, Tensor) else type(denoised).__name__
-            raise ValueError(f"model must return a tensor like x, {tuple(shape)}; got {got}")
+            msg = f"model must return a tensor like x, {tuple(shape)}; got {shaped(denoised)}"
+            raise ValueError(msg)
         if callback is not None:
             callback(
                 {"x": x, "i": i, "sigma": given[i], "sigma_hat": given[i], "denoised": denoised}
