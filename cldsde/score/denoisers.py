@@ -189,12 +189,6 @@ class PredictionDenoiser(Denoiser):
         whitened = WhitenedKernel.of_path(alpha, sigma, t, partial(self.path.slopes, t))
         estimate = whitened.convert(self.predicts, "data")
         state, value = alpha * estimate.state[..., 0, 0], estimate.value[..., 0, 0]
-        found = (alpha, state, value, self._clock(t, kappa))
-        return _Levels(*(x.reshape(levels.shape) for x in found))
-
-    def _clock(self, t: Tensor, kappa: Tensor) -> Tensor:
-        if callable(self.clock):
-            return self.clock(t)
         known = {
             "time": t,
             "index": t.round(),
@@ -202,7 +196,8 @@ class PredictionDenoiser(Denoiser):
             "log_sigma/4": -kappa / 4,
             "log_snr": 2 * kappa,
         }
-        return known[self.clock]
+        clock = self.clock(t) if callable(self.clock) else known[self.clock]
+        return _Levels(*(x.reshape(levels.shape) for x in (alpha, state, value, clock)))
 
 
 def outside_levels(levels: Tensor, low: float, high: float) -> Tensor:

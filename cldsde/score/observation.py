@@ -16,7 +16,7 @@ from torch.nn import functional
 from cldsde.linear.checks import as_integer, check_at_least, check_callable, described
 from cldsde.linear.log_snr import first_times
 from cldsde.linear.sde import LinearSDE
-from cldsde.score.operators import Copies, check_linear, operator_norm
+from cldsde.score.operators import Copies, check_linear, fixed_probes
 
 # Largest ratio of the samples' noise at the end of sampling to the noise of the observation. At 0.3
 # the variance of exact samples in an observed direction is 9 % too large if the data vary widely.
@@ -248,8 +248,10 @@ class Observation:
                 "noise_std must be positive to sample a posterior, because samples end with some "
                 "noise of their own; got 0. Use a small positive number"
             )
-        norm = operator_norm(self.forward, self.adjoint, shape)
-        level = math.log(norm / (_END_LEVEL * self.noise_std))
+        x = fixed_probes(1, shape)
+        for _ in range(20):  # power iteration for the square of the norm
+            x = self.adjoint(self.forward(x / x.norm()), shape)
+        level = math.log(float(x.norm().sqrt()) / (_END_LEVEL * self.noise_std))
 
         def log_snr(t: Tensor) -> Tensor:
             kernel = sde.marginal(t)

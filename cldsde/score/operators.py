@@ -1,4 +1,4 @@
-"""Linear operators on a batch of data: test, norm, inverse, and copies of their tensors."""
+"""Linear operators on a batch of data: test, inverse, and copies of their tensors."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def check_linear(
 ) -> None:
     """Raise an error as `Observation.check`, by a test on random data ``(*D)``."""
     with torch.inference_mode(False):
-        probes = _probes(2, shape).to(dtype).to(device).requires_grad_()
+        probes = fixed_probes(2, shape).to(dtype).to(device).requires_grad_()
         a, b = probes[:1], probes[1:]
         with torch.enable_grad():
             values = forward(torch.cat([a, b, 3 * a - 2 * b, 0 * a]))
@@ -78,17 +78,7 @@ def check_linear(
         )
 
 
-def operator_norm(
-    forward: Operator, adjoint: Callable[[Tensor, Sequence[int]], Tensor], shape: Sequence[int]
-) -> float:
-    """Largest singular value of a linear function of data ``(*D)``, by power iteration."""
-    x = _probes(1, shape)
-    for _ in range(20):
-        x = adjoint(forward(x / x.norm()), shape)
-    return float(x.norm().sqrt())
-
-
-def _probes(n: int, shape: Sequence[int]) -> Tensor:
+def fixed_probes(n: int, shape: Sequence[int]) -> Tensor:
     """Fixed random data ``(n, *D)``, float64 on the CPU."""
     generator = torch.Generator().manual_seed(1)
     return torch.randn(n, *shape, generator=generator, dtype=torch.float64, device="cpu")
