@@ -29,12 +29,11 @@ import torch
 from torch import Tensor, nn
 
 from cldsde.linear.blocks import apply_blocks
-from cldsde.linear.checks import TimeLike, check_at_least, one_of
+from cldsde.linear.checks import check_at_least, one_of
 from cldsde.linear.covariance import joint_root
 from cldsde.linear.sde import LinearSDE, check_process
 from cldsde.score.conversion import Prediction
 from cldsde.score.network_score import Inputs, NetworkScore
-from cldsde.score.times import PlannedTime, coefficients_at
 
 Code = Literal["cld-sgm", "score-sde-vp", "score-sde-ve"]
 """Code that trained a network, and for ``score_sde`` the kind of process."""
@@ -123,14 +122,8 @@ class PublishedScore(NetworkScore):
         self.parameterisation = parameterisation
 
     def _predict(
-        self,
-        z: Tensor,
-        t: TimeLike,
-        planned: PlannedTime | None,
-        prediction: Prediction,
-        condition: Tensor | None,
+        self, z: Tensor, c: _Coefficients, prediction: Prediction, condition: Tensor | None
     ) -> tuple[Prediction, Tensor]:
-        c = coefficients_at(self, t, z, self._coefficients, z.dtype, planned=planned)
         learnt = self._evaluate(z.flatten(1, 2), c.clock, condition, z.shape[2])
         score = apply_blocks(c.gain[..., None, None], learnt.unsqueeze(1))
         reference = apply_blocks(c.reference[..., None, None], z[:, list(self.sde.driven)])

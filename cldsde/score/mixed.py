@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cldsde.linear.blocks import apply_blocks
-from cldsde.linear.checks import TimeLike, as_number, check_state, one_of
+from cldsde.linear.checks import as_number, check_state, one_of
 from cldsde.linear.covariance import joint_root, triangular_inverse
 from cldsde.linear.kernel import Kernel
 from cldsde.linear.sde import LinearSDE, check_process
@@ -24,7 +24,7 @@ from cldsde.score.conversion import MEASURED, Prediction, WhitenedKernel, whiten
 from cldsde.score.matching import PerturbedData, Weighting
 from cldsde.score.network_score import Inputs, NetworkScore
 from cldsde.score.time_sampling import check_normal, normal_log_snr
-from cldsde.score.times import PlannedTime, coefficients_at, on_device
+from cldsde.score.times import on_device
 
 _LEAST_CLOCK = -10.0
 
@@ -148,28 +148,19 @@ class MixedScore(NetworkScore):
         self.register_buffer("data_variance", single)
         # A float64 copy on the CPU for the coefficients, which .to(device) does not move.
         self._variance = self.data_variance.flatten().cpu().to(torch.float64)
-        self._loads = 0  # number of loaded state dicts, a version of the coefficients
 
     def extra_repr(self) -> str:
         """Process and inputs, for the representation."""
         return f"sde={self.sde!r}, inputs={self.inputs!r}"
 
     def _predict(
-        self,
-        z: Tensor,
-        t: TimeLike,
-        planned: PlannedTime | None,
-        prediction: Prediction,
-        condition: Tensor | None,
+        self, z: Tensor, c: _Coefficients, prediction: Prediction, condition: Tensor | None
     ) -> tuple[Prediction, Tensor]:
-        table = coefficients_at(
-            self, t, z, self._coefficients, z.dtype, planned=planned, version=self._loads
-        )
         direct = self.predicts_data and prediction not in ("score", "noise")
         source: Prediction = "data" if direct else "noise"
-        value = self._estimate(source, z, table, condition)
+        value = self._estimate(source, z, c, condition)
         if prediction == "score":
-            return "score", apply_blocks(table.to_score, value)
+            return "score", apply_blocks(c.to_score, value)
         return source, value
 
     def loss(

@@ -15,7 +15,7 @@ from cldsde.score.denoiser_score import ScoreDenoiser
 from cldsde.score.denoisers import input_dtype
 from cldsde.score.matching import PerturbedData, Weighting
 from cldsde.score.protocol import Score
-from cldsde.score.times import PlannedTime, score_times
+from cldsde.score.times import PlannedTime, coefficients_at, score_times
 
 Inputs = Literal["state", "estimate"]
 """Input of the network: all components, or the best unbiased estimate of the data."""
@@ -27,6 +27,7 @@ class NetworkScore(Score, ABC):
     network: nn.Module
     sde: LinearSDE
     inputs: Inputs
+    _loads = 0  # number of loaded state dicts, a version of the coefficients
 
     @property
     def denoiser(self) -> ScoreDenoiser:
@@ -69,7 +70,10 @@ class NetworkScore(Score, ABC):
         """
         one_of(prediction, TRAINED, "prediction")
         wide = check_state(z, self.sde.components).to(torch.promote_types(z.dtype, torch.float32))
-        source, value = self._predict(wide, t, planned, prediction, condition)
+        table = coefficients_at(
+            self, t, wide, self._coefficients, wide.dtype, planned=planned, version=self._loads
+        )
+        source, value = self._predict(wide, table, prediction, condition)
         if source != prediction:
             times = score_times(t, wide, planned)
             value = Conversion.at(self.sde, times, source, prediction)(wide, value)
@@ -93,13 +97,12 @@ class NetworkScore(Score, ABC):
         return pair.loss(score, "score", weighting=weighting, measured=prediction)
 
     @abstractmethod
+    def _coefficients(self, times: Tensor) -> Any:
+        """Coefficients at float64 times, for `_predict`."""
+
+    @abstractmethod
     def _predict(
-        self,
-        z: Tensor,
-        t: TimeLike,
-        planned: PlannedTime | None,
-        prediction: Prediction,
-        condition: Tensor | None,
+        self, z: Tensor, c: Any, prediction: Prediction, condition: Tensor | None
     ) -> tuple[Prediction, Tensor]:
         """The network's own prediction or the given one, for a state that has been checked."""
 
