@@ -68,14 +68,6 @@ class WhitenedKernel:
     rates: Callable[[], tuple[Tensor, Tensor]]  # α′, σ′ of x_t = α x_0 + σ n, (*), for k = 1
     end: float = 1.0  # latest time at which something of x_0 is left in the state
 
-    @classmethod
-    def of_path(
-        cls, alpha: Tensor, sigma: Tensor, times: Tensor, rates: Callable[[], tuple[Tensor, Tensor]]
-    ) -> WhitenedKernel:
-        """The distribution of x_t = α x_0 + σ n given x_0, with α and σ > 0 of shape ``*``."""
-        psi, root = alpha[..., None, None], sigma[..., None, None]
-        return cls(root, 1 / root, psi, psi / root, times, (0,), rates)
-
     def driven_root(self) -> Tensor:
         """L_dd, the root of the driven components' covariance given all others, ``(*, d, d)``."""
         d = len(self.driven)

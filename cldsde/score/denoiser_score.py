@@ -275,12 +275,7 @@ class ScoreDenoiser(Denoiser):
         self.noise_levels: tuple[float, float] = max(low, known[0]), min(high, known[1])
 
     def forward(
-        self,
-        u: Tensor,
-        sigma: Tensor | float,
-        *,
-        planned: PlannedTime | None = None,
-        **conditions: Any,
+        self, u: Tensor, sigma: TimeLike, *, planned: PlannedTime | None = None, **conditions: Any
     ) -> Tensor:
         """Estimate of the data, like ``u``; see `Denoiser` for the arguments.
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cldsde.linear.checks import check_callable, one_of, shaped
+from cldsde.linear.checks import TimeLike, check_callable, one_of, shaped
 from cldsde.linear.paths import NoisePath
 from cldsde.score.conversion import TRAINED, Prediction, WhitenedKernel
 from cldsde.score.estimator import Estimator, compiled_module
@@ -149,12 +149,7 @@ class PredictionDenoiser(Denoiser):
         return f"path={self.path!r}, predicts={self.predicts!r}, clock={self.clock!r}"
 
     def forward(
-        self,
-        u: Tensor,
-        sigma: Tensor | float,
-        *,
-        planned: PlannedTime | None = None,
-        **conditions: Any,
+        self, u: Tensor, sigma: TimeLike, *, planned: PlannedTime | None = None, **conditions: Any
     ) -> Tensor:
         """Estimate of the data, like ``u``; see `Denoiser` for the arguments.
 
@@ -186,7 +181,9 @@ class PredictionDenoiser(Denoiser):
         t = self.path.time(kappa)
         # A tiny σ in place of 0 has the same estimate to rounding, and a finite x/σ.
         alpha, sigma = self.path.signal(t), self.path.noise(t).clamp_min(_TINY)
-        whitened = WhitenedKernel.of_path(alpha, sigma, t, partial(self.path.slopes, t))
+        psi, root = alpha[..., None, None], sigma[..., None, None]
+        rates = partial(self.path.slopes, t)
+        whitened = WhitenedKernel(root, 1 / root, psi, psi / root, t, (0,), rates)
         estimate = whitened.convert(self.predicts, "data")
         state, value = alpha * estimate.state[..., 0, 0], estimate.value[..., 0, 0]
         known = {
