@@ -100,8 +100,9 @@ def sample_posterior(
     """Posterior sampling by twisted sequential Monte Carlo: samples and evidence of p(x_0 | y).
 
     Guided steps move particles, weights measure how well they explain y, and particles of small
-    weight are replaced by copies of others. The error falls with the number of particles and of
-    steps, for any score; `PosteriorScore` alone keeps a bias.
+    weight are replaced by copies of others (L. Wu et al. 2023, for the first-order step of
+    variance-preserving processes). The error falls with the number of particles and of steps, for
+    any score; `PosteriorScore` alone keeps a bias.
 
     Parameters
     ----------
@@ -148,11 +149,6 @@ def sample_posterior(
         noise is 0, or the grid ends too late for its noise; all before the score is evaluated.
     FloatingPointError
         If no particle of a run has a finite weight.
-
-    References
-    ----------
-    L. Wu et al., *Practical and asymptotically exact conditional sampling in diffusion models*,
-    2023, for the first-order step of variance-preserving processes.
 
     Examples
     --------

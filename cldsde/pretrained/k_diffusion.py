@@ -46,7 +46,8 @@ def sample_k_diffusion(
 
     The model sees x = x_0 + σ n. Velocities and other components of the process stay inside. Each
     level before the final 0 is one evaluation of the model. The last evaluation is the result. In
-    ComfyUI, ``KSAMPLER(sample_k_diffusion)`` is a sampler.
+    ComfyUI, ``KSAMPLER(sample_k_diffusion)`` is a sampler. The page "Sample in ComfyUI or
+    k-diffusion" has examples.
 
     Parameters
     ----------
@@ -103,19 +104,6 @@ def sample_k_diffusion(
       ComfyUI's "normal" levels of Stable Diffusion end with a long step. After it, samplers of
       order 2 make Gaussian data of standard deviation 0.5 too wide: with 30 levels and λ from 0 to
       1 by 3 to 15 % under VP, and by 9 to 22 % under CLD.
-
-    Examples
-    --------
-    Normal data of variance 4:
-
-    >>> import torch
-    >>> from cldsde.pretrained import sample_k_diffusion
-    >>> def denoiser(x, sigma):
-    ...     return x * (4 / (4 + sigma**2)).unsqueeze(1)
-    >>> sigmas = torch.cat([torch.logspace(2, -2, 20), torch.zeros(1)])
-    >>> x = sigmas[0] * torch.randn(2000, 3, generator=torch.Generator().manual_seed(0))
-    >>> bool((sample_k_diffusion(denoiser, x, sigmas).var(0) - 4).abs().max() < 0.6)
-    True
     """
     check_callable(model, "model", "a denoiser model(x, sigma)")
     if not (isinstance(x, Tensor) and x.is_floating_point() and x.ndim > 1 and len(x) > 0):
