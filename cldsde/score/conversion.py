@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,8 +35,7 @@ the velocity of the probability flow, which flow matching learns."""
 TRAINED: tuple[Prediction, ...] = ("score", "noise", "data", "velocity", "flow")
 """Predictions of networks."""
 
-Measured = Literal["noise", "velocity", "flow"]
-MEASURED: tuple[Measured, ...] = get_args(Measured)
+MEASURED: tuple[Prediction, ...] = ("noise", "velocity", "flow")
 """Predictions whose squared error is a loss. The loss of the flow is flow matching."""
 
 Conditioning = Literal["data", "all"]
