@@ -86,11 +86,10 @@ def sample_k_diffusion(
 
     Raises
     ------
-    TypeError
-        If an argument has the wrong type.
-    ValueError
-        If the levels do not decrease, the process does not reach them, the solver does not apply,
-        or ``noise_sampler`` is given for several components. The model has not been evaluated then.
+    TypeError, ValueError
+        If an argument has the wrong type, the levels do not decrease, the process does not reach
+        them, the solver does not apply, or ``noise_sampler`` is given for several components. The
+        model has not been evaluated then.
 
     Notes
     -----

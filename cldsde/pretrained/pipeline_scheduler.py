@@ -84,11 +84,10 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     Raises
     ------
-    TypeError
-        If an argument has the wrong type.
-    ValueError
-        If levels or prediction of the scheduler are unknown, a name is unknown, the solver
-        evaluates the score elsewhere, or a time lies outside of the network's levels.
+    TypeError, ValueError
+        If an argument has the wrong type, levels or prediction of the scheduler are unknown, a name
+        is unknown, the solver evaluates the score elsewhere, or a time lies outside of the
+        network's levels.
 
     Notes
     -----

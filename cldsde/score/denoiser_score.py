@@ -66,10 +66,9 @@ class DenoiserScore(Score):
 
     Raises
     ------
-    TypeError
-        If ``denoiser`` is not callable or ``sde`` is not a process.
-    ValueError
-        If ``noise_levels`` are not two increasing numbers ≥ 0.
+    TypeError, ValueError
+        If ``denoiser`` is not callable, ``sde`` is not a process, or ``noise_levels`` are not two
+        increasing numbers ≥ 0.
 
     Examples
     --------
