@@ -32,11 +32,9 @@ class ScoreAt(Protocol):
 
     def __call__(self, z: Tensor, number: int, /) -> Tensor:
         """Score ``(B, d, *D)``."""
-        ...
 
     def data_prediction(self, z: Tensor, number: int, /) -> Tensor:
         """E[x_0 | z_t] ``(B, 1, *D)`` from the score's own ``data_prediction``."""
-        ...
 
 
 @dataclass(frozen=True)

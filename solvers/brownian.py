@@ -32,16 +32,13 @@ class BrownianPath(NoiseSource):
 
     .. math:: ΔW = w(t) − w(s), \qquad I = ∫_s^t Ψ(t, τ)\,G(τ)\,dw(τ).
 
-    They are jointly Gaussian and add up exactly, I_{s,t} = Ψ(t, r) I_{s,r} + I_{r,t}. The path
-    stores an interval as normals ξ with (ΔW, I) = L ξ. To split an interval, it rotates ξ and as
-    many new normals into the normals of the halves, which then have their exact joint
-    distribution. New normals depend on a seed and the interval alone, so intervals can be queried
-    in any order.
+    They are jointly Gaussian and add up exactly, I_{s,t} = Ψ(t, r) I_{s,r} + I_{r,t}. Intervals can
+    be queried in any order. The order matters only for queried times closer to each other than a
+    millionth of a cell between given times.
 
     The path splits at the given times. To reach another time, it bisects the cell around that time
     up to 20 times and then splits exactly there. Each split costs a draw, so pass the finest grid
-    that you will use. The order of queries matters only for queried times closer to each other than
-    a millionth of a cell.
+    that you will use. The page "Adaptive steps and Brownian bridges" has an example.
 
     As ``noise`` of `solve` it serves several grids or solvers. Solvers of the reverse process use
     +ΔW of each step [u, t]. With a score of zero they add noise from t to u; they do not undo
@@ -63,15 +60,6 @@ class BrownianPath(NoiseSource):
         that need ΔW alone: `EulerMaruyama`, `StochasticHeun` and most methods of `TorchSDE`.
     dtype, device
         Dtype and device of the results.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from cldsde import CLD, solvers
-    >>> path = solvers.BrownianPath(CLD(), solvers.uniform_times(1.0, 0.1, 256), (200, 1))
-    >>> parts = path.increment(0.3, 0.5) + path.increment(0.5, 0.6)
-    >>> torch.allclose(parts, path.increment(0.3, 0.6), atol=1e-5)
-    True
     """
 
     def __init__(

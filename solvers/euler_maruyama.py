@@ -21,8 +21,7 @@ class EulerMaruyama(AffineSolver):
     .. math:: z ← z + h\,[−F(t) z + G G^⊤ s(z, t)] + \sqrt h\,G(t)\,ξ
 
     The method has weak order 1 and strong order 1, because the noise is additive, and takes one
-    score evaluation per step. The reverse SDE is stiff near the data, so for few steps or high
-    accuracy other solvers need less work.
+    score evaluation per step.
     """
 
     facts = Facts(

@@ -24,8 +24,7 @@ class ExponentialEuler(AffineSolver):
     .. math:: z ← Ψ(u,t)\,z + ∫_u^t Ψ(u,τ) G G^⊤ dτ\; s(z, t) + ζ, \qquad
               \mathrm{Cov}\,ζ = ∫_u^t Ψ(u,τ) G G^⊤ Ψ(u,τ)^⊤ dτ
 
-    The method has weak order 1 and takes one score evaluation per step. It gains little over
-    `EulerMaruyama`, because the stiffness near the data is in the score. `ExponentialMultistep`
+    The method has weak order 1 and takes one score evaluation per step. `ExponentialMultistep`
     treats the linear part of the score exactly, too.
     """
 

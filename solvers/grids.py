@@ -96,7 +96,7 @@ def log_snr_times(sde: LinearSDE, T: float, eps: float, n: int) -> Tensor:
     >>> log_snr_times(VPSDE(), 1.0, 0.01, 4)
     tensor([1.0000, 0.7706, 0.4494, 0.1003, 0.0100], dtype=torch.float64)
     """
-    levels = _between(_fractions(T, eps, n), _finite_log_snr_ends(sde, T, eps))
+    levels = _between(_fractions(T, eps, n), _log_snr_ends(sde, T, eps))
     return _with_ends(times_of_log_snr(sde, levels, T, eps), T, eps)
 
 
@@ -113,7 +113,7 @@ def karras_times(sde: LinearSDE, T: float, eps: float, n: int, rho: float = 7.0)
         ρ > 0; larger values put more steps near the data.
     """
     check_positive(rho, "rho")
-    powers = _between(_fractions(T, eps, n), (-_finite_log_snr_ends(sde, T, eps) / rho).exp())
+    powers = _between(_fractions(T, eps, n), (-_log_snr_ends(sde, T, eps) / rho).exp())
     return _with_ends(times_of_log_snr(sde, -rho * powers.log(), T, eps), T, eps)
 
 
@@ -138,8 +138,8 @@ def logistic_times(
         r > 0.
     """
     check_positive(rate, "rate")
-    fractions = _fractions(T, eps, n)
-    levels = _between(fractions, torch.sigmoid(-rate * (_log_snr_ends(sde, T, eps) - center)))
+    fractions, ends = _fractions(T, eps, n), _log_snr_ends(sde, T, eps, finite=False)
+    levels = _between(fractions, torch.sigmoid(-rate * (ends - center)))
     return _with_ends(times_of_log_snr(sde, center - levels.logit() / rate, T, eps), T, eps)
 
 
@@ -158,20 +158,16 @@ def times_of_vp_roots(sde: LinearSDE, T: float, eps: float, fractions: Tensor) -
 
     It is the time at which the default `cldsde.VPSDE` has the same κ.
     """
-    roots = _between(fractions, vp_time(_finite_log_snr_ends(sde, T, eps)).sqrt())
+    roots = _between(fractions, vp_time(_log_snr_ends(sde, T, eps)).sqrt())
     return _with_ends(times_of_log_snr(sde, log_snr_of_vp_time(roots.square()), T, eps), T, eps)
 
 
-def _log_snr_ends(sde: LinearSDE, T: float, eps: float) -> Tensor:
+def _log_snr_ends(sde: LinearSDE, T: float, eps: float, *, finite: bool = True) -> Tensor:
     if not eps > 0:
         msg = f"eps must be above 0 for a grid in the signal-to-noise ratio; got {eps:g}"
         raise ValueError(msg)
-    return sde.log_snr(torch.tensor([T, eps], dtype=torch.float64, device="cpu"))
-
-
-def _finite_log_snr_ends(sde: LinearSDE, T: float, eps: float) -> Tensor:
-    ends = _log_snr_ends(sde, T, eps)
-    if not bool(ends.isfinite().all()):
+    ends = sde.log_snr(torch.tensor([T, eps], dtype=torch.float64, device="cpu"))
+    if finite and not bool(ends.isfinite().all()):
         raise ValueError(
             f"T must be a time with a finite signal-to-noise ratio; at T = {T:g} nothing of the "
             f"data is left: take T ≤ {sde.regular_until:.15g}, or logistic_times"

@@ -43,6 +43,9 @@ class _Tables(NamedTuple):
 class Imputation(GridSolver):
     r"""Inpainting and imputation by the replacement method, around another solver.
 
+    The method is from Y. Song et al. 2021, §5 and appendix I.2, and its repetition of steps from
+    RePaint (Lugmayr et al. 2022).
+
     .. math:: z_t ← (1 − m)\,z_t + m\,(ψ_t x + L_t ξ), \qquad ψ_t = Ψ(t, 0) e_0,
 
     with the mask m and the known data x, at the start and after each step of the solver. The new
@@ -52,8 +55,8 @@ class Imputation(GridSolver):
     noise of the last time, or a small error with ``denoise=True``. `impose` sets them exactly.
     Arguments that do not fit raise a ValueError or TypeError.
 
-    Even on fine grids the samples are not from the posterior, because each step sees the known part
-    through fresh noise. `PosteriorScore` with its default method and `sample_posterior` are closer.
+    Even on fine grids the samples are not from the posterior. `PosteriorScore` with its default
+    method and `sample_posterior` are closer.
 
     Parameters
     ----------
@@ -82,10 +85,6 @@ class Imputation(GridSolver):
     marks no entry, replacements draw no noise, and ``resample=1`` gives the bits of
     ``solver.on_grid()``. `solve` counts all repetitions of a group as part of its last step. No
     order is claimed, because no grid reduces the error of the replacement.
-
-    References
-    ----------
-    Y. Song et al. 2021, §5 and appendix I.2; Lugmayr et al. 2022 (RePaint).
 
     Examples
     --------

@@ -72,11 +72,6 @@ def find_solver(name: str, *others: str) -> Solver:
         ``multistep-2-sde``, or ``module:ClassName`` of a solver that needs no arguments.
     others
         Further names that the caller accepts, for the error.
-
-    Examples
-    --------
-    >>> find_solver("em")
-    EulerMaruyama()
     """
     if ":" not in name:
         known = named_solvers()

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from cldsde.linear.checks import as_grid_times, check_callable, check_state
 from cldsde.linear.random import check_generator
-from cldsde.linear.sde import LinearSDE
 from cldsde.score import Conversion, ReverseProcess, ScoreFunction
 from cldsde.score.reverse import KnownScore, check_reverse_process
 from cldsde.score.times import KnownTimes
@@ -31,18 +30,6 @@ class Plan:
     """Precomputed solver: everything that depends on process, solver and grid alone.
 
     Create it with `plan`. A plan serves any number of batches, dtypes and devices.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from cldsde import CLD, GaussianMixture, ReverseProcess, solvers
-    >>> sde = CLD()
-    >>> process = ReverseProcess(sde, GaussianMixture([1.0], [[0.3]], [[[0.25]]]).score(sde))
-    >>> sampler = solvers.plan(process, solvers.SSCS(), solvers.quadratic_times(sde.T, 1e-3, 50))
-    >>> g = torch.Generator().manual_seed(0)
-    >>> batches = [sde.prior.sample((100, 1), generator=g) for _ in range(3)]
-    >>> [sampler.solve(batch, generator=g).nfev for batch in batches]
-    [50, 50, 50]
     """
 
     process: ReverseProcess
@@ -168,7 +155,21 @@ class Plan:
             )
         self.process.score.check_times(self.times[-1:])
         if denoise not in self._denoisers:
-            self._denoisers[denoise] = _denoiser(self.process.sde, self.times[-1], denoise)
+            sde, t = self.process.sde, self.times[-1]
+            if float(t) == 0:
+                raise ValueError(
+                    f"times must end above 0 for denoise={denoise!r}: the distribution given x_0 "
+                    "has no density at t = 0; take t > 0"
+                )
+            if denoise == "step":
+                F, G = sde.drift(t), sde.diffusion(t)
+                of_state = torch.eye(sde.components, dtype=torch.float64, device="cpu") - t * F
+                of_score = t * (G @ G.mT)[:, list(sde.driven)]
+            else:
+                prediction = Conversion.at(sde, t, "score", "data")
+                of_state, of_score = prediction.state, prediction.value
+            blocks = of_state[:1].tolist(), of_score[:1].tolist()
+            self._denoisers[denoise] = *blocks, KnownTimes(t.unsqueeze(0))
         state, score, known = self._denoisers[denoise]
 
         def final(z: Tensor) -> Tensor:
@@ -316,23 +317,6 @@ def solve(
         progress=progress,
         warn=warn,
     )
-
-
-def _denoiser(sde: LinearSDE, t: Tensor, denoise: Denoise) -> tuple[Block, Block, KnownTimes]:
-    """Blocks from state and score at the last time to denoised data, and this time."""
-    if float(t) == 0:
-        raise ValueError(
-            f"times must end above 0 for denoise={denoise!r}: the distribution given x_0 has no "
-            "density at t = 0; take t > 0"
-        )
-    if denoise == "step":
-        F, G = sde.drift(t), sde.diffusion(t)
-        state = torch.eye(sde.components, dtype=torch.float64, device="cpu") - t * F
-        score = t * (G @ G.mT)[:, list(sde.driven)]
-    else:
-        prediction = Conversion.at(sde, t, "score", "data")
-        state, score = prediction.state, prediction.value
-    return state[:1].tolist(), score[:1].tolist(), KnownTimes(t.unsqueeze(0))
 
 
 def _checked_stops(t_eval: Tensor | None, grid: Tensor, *, any_time: bool) -> Tensor:

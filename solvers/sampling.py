@@ -92,11 +92,10 @@ def sample(
 
     Raises
     ------
-    TypeError
-        If an argument has the wrong type.
-    ValueError
-        If ``nfe`` allows no step, ``shape`` is not ``(B, *D)``, the grid does not decrease, or the
-        solver does not apply to the process. The score has not been evaluated then.
+    TypeError, ValueError
+        If an argument has the wrong type, ``nfe`` allows no step, ``shape`` is not ``(B, *D)``, the
+        grid does not decrease, or the solver does not apply to the process. The score has not been
+        evaluated then.
     FloatingPointError
         If a sample is not finite.
 

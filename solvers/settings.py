@@ -27,7 +27,7 @@ class SamplerSettings:
 
     The sampler is `ExponentialMultistep`, which ends with the data prediction. n levels are n
     network evaluations, or 2n with guidance. Values out of range raise a ValueError, and values of
-    another type a TypeError.
+    another type a TypeError. The page "Fit a sampler to your network" has an example.
 
     Parameters
     ----------
@@ -41,16 +41,6 @@ class SamplerSettings:
         See `ExponentialMultistep`.
     network
         Name of the network that the settings were fitted to.
-
-    Examples
-    --------
-    >>> from cldsde import CLD, GaussianMixture, sample, solvers
-    >>> sde, data = CLD(), GaussianMixture([1.0], [[0.3]], [[[0.25]]])
-    >>> settings = solvers.SamplerSettings(
-    ...     log_snr=(-3.0, -0.33, 2.35), stochasticity=(1.0, 0.5), process=repr(sde)
-    ... )
-    >>> sample(sde, data.score(sde), (1000, 1), settings=settings).shape
-    torch.Size([1000, 1])
     """
 
     log_snr: tuple[float, ...]

@@ -100,8 +100,9 @@ def sample_posterior(
     """Posterior sampling by twisted sequential Monte Carlo: samples and evidence of p(x_0 | y).
 
     Guided steps move particles, weights measure how well they explain y, and particles of small
-    weight are replaced by copies of others. The error falls with the number of particles and of
-    steps, for any score; `PosteriorScore` alone keeps a bias.
+    weight are replaced by copies of others (L. Wu et al. 2023, for the first-order step of
+    variance-preserving processes). The error falls with the number of particles and of steps, for
+    any score; `PosteriorScore` alone keeps a bias.
 
     Parameters
     ----------
@@ -148,11 +149,6 @@ def sample_posterior(
         noise is 0, or the grid ends too late for its noise; all before the score is evaluated.
     FloatingPointError
         If no particle of a run has a finite weight.
-
-    References
-    ----------
-    L. Wu et al., *Practical and asymptotically exact conditional sampling in diffusion models*,
-    2023, for the first-order step of variance-preserving processes.
 
     Examples
     --------
@@ -225,7 +221,7 @@ def sample_posterior(
     log_evidence, log_evidence_std = weights.evidence()
     return PosteriorSamples(
         samples=history[0].data + history[0].shift if denoise else z[:, 0].clone(),
-        log_weights=weights.total.flatten(),
+        log_weights=weights.log_weights.flatten(),
         log_evidence=log_evidence,
         log_evidence_std=log_evidence_std,
         ess=torch.stack(weights.ess, 1),
@@ -271,23 +267,16 @@ def _step(
 
 
 class _Weights:
-    """Log-weights ``(runs, K)`` of the particles of all runs, float64 on the CPU."""
+    """Log-weights ``(runs, K)``, float64 on the CPU; resampling gives a run its mean weight."""
 
     def __init__(self, runs: int, count: int) -> None:
         self.log_weights = torch.zeros(runs, count, dtype=torch.float64, device="cpu")
-        # Estimate from the weights that resampling has set to 1.
-        self.log_evidence = torch.zeros(runs, 1, dtype=torch.float64, device="cpu")
         self.ess: list[Tensor] = []
-
-    @property
-    def total(self) -> Tensor:
-        """Log-weights since the start, ``(runs, K)``."""
-        return self.log_evidence + self.log_weights
 
     def evidence(self) -> tuple[float, float]:
         """Estimate of log p(y) from all runs, and its standard error."""
         runs, count = self.log_weights.shape
-        each = self.total.logsumexp(1) - math.log(count)
+        each = self.log_weights.logsumexp(1) - math.log(count)
         mean = each.logsumexp(0) - math.log(runs)
         spread = float((each - mean).exp().std()) if runs > 1 else math.nan
         return float(mean), spread / math.sqrt(runs)
@@ -318,8 +307,7 @@ class _Weights:
         drawn = _systematic(self.log_weights.softmax(1), uniform, count)
         chosen = torch.where(poor, drawn, torch.arange(count, device="cpu"))
         mean = self.log_weights.logsumexp(1, keepdim=True) - math.log(count)
-        self.log_evidence = self.log_evidence + torch.where(poor, mean, 0.0)
-        self.log_weights = torch.where(poor, 0.0, self.log_weights)
+        self.log_weights = torch.where(poor, mean, self.log_weights)
         return (chosen + count * torch.arange(runs, device="cpu").unsqueeze(1)).flatten()
 
 

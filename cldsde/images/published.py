@@ -25,8 +25,7 @@ from cldsde.images.model import (
 from cldsde.images.runs import CONFIG, RunFolder, check_folder
 from cldsde.images.schema import parse_overrides, with_overrides
 from cldsde.images.tensor_files import load_tensors, save_tensors, tensors_digest
-from cldsde.pretrained.checkpoints import load_weights, read_checkpoint
-from cldsde.pretrained.published import recognise
+from cldsde.pretrained.published import load_weights, read_checkpoint, recognise
 from cldsde.pretrained.published_models import Family, PublishedModel
 
 _OPEN = ("data.name", "data.options", "sampling")

@@ -12,13 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cldsde.linear.checks import check_callable
+from cldsde.linear.checks import check_callable, shaped
 from cldsde.linear.interpolants import RectifiedFlow, falling
 from cldsde.linear.processes import CLD, HOLD, PSLD, VESDE, VPSDE, SubVPSDE
 from cldsde.linear.sde import LinearSDE
 from cldsde.pretrained.descriptions import process_of, solver_of
-from cldsde.pretrained.noise import streams_of
-from cldsde.pretrained.stepping import check_steppable, recommended_steps
+from cldsde.pretrained.stepping import check_steppable, recommended_steps, streams_of
 from cldsde.progress import progress_bar
 from cldsde.score import NoisePath
 from cldsde.solvers.base import Solver
@@ -46,8 +45,9 @@ def sample_k_diffusion(
     r"""Sample with any linear SDE, with the arguments of the samplers of k-diffusion and ComfyUI.
 
     The model sees x = x_0 + σ n. Velocities and other components of the process stay inside. Each
-    level before the final 0 is one evaluation of the model. The last evaluation
-    is the result. In ComfyUI, ``KSAMPLER(sample_k_diffusion)`` is a sampler.
+    level before the final 0 is one evaluation of the model. The last evaluation is the result. In
+    ComfyUI, ``KSAMPLER(sample_k_diffusion)`` is a sampler. The page "Sample in ComfyUI or
+    k-diffusion" has examples.
 
     Parameters
     ----------
@@ -55,7 +55,7 @@ def sample_k_diffusion(
         Denoiser model(x, sigma, \*\*extra_args) of ``(B, *D)`` and levels ``(B,)`` that returns an
         estimate of x_0.
     x
-        Noisy data ``(B, *D)`` of level ``sigmas[0]``.
+        Noisy data ``(B, *D)`` of level ``sigmas[0]``. The result has its type.
     sigmas
         Decreasing levels ``(n + 1,)``. They may end in 0, with the data, or above 0, with x of the
         last level. With one level, x is returned.
@@ -84,18 +84,12 @@ def sample_k_diffusion(
         k-diffusion's source of noise noise_sampler(sigma, next_sigma), in place of ``noise``, for
         processes of one component.
 
-    Returns
-    -------
-    Tensor
-        ``(B, *D)`` in the type of x: the data, or x of the last level.
-
     Raises
     ------
-    TypeError
-        If an argument has the wrong type.
-    ValueError
-        If the levels do not decrease, the process does not reach them, the solver does not apply,
-        or ``noise_sampler`` is given for several components. The model has not been evaluated then.
+    TypeError, ValueError
+        If an argument has the wrong type, the levels do not decrease, the process does not reach
+        them, the solver does not apply, or ``noise_sampler`` is given for several components. The
+        model has not been evaluated then.
 
     Notes
     -----
@@ -109,19 +103,6 @@ def sample_k_diffusion(
       ComfyUI's "normal" levels of Stable Diffusion end with a long step. After it, samplers of
       order 2 make Gaussian data of standard deviation 0.5 too wide: with 30 levels and λ from 0 to
       1 by 3 to 15 % under VP, and by 9 to 22 % under CLD.
-
-    Examples
-    --------
-    Normal data of variance 4:
-
-    >>> import torch
-    >>> from cldsde.pretrained import sample_k_diffusion
-    >>> def denoiser(x, sigma):
-    ...     return x * (4 / (4 + sigma**2)).unsqueeze(1)
-    >>> sigmas = torch.cat([torch.logspace(2, -2, 20), torch.zeros(1)])
-    >>> x = sigmas[0] * torch.randn(2000, 3, generator=torch.Generator().manual_seed(0))
-    >>> bool((sample_k_diffusion(denoiser, x, sigmas).var(0) - 4).abs().max() < 0.6)
-    True
     """
     check_callable(model, "model", "a denoiser model(x, sigma)")
     if not (isinstance(x, Tensor) and x.is_floating_point() and x.ndim > 1 and len(x) > 0):
@@ -147,8 +128,8 @@ def sample_k_diffusion(
     for i in progress_bar(range(len(levels) - 1), shown=shown, desc="sampling"):
         denoised = model(x, given[i] * x.new_ones(len(x)), **arguments)
         if not isinstance(denoised, Tensor) or denoised.shape != shape:
-            got = tuple(denoised.shape) if isinstance(denoised, Tensor) else type(denoised).__name__
-            raise ValueError(f"model must return a tensor like x, {tuple(shape)}; got {got}")
+            msg = f"model must return a tensor like x, {tuple(shape)}; got {shaped(denoised)}"
+            raise ValueError(msg)
         if callback is not None:
             callback(
                 {"x": x, "i": i, "sigma": given[i], "sigma_hat": given[i], "denoised": denoised}

@@ -18,7 +18,7 @@ from torch import Tensor
 from cldsde.linear.checks import one_of
 from cldsde.linear.random import Generators
 from cldsde.linear.sde import LinearSDE
-from cldsde.pretrained.conventions import Convention
+from cldsde.pretrained.conventions import Convention, DataPrediction
 from cldsde.pretrained.descriptions import (
     described_process,
     described_solver,
@@ -26,15 +26,19 @@ from cldsde.pretrained.descriptions import (
     settings_of,
     solver_of,
 )
-from cldsde.pretrained.noise import GeneratorNoise, streams_of
 from cldsde.pretrained.pipeline_levels import (
     levels_of_grid,
     levels_of_scheduler,
     levels_of_settings,
     window,
 )
-from cldsde.pretrained.pipeline_prediction import DataPrediction
-from cldsde.pretrained.stepping import PathSteps, check_steppable, recommended_steps
+from cldsde.pretrained.stepping import (
+    GeneratorNoise,
+    PathSteps,
+    check_steppable,
+    recommended_steps,
+    streams_of,
+)
 from cldsde.solvers import SamplerSettings
 from cldsde.solvers.base import Solver
 from cldsde.solvers.noise import NoiseSource
@@ -50,7 +54,8 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     Put it in place of a pipeline's scheduler. The pipeline sees x = α x_0 + σ n, as with
     `diffusers.DDIMScheduler`; velocities and other components of the process stay inside. n steps
-    evaluate the network n times: the last step returns the data prediction.
+    evaluate the network n times: the last step returns the data prediction. The page "Sample in a
+    diffusers pipeline" has a complete program.
 
     Parameters
     ----------
@@ -79,11 +84,10 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     Raises
     ------
-    TypeError
-        If an argument has the wrong type.
-    ValueError
-        If levels or prediction of the scheduler are unknown, a name is unknown, the solver
-        evaluates the score elsewhere, or a time lies outside of the network's levels.
+    TypeError, ValueError
+        If an argument has the wrong type, levels or prediction of the scheduler are unknown, a name
+        is unknown, the solver evaluates the score elsewhere, or a time lies outside of the
+        network's levels.
 
     Notes
     -----
@@ -93,17 +97,6 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     - If a pipeline changes its latents between two steps (masks, callbacks), x changes and the rest
       of the state stays, so that the state keeps its distribution. Solvers that correct an
       earlier step (``corrector=True``, ``order=3``) start again from the changed state.
-
-    Examples
-    --------
-    >>> from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-    >>> blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
-    >>> unet = UNet2DModel(8, 1, 1, block_out_channels=(8,), norm_num_groups=4, **blocks)
-    >>> pipe = DDPMPipeline(unet.eval(), DDPMScheduler())
-    >>> pipe.scheduler = PipelineScheduler(pipe.scheduler, "CLD")
-    >>> pipe.set_progress_bar_config(disable=True)
-    >>> pipe(num_inference_steps=5, output_type="np").images.shape
-    (1, 8, 8, 1)
     """
 
     order = 1
@@ -156,8 +149,10 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         self.timesteps = torch.empty(0, device="cpu")
         #: Standard deviation of a pipeline's first latents.
         self.init_noise_sigma = 1.0
-        self._step_index: int | None = None
-        self._begin_index: int | None = None
+        #: Index of the next step; None before the first.
+        self.step_index: int | None = None
+        #: Index of the first step, if a pipeline sets it.
+        self.begin_index: int | None = None
         kept = {name: x for name, x in self.replaced.config.items() if not name.startswith("_")}
         own = (
             type(self.replaced).__name__,
@@ -198,7 +193,7 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             self.steps = recommended_steps(self.sde, self.solver, levels, signal, noise)
         self.steps.reset()
         self._levels: Tensor = levels
-        self._step_index = self._begin_index = None
+        self.step_index = self.begin_index = None
         self._streams: NoiseSource | None = None
         spread = float(getattr(self.replaced, "init_noise_sigma", 1.0))
         if self.config.grid == "scheduler" and spread != 1:
@@ -279,7 +274,7 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         else:
             noise = self._streams = self._streams or streams_of(sample)
         found, data = self.steps.step(i, x, data, noise).to(sample.dtype), data.to(sample.dtype)
-        self._step_index = i + 1
+        self.step_index = i + 1
         if not return_dict:
             return found, data
         return DDPMSchedulerOutput(prev_sample=found, pred_original_sample=data)
@@ -299,24 +294,14 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             raise ValueError("noise must be given; got None")
         return self.add_noise(sample, noise, timestep)
 
-    @property
-    def step_index(self) -> int | None:
-        """Index of the next step; None before the first."""
-        return self._step_index
-
-    @property
-    def begin_index(self) -> int | None:
-        """Index of the first step, if a pipeline sets it."""
-        return self._begin_index
-
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Set the index of the first step; pipelines call it."""
-        self._begin_index = begin_index
+        self.begin_index = begin_index
 
     def _index(self, timestep: Tensor | float) -> int:
         if self.num_inference_steps is None:
             raise ValueError("set_timesteps must be called before step")
-        i = self._begin_index if self._step_index is None else self._step_index
+        i = self.begin_index if self.step_index is None else self.step_index
         if i is None:
             first = timestep.flatten()[0] if isinstance(timestep, Tensor) else timestep
             if float(first) not in self._known:

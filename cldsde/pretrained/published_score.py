@@ -29,13 +29,11 @@ import torch
 from torch import Tensor, nn
 
 from cldsde.linear.blocks import apply_blocks
-from cldsde.linear.checks import TimeLike, check_at_least, one_of
+from cldsde.linear.checks import check_at_least, one_of
 from cldsde.linear.covariance import joint_root
 from cldsde.linear.sde import LinearSDE, check_process
-from cldsde.score.conversion import Conversion, Prediction
-from cldsde.score.matching import PerturbedData, Weighting
+from cldsde.score.conversion import Prediction
 from cldsde.score.network_score import Inputs, NetworkScore
-from cldsde.score.times import PlannedTime, coefficients_at, score_times
 
 Code = Literal["cld-sgm", "score-sde-vp", "score-sde-ve"]
 """Code that trained a network, and for ``score_sde`` the kind of process."""
@@ -102,21 +100,13 @@ class PublishedScore(NetworkScore):
 
     Raises
     ------
-    TypeError
-        If ``sde`` is not a process.
-    ValueError
-        If several components are driven.
+    TypeError, ValueError
+        If ``sde`` is not a process, or several components are driven.
 
     Notes
     -----
     With N discrete noise levels, the gain at time t is the gain of a level, as in the published
     code: of level ⌊(N − 1) t⌋ for VP, and of (N − 1)(1 − t) rounded for VE.
-
-    References
-    ----------
-    Y. Song et al., *Score-based generative modeling through stochastic differential equations*,
-    2021. T. Dockhorn et al., *Score-based generative modeling with critically-damped Langevin
-    diffusion*, 2022.
     """
 
     inputs: Inputs = "state"
@@ -132,33 +122,12 @@ class PublishedScore(NetworkScore):
         self.parameterisation = parameterisation
 
     def _predict(
-        self,
-        z: Tensor,
-        t: TimeLike,
-        planned: PlannedTime | None,
-        prediction: Prediction,
-        condition: Tensor | None,
-    ) -> Tensor:
-        c = coefficients_at(self, t, z, self._coefficients, z.dtype, planned=planned)
+        self, z: Tensor, c: _Coefficients, prediction: Prediction, condition: Tensor | None
+    ) -> tuple[Prediction, Tensor]:
         learnt = self._evaluate(z.flatten(1, 2), c.clock, condition, z.shape[2])
         score = apply_blocks(c.gain[..., None, None], learnt.unsqueeze(1))
-        score = score - apply_blocks(c.reference[..., None, None], z[:, list(self.sde.driven)])
-        if prediction == "score":
-            return score
-        times = score_times(t, z, planned)
-        convert = Conversion.at(self.sde, times, "score", prediction)
-        return convert(z, score)
-
-    def loss(
-        self,
-        pair: PerturbedData,
-        *,
-        prediction: Prediction = "noise",
-        weighting: Weighting = "reweighted",
-        condition: Tensor | None = None,
-    ) -> Tensor:
-        """Score-matching loss of each sample, ``(B,)``; see `MixedScore.loss`."""
-        return self._loss_of_score(pair, prediction, weighting, condition)
+        reference = apply_blocks(c.reference[..., None, None], z[:, list(self.sde.driven)])
+        return "score", score - reference
 
     def _coefficients(self, times: Tensor) -> _Coefficients:
         """Clock, gain and reference; the clock is in single precision, as in the published code."""

@@ -10,6 +10,7 @@ factor ψ and covariance Σ = L Lᵀ given x_0 needs no more. With g = L⁻¹ψ/
 
 from __future__ import annotations
 
+import hashlib
 import math
 from contextlib import suppress
 from typing import Any, NamedTuple, NoReturn
@@ -19,18 +20,21 @@ from torch import Tensor
 
 from cldsde.linear.covariance import triangular_inverse
 from cldsde.linear.log_snr import log_snr_range, times_of_log_snr
+from cldsde.linear.random import Generators, standard_normal
 from cldsde.linear.sde import LinearSDE
 from cldsde.score import Conversion, ReverseProcess, Score
 from cldsde.solvers import ExponentialEuler
 from cldsde.solvers.base import GridSolver, Memory, Solver, check_solver
 from cldsde.solvers.combine import Block, add_to, as_blocks, combine
-from cldsde.solvers.noise import NoiseSource
+from cldsde.solvers.noise import NoiseSource, SampleNoise
 from cldsde.solvers.recommended import RECOMMENDED
 
 # A level this close in κ to an end of the process counts as that end.
 _ROUNDING = 1e-6
 # A sampling that starts at a larger κ = log(α/σ) is a part of one.
 _NOISE = -2.0
+# Keeps the streams apart from others of the same seeds.
+_KEY = 0x70697065
 
 
 class PathSteps:
@@ -234,3 +238,25 @@ def check_steppable(solver: object) -> GridSolver:
             "Ancestral, ExponentialEuler, EulerMaruyama or ReverseDiffusion"
         )
     return found
+
+
+class GeneratorNoise(NoiseSource):
+    """Normals from a pipeline's generators, each of which draws for its samples."""
+
+    def __init__(self, generator: Generators) -> None:
+        self._generator = generator
+
+    def normal(self, z: Tensor, rows: int) -> Tensor:
+        """Draw ``(B, rows, *D)``."""
+        shape = (len(z), rows, *z.shape[2:])
+        return standard_normal(shape, generator=self._generator, dtype=z.dtype, device=z.device)
+
+
+def streams_of(x: Tensor) -> SampleNoise:
+    """One random stream per sample, which depends on the values of this sample alone.
+
+    The values are read back once.
+    """
+    rows = x.detach().to("cpu", torch.float32).contiguous().numpy()
+    digests = [hashlib.sha256(row.tobytes()).digest() for row in rows]
+    return SampleNoise([int.from_bytes(found[:4], "little") for found in digests], key=_KEY)

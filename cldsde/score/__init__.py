@@ -6,14 +6,13 @@ from cldsde.score.denoiser_score import DenoiserScore, ScoreDenoiser
 from cldsde.score.denoisers import Denoiser, PredictionDenoiser
 from cldsde.score.flow_density import flow_log_prob
 from cldsde.score.guidance import ConditionalScore, GuidedScore
-from cldsde.score.likelihood import log_likelihood
+from cldsde.score.likelihood import bits_per_dim, dequantise, log_likelihood
 from cldsde.score.matching import PerturbedData, optimal_loss, score_matching_loss
 from cldsde.score.mixed import MixedScore
 from cldsde.score.mixture import GaussianMixture
 from cldsde.score.observation import Observation
 from cldsde.score.posterior_score import PosteriorScore
 from cldsde.score.protocol import Score, ScoreFunction, ScoreWrapper
-from cldsde.score.quantisation import bits_per_dim, dequantise
 from cldsde.score.reverse import ReverseProcess
 from cldsde.score.time_sampling import (
     TimeSampler,

@@ -104,7 +104,8 @@ def as_torchsde(
 
     Every data dimension has the same dynamics, so torchsde's states are ``(B ∏D, k)``, with noise
     of type ``"additive"``. ``pack`` and ``unpack`` convert states. ``clock`` converts times,
-    because times of a reverse process decrease and torchsde's times increase.
+    because times of a reverse process decrease and torchsde's times increase. The page "Use it with
+    other libraries" has an example.
 
     Parameters
     ----------
@@ -120,18 +121,5 @@ def as_torchsde(
     ------
     TypeError, ValueError
         If ``process`` is neither, or the calculus is unknown.
-
-    Examples
-    --------
-    >>> import torch, torchsde
-    >>> from cldsde import CLD, GaussianMixture, ReverseProcess, solvers
-    >>> sde = CLD()
-    >>> process = ReverseProcess(sde, GaussianMixture([1.0], [[0.3]], [[[0.25]]]).score(sde))
-    >>> form = solvers.as_torchsde(process, (1,))
-    >>> start = sde.prior.sample((8, 1), generator=torch.Generator().manual_seed(0))
-    >>> ts = form.clock(torch.tensor([1.0, 1e-3]))
-    >>> y = torchsde.sdeint(form, form.pack(start), ts, dt=0.01, method="euler")
-    >>> form.unpack(y).shape
-    torch.Size([2, 8, 2, 1])
     """
     return _TorchSDEForm(process, shape, calculus)

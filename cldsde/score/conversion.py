@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,8 +35,7 @@ the velocity of the probability flow, which flow matching learns."""
 TRAINED: tuple[Prediction, ...] = ("score", "noise", "data", "velocity", "flow")
 """Predictions of networks."""
 
-Measured = Literal["noise", "velocity", "flow"]
-MEASURED: tuple[Measured, ...] = get_args(Measured)
+MEASURED: tuple[Prediction, ...] = ("noise", "velocity", "flow")
 """Predictions whose squared error is a loss. The loss of the flow is flow matching."""
 
 Conditioning = Literal["data", "all"]
@@ -67,14 +66,6 @@ class WhitenedKernel:
     driven: tuple[int, ...]
     rates: Callable[[], tuple[Tensor, Tensor]]  # α′, σ′ of x_t = α x_0 + σ n, (*), for k = 1
     end: float = 1.0  # latest time at which something of x_0 is left in the state
-
-    @classmethod
-    def of_path(
-        cls, alpha: Tensor, sigma: Tensor, times: Tensor, rates: Callable[[], tuple[Tensor, Tensor]]
-    ) -> WhitenedKernel:
-        """The distribution of x_t = α x_0 + σ n given x_0, with α and σ > 0 of shape ``*``."""
-        psi, root = alpha[..., None, None], sigma[..., None, None]
-        return cls(root, 1 / root, psi, psi / root, times, (0,), rates)
 
     def driven_root(self) -> Tensor:
         """L_dd, the root of the driven components' covariance given all others, ``(*, d, d)``."""

@@ -66,10 +66,9 @@ class DenoiserScore(Score):
 
     Raises
     ------
-    TypeError
-        If ``denoiser`` is not callable or ``sde`` is not a process.
-    ValueError
-        If ``noise_levels`` are not two increasing numbers ≥ 0.
+    TypeError, ValueError
+        If ``denoiser`` is not callable, ``sde`` is not a process, or ``noise_levels`` are not two
+        increasing numbers ≥ 0.
 
     Examples
     --------
@@ -112,23 +111,12 @@ class DenoiserScore(Score):
     def forward(
         self, z: Tensor, t: TimeLike, *, planned: PlannedTime | None = None, **conditions: Any
     ) -> Tensor:
-        """Score of the driven components, ``(B, len(driven), *D)``.
+        """Score of the driven components, ``(B, len(driven), *D)``; see `Score` for the arguments.
 
-        Parameters
-        ----------
-        z, planned
-            See `Score`.
-        t
-            One time or ``(B,)``, above 0.
-        conditions
-            Passed to the denoiser, such as class labels. A solver passes none: give it a
-            `ConditionalScore`.
-
-        Raises
-        ------
-        ValueError
-            If the noise level at a time lies outside of the denoiser's, which solvers check before
-            the first evaluation, or the denoiser returns another shape.
+        ``t`` may be one time for all, above 0. Conditions, such as class labels, are passed to the
+        denoiser. A solver passes none: give it a `ConditionalScore`. If the noise level at a time
+        lies outside of the denoiser's, which solvers check before the first evaluation, or the
+        denoiser returns another shape, a ValueError is raised.
         """
         wide, rows, data = self._denoised(z, t, planned, **conditions)
         return (apply_blocks(rows.state, wide) + apply_blocks(rows.value, data)).to(z.dtype)
@@ -286,12 +274,7 @@ class ScoreDenoiser(Denoiser):
         self.noise_levels: tuple[float, float] = max(low, known[0]), min(high, known[1])
 
     def forward(
-        self,
-        u: Tensor,
-        sigma: Tensor | float,
-        *,
-        planned: PlannedTime | None = None,
-        **conditions: Any,
+        self, u: Tensor, sigma: TimeLike, *, planned: PlannedTime | None = None, **conditions: Any
     ) -> Tensor:
         """Estimate of the data, like ``u``; see `Denoiser` for the arguments.
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cldsde.linear.checks import check_callable, one_of, shaped
+from cldsde.linear.checks import TimeLike, check_callable, one_of, shaped
 from cldsde.linear.paths import NoisePath
 from cldsde.score.conversion import TRAINED, Prediction, WhitenedKernel
 from cldsde.score.estimator import Estimator, compiled_module
@@ -149,12 +149,7 @@ class PredictionDenoiser(Denoiser):
         return f"path={self.path!r}, predicts={self.predicts!r}, clock={self.clock!r}"
 
     def forward(
-        self,
-        u: Tensor,
-        sigma: Tensor | float,
-        *,
-        planned: PlannedTime | None = None,
-        **conditions: Any,
+        self, u: Tensor, sigma: TimeLike, *, planned: PlannedTime | None = None, **conditions: Any
     ) -> Tensor:
         """Estimate of the data, like ``u``; see `Denoiser` for the arguments.
 
@@ -186,15 +181,11 @@ class PredictionDenoiser(Denoiser):
         t = self.path.time(kappa)
         # A tiny σ in place of 0 has the same estimate to rounding, and a finite x/σ.
         alpha, sigma = self.path.signal(t), self.path.noise(t).clamp_min(_TINY)
-        whitened = WhitenedKernel.of_path(alpha, sigma, t, partial(self.path.slopes, t))
+        psi, root = alpha[..., None, None], sigma[..., None, None]
+        rates = partial(self.path.slopes, t)
+        whitened = WhitenedKernel(root, 1 / root, psi, psi / root, t, (0,), rates)
         estimate = whitened.convert(self.predicts, "data")
         state, value = alpha * estimate.state[..., 0, 0], estimate.value[..., 0, 0]
-        found = (alpha, state, value, self._clock(t, kappa))
-        return _Levels(*(x.reshape(levels.shape) for x in found))
-
-    def _clock(self, t: Tensor, kappa: Tensor) -> Tensor:
-        if callable(self.clock):
-            return self.clock(t)
         known = {
             "time": t,
             "index": t.round(),
@@ -202,7 +193,8 @@ class PredictionDenoiser(Denoiser):
             "log_sigma/4": -kappa / 4,
             "log_snr": 2 * kappa,
         }
-        return known[self.clock]
+        clock = self.clock(t) if callable(self.clock) else known[self.clock]
+        return _Levels(*(x.reshape(levels.shape) for x in (alpha, state, value, clock)))
 
 
 def outside_levels(levels: Tensor, low: float, high: float) -> Tensor:

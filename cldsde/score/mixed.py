@@ -4,13 +4,6 @@ docs/explanation/hybrid-score-matching.md derives the additive form n = n_ref + 
 noise. For data N(μ, s₀²) the reference n_ref is the best prediction of the noise. The remaining
 noise then has the covariance s₀² c_d c_dᵀ / (1 + s₀² cᵀc) with c = L⁻¹ψ. So the network's target
 has unit size at every t with c_out = s₀ c_d / √(1 + s₀² cᵀc).
-
-With inputs="estimate" the network's input is û of `DenoiserScore`, a sufficient statistic of the
-state. E[x_0 | û] is the same function of û and of the signal-to-noise ratio for every process, so
-one network serves all processes.
-
-The convex form n = (1 − a) n_ref + a n_θ (Vahdat, Kreis and Kautz 2021, §3.2) has a learnt weight a
-per channel, the logistic function of a parameter.
 """
 
 from __future__ import annotations
@@ -23,15 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from cldsde.linear.blocks import apply_blocks
-from cldsde.linear.checks import TimeLike, as_number, check_state, one_of
+from cldsde.linear.checks import as_number, check_state, one_of
 from cldsde.linear.covariance import joint_root, triangular_inverse
 from cldsde.linear.kernel import Kernel
 from cldsde.linear.sde import LinearSDE, check_process
-from cldsde.score.conversion import MEASURED, Conversion, Prediction, WhitenedKernel, whiten
+from cldsde.score.conversion import MEASURED, Prediction, WhitenedKernel, whiten
 from cldsde.score.matching import PerturbedData, Weighting
 from cldsde.score.network_score import Inputs, NetworkScore
 from cldsde.score.time_sampling import check_normal, normal_log_snr
-from cldsde.score.times import PlannedTime, coefficients_at, score_times
+from cldsde.score.times import on_device
 
 _LEAST_CLOCK = -10.0
 
@@ -47,9 +40,6 @@ class _Coefficients(NamedTuple):
     data_residual: Tensor  # (*, V), standard deviation of x_0 given the reference and z
     log_snr: Tensor  # (*), κ = ½ log ψᵀΣ⁻¹ψ, the network's time input
     to_score: Tensor  # (*, d, d), −L_dd^{−T}
-
-    def to(self, like: Tensor) -> _Coefficients:
-        return _Coefficients(*(field.to(like) for field in self))
 
     def residual_variance(self) -> Tensor:
         """Mean square of c_out, ``(*)``."""
@@ -73,12 +63,13 @@ class MixedScore(NetworkScore):
         ``(C, *S)``, e.g. ``(C, 1, 1)``.
     inputs
         ``"state"``: the network's input is the state. ``"estimate"``: its input is the best
-        unbiased estimate of the data, ``(B, C, *S)``, and its output has the same shape. Such a
-        network serves any process at the signal-to-noise ratios of its training.
+        unbiased estimate of the data, û of `DenoiserScore`, ``(B, C, *S)``, and its output has the
+        same shape. Such a network serves any process at the signal-to-noise ratios of its training.
     mixing_logits
         None: the additive form. A tensor that broadcasts with ``(C, *S)``, e.g. −3 in
-        ``(C, 1, 1)``: the convex form, with learnt weights a = 1/(1 + e^{−logit}) that start from
-        these logits. For ``inputs="state"`` only.
+        ``(C, 1, 1)``: the convex form n = (1 − a) n_ref + a n_θ (Vahdat, Kreis and Kautz 2021,
+        §3.2), with learnt weights a = 1/(1 + e^{−logit}) that start from these logits. For
+        ``inputs="state"`` only.
 
     Raises
     ------
@@ -157,31 +148,20 @@ class MixedScore(NetworkScore):
         self.register_buffer("data_variance", single)
         # A float64 copy on the CPU for the coefficients, which .to(device) does not move.
         self._variance = self.data_variance.flatten().cpu().to(torch.float64)
-        self._loads = 0  # number of loaded state dicts, a version of the coefficients
 
     def extra_repr(self) -> str:
         """Process and inputs, for the representation."""
         return f"sde={self.sde!r}, inputs={self.inputs!r}"
 
     def _predict(
-        self,
-        z: Tensor,
-        t: TimeLike,
-        planned: PlannedTime | None,
-        prediction: Prediction,
-        condition: Tensor | None,
-    ) -> Tensor:
-        table = coefficients_at(
-            self, t, z, self._coefficients, z.dtype, planned=planned, version=self._loads
-        )
+        self, z: Tensor, c: _Coefficients, prediction: Prediction, condition: Tensor | None
+    ) -> tuple[Prediction, Tensor]:
         direct = self.predicts_data and prediction not in ("score", "noise")
         source: Prediction = "data" if direct else "noise"
-        value = self._estimate(source, z, table, condition)
-        if prediction == source:
-            return value
+        value = self._estimate(source, z, c, condition)
         if prediction == "score":
-            return apply_blocks(table.to_score, value)
-        return Conversion.at(self.sde, score_times(t, z, planned), source, prediction)(z, value)
+            return "score", apply_blocks(c.to_score, value)
+        return source, value
 
     def loss(
         self,
@@ -206,14 +186,17 @@ class MixedScore(NetworkScore):
         one_of(prediction, MEASURED, "prediction")
         if pair.conditioning == "all":
             # The noise given all of z_0 belongs to another root, so compare scores.
-            return self._loss_of_score(pair, prediction, weighting, condition)
+            return super().loss(
+                pair, prediction=prediction, weighting=weighting, condition=condition
+            )
         coefficients = self._coefficients(pair.t, pair.kernel, pair.whitened)
         if isinstance(weighting, _LogSNRWeighting) and weighting.model is self and pair.t.ndim:
             known = weighting.of_known(pair.whitened, coefficients)
             weighting = lambda t: known  # noqa: E731
         direct = self.predicts_data and prediction != "noise"
         source: Prediction = "data" if direct else "noise"
-        value = self._estimate(source, pair.z, coefficients.to(pair.z), condition)
+        moved = _Coefficients(*on_device(coefficients, pair.z.dtype, pair.z.device))
+        value = self._estimate(source, pair.z, moved, condition)
         return pair.loss(value, source, weighting=weighting, measured=prediction)
 
     def residual_variance(self, t: Tensor, prediction: Prediction = "noise") -> Tensor:

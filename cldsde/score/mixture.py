@@ -17,11 +17,10 @@ from cldsde.linear.kernel import check_density
 from cldsde.linear.random import check_generator, standard_normal
 from cldsde.linear.reprs import constructor_repr
 from cldsde.linear.sde import LinearSDE, check_process
-from cldsde.score.conditioning import conditioned
-from cldsde.score.observation import Observation
+from cldsde.score.observation import Observation, conditioned
 from cldsde.score.operators import Copies
 from cldsde.score.protocol import Score
-from cldsde.score.times import PlannedTime, coefficients_at, score_times
+from cldsde.score.times import PlannedTime, coefficients_at, on_device, score_times
 
 Rows = Literal["driven", "all", "auxiliary"]
 """Components whose score is computed."""
@@ -37,9 +36,6 @@ class _Marginal(NamedTuple):
     whitening: Tensor  # (*, n, D, k, k), inverse of the triangular root
     log_scale: Tensor  # (*, n), log weight + log normalisation
     data_log_scale: Tensor  # (*, n), the same for the data component of the state alone
-
-    def to(self, like: Tensor) -> _Marginal:
-        return _Marginal(*(field.to(like) for field in self))
 
 
 class _DenseMarginal(NamedTuple):
@@ -172,19 +168,9 @@ class GaussianMixture:
     def log_prob(self, sde: LinearSDE, z: Tensor, t: TimeLike) -> Tensor:
         """Log-density of the state, log p_t(z), ``(B,)`` nats in the dtype of ``z``.
 
-        Parameters
-        ----------
-        sde
-            The forward process.
-        z
-            ``(B, k, *D)`` with D numbers per component.
-        t
-            One time or ``(B,)``. t > 0 always has a density.
-
-        Raises
-        ------
-        ValueError
-            If shapes do not fit or the distribution has no density at some time.
+        ``z`` is a state ``(B, k, *D)`` with D numbers per component, and ``t`` one time or
+        ``(B,)``. t > 0 always has a density. If shapes do not fit or the distribution has no
+        density at some time, a ValueError is raised.
         """
         _, _, log_terms = self._whitened(sde, z, t)
         return log_terms.logsumexp(-1).to(z.dtype)
@@ -282,7 +268,8 @@ class GaussianMixture:
         check_process(sde)
         flat = self._flat_state(sde, z)
         with torch.autocast(z.device.type, enabled=False):
-            marginal = self._marginal(sde, score_times(t, z)).to(flat)
+            found = self._marginal(sde, score_times(t, z))
+            marginal = _Marginal(*on_device(found, flat.dtype, flat.device))
             return marginal, *self._terms(flat, marginal)
 
     def _terms(self, z: Tensor, marginal: _Marginal) -> tuple[Tensor, Tensor]:

@@ -10,29 +10,24 @@ from torch import Tensor, nn
 
 from cldsde.linear.checks import TimeLike, check_state, one_of
 from cldsde.linear.sde import LinearSDE
-from cldsde.score.conversion import TRAINED, Prediction
+from cldsde.score.conversion import TRAINED, Conversion, Prediction
 from cldsde.score.denoiser_score import ScoreDenoiser
 from cldsde.score.denoisers import input_dtype
 from cldsde.score.matching import PerturbedData, Weighting
 from cldsde.score.protocol import Score
-from cldsde.score.times import PlannedTime
+from cldsde.score.times import PlannedTime, coefficients_at, score_times
 
 Inputs = Literal["state", "estimate"]
 """Input of the network: all components, or the best unbiased estimate of the data."""
 
 
 class NetworkScore(Score, ABC):
-    """Score of the driven components from a network; the base of `MixedScore`.
-
-    Attributes
-    ----------
-    network, sde, inputs
-        See `MixedScore`.
-    """
+    """Score of the driven components from a network; the base of `MixedScore`."""
 
     network: nn.Module
     sde: LinearSDE
     inputs: Inputs
+    _loads = 0  # number of loaded state dicts, a version of the coefficients
 
     @property
     def denoiser(self) -> ScoreDenoiser:
@@ -75,34 +70,41 @@ class NetworkScore(Score, ABC):
         """
         one_of(prediction, TRAINED, "prediction")
         wide = check_state(z, self.sde.components).to(torch.promote_types(z.dtype, torch.float32))
-        return self._predict(wide, t, planned, prediction, condition).to(z.dtype)
+        table = coefficients_at(
+            self, t, wide, self._coefficients, wide.dtype, planned=planned, version=self._loads
+        )
+        source, value = self._predict(wide, table, prediction, condition)
+        if source != prediction:
+            times = score_times(t, wide, planned)
+            value = Conversion.at(self.sde, times, source, prediction)(wide, value)
+        return value.to(z.dtype)
 
     def data_prediction(self, z: Tensor, t: TimeLike, **options: Any) -> Tensor:
         """E[x_0 | z_t], ``(B, *D)``; see `forward`."""
         found: Tensor = self(z, t, prediction="data", **options)
         return found
 
-    def _loss_of_score(
+    def loss(
         self,
         pair: PerturbedData,
-        prediction: Prediction,
-        weighting: Weighting,
-        condition: Tensor | None,
+        *,
+        prediction: Prediction = "noise",
+        weighting: Weighting = "reweighted",
+        condition: Tensor | None = None,
     ) -> Tensor:
-        """Loss ``(B,)`` of the score, converted to the prediction."""
+        """Score-matching loss of each sample, ``(B,)``; see `MixedScore.loss`."""
         score = self(pair.z, pair.t, condition=condition)
         return pair.loss(score, "score", weighting=weighting, measured=prediction)
 
     @abstractmethod
+    def _coefficients(self, times: Tensor) -> Any:
+        """Coefficients at float64 times, for `_predict`."""
+
+    @abstractmethod
     def _predict(
-        self,
-        z: Tensor,
-        t: TimeLike,
-        planned: PlannedTime | None,
-        prediction: Prediction,
-        condition: Tensor | None,
-    ) -> Tensor:
-        """The prediction at a state that has been checked, in single precision at least."""
+        self, z: Tensor, c: Any, prediction: Prediction, condition: Tensor | None
+    ) -> tuple[Prediction, Tensor]:
+        """The network's own prediction or the given one, for a state that has been checked."""
 
     def _evaluate(
         self, inputs: Tensor, clock: Tensor, condition: Tensor | None, outputs: int

@@ -1,4 +1,4 @@
-"""Linear observations y = A x_0 + s n of the data, for inverse problems and inpainting."""
+"""Linear observations y = A x_0 + s n of the data, and exact posteriors of Gaussian modes."""
 
 from __future__ import annotations
 
@@ -6,23 +6,17 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Self
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from cldsde.linear.checks import as_integer, check_at_least, check_callable
+from cldsde.linear.checks import as_integer, check_at_least, check_callable, described
 from cldsde.linear.log_snr import first_times
 from cldsde.linear.sde import LinearSDE
-from cldsde.score.operators import (
-    Copies,
-    block_means,
-    check_linear,
-    correlation,
-    matrix_product,
-    operator_norm,
-    selection,
-)
+from cldsde.score.operators import Copies, check_linear, fixed_probes
 
 # Largest ratio of the samples' noise at the end of sampling to the noise of the observation. At 0.3
 # the variance of exact samples in an observed direction is 9 % too large if the data vary widely.
@@ -99,7 +93,16 @@ class Observation:
         TypeError, ValueError
             If the mask is not boolean or marks no entry, or y does not have the mask's shape.
         """
-        forward = selection(mask)
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            raise TypeError(f"mask must be a bool tensor; got {described(mask)}")
+        if not bool(mask.any()):
+            raise ValueError("mask must mark at least one entry as observed; got none")
+        indices = Copies(mask.flatten().nonzero().flatten())
+
+        def forward(x: Tensor) -> Tensor:
+            _check_size(x, mask.numel(), "mask")
+            return x.flatten(1).index_select(1, indices.like(x))
+
         values, shape = _as_tensor(y, "y"), tuple(mask.shape)
         if values.ndim not in (mask.ndim, mask.ndim + 1) or values.shape[-mask.ndim :] != shape:
             raise ValueError(f"y must have the mask's shape {shape}; got {tuple(values.shape)}")
@@ -113,7 +116,15 @@ class Observation:
         y is ``(m,)`` or ``(B, m)``. If A is not a finite matrix, a ValueError is raised.
         """
         matrix = _as_tensor(A, "A")
-        return cls(matrix_product(matrix), y, noise_std, (matrix.shape[1],))
+        if matrix.ndim != 2 or not bool(matrix.isfinite().all()):
+            raise ValueError(f"A must be a finite matrix (m, D); got shape {tuple(matrix.shape)}")
+        copies = Copies(matrix)
+
+        def forward(x: Tensor) -> Tensor:
+            _check_size(x, matrix.shape[1], "A")
+            return x.flatten(1) @ copies.like(x).mT
+
+        return cls(forward, y, noise_std, (matrix.shape[1],))
 
     @classmethod
     def downsample(cls, factor: int, y: Tensor, noise_std: float) -> Self:
@@ -134,7 +145,14 @@ class Observation:
                 f"y must have shape (C, *S) with at least one spatial axis; got {tuple(low.shape)}"
             )
         shape = (low.shape[0], *(factor * n for n in low.shape[1:]))
-        return cls(block_means(shape, factor), low, noise_std, shape)
+
+        def forward(x: Tensor) -> Tensor:
+            _check_shape(x, shape)
+            for axis in range(2, x.ndim):
+                x = torch.unflatten(x, axis, (-1, factor)).mean(axis + 1)
+            return x
+
+        return cls(forward, low, noise_std, shape)
 
     @classmethod
     def blur(cls, kernel: Tensor, y: Tensor, noise_std: float) -> Self:
@@ -151,8 +169,20 @@ class Observation:
         weights, image = _as_tensor(kernel, "kernel"), _as_tensor(y, "y")
         if image.ndim != 3:
             raise ValueError(f"y must be an image (C, H, W); got shape {tuple(image.shape)}")
-        shape = tuple(image.shape)
-        return cls(correlation(shape, weights), image, noise_std, shape)
+        odd = weights.ndim == 2 and all(n % 2 for n in weights.shape)
+        if not odd or not bool(weights.isfinite().all()):
+            raise ValueError(
+                f"kernel must be finite, (h, w) with odd sizes; got {tuple(weights.shape)}"
+            )
+        copies, shape = Copies(weights), tuple(image.shape)
+
+        def forward(x: Tensor) -> Tensor:
+            _check_shape(x, shape)
+            planes, one = x.flatten(0, 1).unsqueeze(1), copies.like(x)[None, None]
+            padding = (one.shape[2] // 2, one.shape[3] // 2)
+            return functional.conv2d(planes, one, padding=padding).view_as(x)
+
+        return cls(forward, image, noise_std, shape)
 
     def part(self, samples: slice, shape: Sequence[int]) -> Observation:
         """The observation of some samples of data ``(B, *D)``, if there is one per sample."""
@@ -218,8 +248,10 @@ class Observation:
                 "noise_std must be positive to sample a posterior, because samples end with some "
                 "noise of their own; got 0. Use a small positive number"
             )
-        norm = operator_norm(self.forward, self.adjoint, shape)
-        level = math.log(norm / (_END_LEVEL * self.noise_std))
+        x = fixed_probes(1, shape)
+        for _ in range(20):  # power iteration for the square of the norm
+            x = self.adjoint(self.forward(x / x.norm()), shape)
+        level = math.log(float(x.norm().sqrt()) / (_END_LEVEL * self.noise_std))
 
         def log_snr(t: Tensor) -> Tensor:
             kernel = sde.marginal(t)
@@ -248,6 +280,53 @@ class Observation:
             self._checked.add(key)
 
 
+def conditioned(
+    means: Tensor, covariances: Tensor, observation: Observation
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Log-evidence ``(n,)``, means and covariances of Gaussian modes given y = A x + s n.
+
+    .. math::
+        S = A C A^⊤ + s^2 I, \quad K = C A^⊤ S^{-1}, \quad m' = m + K (y − A m), \quad
+        C' = (I − K A) C (I − K A)^⊤ + s^2 K K^⊤
+
+    This is Joseph's form of C', which stays positive semi-definite for small s. Without noise,
+    y has no density if rows of A are linearly dependent or zero on the data.
+    """
+    dimension = means.shape[1]
+    shape = check_observation(observation).shape or (dimension,)
+    if math.prod(shape) != dimension:
+        raise ValueError(
+            f"observation must be of data of {dimension} numbers, the mixture's "
+            f"dimension; got data of shape {tuple(shape)}"
+        )
+    observation.check(shape, dtype=torch.float64)
+    A = observation.dense(shape)
+    y = observation.y.to("cpu", torch.float64).flatten()
+    if len(y) != len(A):
+        raise ValueError(
+            f"observation must hold one y of {len(A)} numbers to condition on; "
+            f"got shape {tuple(observation.y.shape)}"
+        )
+    means, covariances = means.detach().cpu(), covariances.cpu()
+    noise_std, eye = observation.noise_std, partial(torch.eye, dtype=A.dtype, device="cpu")
+    cross = covariances @ A.mT
+    roots, faults = torch.linalg.cholesky_ex(A @ cross + noise_std**2 * eye(len(A)))
+    if bool(faults.any()):
+        raise ValueError(
+            f"noise_std of the observation must be larger, because y has no density under the "
+            f"mixture; got {noise_std:g}"
+        )
+    residual = y - means @ A.mT
+    whitened = torch.linalg.solve_triangular(roots, residual.unsqueeze(-1), upper=False)
+    volume = roots.diagonal(dim1=1, dim2=2).log().sum(1) + 0.5 * len(A) * math.log(2 * math.pi)
+    gain = torch.cholesky_solve(cross.mT, roots).mT
+    rest = eye(A.shape[1]) - gain @ A
+    moved = means + (gain @ residual.unsqueeze(-1)).squeeze(-1)
+    shrunk = rest @ covariances @ rest.mT + noise_std**2 * gain @ gain.mT
+    log_evidence = -0.5 * whitened.square().sum((1, 2)) - volume
+    return log_evidence, moved, (shrunk + shrunk.mT) / 2
+
+
 def check_observation(observation: object) -> Observation:
     """Return the argument if it is an `Observation`; otherwise raise TypeError."""
     if not isinstance(observation, Observation):
@@ -264,3 +343,16 @@ def _as_tensor(value: object, name: str) -> Tensor:
     if found.is_complex():
         raise TypeError(f"{name} must be real; got {found.dtype}")
     return found if found.is_floating_point() else found.to(torch.get_default_dtype())
+
+
+def _check_size(x: Tensor, size: int, name: str) -> None:
+    if math.prod(x.shape[1:]) != size:
+        raise ValueError(
+            f"{name} must fit the data: it is for {size} numbers; got data of shape "
+            f"{tuple(x.shape[1:])}, {math.prod(x.shape[1:])} numbers"
+        )
+
+
+def _check_shape(x: Tensor, shape: tuple[int, ...]) -> None:
+    if x.shape[1:] != shape:
+        raise ValueError(f"y must fit the data: it is for shape {shape}; got {tuple(x.shape[1:])}")

@@ -1,15 +1,13 @@
-"""Linear operators on a batch of data, for `Observation`, and their numerical test and norm."""
+"""Linear operators on a batch of data: test, inverse, and copies of their tensors."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from cldsde.linear.checks import described
+from cldsde.linear.blocks import per_sample
 
 Operator = Callable[[Tensor], Tensor]
 """Function of data ``(B, *D)`` that returns ``(B, *E)`` and acts on each sample separately."""
@@ -38,82 +36,12 @@ class Copies:
         return self._copies[key]
 
 
-def selection(mask: Tensor) -> Operator:
-    """Selection of the entries that a bool mask ``(*D)`` marks, ``(B, m)``."""
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        raise TypeError(f"mask must be a bool tensor; got {described(mask)}")
-    indices = Copies(mask.flatten().nonzero().flatten())
-    if not bool(mask.any()):
-        raise ValueError("mask must mark at least one entry as observed; got none")
-
-    def forward(x: Tensor) -> Tensor:
-        _check_size(x, mask.numel(), "mask")
-        return x.flatten(1).index_select(1, indices.like(x))
-
-    return forward
-
-
-def matrix_product(matrix: Tensor) -> Operator:
-    """Product of a finite matrix ``(m, D)`` with flattened data, ``(B, m)``."""
-    if matrix.ndim != 2 or not bool(matrix.isfinite().all()):
-        raise ValueError(f"A must be a finite matrix (m, D); got shape {tuple(matrix.shape)}")
-
-    copies = Copies(matrix)
-
-    def forward(x: Tensor) -> Tensor:
-        _check_size(x, matrix.shape[1], "A")
-        return x.flatten(1) @ copies.like(x).mT
-
-    return forward
-
-
-def block_means(shape: tuple[int, ...], factor: int) -> Operator:
-    """Block means along all axes but the first, for data of shape ``(C, *S)``."""
-
-    def forward(x: Tensor) -> Tensor:
-        _check_shape(x, shape)
-        for axis in range(2, x.ndim):
-            x = torch.unflatten(x, axis, (-1, factor)).mean(axis + 1)
-        return x
-
-    return forward
-
-
-def correlation(shape: tuple[int, ...], kernel: Tensor) -> Operator:
-    """Correlation of images ``(C, H, W)`` with a finite kernel of odd sizes and zero padding."""
-    odd = kernel.ndim == 2 and all(n % 2 for n in kernel.shape)
-    if not odd or not bool(kernel.isfinite().all()):
-        raise ValueError(f"kernel must be finite, (h, w) with odd sizes; got {tuple(kernel.shape)}")
-    padding = (kernel.shape[0] // 2, kernel.shape[1] // 2)
-    copies = Copies(kernel)
-
-    def forward(x: Tensor) -> Tensor:
-        _check_shape(x, shape)
-        planes = x.flatten(0, 1).unsqueeze(1)
-        return functional.conv2d(planes, copies.like(x)[None, None], padding=padding).view_as(x)
-
-    return forward
-
-
-def _check_size(x: Tensor, size: int, name: str) -> None:
-    if math.prod(x.shape[1:]) != size:
-        raise ValueError(
-            f"{name} must fit the data: it is for {size} numbers; got data of shape "
-            f"{tuple(x.shape[1:])}, {math.prod(x.shape[1:])} numbers"
-        )
-
-
-def _check_shape(x: Tensor, shape: tuple[int, ...]) -> None:
-    if x.shape[1:] != shape:
-        raise ValueError(f"y must fit the data: it is for shape {shape}; got {tuple(x.shape[1:])}")
-
-
 def check_linear(
     forward: Operator, y: Tensor, shape: Sequence[int], *, dtype: torch.dtype, device: torch.device
 ) -> None:
     """Raise an error as `Observation.check`, by a test on random data ``(*D)``."""
     with torch.inference_mode(False):
-        probes = _probes(2, shape).to(dtype).to(device).requires_grad_()
+        probes = fixed_probes(2, shape).to(dtype).to(device).requires_grad_()
         a, b = probes[:1], probes[1:]
         with torch.enable_grad():
             values = forward(torch.cat([a, b, 3 * a - 2 * b, 0 * a]))
@@ -150,17 +78,50 @@ def check_linear(
         )
 
 
-def operator_norm(
-    forward: Operator, adjoint: Callable[[Tensor, Sequence[int]], Tensor], shape: Sequence[int]
-) -> float:
-    """Largest singular value of a linear function of data ``(*D)``, by power iteration."""
-    x = _probes(1, shape)
-    for _ in range(20):
-        x = adjoint(forward(x / x.norm()), shape)
-    return float(x.norm().sqrt())
-
-
-def _probes(n: int, shape: Sequence[int]) -> Tensor:
+def fixed_probes(n: int, shape: Sequence[int]) -> Tensor:
     """Fixed random data ``(n, *D)``, float64 on the CPU."""
     generator = torch.Generator().manual_seed(1)
     return torch.randn(n, *shape, generator=generator, dtype=torch.float64, device="cpu")
+
+
+def conjugate_gradients(
+    apply: Callable[[Tensor], tuple[Tensor, Tensor]], safe: Operator, b: Tensor, *, iterations: int
+) -> Tensor:
+    """Solve R x = b for each sample of a batch ``(B, *E)`` with at most ``iterations`` products.
+
+    With a learnt Jacobian R may be neither symmetric nor positive definite. ``apply`` returns R p
+    of a direction p, and the theoretical bound on its curvature pᵀRp of each sample, ``(B,)``. A
+    sample stops with its current x when the curvature falls below this bound. If this happens in
+    the first direction, x is the first step for the positive definite matrix of ``safe``.
+    """
+    x, residual, direction = torch.zeros_like(b), b, b
+    square = dot(b, b)
+    # The relative residual is then 2e-12 in float64 and 7e-6 in float32.
+    small = square * torch.finfo(b.dtype).eps ** 1.5
+    active = square > 0
+    for i in range(iterations):
+        if not bool(active.any()):
+            break
+        moved, least = apply(direction)
+        curvature = dot(direction, moved)
+        # This comparison is False for NaN, which counts as a failure, too.
+        sound = active & (curvature > least)
+        stepping = sound
+        if i == 0 and not torch.equal(sound, active):
+            stepping = active
+            curvature = torch.where(sound, curvature, dot(direction, safe(direction)))
+        step = torch.where(stepping, square / curvature, 0.0)
+        x = x + per_sample(step, b) * direction
+        active = sound
+        residual = residual - per_sample(torch.where(active, step, 0.0), b) * moved.nan_to_num()
+        new = dot(residual, residual)
+        active = active & (new > small)
+        ratio = torch.where(active, new / square, 0.0)
+        direction = residual + per_sample(ratio, b) * direction
+        square = new
+    return x
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """Inner product of each sample, ``(B,)``."""
+    return (a * b).flatten(1).sum(1)

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from cldsde.linear.blocks import apply_blocks, per_sample
 from cldsde.linear.checks import TimeLike, as_integer, check_positive, check_state, one_of
 from cldsde.linear.sde import LinearSDE, check_process
-from cldsde.score.conjugate_gradients import conjugate_gradients, dot
 from cldsde.score.conversion import whiten
 from cldsde.score.observation import Observation, check_observation
+from cldsde.score.operators import conjugate_gradients, dot
 from cldsde.score.protocol import ScoreFunction, ScoreWrapper
 from cldsde.score.reverse import checked_score
 from cldsde.score.times import PlannedTime, coefficients_at, score_argument, score_times

@@ -64,14 +64,6 @@ class ReverseProcess:
     TypeError, ValueError
         If ``sde`` is not a `LinearSDE`, or ``score`` cannot be called, is a denoiser, or belongs to
         a process with other dynamics or another initial covariance.
-
-    Examples
-    --------
-    >>> from cldsde import CLD, GaussianMixture
-    >>> sde = CLD()
-    >>> data = GaussianMixture([1.0], [[0.3]], [[[0.25]]])
-    >>> ReverseProcess(sde, data.score(sde)).drift(sde.prior.sample((4, 1)), 0.5).shape
-    torch.Size([4, 2, 1])
     """
 
     def __init__(self, sde: LinearSDE, score: ScoreFunction) -> None:

@@ -113,11 +113,6 @@ class PlannedTime(NamedTuple):
         return PlannedTime(self.times.mapped(owner, function), self.number, argument)
 
 
-def _valid(planned: PlannedTime | None, t: TimeLike) -> PlannedTime | None:
-    """The planned time if it belongs to this tensor."""
-    return planned if planned is not None and planned.argument is t else None
-
-
 def score_argument(times: Tensor, z: Tensor) -> Tensor:
     """Times as a score receives them: on the state's device, in its dtype, at least float32."""
     return times.to(torch.promote_types(z.dtype, torch.float32)).to(z.device)
@@ -132,8 +127,8 @@ def score_times(
     A ``(B,)`` tensor expanded from one number (stride 0) counts as shared without a look at its
     values. ``levels`` says whether ``t`` holds noise levels, which have no upper limit.
     """
-    if (at := _valid(planned, t)) is not None:
-        times = at.times.times[at.number]
+    if planned is not None and planned.argument is t:
+        times = planned.times.times[planned.number]
     else:
         if isinstance(t, Tensor) and t.ndim == 1 and t.stride() == (0,) and len(t) == len(z) > 0:
             t = t[0]
@@ -170,10 +165,9 @@ def coefficients_at(
         return found
 
     times = score_times(t, z, planned, levels=levels)
-    at = _valid(planned, t)
-    if at is None or version is None:
+    if planned is None or planned.argument is not t or version is None:
         return moved(times)
-    return at.times.row(owner, at.number, moved, (dtype, z.device), version)
+    return planned.times.row(owner, planned.number, moved, (dtype, z.device), version)
 
 
 def on_device(parts: Iterable[Tensor], dtype: torch.dtype, device: torch.device) -> list[Tensor]:

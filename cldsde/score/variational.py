@@ -14,10 +14,9 @@ q(z_t | x_0) has the auxiliary components integrated out, so the integrand is th
 score-matching loss. In terms of the data prediction it is ½ (−dI/dt) E|x_0 − x̂_0|². Everything is
 differentiable in the process.
 
-Let the data be latent variables x_0 ∼ q, and replace the last term by the entropy of z given x_0,
-½ D log((2πe)^k det Σ) at t_min. Then the mean of the bound over q bounds the cross-entropy of q and
-the model at t_min, for all components (Vahdat, Kreis and Kautz 2021, theorem 1, for k = 1). It is
-exact if s is the score of a process that starts from some distribution and ends at p_T.
+`cross_entropy` of the state has the entropy of z given x_0, ½ D log((2πe)^k det Σ) at t_min, as its
+last term. Its bound is exact if s is the score of a process that starts from some distribution and
+ends at p_T.
 """
 
 from __future__ import annotations
@@ -120,8 +119,8 @@ def cross_entropy(
 
     The value estimates −E log p(z) at t_min for z drawn given each data point. Its mean over data
     from a distribution q bounds the cross-entropy of the perturbed q and the model (Vahdat, Kreis
-    and Kautz 2021, theorem 1). This is the loss for training a latent diffusion model together with
-    the encoder of q. It is differentiable in the data, too.
+    and Kautz 2021, theorem 1, for k = 1). This is the loss for training a latent diffusion model
+    together with the encoder of q. It is differentiable in the data, too.
 
     Parameters
     ----------

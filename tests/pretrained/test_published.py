@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cldsde import CLD
-from cldsde.pretrained import checkpoints, load_cld_sgm, published
+from cldsde.pretrained import load_cld_sgm, published
 from cldsde.pretrained.ncsnpp import NCSNpp
 from cldsde.pretrained.published import recognise
 from cldsde.pretrained.published_models import PUBLISHED
@@ -38,14 +38,14 @@ def like(model, network=None):
     """A checkpoint with the shapes of a model and no numbers."""
     network = network or model.make_network("meta")
     state, weights = network.state_dict(), {}
-    for w in checkpoints._published(network):
-        shape = checkpoints._published_shape(state[w.own], w)
+    for w in published._published(network):
+        shape = published._published_shape(state[w.own], w)
         weights[w.name] = torch.empty(shape, device="meta")
     if model.sigmas is not None:
         largest, smallest, count = model.sigmas
         levels = np.exp(np.linspace(np.log(largest), np.log(smallest), count))
         weights["sigmas"] = torch.tensor(levels)
-    return checkpoints.Checkpoint(weights, [], 1)
+    return published.Checkpoint(weights, [], 1)
 
 
 @pytest.mark.parametrize(
@@ -162,9 +162,9 @@ def test_truncated_damaged_and_missing_files_are_rejected(tmp_path):
     for content in (b"", whole[: len(whole) // 3], whole[:-200], b"\x80\x02s."):
         file.write_bytes(content)
         with pytest.raises(ValueError, match=r"is truncated, no checkpoint of torch\.save|damaged"):
-            checkpoints.read_checkpoint(file)
+            published.read_checkpoint(file)
     with pytest.raises(FileNotFoundError, match=r"there is no file .*nothing\.pth"):
-        checkpoints.read_checkpoint(tmp_path / "nothing.pth")
+        published.read_checkpoint(tmp_path / "nothing.pth")
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import torch
 
 from cldsde import CLD, HOLD, PSLD, VESDE, VPSDE, ReverseProcess, solvers
 from cldsde.score import Observation, PosteriorScore
-from cldsde.score.conjugate_gradients import conjugate_gradients
+from cldsde.score.operators import conjugate_gradients
 from probes import generator
 from references import guided_prediction, wide_mixture
 from score.cases import score_rounding, states

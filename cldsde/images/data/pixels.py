@@ -13,7 +13,7 @@ from cldsde.images.checks import Scale, check_values
 from cldsde.images.data.images import Images
 from cldsde.images.schema import checked
 from cldsde.linear.checks import described
-from cldsde.score import quantisation
+from cldsde.score import likelihood
 
 
 def to_unit(images: Tensor, levels: Scale = 256) -> Tensor:
@@ -85,7 +85,7 @@ def augment(
         parts = [_part(x, levels, crop, *place) for x, place in zip(images, places, strict=True)]
         images = torch.stack(parts)
     if dequantise and isinstance(levels, int):
-        return quantisation.dequantise(images, count=levels, generator=generator)
+        return likelihood.dequantise(images, count=levels, generator=generator)
     return to_unit(images, levels)
 
 

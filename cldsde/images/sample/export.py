@@ -30,8 +30,7 @@ from cldsde.images.schema import plain
 from cldsde.images.tensor_files import tensors_digest
 from cldsde.linear.blocks import apply_blocks
 from cldsde.linear.random import Generators
-from cldsde.pretrained.noise import GeneratorNoise, streams_of
-from cldsde.pretrained.stepping import check_steppable
+from cldsde.pretrained.stepping import GeneratorNoise, check_steppable, streams_of
 from cldsde.score import MixedScore
 from cldsde.score.reverse import KnownScore
 from cldsde.score.times import KnownTimes
