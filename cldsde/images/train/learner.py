@@ -6,7 +6,8 @@ import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple, cast
+from functools import partial
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -20,7 +21,7 @@ from cldsde.images.model import ImageSpace, Statistics, make_model
 from cldsde.images.power_averages import WIDTHS, power
 from cldsde.images.streams import image_order, stream, stream_seed
 from cldsde.images.train.engine import networks, own, shard, shares, whole
-from cldsde.images.train.objectives import make_objective
+from cldsde.images.train.objectives import Objective
 
 
 class Meter:
@@ -53,22 +54,6 @@ class Meter:
         return {name: x / max(steps, 1) for name, x in zip(self._names, sums, strict=True)}
 
 
-class _Core(NamedTuple):
-    """A network, with the module that it belongs to and its name there.
-
-    Only networks are wrapped for several processes, half precision and compilation: times, kernels,
-    noise and loss keep their precision.
-    """
-
-    owner: nn.Module
-    name: str
-    network: nn.Module
-    wrapped: nn.Module
-
-    def use(self, network: nn.Module) -> None:
-        setattr(self.owner, self.name, network)
-
-
 class Learner:
     """Model, average and optimiser of one process of a training.
 
@@ -92,7 +77,7 @@ class Learner:
         ]
         self.average, self.sharded = self.averages[0], engine.is_fsdp2
         shard(engine, self.model)
-        self.objective = make_objective(self.model, config)
+        self.objective = Objective(self.model, config)
         share, self.part_size, self._block = shares(config, engine.num_processes)
         begin = engine.process_index * share
         self._firsts = range(begin, begin + share, self.part_size)  # of each part of a batch
@@ -106,12 +91,13 @@ class Learner:
         fused &= not {"fused", "foreach", "differentiable"} & {*options}
         optimiser = self.settings.make_optimiser(groups, **({"fused": True} if fused else {}))
         self.optimiser = engine.prepare_optimizer(optimiser)
-        self.cores = [
-            _Core(owner, name, network, engine.prepare_model(network, evaluation_mode=self.sharded))
-            for owner, name in networks(self.model)
-            for network in [getattr(owner, name)]
-        ]
-        within = {id(p) for core in self.cores for p in core.network.parameters()}
+        # Only networks are wrapped for several processes, half precision and compilation: times,
+        # kernels, noise and loss keep their precision.
+        self._places = networks(self.model)
+        self._networks = [getattr(owner, name) for owner, name in self._places]
+        prepared = partial(engine.prepare_model, evaluation_mode=self.sharded)
+        self._wrapped = [prepared(network) for network in self._networks]
+        within = {id(p) for network in self._networks for p in network.parameters()}
         self.unshared = [p for p in self.model.parameters() if id(p) not in within]
         self.meter = Meter(engine, list(self.parts))
         self.modules = {f"average{i or ''}": average for i, average in enumerate(self.averages)}
@@ -151,8 +137,7 @@ class Learner:
         """Update the weights, and meter this process's mean losses and the gradients' norms."""
         seed, device = self.config.seed, self.engine.device
         self.model.train()
-        for core in self.cores:
-            core.use(core.wrapped)
+        self._use(self._wrapped)
         rates = learning_rates(self.config, step)
         for group, rate in zip(self.optimiser.param_groups, rates, strict=True):
             group["lr"] = rate
@@ -165,15 +150,14 @@ class Learner:
             batch = self._to_device(part)
             with ExitStack() as together:
                 # Shares of gradients take less memory than what is not shared yet.
-                for core in self.cores if part is not parts[-1] and not self.sharded else ():
-                    together.enter_context(self.engine.no_sync(core.wrapped))
+                for network in self._wrapped if part is not parts[-1] and not self.sharded else ():
+                    together.enter_context(self.engine.no_sync(network))
                 losses = self.objective.losses(self.model, batch, noise, step, self._frozen_score)
                 for name, some in losses:
                     loss = some.mean() / len(parts)
                     self.engine.backward(loss)
                     totals[name] += loss.detach()
-        for core in self.cores:
-            core.use(core.network)
+        self._use(self._networks)
         for parameter in self.unshared:
             if parameter.grad is not None:
                 parameter.grad = cast(Tensor, self.engine.reduce(parameter.grad, "mean"))
@@ -193,12 +177,15 @@ class Learner:
             for copied, current in zip(average.buffers(), self.model.buffers(), strict=True):
                 copied.copy_(current)
 
+    def _use(self, modules: Sequence[nn.Module]) -> None:
+        for (owner, name), module in zip(self._places, modules, strict=True):
+            setattr(owner, name, module)
+
     @contextmanager
     def _frozen_score(self) -> Iterator[None]:
         """Make the weights of the score constants, without sharing gradients, for a while."""
         score = self.model.score
-        [core] = [core for core in self.cores if core.owner is score]
-        core.use(core.network)
+        score.network = self._networks[0]
         score.requires_grad_(requires_grad=False)
         before = [(x, x.grad) for x in score.parameters()]
         score.zero_grad()
@@ -208,7 +195,7 @@ class Learner:
             for x, gradient in before:  # FSDP makes gradients of constants, too
                 x.grad = gradient
             score.requires_grad_(requires_grad=True)
-            core.use(core.wrapped)
+            score.network = self._wrapped[0]
 
     def _to_device(self, batch: Batch) -> Batch:
         where: Any = {"device": self.engine.device, "non_blocking": True}
