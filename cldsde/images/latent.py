@@ -14,7 +14,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from diffusers.models.autoencoders.vae import Decoder, Encoder
@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cldsde.images.checks import check_groups, check_levels
-from cldsde.images.schema import Channels, Count, Levels, Shape, checked, section
+from cldsde.images.schema import Levels, section
+from cldsde.images.training_config import LatentConfig
 from cldsde.linear.blocks import exponential_rest
 from cldsde.linear.random import Generators, standard_normal
 from cldsde.score import PerturbedData, cross_entropy
@@ -122,7 +123,7 @@ class DiscretisedLogistic(PixelLikelihood):
         for j in range(self.levels - 1):
             edge = (2 * j + 1) / (self.levels - 1) - 1
             level += torch.sigmoid((mean - edge) / scale)
-        return 2 * level / (self.levels - 1) - 1  # in the order of `to_unit`, to the same bits
+        return 2 * (level / (self.levels - 1)) - 1  # in the order of `to_unit`
 
     def _parameters(self, output: Tensor) -> tuple[Tensor, Tensor]:
         mean, log_scale = fine(output).chunk(2, dim=1)
@@ -190,11 +191,9 @@ class Posterior(NamedTuple):
 class VAE(nn.Module):
     """A variational autoencoder of residual convolutional blocks, without attention.
 
-    It encodes an image as a Gaussian `Posterior` over latent maps, ``(latent_channels, H/2ⁿ⁻¹,
-    W/2ⁿ⁻¹)`` for n ``channels``, and decodes a latent map to the parameters of a distribution of
-    the pixels. ``shape``, ``channels``, ``blocks`` and ``groups`` are as for `UNet`. The
-    ``likelihood`` is "logistic", `DiscretisedLogistic` of ``levels``, or "bernoulli", `Bernoulli`:
-    a distribution of images of two levels, and only an objective for others.
+    It encodes an image of ``shape`` (C, H, W) as a Gaussian `Posterior` over latent maps,
+    ``(latent_channels, H/2ⁿ⁻¹, W/2ⁿ⁻¹)`` for n ``channels``, and decodes a latent map to the
+    parameters of a distribution of the pixels: `DiscretisedLogistic` of ``levels``, or `Bernoulli`.
 
     Notes
     -----
@@ -208,40 +207,28 @@ class VAE(nn.Module):
 
     Examples
     --------
-    >>> vae = VAE((1, 28, 28), 256, channels=(16, 32))
+    >>> vae = VAE((1, 28, 28), 256, LatentConfig(channels=(16, 32), pretraining=1))
     >>> x = torch.zeros(5, 1, 28, 28)
     >>> z = vae.encode(x).sample()
     >>> z.shape, vae.log_likelihood(x, z).shape, vae.images(z).shape
     (torch.Size([5, 4, 14, 14]), torch.Size([5]), torch.Size([5, 1, 28, 28]))
     """
 
-    @checked
-    def __init__(
-        self,
-        shape: Shape,
-        levels: Levels,
-        *,
-        latent_channels: Count = 4,
-        channels: Channels = (32, 64),
-        blocks: Count = 1,
-        groups: Count = 8,
-        likelihood: Literal["logistic", "bernoulli"] = "logistic",
-    ) -> None:
-        check_levels(shape, channels)
-        check_groups(groups, channels)
+    def __init__(self, shape: tuple[int, int, int], levels: int, config: LatentConfig) -> None:
+        check_levels(shape, config.channels)
+        check_groups(config.groups, config.channels)
         super().__init__()
-        data, height, width = shape
-        factor = 2 ** (len(channels) - 1)
-        self.shape = (data, height, width)
-        self.latent_shape = (latent_channels, height // factor, width // factor)
-        logistic = likelihood == "logistic"
+        self.shape, (data, height, width) = shape, shape
+        latent, factor = config.latent_channels, 2 ** (len(config.channels) - 1)
+        self.latent_shape = (latent, height // factor, width // factor)
+        logistic = config.likelihood == "logistic"
         self.likelihood = DiscretisedLogistic(levels=levels) if logistic else Bernoulli()
-        sizes: Any = {"block_out_channels": tuple(channels), "layers_per_block": blocks}
-        sizes |= {"norm_num_groups": groups, "mid_block_add_attention": False}
-        down = ("DownEncoderBlock2D",) * len(channels)
-        up = ("UpDecoderBlock2D",) * len(channels)
-        self.encoder = Encoder(data, latent_channels, down, double_z=True, **sizes)
-        self.decoder = Decoder(latent_channels, self.likelihood.width * data, up, **sizes)
+        sizes: Any = {"block_out_channels": config.channels, "layers_per_block": config.blocks}
+        sizes |= {"norm_num_groups": config.groups, "mid_block_add_attention": False}
+        down = ("DownEncoderBlock2D",) * len(config.channels)
+        up = ("UpDecoderBlock2D",) * len(config.channels)
+        self.encoder = Encoder(data, latent, down, double_z=True, **sizes)
+        self.decoder = Decoder(latent, self.likelihood.width * data, up, **sizes)
 
     def encode(self, x: Tensor) -> Posterior:
         """q(z | x) of images ``(B, C, H, W)`` in [−1, 1], its parameters float32 and within ±5."""
@@ -271,23 +258,16 @@ def _check_shape(x: Tensor, shape: Sequence[int], name: str) -> None:
         raise ValueError(f"{name} must have shape (B, {wanted}); got {tuple(x.shape)}")
 
 
-class Times(NamedTuple):
-    """Times ``(B,)``, float64 on the CPU, and the weights that divide by their density."""
-
-    t: Tensor
-    weight: Tensor
-
-    def take(self, rows: slice | Tensor) -> Times:
-        """Times of some images."""
-        return Times(self.t[rows], self.weight[rows])
-
-
 class Batch(NamedTuple):
-    """Images in [−1, 1] ``(B, C, H, W)``, their classes ``(B,)``, and times by each sampler."""
+    """Images in [−1, 1] ``(B, C, H, W)``, their classes ``(B,)``, and times of samplers.
+
+    The times are ``(samplers, 2, B)`` with the weights that divide by their density, float64 on the
+    CPU.
+    """
 
     images: Tensor
     labels: Tensor | None
-    times: tuple[Times, ...]
+    times: Tensor
 
 
 def bit_per_dim(images: Tensor) -> float:

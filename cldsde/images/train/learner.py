@@ -16,7 +16,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from cldsde.images.config import RunConfig
 from cldsde.images.data import DataSet, augment
-from cldsde.images.latent import Batch, Times
+from cldsde.images.latent import Batch
 from cldsde.images.model import ImageSpace, Statistics, make_model
 from cldsde.images.power_averages import WIDTHS, power
 from cldsde.images.streams import image_order, stream, stream_seed
@@ -105,33 +105,30 @@ class Learner:
 
     def load(self, step: int) -> list[Batch]:
         """The parts of a step's batch for this process, each for one pass through the networks."""
-        size, seed = self.settings.batch, self.config.seed
-        times = tuple(
-            Times(*sampler.sample(size, generator=stream(seed, "times", step, *which)))
+        config, size, seed = self.config, self.settings.batch, self.config.seed
+        images, classes = self.data.train, self.space.classes
+        kind: Any = {name: getattr(config.data, name) for name in ("flip", "crop", "dequantise")}
+        drawn = [
+            torch.stack(sampler.sample(size, generator=stream(seed, "times", step, *which)))
             for sampler, which in zip(self.objective.samplers, ((), (1,)), strict=False)
-        )
-        order = image_order(seed, len(self.data.train), step * size, size)
+        ]
+        times = torch.stack(drawn)
+        order = image_order(seed, len(images), step * size, size)
         loaded = []
         for first in self._firsts:
             mine = slice(first, first + self.part_size)
-            x, labels = self._present(step, first, order[mine])
-            loaded.append(Batch(x, labels, tuple(some.take(mine) for some in times)))
+            shown, labels = [], []
+            for block, rows in enumerate(torch.split(order[mine], self._block)):
+                draw = stream(seed, "presentation", step, first // self._block + block)
+                shown.append(augment(images.load(rows), images.levels, generator=draw, **kind))
+                if classes is not None:
+                    assert images.labels is not None
+                    uniform = torch.rand(len(rows), generator=draw, device="cpu")
+                    hidden = uniform < config.network.label_dropout
+                    labels.append(images.labels[rows].masked_fill(hidden, classes))
+            known = torch.cat(labels) if labels else None
+            loaded.append(Batch(torch.cat(shown), known, times[..., mine]))
         return loaded
-
-    def _present(self, step: int, first: int, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Augmented images and their classes, some of them hidden."""
-        images, classes, config = self.data.train, self.space.classes, self.config
-        kind: Any = {name: getattr(config.data, name) for name in ("flip", "crop", "dequantise")}
-        shown, labels = [], []
-        for block, some in enumerate(torch.split(rows, self._block)):
-            draw = stream(config.seed, "presentation", step, first // self._block + block)
-            shown.append(augment(images.load(some), images.levels, generator=draw, **kind))
-            if classes is not None:
-                assert images.labels is not None
-                uniform = torch.rand(len(some), generator=draw, device="cpu")
-                hidden = uniform < config.network.label_dropout
-                labels.append(images.labels[some].masked_fill(hidden, classes))
-        return torch.cat(shown), torch.cat(labels) if labels else None
 
     def step(self, step: int, parts: list[Batch]) -> None:
         """Update the weights, and meter this process's mean losses and the gradients' norms."""
@@ -211,7 +208,8 @@ class Learner:
         count = min(len(images), self.settings.held_out)
         # Neighbours in the data set get times that are far apart.
         order = torch.randperm(count, generator=stream(0, "held-out times"), device="cpu")
-        times = [Times(*some.quantiles((order + 0.5) / count)) for some in self.objective.samplers]
+        quantiles = [x.quantiles((order + 0.5) / count) for x in self.objective.samplers]
+        times = torch.stack([torch.stack(pair) for pair in quantiles])
         noise = stream(0, "held-out noise", device=self.engine.device)
         kind = {"flip": False, "dequantise": self.config.data.dequantise}
         draw = stream(0, "held-out presentation")
@@ -220,7 +218,7 @@ class Learner:
         for rows in torch.split(torch.arange(count, device="cpu"), self.part_size):
             x = augment(images.load(rows), images.levels, generator=draw, **kind)
             labels = None if known is None else known[rows]
-            batch = self._to_device(Batch(x, labels, tuple(some.take(rows) for some in times)))
+            batch = self._to_device(Batch(x, labels, times[..., rows]))
             sums.append(self.objective.held_out(self.average, batch, noise, step).double().sum())
         return float(torch.stack(sums).sum()) / count
 

@@ -70,22 +70,19 @@ def _memory(config: RunConfig, count: int) -> str:
 
 def rehearsal(data: DataSet) -> tuple[DataSet, float]:
     """Some images in place of pictures that a training decodes once; seconds for all of them."""
-    train, parts, done = data.train, [], 0
+    train, parts, seconds, began = data.train, [], 0.0, time.perf_counter()
     if not train.decodes_once:
         return data, 0.0
-    began = time.perf_counter()
     for rows in torch.split(torch.arange(len(train), device="cpu"), 8):
         parts.append(train.load(rows))
-        done += len(rows)
-        if time.perf_counter() - began > _REHEARSAL:
+        seconds = time.perf_counter() - began
+        if seconds > _REHEARSAL:
             break
-    seconds = (
-        (time.perf_counter() - began) / done * sum(len(part) for part in data if part is not None)
-    )
-    labels = None if train.labels is None else train.labels[:done]
+    images, count = torch.cat(parts), sum(len(part) for part in data if part is not None)
+    labels = None if train.labels is None else train.labels[: len(images)]
     classes = train.class_names or train.classes
-    kept = ArrayImages(torch.cat(parts), levels=train.levels, labels=labels, classes=classes)
-    return DataSet(kept, data.held_out), seconds
+    kept = ArrayImages(images, levels=train.levels, labels=labels, classes=classes)
+    return DataSet(kept, data.held_out), seconds / len(images) * count
 
 
 def forecast(learner: Learner, decoding: float) -> list[str]:
