@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
@@ -20,7 +21,7 @@ from cldsde.images.latent import Batch
 from cldsde.images.model import ImageSpace, Statistics, make_model
 from cldsde.images.power_averages import WIDTHS, power
 from cldsde.images.streams import image_order, stream, stream_seed
-from cldsde.images.train.engine import networks, own, shard, shares, whole
+from cldsde.images.train.engine import make_engine, networks, own, shard, shares, whole
 from cldsde.images.train.objectives import Objective
 
 
@@ -221,6 +222,22 @@ class Learner:
             batch = self._to_device(Batch(x, labels, times[..., rows]))
             sums.append(self.objective.held_out(self.average, batch, noise, step).double().sum())
         return float(torch.stack(sums).sum()) / count
+
+
+@contextmanager
+def learning(
+    config: RunConfig, data: DataSet, device: str, statistics: Statistics
+) -> Iterator[Learner]:
+    """A learner, for one training on a device."""
+    try:
+        engine = make_engine(config, device)
+        learner = Learner(config, data, statistics, engine)
+        # Dropout draws from the global generators, which must not change.
+        with torch.random.fork_rng([engine.device] if engine.device.type == "cuda" else []):
+            yield learner
+    finally:
+        # Another training of this process may use another precision.
+        AcceleratorState._reset_state(reset_partial_state=False)
 
 
 def step_of_stage(config: RunConfig, step: int) -> int:

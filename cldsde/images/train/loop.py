@@ -19,7 +19,6 @@ from typing import cast
 
 import numpy as np
 import torch
-from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
 from PIL import Image
 from torch import Tensor
@@ -46,10 +45,9 @@ from cldsde.images.runs import CONFIG, METRICS, SNAPSHOTS, STATE, RunFolder
 from cldsde.images.sample.sampler import ImageSampler, ahead
 from cldsde.images.schema import leaves
 from cldsde.images.tensor_files import save_tensors
-from cldsde.images.train.engine import check_run, load, make_engine, on_cpu, own
-from cldsde.images.train.learner import Learner, learning_rates
+from cldsde.images.train.engine import check_run, load, on_cpu, own
+from cldsde.images.train.learner import Learner, learning, learning_rates
 from cldsde.images.train.state import StopRequest, keep_snapshot, load_state, save_state
-from cldsde.images.train.summary import forecast
 from cldsde.progress import progress_bar
 
 _FIRST_SEED = 2**31  # of measured samples, far from the seeds of samples and evaluations
@@ -70,33 +68,10 @@ def train(
     The page "Train an image model" lists the files, and says how a run is stopped and resumed. A
     finished run is loaded, or trained further if ``training.images`` has grown.
     """
-    with _learner(config, data, device, statistics) as learner:
-        return _Trainer(learner, run).run(progress=progress)
-
-
-def rehearse(
-    config: RunConfig, data: DataSet, decoding: float, *, device: str, statistics: Statistics
-) -> list[str]:
-    """Make some training steps and write nothing; see `forecast`."""
-    with _learner(config, data, device, statistics) as learner:
-        return forecast(learner, decoding)
-
-
-@contextmanager
-def _learner(
-    config: RunConfig, data: DataSet, device: str, statistics: Statistics | None
-) -> Iterator[Learner]:
     if statistics is None:
         statistics = check_run(config, data, device=device)
-    try:
-        engine = make_engine(config, device)
-        learner = Learner(config, data, statistics, engine)
-        # Dropout draws from the global generators, which must not change.
-        with torch.random.fork_rng([engine.device] if engine.device.type == "cuda" else []):
-            yield learner
-    finally:
-        # Another training of this process may use another precision.
-        AcceleratorState._reset_state(reset_partial_state=False)
+    with learning(config, data, device, statistics) as learner:
+        return _Trainer(learner, run).run(progress=progress)
 
 
 class _Trainer:
