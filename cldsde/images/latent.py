@@ -2,7 +2,7 @@
 
 With the encoder's q(z | x), a prior p(z) and the decoder's distribution p(x | z) of the pixels,
 
-    log p(x) ≥ E_q log p(x | z) − KL(q(z | x) ‖ p(z)).
+    log p(x) ≥ E_q log p(x | z) − KL(q(z | x) ‖ p(z)) = E_q log p(x | z) + H(q) − CE(q ‖ p).
 
 Images are numbers in [−1, 1]: level j of L grey levels is x_j = 2j/(L − 1) − 1. Log-likelihoods are
 in nats. Computations are in single precision at least, and no method waits for a device.
@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 
 # The floor of log s in the code of Salimans et al. (2017): a ninth of a bin of bytes.
 _LOG_SCALE_BOUND = 7.0
-# Bound on the posterior's mean and on the logarithm of its standard deviation.
+# Bound on the posterior's mean and on the logarithm of its standard deviation: neither it nor its
+# divergence from the prior can diverge in training.
 _BOUND = 5.0
 
 
@@ -194,11 +195,6 @@ class VAE(nn.Module):
     It encodes an image of ``shape`` (C, H, W) as a Gaussian `Posterior` over latent maps,
     ``(latent_channels, H/2ⁿ⁻¹, W/2ⁿ⁻¹)`` for n ``channels``, and decodes a latent map to the
     parameters of a distribution of the pixels: `DiscretisedLogistic` of ``levels``, or `Bernoulli`.
-
-    Notes
-    -----
-    Mean and log standard deviation of the posterior are bounded smoothly, both by ±5
-    (`soft_clamp`): neither the posterior nor its divergence from the prior can diverge in training.
 
     References
     ----------

@@ -1,14 +1,10 @@
-r"""Training objectives of image models: score matching, and bounds of latent models.
+"""Training objectives of image models: score matching, and bounds of latent models.
 
-A latent model (Vahdat, Kreis and Kautz 2021) samples z_0 ~ q(z_0 | x), where its process starts.
-Its negative evidence lower bound
-
-.. math::
-    \mathbb{E}_q[−\log p(x | z_0)] − H(q(z_0 | x)) + \mathrm{CE}(q(z_0 | x) ‖ p(z_0))
-
-trains encoder and decoder, with fixed weights of the score in `cldsde.score.cross_entropy`. The
-score is trained on the same latent variables as constants, with its own weighting. So each loss has
-gradients in one part of the model alone. In the first stage the prior is standard normal.
+The process of a latent model (Vahdat, Kreis and Kautz 2021) starts at the encoder's z_0. The bound
+of `cldsde.images.latent` trains encoder and decoder, with fixed weights of the score in
+`cldsde.score.cross_entropy`. The score is trained on the same latent variables as constants, with
+its own weighting. So each loss has gradients in one part of the model alone. In the first stage the
+prior is standard normal.
 """
 
 from __future__ import annotations
