@@ -5,13 +5,13 @@ With the encoder's q(z | x), a prior p(z) and the decoder's distribution p(x | z
     log p(x) ≥ E_q log p(x | z) − KL(q(z | x) ‖ p(z)) = E_q log p(x | z) + H(q) − CE(q ‖ p).
 
 Images are numbers in [−1, 1]: level j of L grey levels is x_j = 2j/(L − 1) − 1. Log-likelihoods are
-in nats. Computations are in single precision at least, and no method waits for a device.
+in nats, summed over pixels, which are independent given z. Computations are in single precision at
+least, and no method waits for a device.
 """
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -43,35 +43,8 @@ def soft_clamp(x: Tensor, bound: float) -> Tensor:
     return bound * torch.tanh(x / bound)
 
 
-class PixelLikelihood(ABC):
-    """A distribution of images ``(B, C, H, W)`` whose parameters are the output of a decoder.
-
-    ``levels`` is the number of grey levels over which its probabilities sum to 1. ``width`` is the
-    number of channels of the output per channel of the images. Pixels are independent.
-    """
-
-    levels: int
-    width: int
-
-    def log_likelihood(self, output: Tensor, x: Tensor) -> Tensor:
-        """Log-likelihood in nats, summed over the image, ``(B,)``; raise if shapes do not fit."""
-        wanted = (len(x), self.width * x.shape[1], *x.shape[2:])
-        if output.shape != wanted:
-            msg = f"output must have shape {wanted} for images of shape {tuple(x.shape)}; got "
-            raise ValueError(f"{msg}{tuple(output.shape)}")
-        return total(self._log_p(fine(output), x))
-
-    @abstractmethod
-    def _log_p(self, output: Tensor, x: Tensor) -> Tensor:
-        """Log-likelihood of each number; the gradient is finite."""
-
-    @abstractmethod
-    def mean(self, output: Tensor) -> Tensor:
-        """Mean image, ``(B, C, H, W)`` in [−1, 1], float32 at least."""
-
-
 @section
-class DiscretisedLogistic(PixelLikelihood):
+class DiscretisedLogistic:
     r"""A logistic distribution of mean μ and scale s, cut into one bin per grey level.
 
     .. math::
@@ -100,10 +73,11 @@ class DiscretisedLogistic(PixelLikelihood):
     tensor([0.3775, 0.2449, 0.3775])
     """
 
-    levels: Levels = 256
-    width = 2
+    levels: Levels = 256  # over which probabilities sum to 1
+    width = 2  # channels of the output per channel of the images
 
-    def _log_p(self, output: Tensor, x: Tensor) -> Tensor:
+    def log_likelihood(self, output: Tensor, x: Tensor) -> Tensor:
+        """Log-likelihood of images ``(B, C, H, W)``, ``(B,)``; its gradient is finite."""
         mean, scale = self._parameters(output)
         half = 1 / (self.levels - 1)
         centred = x - mean
@@ -114,10 +88,10 @@ class DiscretisedLogistic(PixelLikelihood):
         log_p = F.logsigmoid(above).masked_fill(last, 0.0)
         log_p = log_p + F.logsigmoid(-below).masked_fill(first, 0.0)
         width = torch.log(-torch.expm1(-2 * half / scale))
-        return log_p + width.masked_fill(first | last, 0.0)
+        return total(log_p + width.masked_fill(first | last, 0.0))
 
     def mean(self, output: Tensor) -> Tensor:
-        """Mean of the discretised distribution, which differs from μ near ±1 and in narrow bins."""
+        """Mean image, ``(B, C, H, W)`` in [−1, 1]: not μ near ±1 and in narrow bins."""
         mean, scale = self._parameters(output)
         # E j = Σ_j P(level > j), a sum of numbers that are not negative.
         level = torch.zeros_like(mean)
@@ -132,7 +106,7 @@ class DiscretisedLogistic(PixelLikelihood):
 
 
 @dataclass(frozen=True)
-class Bernoulli(PixelLikelihood):
+class Bernoulli:
     r"""Black or white pixels, white with probability π; the output is the logit of π.
 
     .. math::
@@ -147,10 +121,11 @@ class Bernoulli(PixelLikelihood):
     levels = 2
     width = 1
 
-    def _log_p(self, output: Tensor, x: Tensor) -> Tensor:
-        white = (fine(x) + 1) / 2
+    def log_likelihood(self, output: Tensor, x: Tensor) -> Tensor:
+        """Log-likelihood of images ``(B, C, H, W)``, ``(B,)``; its gradient is finite."""
+        output, white = fine(output), (fine(x) + 1) / 2
         # Neither term is positive, whereas the library's cross-entropy subtracts.
-        return white * F.logsigmoid(output) + (1 - white) * F.logsigmoid(-output)
+        return total(white * F.logsigmoid(output) + (1 - white) * F.logsigmoid(-output))
 
     def mean(self, output: Tensor) -> Tensor:
         """Mean image 2π − 1."""
@@ -241,6 +216,7 @@ class VAE(nn.Module):
 
     def log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
         """Log-likelihood of each image given its latent map in nats, ``(B,)``."""
+        _check_shape(x, self.shape, "x")
         return self.likelihood.log_likelihood(self.decode(z), x)
 
     def images(self, z: Tensor) -> Tensor:

@@ -186,7 +186,8 @@ def test_an_argument_out_of_range_is_rejected(options, message, monkeypatch):
 
 def test_images_and_latent_maps_of_another_shape_are_rejected():
     vae = make()
-    with pytest.raises(ValueError, match=r"x must have shape \(B, 1, 8, 8\); got \(2, 1, 8, 4\)"):
-        vae.encode(torch.zeros(2, 1, 8, 4))
+    for function in (vae.encode, lambda x: vae.log_likelihood(x, torch.zeros(2, 4, 4, 4))):
+        with pytest.raises(ValueError, match=r"x must have shape \(B, 1, 8, 8\); got \(2, 1, 8, 4"):
+            function(torch.zeros(2, 1, 8, 4))
     with pytest.raises(ValueError, match=r"z must have shape \(B, 4, 4, 4\); got \(4, 4, 4\)"):
         vae.decode(torch.zeros(4, 4, 4))

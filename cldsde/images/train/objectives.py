@@ -30,9 +30,6 @@ from cldsde.score import (
     mode_density,
 )
 
-FrozenScore = Callable[[], AbstractContextManager[None]]
-"""Makes a context in which the weights of the score are constants."""
-
 
 class Objective:
     """The losses of a configuration. ``samplers`` draw the times of a batch."""
@@ -75,11 +72,12 @@ class Objective:
         batch: Batch,
         generator: Generators,
         step: int,
-        frozen_score: FrozenScore,
+        frozen_score: Callable[[], AbstractContextManager[None]],
     ) -> Iterator[tuple[Literal["score", "autoencoder"], Tensor]]:
         """Losses ``(B,)``, each with the part of the model that it trains; gradients add up.
 
-        Differentiate each before the next is asked for: in between the score is frozen.
+        Differentiate each before the next is asked for: in between the weights of the score are
+        constants, in a context of ``frozen_score``.
         """
         x0, latent = batch.images, self._config.latent
         if latent is not None:
