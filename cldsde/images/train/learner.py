@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, cast
@@ -23,36 +23,6 @@ from cldsde.images.power_averages import WIDTHS, power
 from cldsde.images.streams import image_order, stream, stream_seed
 from cldsde.images.train.engine import make_engine, networks, own, shard, shares, whole
 from cldsde.images.train.objectives import Objective
-
-
-class Meter:
-    """Means of losses and gradients' norms, of all parts together and of each ``PART_…``.
-
-    They are read seldom, because reading waits for the device.
-    """
-
-    def __init__(self, engine: Accelerator, parts: Sequence[str]) -> None:
-        self._engine = engine
-        names = [f"{part}_{what}" for what in ("loss", "gradient_norm") for part in parts]
-        self._names = ["loss", "gradient_norm", *names]
-        dtype = torch.float64 if engine.device.type == "cpu" else None
-        self.sums = torch.zeros(len(self._names) + 1, dtype=dtype, device=engine.device)
-
-    def add(self, losses: Mapping[str, Tensor], norms: Mapping[str, Tensor]) -> None:
-        """Add a step of this process: losses and norms of each part, by its name."""
-        each = torch.stack(list(losses.values()))
-        sizes = torch.stack([norm.detach() for norm in norms.values()]).to(each)
-        whole = torch.stack([each.sum(), sizes.norm()])
-        self.sums += torch.cat([whole, each, sizes, torch.ones_like(each[:1])])
-
-    def shared(self) -> Tensor:
-        """Sums of losses, norms and steps, averaged over all processes, which all must call it."""
-        return cast(Tensor, self._engine.reduce(self.sums, "mean"))
-
-    def means(self) -> dict[str, float]:
-        """Means over steps and processes since the sums were zero; 0 without a step."""
-        *sums, steps = self.shared().tolist()
-        return {name: x / max(steps, 1) for name, x in zip(self._names, sums, strict=True)}
 
 
 class Learner:
@@ -100,7 +70,10 @@ class Learner:
         self._wrapped = [prepared(network) for network in self._networks]
         within = {id(p) for network in self._networks for p in network.parameters()}
         self.unshared = [p for p in self.model.parameters() if id(p) not in within]
-        self.meter = Meter(engine, list(self.parts))
+        # Sums over steps of losses and of gradients' norms, of all parts together and of each, and
+        # the number of steps. They are read seldom, because reading waits for the device.
+        dtype = torch.float64 if engine.device.type == "cpu" else None
+        self.sums = torch.zeros(3 + 2 * len(self.parts), dtype=dtype, device=engine.device)
         self.modules = {f"average{i or ''}": average for i, average in enumerate(self.averages)}
         self.modules["model"] = self.model
 
@@ -132,7 +105,7 @@ class Learner:
         return loaded
 
     def step(self, step: int, parts: list[Batch]) -> None:
-        """Update the weights, and meter this process's mean losses and the gradients' norms."""
+        """Update the weights, and add this process's mean losses and the gradients' norms."""
         seed, device = self.config.seed, self.engine.device
         self.model.train()
         self._use(self._wrapped)
@@ -163,8 +136,11 @@ class Learner:
         # One bound for all parts would let the encoder rescale the step of the score.
         bound = math.inf if self.settings.clip is None else self.settings.clip
         clip = nn.utils.clip_grad_norm_
-        norms = {name: whole(clip(part.parameters(), bound)) for name, part in self.parts.items()}
-        self.meter.add(totals, norms)
+        norms = [whole(clip(part.parameters(), bound)) for part in self.parts.values()]
+        losses = torch.stack(list(totals.values()))
+        sizes = torch.stack([norm.detach() for norm in norms]).to(losses)
+        together = torch.stack([losses.sum(), sizes.norm()])
+        self.sums += torch.cat([together, losses, sizes, torch.ones_like(losses[:1])])
         self.optimiser.step()
         done = step_of_stage(self.config, step) + 1
         kept = [min(decay, done / (done + 9)) for decay in self.decays]
@@ -174,6 +150,13 @@ class Learner:
             update(*([own(x) for x in each.parameters()] for each in (average, self.model)), None)
             for copied, current in zip(average.buffers(), self.model.buffers(), strict=True):
                 copied.copy_(current)
+
+    def means(self) -> dict[str, float]:
+        """Means of `sums` over steps and processes, all of which must call it; 0 without a step."""
+        kinds = ("loss", "gradient_norm")
+        names = [*kinds, *(f"{part}_{kind}" for kind in kinds for part in self.parts)]
+        *sums, steps = self.engine.reduce(self.sums, "mean").tolist()
+        return {name: x / max(steps, 1) for name, x in zip(names, sums, strict=True)}
 
     def _use(self, modules: Sequence[nn.Module]) -> None:
         for (owner, name), module in zip(self._places, modules, strict=True):

@@ -224,8 +224,8 @@ class _Trainer:
 
     def _log(self) -> dict[str, str]:
         """Write means since the last line of metrics; return those that a bar shows."""
-        means = self.learner.meter.means()
-        self.learner.meter.sums.zero_()
+        means = self.learner.means()
+        self.learner.sums.zero_()
         self._check_finite(means["loss"])
         held_out = self.learner.held_out(self.done - 1) if self.busy else None
         if not self.engine.is_main_process:
@@ -256,8 +256,7 @@ class _Trainer:
 
     def _save(self) -> None:
         """Save state and model, in this order: a run resumes from its state alone."""
-        sums = self.learner.meter.shared()
-        self._check_finite(self.learner.meter.means()["loss"])
+        self._check_finite(self.learner.means()["loss"])
         names = [MODEL, *(f"ema-{x}.safetensors" for x in self.settings.ema_decays)]
         power = [f"{SNAPSHOTS}/power-{x}-{self.seen:012d}.safetensors" for x in WIDTHS]
         power = power if self._due(self.settings.save_every) else []
@@ -266,7 +265,7 @@ class _Trainer:
                 self._save_model(self.folder / name, average)
             if self.done < self.settings.steps or self.settings.keep_state:
                 seconds = time.monotonic() - self.began
-                save_state(self.learner, self.folder, self.done, seconds, sums)
+                save_state(self.learner, self.folder, self.done, seconds)
             for name, average in reversed([*zip(names, self.learner.averages, strict=False)]):
                 self._save_model(self.folder / name, average)
         except OSError as error:

@@ -60,8 +60,8 @@ def stop_signals(engine: Accelerator) -> Iterator[Callable[[], int]]:
         restore()
 
 
-def save_state(learner: Learner, run: RunFolder, step: int, seconds: float, sums: Tensor) -> None:
-    """Write the state of a training after so many steps and seconds, with `Meter.shared`.
+def save_state(learner: Learner, run: RunFolder, step: int, seconds: float) -> None:
+    """Write the state of a training after so many steps and seconds.
 
     All processes must call it; the first one writes. Random numbers need no state.
     """
@@ -74,6 +74,7 @@ def save_state(learner: Learner, run: RunFolder, step: int, seconds: float, sums
         kept = {name: x for name, x in values.items() if isinstance(x, Tensor)}
         tensors |= {f"optimiser.{index}.{name}": x for name, x in kept.items()}
     tensors = on_cpu(tensors, kept=learner.engine.is_main_process)
+    sums = learner.engine.reduce(learner.sums, "mean")
     if not tensors:
         return
     tensors |= {"meter": sums, **learner.statistics._asdict()}
@@ -124,7 +125,7 @@ def _take(learner: Learner, tensors: Mapping[str, Tensor], scaler: dict[str, flo
     learner.optimiser.load_state_dict(optimiser)
     if learner.engine.scaler is not None and scaler is not None:
         learner.engine.scaler.load_state_dict(scaler)
-    learner.meter.sums.copy_(tensors["meter"])
+    learner.sums.copy_(tensors["meter"])
 
 
 def keep_snapshot(
