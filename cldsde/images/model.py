@@ -176,8 +176,7 @@ def make_networks(
 
 def check_model(config: RunConfig, space: ImageSpace) -> int:
     """Number of parameters; raise a SettingError if a network does not fit. No weight is made."""
-    network, vae = make_networks(config, space, "meta")
-    return parameter_count(network) + (0 if vae is None else parameter_count(vae))
+    return sum(parameter_count(x) for x in make_networks(config, space, "meta") if x is not None)
 
 
 def make_model(
