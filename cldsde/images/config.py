@@ -194,7 +194,7 @@ RECOMMENDED = "recommended"
 class SamplingConfig:
     """Sampling of grids during training, and defaults of ``cldsde sample``."""
 
-    solver: str = RECOMMENDED
+    solver: Annotated[str, AfterValidator(canonical_name)] = RECOMMENDED
     """Name of a solver; a short one, such as ``em``, becomes the full one. ``"recommended"`` takes
     solver, grid and end of `cldsde.sample` for ``nfe`` evaluations."""
     nfe: Annotated[int, Strict(), Field(ge=2, le=1_000_000)] = 50
@@ -215,7 +215,6 @@ class SamplingConfig:
     """Fields of the solver that differ from its defaults, such as ``rtol``."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "solver", canonical_name(self.solver))
         if self.grid is None and self.solver != RECOMMENDED:
             object.__setattr__(self, "grid", "root")
 

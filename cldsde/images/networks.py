@@ -169,9 +169,6 @@ class UNet(_ScoreNetwork):
 class NCSNpp(_ScoreNetwork):
     """The NCSN++ or DDPM++ of Song et al. (2021), layer by layer as published.
 
-    In the repository, ``configs/cifar10_cld.toml`` and ``configs/celebahq256_cld.toml`` have the
-    published networks.
-
     Parameters
     ----------
     shape, inputs, outputs, classes

@@ -103,7 +103,7 @@ class Tuning:
         return Search(self.process, self.shape, nfe, distance, self.seed, name, most=tries)
 
     def report(self, settings: SamplerSettings, nfe: int) -> Mapping[str, Measured]:
-        """The mean that the search minimises, and distances by features, of images with new seeds."""
+        """The mean that the search minimises, and distances by features, for new seeds."""
         names = ("geometric mean of the next two", *self._distances)
         found = torch.zeros(len(names), 2, SETS, dtype=torch.float64, device="cpu")
         for k in progress_bar(range(SETS), shown=True, desc="new images", unit="set"):
