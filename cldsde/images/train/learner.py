@@ -137,10 +137,10 @@ class Learner:
         bound = math.inf if self.settings.clip is None else self.settings.clip
         clip = nn.utils.clip_grad_norm_
         norms = [whole(clip(part.parameters(), bound)) for part in self.parts.values()]
-        losses = torch.stack(list(totals.values()))
-        sizes = torch.stack([norm.detach() for norm in norms]).to(losses)
-        together = torch.stack([losses.sum(), sizes.norm()])
-        self.sums += torch.cat([together, losses, sizes, torch.ones_like(losses[:1])])
+        each = torch.stack(list(totals.values()))
+        sizes = torch.stack([norm.detach() for norm in norms]).to(each)
+        joined = torch.stack([each.sum(), sizes.norm()])
+        self.sums += torch.cat([joined, each, sizes, torch.ones_like(each[:1])])
         self.optimiser.step()
         done = step_of_stage(self.config, step) + 1
         kept = [min(decay, done / (done + 9)) for decay in self.decays]

@@ -103,10 +103,10 @@ class Objective:
     def _score_loss(
         self, model: DiffusionModel, x0: Tensor, batch: Batch, generator: Generators
     ) -> Tensor:
-        score, settings, (t, weight) = model.score, self._config.training, batch.times[0]
+        settings, (t, weight) = self._config.training, batch.times[0].unbind()
         how: Any = {"conditioning": settings.conditioning, "generator": generator}
-        pair = PerturbedData.draw(score.sde, x0, t, **how)
-        losses = score.loss(pair, condition=batch.labels, **self._how)
+        pair = PerturbedData.draw(model.score.sde, x0, t, **how)
+        losses: Tensor = model.score.loss(pair, condition=batch.labels, **self._how)
         if settings.reduction == "sum":
             losses = math.prod(x0.shape[1:]) * losses
         return weight.to(losses) * losses
