@@ -194,7 +194,7 @@ RECOMMENDED = "recommended"
 class SamplingConfig:
     """Sampling of grids during training, and defaults of ``cldsde sample``."""
 
-    solver: str = RECOMMENDED
+    solver: Annotated[str, AfterValidator(canonical_name)] = RECOMMENDED
     """Name of a solver; a short one, such as ``em``, becomes the full one. ``"recommended"`` takes
     solver, grid and end of `cldsde.sample` for ``nfe`` evaluations."""
     nfe: Annotated[int, Strict(), Field(ge=2, le=1_000_000)] = 50
@@ -204,20 +204,17 @@ class SamplingConfig:
     ``"karras"``. None: the recommended solver's grid, and ``"root"`` for other solvers."""
     t_start: StartTime = None
     t_end: Time | None = None
-    """Times at which sampling starts and ends (ε). None: as for `cldsde.sample`, from κ = −3.3 to
-    3.3 (κ: half the log of the signal-to-noise ratio). The recommended solver ends at 2.6 with up
-    to 8 steps of a process of one component; with up to 4 steps of others it goes from −3.0 to
-    2.35. The start is at a smaller κ if the numbers of an image (of its latent variables in a
-    latent model) times the evaluations exceed 29,000, or 16,000 for a start at −3.0. Both ends are
-    within the noise levels of the process. With ``--process`` they are also within those of the
-    training. Without ``--process`` a run may end below ``training.t_min``, and prints a note."""
+    """Times at which sampling starts and ends (ε). None: as `cldsde.sample` chooses them for the
+    numbers of an image, or of its latent variables; solvers other than the recommended one go from
+    κ = −3.3 or less to 3.3 (κ: half the log of the signal-to-noise ratio). Both ends are within the
+    noise levels of the process. With ``--process`` they are also within those of the training.
+    Without ``--process`` a run may end below ``training.t_min``, and prints a note."""
     denoise: Flag = True
     """Return the data prediction at ε instead of the state there."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Fields of the solver that differ from its defaults, such as ``rtol``."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "solver", canonical_name(self.solver))
         if self.grid is None and self.solver != RECOMMENDED:
             object.__setattr__(self, "grid", "root")
 

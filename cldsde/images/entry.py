@@ -110,8 +110,7 @@ class Run(TrainedModel):
         Returns
         -------
         Samples
-            ``images`` ``(N, C, H, W)`` uint8, or float32 for continuous data, the score evaluations
-            of each, and ``levels``.
+            The images in the order of the seeds, and the score evaluations of each.
 
         Raises
         ------

@@ -2,19 +2,19 @@
 
 With the encoder's q(z | x), a prior p(z) and the decoder's distribution p(x | z) of the pixels,
 
-    log p(x) ≥ E_q log p(x | z) − KL(q(z | x) ‖ p(z)).
+    log p(x) ≥ E_q log p(x | z) − KL(q(z | x) ‖ p(z)) = E_q log p(x | z) + H(q) − CE(q ‖ p).
 
 Images are numbers in [−1, 1]: level j of L grey levels is x_j = 2j/(L − 1) − 1. Log-likelihoods are
-in nats. Computations are in single precision at least, and no method waits for a device.
+in nats, summed over pixels, which are independent given z. Computations are in single precision at
+least, and no method waits for a device.
 """
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from diffusers.models.autoencoders.vae import Decoder, Encoder
@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cldsde.images.checks import check_groups, check_levels
-from cldsde.images.schema import Channels, Count, Levels, Shape, checked, section
+from cldsde.images.schema import Levels, section
+from cldsde.images.training_config import LatentConfig
 from cldsde.linear.blocks import exponential_rest
 from cldsde.linear.random import Generators, standard_normal
 from cldsde.score import PerturbedData, cross_entropy
@@ -32,7 +33,8 @@ if TYPE_CHECKING:
 
 # The floor of log s in the code of Salimans et al. (2017): a ninth of a bin of bytes.
 _LOG_SCALE_BOUND = 7.0
-# Bound on the posterior's mean and on the logarithm of its standard deviation.
+# Bound on the posterior's mean and on the logarithm of its standard deviation: neither it nor its
+# divergence from the prior can diverge in training.
 _BOUND = 5.0
 
 
@@ -41,35 +43,8 @@ def soft_clamp(x: Tensor, bound: float) -> Tensor:
     return bound * torch.tanh(x / bound)
 
 
-class PixelLikelihood(ABC):
-    """A distribution of images ``(B, C, H, W)`` whose parameters are the output of a decoder.
-
-    ``levels`` is the number of grey levels over which its probabilities sum to 1. ``width`` is the
-    number of channels of the output per channel of the images. Pixels are independent.
-    """
-
-    levels: int
-    width: int
-
-    def log_likelihood(self, output: Tensor, x: Tensor) -> Tensor:
-        """Log-likelihood in nats, summed over the image, ``(B,)``; raise if shapes do not fit."""
-        wanted = (len(x), self.width * x.shape[1], *x.shape[2:])
-        if output.shape != wanted:
-            msg = f"output must have shape {wanted} for images of shape {tuple(x.shape)}; got "
-            raise ValueError(f"{msg}{tuple(output.shape)}")
-        return total(self._log_p(fine(output), x))
-
-    @abstractmethod
-    def _log_p(self, output: Tensor, x: Tensor) -> Tensor:
-        """Log-likelihood of each number; the gradient is finite."""
-
-    @abstractmethod
-    def mean(self, output: Tensor) -> Tensor:
-        """Mean image, ``(B, C, H, W)`` in [−1, 1], float32 at least."""
-
-
 @section
-class DiscretisedLogistic(PixelLikelihood):
+class DiscretisedLogistic:
     r"""A logistic distribution of mean μ and scale s, cut into one bin per grey level.
 
     .. math::
@@ -98,10 +73,11 @@ class DiscretisedLogistic(PixelLikelihood):
     tensor([0.3775, 0.2449, 0.3775])
     """
 
-    levels: Levels = 256
-    width = 2
+    levels: Levels = 256  # over which probabilities sum to 1
+    width = 2  # channels of the output per channel of the images
 
-    def _log_p(self, output: Tensor, x: Tensor) -> Tensor:
+    def log_likelihood(self, output: Tensor, x: Tensor) -> Tensor:
+        """Log-likelihood of images ``(B, C, H, W)``, ``(B,)``; its gradient is finite."""
         mean, scale = self._parameters(output)
         half = 1 / (self.levels - 1)
         centred = x - mean
@@ -112,17 +88,17 @@ class DiscretisedLogistic(PixelLikelihood):
         log_p = F.logsigmoid(above).masked_fill(last, 0.0)
         log_p = log_p + F.logsigmoid(-below).masked_fill(first, 0.0)
         width = torch.log(-torch.expm1(-2 * half / scale))
-        return log_p + width.masked_fill(first | last, 0.0)
+        return total(log_p + width.masked_fill(first | last, 0.0))
 
     def mean(self, output: Tensor) -> Tensor:
-        """Mean of the discretised distribution, which differs from μ near ±1 and in narrow bins."""
+        """Mean image, ``(B, C, H, W)`` in [−1, 1]: not μ near ±1 and in narrow bins."""
         mean, scale = self._parameters(output)
         # E j = Σ_j P(level > j), a sum of numbers that are not negative.
         level = torch.zeros_like(mean)
         for j in range(self.levels - 1):
             edge = (2 * j + 1) / (self.levels - 1) - 1
             level += torch.sigmoid((mean - edge) / scale)
-        return 2 * level / (self.levels - 1) - 1  # in the order of `to_unit`, to the same bits
+        return 2 * (level / (self.levels - 1)) - 1  # in the order of `to_unit`
 
     def _parameters(self, output: Tensor) -> tuple[Tensor, Tensor]:
         mean, log_scale = fine(output).chunk(2, dim=1)
@@ -130,7 +106,7 @@ class DiscretisedLogistic(PixelLikelihood):
 
 
 @dataclass(frozen=True)
-class Bernoulli(PixelLikelihood):
+class Bernoulli:
     r"""Black or white pixels, white with probability π; the output is the logit of π.
 
     .. math::
@@ -145,10 +121,11 @@ class Bernoulli(PixelLikelihood):
     levels = 2
     width = 1
 
-    def _log_p(self, output: Tensor, x: Tensor) -> Tensor:
-        white = (fine(x) + 1) / 2
+    def log_likelihood(self, output: Tensor, x: Tensor) -> Tensor:
+        """Log-likelihood of images ``(B, C, H, W)``, ``(B,)``; its gradient is finite."""
+        output, white = fine(output), (fine(x) + 1) / 2
         # Neither term is positive, whereas the library's cross-entropy subtracts.
-        return white * F.logsigmoid(output) + (1 - white) * F.logsigmoid(-output)
+        return total(white * F.logsigmoid(output) + (1 - white) * F.logsigmoid(-output))
 
     def mean(self, output: Tensor) -> Tensor:
         """Mean image 2π − 1."""
@@ -190,16 +167,9 @@ class Posterior(NamedTuple):
 class VAE(nn.Module):
     """A variational autoencoder of residual convolutional blocks, without attention.
 
-    It encodes an image as a Gaussian `Posterior` over latent maps, ``(latent_channels, H/2ⁿ⁻¹,
-    W/2ⁿ⁻¹)`` for n ``channels``, and decodes a latent map to the parameters of a distribution of
-    the pixels. ``shape``, ``channels``, ``blocks`` and ``groups`` are as for `UNet`. The
-    ``likelihood`` is "logistic", `DiscretisedLogistic` of ``levels``, or "bernoulli", `Bernoulli`:
-    a distribution of images of two levels, and only an objective for others.
-
-    Notes
-    -----
-    Mean and log standard deviation of the posterior are bounded smoothly, both by ±5
-    (`soft_clamp`): neither the posterior nor its divergence from the prior can diverge in training.
+    It encodes an image of ``shape`` (C, H, W) as a Gaussian `Posterior` over latent maps,
+    ``(latent_channels, H/2ⁿ⁻¹, W/2ⁿ⁻¹)`` for n ``channels``, and decodes a latent map to the
+    parameters of a distribution of the pixels: `DiscretisedLogistic` of ``levels``, or `Bernoulli`.
 
     References
     ----------
@@ -208,40 +178,28 @@ class VAE(nn.Module):
 
     Examples
     --------
-    >>> vae = VAE((1, 28, 28), 256, channels=(16, 32))
+    >>> vae = VAE((1, 28, 28), 256, LatentConfig(channels=(16, 32), pretraining=1))
     >>> x = torch.zeros(5, 1, 28, 28)
     >>> z = vae.encode(x).sample()
     >>> z.shape, vae.log_likelihood(x, z).shape, vae.images(z).shape
     (torch.Size([5, 4, 14, 14]), torch.Size([5]), torch.Size([5, 1, 28, 28]))
     """
 
-    @checked
-    def __init__(
-        self,
-        shape: Shape,
-        levels: Levels,
-        *,
-        latent_channels: Count = 4,
-        channels: Channels = (32, 64),
-        blocks: Count = 1,
-        groups: Count = 8,
-        likelihood: Literal["logistic", "bernoulli"] = "logistic",
-    ) -> None:
-        check_levels(shape, channels)
-        check_groups(groups, channels)
+    def __init__(self, shape: tuple[int, int, int], levels: int, config: LatentConfig) -> None:
+        check_levels(shape, config.channels)
+        check_groups(config.groups, config.channels)
         super().__init__()
-        data, height, width = shape
-        factor = 2 ** (len(channels) - 1)
-        self.shape = (data, height, width)
-        self.latent_shape = (latent_channels, height // factor, width // factor)
-        logistic = likelihood == "logistic"
+        self.shape, (data, height, width) = shape, shape
+        latent, factor = config.latent_channels, 2 ** (len(config.channels) - 1)
+        self.latent_shape = (latent, height // factor, width // factor)
+        logistic = config.likelihood == "logistic"
         self.likelihood = DiscretisedLogistic(levels=levels) if logistic else Bernoulli()
-        sizes: Any = {"block_out_channels": tuple(channels), "layers_per_block": blocks}
-        sizes |= {"norm_num_groups": groups, "mid_block_add_attention": False}
-        down = ("DownEncoderBlock2D",) * len(channels)
-        up = ("UpDecoderBlock2D",) * len(channels)
-        self.encoder = Encoder(data, latent_channels, down, double_z=True, **sizes)
-        self.decoder = Decoder(latent_channels, self.likelihood.width * data, up, **sizes)
+        sizes: Any = {"block_out_channels": config.channels, "layers_per_block": config.blocks}
+        sizes |= {"norm_num_groups": config.groups, "mid_block_add_attention": False}
+        down = ("DownEncoderBlock2D",) * len(config.channels)
+        up = ("UpDecoderBlock2D",) * len(config.channels)
+        self.encoder = Encoder(data, latent, down, double_z=True, **sizes)
+        self.decoder = Decoder(latent, self.likelihood.width * data, up, **sizes)
 
     def encode(self, x: Tensor) -> Posterior:
         """q(z | x) of images ``(B, C, H, W)`` in [−1, 1], its parameters float32 and within ±5."""
@@ -258,6 +216,7 @@ class VAE(nn.Module):
 
     def log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
         """Log-likelihood of each image given its latent map in nats, ``(B,)``."""
+        _check_shape(x, self.shape, "x")
         return self.likelihood.log_likelihood(self.decode(z), x)
 
     def images(self, z: Tensor) -> Tensor:
@@ -271,23 +230,16 @@ def _check_shape(x: Tensor, shape: Sequence[int], name: str) -> None:
         raise ValueError(f"{name} must have shape (B, {wanted}); got {tuple(x.shape)}")
 
 
-class Times(NamedTuple):
-    """Times ``(B,)``, float64 on the CPU, and the weights that divide by their density."""
-
-    t: Tensor
-    weight: Tensor
-
-    def take(self, rows: slice | Tensor) -> Times:
-        """Times of some images."""
-        return Times(self.t[rows], self.weight[rows])
-
-
 class Batch(NamedTuple):
-    """Images in [−1, 1] ``(B, C, H, W)``, their classes ``(B,)``, and times by each sampler."""
+    """Images in [−1, 1] ``(B, C, H, W)``, their classes ``(B,)``, and times of samplers.
+
+    The times are ``(samplers, 2, B)`` with the weights that divide by their density, float64 on the
+    CPU.
+    """
 
     images: Tensor
     labels: Tensor | None
-    times: tuple[Times, ...]
+    times: Tensor
 
 
 def bit_per_dim(images: Tensor) -> float:

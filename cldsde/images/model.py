@@ -158,12 +158,10 @@ def make_networks(
     """
     shape, vae, latent, network = space.shape, None, config.latent, config.network
     if latent is not None:
-        names = ("latent_channels", "channels", "blocks", "groups", "likelihood")
-        own = {name: getattr(latent, name) for name in names}
         with torch.random.fork_rng(devices=[]), torch.device(device), setting("latent"):
             torch.manual_seed(stream_seed(config.seed, "autoencoder"))
             assert isinstance(space.levels, int)
-            vae = VAE(space.shape, space.levels, **own)
+            vae = VAE(space.shape, space.levels, latent)
         shape = vae.latent_shape
     with setting("network.name"):
         kind: Any = NETWORKS.get(network.name) or imported(network.name)
@@ -178,8 +176,7 @@ def make_networks(
 
 def check_model(config: RunConfig, space: ImageSpace) -> int:
     """Number of parameters; raise a SettingError if a network does not fit. No weight is made."""
-    network, vae = make_networks(config, space, "meta")
-    return parameter_count(network) + (0 if vae is None else parameter_count(vae))
+    return sum(parameter_count(x) for x in make_networks(config, space, "meta") if x is not None)
 
 
 def make_model(

@@ -3,9 +3,6 @@
 A score network maps a state ``(B, inputs·C, H, W)`` of unit size and a clock ``(B,)`` to
 ``(B, outputs·C, H, W)``, as `MixedScore` calls it. The clock is half the log of the signal-to-noise
 ratio, about ±8. The output is zero before training, so that a mixed score starts at its reference.
-
-A network of labelled images also takes the label of each image: 0 … classes − 1, or ``classes``,
-the null label for no class, which classifier-free guidance needs.
 """
 
 from __future__ import annotations
@@ -62,9 +59,9 @@ class _ScoreNetwork(nn.Module, ABC):
         """Noise prediction ``(B, outputs·C, H, W)`` of the driven components.
 
         ``z`` is ``(B, inputs·C, H, W)`` and ``clock`` ``(B,)``. ``label`` is int64 ``(B,)`` in [0,
-        classes]; None, or ``classes``, is no class. Another dtype or shape raises a ValueError. So
-        does a label out of range on the CPU. On another device its image is NaN, because reading
-        the label would wait for the device in every step.
+        classes]; None, or ``classes``, is no class, which classifier-free guidance needs. Another
+        dtype or shape raises a ValueError. So does a label out of range on the CPU. On another
+        device its image is NaN, because reading the label would wait for the device in every step.
         """
         batch, classes = len(z), self.classes
         if classes is None:
@@ -172,9 +169,6 @@ class UNet(_ScoreNetwork):
 class NCSNpp(_ScoreNetwork):
     """The NCSN++ or DDPM++ of Song et al. (2021), layer by layer as published.
 
-    In the repository, ``configs/cifar10_cld.toml`` and ``configs/celebahq256_cld.toml`` have the
-    published networks.
-
     Parameters
     ----------
     shape, inputs, outputs, classes
@@ -211,7 +205,4 @@ class NCSNpp(_ScoreNetwork):
 
 
 NETWORKS: dict[str, type[nn.Module]] = {"UNet": UNet, "NCSNpp": NCSNpp}
-"""Networks by name, all made as ``(shape, inputs, outputs, *, classes=None, **options)``.
-
-A configuration names a network of one's own, with the same arguments, by ``module:Class``.
-"""
+"""Networks by name, all made as ``(shape, inputs, outputs, *, classes=None, **options)``."""

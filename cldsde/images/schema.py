@@ -171,8 +171,8 @@ def checked_options(
     }
     check_keys(options, parameters, key)
     for name, parameter in parameters.items():
-        given_or_not = parameter.default is not inspect.Parameter.empty or name in options
-        require(given_or_not, f"{key}.{name}".removeprefix("."), "is missing")
+        there = name in options or parameter.default is not parameter.empty
+        require(there, f"{key}.{name}".removeprefix("."), "is missing")
     return {
         name: check_type(value, hints.get(name, Any), f"{key}.{name}".removeprefix("."))
         for name, value in options.items()

@@ -34,7 +34,7 @@ class LatentConfig:
     """The autoencoder of a model whose process lives in a latent space (LSGM)."""
 
     latent_channels: Count = 4
-    channels: tuple[Width, ...] = (32, 64)
+    channels: Annotated[tuple[Width, ...], Field(min_length=1)] = (32, 64)
     """Channels of the latent variables, and of each level of the autoencoder from full resolution
     down; each level has half the height and width of the one before."""
     blocks: Blocks = 1

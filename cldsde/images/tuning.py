@@ -103,10 +103,7 @@ class Tuning:
         return Search(self.process, self.shape, nfe, distance, self.seed, name, most=tries)
 
     def report(self, settings: SamplerSettings, nfe: int) -> Mapping[str, Measured]:
-        """Distances by features, the search's first; images have the seeds after the search's.
-
-        The first entry is the geometric mean of two distances, which the search minimises.
-        """
+        """The mean that the search minimises, and distances by features, for new seeds."""
         names = ("geometric mean of the next two", *self._distances)
         found = torch.zeros(len(names), 2, SETS, dtype=torch.float64, device="cpu")
         for k in progress_bar(range(SETS), shown=True, desc="new images", unit="set"):

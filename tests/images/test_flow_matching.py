@@ -7,10 +7,10 @@ import torch
 
 from cldsde import RectifiedFlow
 from cldsde.images.config import SamplingConfig
-from cldsde.images.latent import Batch, Times
+from cldsde.images.latent import Batch
 from cldsde.images.model import ImageSpace, data_statistics, load_model, make_model
 from cldsde.images.sample.sampler import ImageSampler
-from cldsde.images.train.objectives import make_objective
+from cldsde.images.train.objectives import Objective
 from cldsde.score import PerturbedData, logit_normal_density, mode_density
 from probes import generator
 from tiny_runs import NETWORK
@@ -34,10 +34,10 @@ def test_the_loss_is_the_squared_error_of_the_flow_at_the_drawn_times(times):
     config = configured(CONFIG, training={"times": times})
     statistics = data_statistics(config, DATA.train)
     model = make_model(config, ImageSpace.of(DATA.train, config), statistics)
-    objective = make_objective(model, config)
+    objective = Objective(model, config)
     t, weight = objective.samplers[0].sample(16, generator=generator(1))
     x = torch.randn(16, 1, 4, 4, generator=generator(2)).clamp(-1, 1)
-    batch = Batch(x, None, (Times(t, weight),))
+    batch = Batch(x, None, torch.stack([t, weight])[None])
     with torch.no_grad():
         found = objective.held_out(model, batch, generator(3), 0)
         pair = PerturbedData.draw(RectifiedFlow(), x, t, generator=generator(3))

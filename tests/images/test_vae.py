@@ -11,12 +11,13 @@ from torch import nn
 from torch.distributions import Independent, Normal, kl_divergence
 
 from cldsde.images.latent import VAE, Bernoulli, DiscretisedLogistic, Posterior
+from cldsde.images.training_config import LatentConfig
 from probes import generator
 from tolerances import EPS32, rounding
 
 # Some ten layers that each sum over a hundred numbers.
 LAYERS = rounding(100, dtype=torch.float32)
-SMALL: dict[str, Any] = {"channels": (8, 16), "groups": 4}
+SMALL: dict[str, Any] = {"channels": (8, 16), "groups": 4, "pretraining": 1}
 
 every_likelihood = pytest.mark.parametrize("likelihood", ["logistic", "bernoulli"])
 
@@ -24,7 +25,7 @@ every_likelihood = pytest.mark.parametrize("likelihood", ["logistic", "bernoulli
 def make(shape: tuple[int, ...] = (1, 8, 8), levels: int = 17, **options: Any) -> VAE:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return VAE(shape, levels, **{**SMALL, **options})
+        return VAE(shape, levels, LatentConfig(**{**SMALL, **options}))
 
 
 def images(batch: int = 3, shape: tuple[int, ...] = (1, 8, 8)) -> torch.Tensor:
@@ -167,10 +168,9 @@ def test_every_weight_has_a_gradient_and_the_cpu_never_waits(likelihood, device)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"shape": (1, 8)}, "shape: must"),
         ({"shape": (1, 8, 9)}, "channels .* divisible by 2"),
         ({"levels": 1}, "levels: must be .* got 1"),
-        *(({"channels": x}, "channels: must") for x in ((), (8, 0))),
+        *(({"channels": x}, "channels.*: must") for x in ((), (8, 0))),
         *(({"channels": x}, "groups must divide each of the ch") for x in ((4, 16), (8, 18))),
         *(({key: 0}, f"{key}: must be .* 1; got 0") for key in ("groups", "blocks")),
         ({"blocks": True}, "blocks: must be .*; got True"),
@@ -186,7 +186,8 @@ def test_an_argument_out_of_range_is_rejected(options, message, monkeypatch):
 
 def test_images_and_latent_maps_of_another_shape_are_rejected():
     vae = make()
-    with pytest.raises(ValueError, match=r"x must have shape \(B, 1, 8, 8\); got \(2, 1, 8, 4\)"):
-        vae.encode(torch.zeros(2, 1, 8, 4))
+    for function in (vae.encode, lambda x: vae.log_likelihood(x, torch.zeros(2, 4, 4, 4))):
+        with pytest.raises(ValueError, match=r"x must have shape \(B, 1, 8, 8\); got \(2, 1, 8, 4"):
+            function(torch.zeros(2, 1, 8, 4))
     with pytest.raises(ValueError, match=r"z must have shape \(B, 4, 4, 4\); got \(4, 4, 4\)"):
         vae.decode(torch.zeros(4, 4, 4))

@@ -57,10 +57,9 @@ class Images(ABC):
         self.skipped: tuple[str, ...] = ()
         if labels is None and classes is not None:
             raise ValueError(f"classes needs labels; got {classes!r} and no labels")
-        names = None if isinstance(classes, int | None) else tuple(classes)
+        self.class_names = None if isinstance(classes, int | None) else tuple(classes)
         known = classes if isinstance(classes, int | None) else len(classes)
         self.classes = None if labels is None else check_labels(labels, count, known)
-        self.class_names: tuple[str, ...] | None = names
         self.labels = None if labels is None else labels.to("cpu", torch.int64)
 
     def __len__(self) -> int:

@@ -116,28 +116,21 @@ Files = list[tuple[Names, Path | Packed]]
 """Pictures and their names, folders first."""
 
 
-class Found(NamedTuple):
-    """Pictures of a data set in their order, with their classes and the names of these.
+def find_pictures(
+    path: str | Path, *, classes: bool
+) -> tuple[Sequence[Path | Packed], Any, Any, Any, Counter[str]]:
+    """Pictures of a folder, a zip archive or a saved data set in their order; see `FolderImages`.
 
-    ``facts`` change with the contents of the pictures; ``others`` are numbers of other files.
+    Also returned are their classes and the names of these, or None; facts that change with the
+    contents of the pictures; and the numbers of other files.
     """
-
-    files: Sequence[Path | Packed]
-    labels: Sequence[int] | None
-    classes: Sequence[str] | None
-    facts: Any
-    others: Counter[str]
-
-
-def find_pictures(path: str | Path, *, classes: bool) -> Found:
-    """Pictures of a folder, a zip archive or a saved data set; see `FolderImages`."""
     place = Path(path).expanduser()
     packed = place.suffix.lower() == ".zip" and place.is_file()
     root = place if packed else as_folder(place)
     names = {x.name for x in root.iterdir()} if root.is_dir() else set()
     if names >= {"dataset_info.json", "state.json"} or "dataset_dict.json" in names:
         stamps = [(x.name, _stamp(x)) for x in sorted(root.glob("*.arrow"))]
-        return Found(*_in_table(root, classes=classes), [str(root.resolve()), stamps], Counter())
+        return *_in_table(root, classes=classes), [str(root.resolve()), stamps], Counter()
     files: Files = []
     others = Counter[str]()
     for parts, file in _in_archive(root) if packed else _in_folder(root):
@@ -156,7 +149,7 @@ def find_pictures(path: str | Path, *, classes: bool) -> Found:
     kinds, labels = _classes(root, files) if classes else (None, None)
     # Files of the same names, sizes and times may be in two places.
     facts = [str(root.resolve()), [(name, _stamp(file)) for name, file in files]]
-    return Found([file for _, file in files], labels, kinds, facts, others)
+    return [file for _, file in files], labels, kinds, facts, others
 
 
 def as_folder(path: str | Path) -> Path:

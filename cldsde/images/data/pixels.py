@@ -21,11 +21,9 @@ def to_unit(images: Tensor, levels: Scale = 256) -> Tensor:
 
     If ``levels`` is a range, images are numbers in it, whose ends are mapped to −1 and 1.
     """
-    if not isinstance(levels, int):
-        low, high = levels
-        return 2 * ((check_values(images, levels).to(torch.float32) - low) / (high - low)) - 1
+    low, high = (0, levels - 1) if isinstance(levels, int) else levels
     # In this order both ends are exact.
-    return 2 * check_values(images, levels).to(torch.float32) / (levels - 1) - 1
+    return 2 * ((check_values(images, levels).to(torch.float32) - low) / (high - low)) - 1
 
 
 def pixels_of(images: Images) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from cldsde.images.checks import check_images, check_values
 from cldsde.images.data import to_unit
 from cldsde.images.evaluate.distances import images_sha256, package_versions
-from cldsde.images.latent import Batch, Times, bit_per_dim, negative_evidence_lower_bound
+from cldsde.images.latent import Batch, bit_per_dim, negative_evidence_lower_bound
 from cldsde.images.model import DiffusionModel
 from cldsde.images.schema import Count, Levels, Natural, checked
 from cldsde.progress import progress_bar
@@ -156,8 +156,8 @@ def latent_likelihood(
         x = to_unit(part, levels).to(device)
         total = torch.zeros(len(x), dtype=torch.float64, device="cpu")
         for _ in range(samples):
-            times = Times(*sampler.sample(len(x), generator=generator))
-            pair = Batch(x, None, (times, times))
+            times = torch.stack(sampler.sample(len(x), generator=generator)).expand(2, 2, -1)
+            pair = Batch(x, None, times)
             with torch.no_grad():
                 bound, _ = negative_evidence_lower_bound(model, pair, generator, t_min)
             total += bound.cpu().double()

@@ -4,69 +4,25 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple, cast
+from functools import partial
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from cldsde.images.config import RunConfig
 from cldsde.images.data import DataSet, augment
-from cldsde.images.latent import Batch, Times
+from cldsde.images.latent import Batch
 from cldsde.images.model import ImageSpace, Statistics, make_model
 from cldsde.images.power_averages import WIDTHS, power
 from cldsde.images.streams import image_order, stream, stream_seed
-from cldsde.images.train.engine import networks, own, shard, shares, whole
-from cldsde.images.train.objectives import make_objective
-
-
-class Meter:
-    """Means of losses and gradients' norms, of all parts together and of each ``PART_…``.
-
-    They are read seldom, because reading waits for the device.
-    """
-
-    def __init__(self, engine: Accelerator, parts: Sequence[str]) -> None:
-        self._engine = engine
-        names = [f"{part}_{what}" for what in ("loss", "gradient_norm") for part in parts]
-        self._names = ["loss", "gradient_norm", *names]
-        dtype = torch.float64 if engine.device.type == "cpu" else None
-        self.sums = torch.zeros(len(self._names) + 1, dtype=dtype, device=engine.device)
-
-    def add(self, losses: Mapping[str, Tensor], norms: Mapping[str, Tensor]) -> None:
-        """Add a step of this process: losses and norms of each part, by its name."""
-        each = torch.stack(list(losses.values()))
-        sizes = torch.stack([norm.detach() for norm in norms.values()]).to(each)
-        whole = torch.stack([each.sum(), sizes.norm()])
-        self.sums += torch.cat([whole, each, sizes, torch.ones_like(each[:1])])
-
-    def shared(self) -> Tensor:
-        """Sums of losses, norms and steps, averaged over all processes, which all must call it."""
-        return cast(Tensor, self._engine.reduce(self.sums, "mean"))
-
-    def means(self) -> dict[str, float]:
-        """Means over steps and processes since the sums were zero; 0 without a step."""
-        *sums, steps = self.shared().tolist()
-        return {name: x / max(steps, 1) for name, x in zip(self._names, sums, strict=True)}
-
-
-class _Core(NamedTuple):
-    """A network, with the module that it belongs to and its name there.
-
-    Only networks are wrapped for several processes, half precision and compilation: times, kernels,
-    noise and loss keep their precision.
-    """
-
-    owner: nn.Module
-    name: str
-    network: nn.Module
-    wrapped: nn.Module
-
-    def use(self, network: nn.Module) -> None:
-        setattr(self.owner, self.name, network)
+from cldsde.images.train.engine import make_engine, networks, own, shard, shares, whole
+from cldsde.images.train.objectives import Objective
 
 
 class Learner:
@@ -92,7 +48,7 @@ class Learner:
         ]
         self.average, self.sharded = self.averages[0], engine.is_fsdp2
         shard(engine, self.model)
-        self.objective = make_objective(self.model, config)
+        self.objective = Objective(self.model, config)
         share, self.part_size, self._block = shares(config, engine.num_processes)
         begin = engine.process_index * share
         self._firsts = range(begin, begin + share, self.part_size)  # of each part of a batch
@@ -106,53 +62,53 @@ class Learner:
         fused &= not {"fused", "foreach", "differentiable"} & {*options}
         optimiser = self.settings.make_optimiser(groups, **({"fused": True} if fused else {}))
         self.optimiser = engine.prepare_optimizer(optimiser)
-        self.cores = [
-            _Core(owner, name, network, engine.prepare_model(network, evaluation_mode=self.sharded))
-            for owner, name in networks(self.model)
-            for network in [getattr(owner, name)]
-        ]
-        within = {id(p) for core in self.cores for p in core.network.parameters()}
+        # Only networks are wrapped for several processes, half precision and compilation: times,
+        # kernels, noise and loss keep their precision.
+        self._places = networks(self.model)
+        self._networks = [getattr(owner, name) for owner, name in self._places]
+        prepared = partial(engine.prepare_model, evaluation_mode=self.sharded)
+        self._wrapped = [prepared(network) for network in self._networks]
+        within = {id(p) for network in self._networks for p in network.parameters()}
         self.unshared = [p for p in self.model.parameters() if id(p) not in within]
-        self.meter = Meter(engine, list(self.parts))
+        # Sums over steps of losses and of gradients' norms, of all parts together and of each, and
+        # the number of steps. They are read seldom, because reading waits for the device.
+        dtype = torch.float64 if engine.device.type == "cpu" else None
+        self.sums = torch.zeros(3 + 2 * len(self.parts), dtype=dtype, device=engine.device)
         self.modules = {f"average{i or ''}": average for i, average in enumerate(self.averages)}
         self.modules["model"] = self.model
 
     def load(self, step: int) -> list[Batch]:
         """The parts of a step's batch for this process, each for one pass through the networks."""
-        size, seed = self.settings.batch, self.config.seed
-        times = tuple(
-            Times(*sampler.sample(size, generator=stream(seed, "times", step, *which)))
+        config, size, seed = self.config, self.settings.batch, self.config.seed
+        images, classes = self.data.train, self.space.classes
+        kind: Any = {name: getattr(config.data, name) for name in ("flip", "crop", "dequantise")}
+        drawn = [
+            torch.stack(sampler.sample(size, generator=stream(seed, "times", step, *which)))
             for sampler, which in zip(self.objective.samplers, ((), (1,)), strict=False)
-        )
-        order = image_order(seed, len(self.data.train), step * size, size)
+        ]
+        times = torch.stack(drawn)
+        order = image_order(seed, len(images), step * size, size)
         loaded = []
         for first in self._firsts:
             mine = slice(first, first + self.part_size)
-            x, labels = self._present(step, first, order[mine])
-            loaded.append(Batch(x, labels, tuple(some.take(mine) for some in times)))
+            shown, labels = [], []
+            for block, rows in enumerate(torch.split(order[mine], self._block)):
+                draw = stream(seed, "presentation", step, first // self._block + block)
+                shown.append(augment(images.load(rows), images.levels, generator=draw, **kind))
+                if classes is not None:
+                    assert images.labels is not None
+                    uniform = torch.rand(len(rows), generator=draw, device="cpu")
+                    hidden = uniform < config.network.label_dropout
+                    labels.append(images.labels[rows].masked_fill(hidden, classes))
+            known = torch.cat(labels) if labels else None
+            loaded.append(Batch(torch.cat(shown), known, times[..., mine]))
         return loaded
 
-    def _present(self, step: int, first: int, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Augmented images and their classes, some of them hidden."""
-        images, classes, config = self.data.train, self.space.classes, self.config
-        kind: Any = {name: getattr(config.data, name) for name in ("flip", "crop", "dequantise")}
-        shown, labels = [], []
-        for block, some in enumerate(torch.split(rows, self._block)):
-            draw = stream(config.seed, "presentation", step, first // self._block + block)
-            shown.append(augment(images.load(some), images.levels, generator=draw, **kind))
-            if classes is not None:
-                assert images.labels is not None
-                uniform = torch.rand(len(some), generator=draw, device="cpu")
-                hidden = uniform < config.network.label_dropout
-                labels.append(images.labels[some].masked_fill(hidden, classes))
-        return torch.cat(shown), torch.cat(labels) if labels else None
-
     def step(self, step: int, parts: list[Batch]) -> None:
-        """Update the weights, and meter this process's mean losses and the gradients' norms."""
+        """Update the weights, and add this process's mean losses and the gradients' norms."""
         seed, device = self.config.seed, self.engine.device
         self.model.train()
-        for core in self.cores:
-            core.use(core.wrapped)
+        self._use(self._wrapped)
         rates = learning_rates(self.config, step)
         for group, rate in zip(self.optimiser.param_groups, rates, strict=True):
             group["lr"] = rate
@@ -165,15 +121,14 @@ class Learner:
             batch = self._to_device(part)
             with ExitStack() as together:
                 # Shares of gradients take less memory than what is not shared yet.
-                for core in self.cores if part is not parts[-1] and not self.sharded else ():
-                    together.enter_context(self.engine.no_sync(core.wrapped))
+                for network in self._wrapped if part is not parts[-1] and not self.sharded else ():
+                    together.enter_context(self.engine.no_sync(network))
                 losses = self.objective.losses(self.model, batch, noise, step, self._frozen_score)
                 for name, some in losses:
                     loss = some.mean() / len(parts)
                     self.engine.backward(loss)
                     totals[name] += loss.detach()
-        for core in self.cores:
-            core.use(core.network)
+        self._use(self._networks)
         for parameter in self.unshared:
             if parameter.grad is not None:
                 parameter.grad = cast(Tensor, self.engine.reduce(parameter.grad, "mean"))
@@ -181,8 +136,11 @@ class Learner:
         # One bound for all parts would let the encoder rescale the step of the score.
         bound = math.inf if self.settings.clip is None else self.settings.clip
         clip = nn.utils.clip_grad_norm_
-        norms = {name: whole(clip(part.parameters(), bound)) for name, part in self.parts.items()}
-        self.meter.add(totals, norms)
+        norms = [whole(clip(part.parameters(), bound)) for part in self.parts.values()]
+        each = torch.stack(list(totals.values()))
+        sizes = torch.stack([norm.detach() for norm in norms]).to(each)
+        joined = torch.stack([each.sum(), sizes.norm()])
+        self.sums += torch.cat([joined, each, sizes, torch.ones_like(each[:1])])
         self.optimiser.step()
         done = step_of_stage(self.config, step) + 1
         kept = [min(decay, done / (done + 9)) for decay in self.decays]
@@ -193,12 +151,22 @@ class Learner:
             for copied, current in zip(average.buffers(), self.model.buffers(), strict=True):
                 copied.copy_(current)
 
+    def means(self) -> dict[str, float]:
+        """Means of `sums` over steps and processes, all of which must call it; 0 without a step."""
+        kinds = ("loss", "gradient_norm")
+        names = [*kinds, *(f"{part}_{kind}" for kind in kinds for part in self.parts)]
+        *sums, steps = self.engine.reduce(self.sums, "mean").tolist()
+        return {name: x / max(steps, 1) for name, x in zip(names, sums, strict=True)}
+
+    def _use(self, modules: Sequence[nn.Module]) -> None:
+        for (owner, name), module in zip(self._places, modules, strict=True):
+            setattr(owner, name, module)
+
     @contextmanager
     def _frozen_score(self) -> Iterator[None]:
         """Make the weights of the score constants, without sharing gradients, for a while."""
         score = self.model.score
-        [core] = [core for core in self.cores if core.owner is score]
-        core.use(core.network)
+        score.network = self._networks[0]
         score.requires_grad_(requires_grad=False)
         before = [(x, x.grad) for x in score.parameters()]
         score.zero_grad()
@@ -208,7 +176,7 @@ class Learner:
             for x, gradient in before:  # FSDP makes gradients of constants, too
                 x.grad = gradient
             score.requires_grad_(requires_grad=True)
-            core.use(core.wrapped)
+            score.network = self._wrapped[0]
 
     def _to_device(self, batch: Batch) -> Batch:
         where: Any = {"device": self.engine.device, "non_blocking": True}
@@ -224,7 +192,8 @@ class Learner:
         count = min(len(images), self.settings.held_out)
         # Neighbours in the data set get times that are far apart.
         order = torch.randperm(count, generator=stream(0, "held-out times"), device="cpu")
-        times = [Times(*some.quantiles((order + 0.5) / count)) for some in self.objective.samplers]
+        quantiles = [x.quantiles((order + 0.5) / count) for x in self.objective.samplers]
+        times = torch.stack([torch.stack(pair) for pair in quantiles])
         noise = stream(0, "held-out noise", device=self.engine.device)
         kind = {"flip": False, "dequantise": self.config.data.dequantise}
         draw = stream(0, "held-out presentation")
@@ -233,9 +202,25 @@ class Learner:
         for rows in torch.split(torch.arange(count, device="cpu"), self.part_size):
             x = augment(images.load(rows), images.levels, generator=draw, **kind)
             labels = None if known is None else known[rows]
-            batch = self._to_device(Batch(x, labels, tuple(some.take(rows) for some in times)))
+            batch = self._to_device(Batch(x, labels, times[..., rows]))
             sums.append(self.objective.held_out(self.average, batch, noise, step).double().sum())
         return float(torch.stack(sums).sum()) / count
+
+
+@contextmanager
+def learning(
+    config: RunConfig, data: DataSet, device: str, statistics: Statistics
+) -> Iterator[Learner]:
+    """A learner, for one training on a device."""
+    try:
+        engine = make_engine(config, device)
+        learner = Learner(config, data, statistics, engine)
+        # Dropout draws from the global generators, which must not change.
+        with torch.random.fork_rng([engine.device] if engine.device.type == "cuda" else []):
+            yield learner
+    finally:
+        # Another training of this process may use another precision.
+        AcceleratorState._reset_state(reset_partial_state=False)
 
 
 def step_of_stage(config: RunConfig, step: int) -> int:

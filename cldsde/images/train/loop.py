@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import cast
 
 import numpy as np
 import torch
-from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
 from PIL import Image
 from torch import Tensor
@@ -46,10 +46,9 @@ from cldsde.images.runs import CONFIG, METRICS, SNAPSHOTS, STATE, RunFolder
 from cldsde.images.sample.sampler import ImageSampler, ahead
 from cldsde.images.schema import leaves
 from cldsde.images.tensor_files import save_tensors
-from cldsde.images.train.engine import check_run, load, make_engine, on_cpu, own
-from cldsde.images.train.learner import Learner, learning_rates
-from cldsde.images.train.state import StopRequest, keep_snapshot, load_state, save_state
-from cldsde.images.train.summary import forecast
+from cldsde.images.train.engine import check_run, load, on_cpu, own
+from cldsde.images.train.learner import Learner, learning, learning_rates
+from cldsde.images.train.state import keep_snapshot, load_state, save_state, stop_signals
 from cldsde.progress import progress_bar
 
 _FIRST_SEED = 2**31  # of measured samples, far from the seeds of samples and evaluations
@@ -70,33 +69,10 @@ def train(
     The page "Train an image model" lists the files, and says how a run is stopped and resumed. A
     finished run is loaded, or trained further if ``training.images`` has grown.
     """
-    with _learner(config, data, device, statistics) as learner:
-        return _Trainer(learner, run).run(progress=progress)
-
-
-def rehearse(
-    config: RunConfig, data: DataSet, decoding: float, *, device: str, statistics: Statistics
-) -> list[str]:
-    """Make some training steps and write nothing; see `forecast`."""
-    with _learner(config, data, device, statistics) as learner:
-        return forecast(learner, decoding)
-
-
-@contextmanager
-def _learner(
-    config: RunConfig, data: DataSet, device: str, statistics: Statistics | None
-) -> Iterator[Learner]:
     if statistics is None:
         statistics = check_run(config, data, device=device)
-    try:
-        engine = make_engine(config, device)
-        learner = Learner(config, data, statistics, engine)
-        # Dropout draws from the global generators, which must not change.
-        with torch.random.fork_rng([engine.device] if engine.device.type == "cuda" else []):
-            yield learner
-    finally:
-        # Another training of this process may use another precision.
-        AcceleratorState._reset_state(reset_partial_state=False)
+    with learning(config, data, device, statistics) as learner:
+        return _Trainer(learner, run).run(progress=progress)
 
 
 class _Trainer:
@@ -136,9 +112,9 @@ class _Trainer:
                 self.folder.forget_metrics_after(self.seen)
         counts = {"initial": self.seen, "total": total, "unit": "image", "unit_scale": True}
         bar = progress_bar(None, shown=progress and is_main, desc="training", **counts)
-        with bar, self._logging(), StopRequest(self.engine) as stop:
+        with bar, self._logging(), stop_signals(self.engine) as self.stop:
             if self.done and self._due(settings.sample_every):
-                self._draw(stop)
+                self._draw()
             for parts in ahead(self.learner.load, range(self.done, settings.steps)):
                 self.learner.step(self.done, parts)
                 self.done += 1
@@ -147,11 +123,11 @@ class _Trainer:
                     bar.set_postfix(self._log())
                 if self._due(settings.save_every):
                     self._save()
-                self._obey(stop)
+                self._obey()
                 if self._due(settings.save_every):
-                    self._measure(stop)
+                    self._measure()
                 if self._due(settings.sample_every):
-                    self._draw(stop)
+                    self._draw()
         self.engine.wait_for_everyone()
         if is_main and not settings.keep_state:
             (self.folder / STATE).unlink(missing_ok=True)
@@ -192,11 +168,16 @@ class _Trainer:
                     tracker.finish()
             threading.excepthook = report
 
-    def _obey(self, stop: StopRequest) -> None:
-        if self.done % stop.every == 0 and stop.wanted:
+    def _obey(self) -> None:
+        # Several processes agree every eighth step, because that takes time.
+        if self.engine.num_processes > 1 and self.done % 8:
+            return
+        if number := self.stop():
             if self.done != self.saved:
                 self._save()
-            stop.obey()
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            sys.exit(128 + number)
 
     def _start(self) -> tuple[int, float]:
         """Steps done, and seconds spent on them, on which all processes agree."""
@@ -236,15 +217,15 @@ class _Trainer:
         recipe = self.config.sampling
         return ImageSampler(model.score, self.space, recipe, vae=model.vae, batch=batch)
 
-    def _sample(self, seeds: range, stop: StopRequest) -> Tensor:
+    def _sample(self, seeds: range) -> Tensor:
         """Images of the averaged model. A single process obeys a signal between two batches."""
-        obey = partial(self._obey, stop) if stop.every == 1 else lambda: None
+        obey = self._obey if self.engine.num_processes == 1 else lambda: None
         return self.sampler.sample(seeds, before_batch=obey).images
 
     def _log(self) -> dict[str, str]:
         """Write means since the last line of metrics; return those that a bar shows."""
-        means = self.learner.meter.means()
-        self.learner.meter.sums.zero_()
+        means = self.learner.means()
+        self.learner.sums.zero_()
         self._check_finite(means["loss"])
         held_out = self.learner.held_out(self.done - 1) if self.busy else None
         if not self.engine.is_main_process:
@@ -275,8 +256,7 @@ class _Trainer:
 
     def _save(self) -> None:
         """Save state and model, in this order: a run resumes from its state alone."""
-        sums = self.learner.meter.shared()
-        self._check_finite(self.learner.meter.means()["loss"])
+        self._check_finite(self.learner.means()["loss"])
         names = [MODEL, *(f"ema-{x}.safetensors" for x in self.settings.ema_decays)]
         power = [f"{SNAPSHOTS}/power-{x}-{self.seen:012d}.safetensors" for x in WIDTHS]
         power = power if self._due(self.settings.save_every) else []
@@ -285,7 +265,7 @@ class _Trainer:
                 self._save_model(self.folder / name, average)
             if self.done < self.settings.steps or self.settings.keep_state:
                 seconds = time.monotonic() - self.began
-                save_state(self.learner, self.folder, self.done, seconds, sums)
+                save_state(self.learner, self.folder, self.done, seconds)
             for name, average in reversed([*zip(names, self.learner.averages, strict=False)]):
                 self._save_model(self.folder / name, average)
         except OSError as error:
@@ -294,13 +274,13 @@ class _Trainer:
         self.saved = self.done
         self.engine.wait_for_everyone()
 
-    def _measure(self, stop: StopRequest) -> None:
+    def _measure(self) -> None:
         """Measure the averaged model, and keep it if it is among the best."""
         settings, samples = self.settings, self.settings.measure_samples
         metrics = {"last": -float(self.seen)}
         is_main = self.engine.is_main_process
         if self.busy and settings.measure == "fd":
-            drawn = self._sample(range(_FIRST_SEED, _FIRST_SEED + samples), stop)
+            drawn = self._sample(range(_FIRST_SEED, _FIRST_SEED + samples))
             if is_main:
                 found = self.evaluation.measure(measured(drawn, self.space.levels), ["fd"])["fd"]
                 metrics[f"fd of {samples}"] = found["frechet_distance"]
@@ -341,12 +321,12 @@ class _Trainer:
         there = (self.folder / STATE).exists()
         return f"the last state saved stays, {STATE}" if there else "no state was saved before"
 
-    def _draw(self, stop: StopRequest) -> None:
+    def _draw(self) -> None:
         """Write a grid of samples, if it is not there."""
         name, levels = f"samples/{self.seen:010d}.png", self.space.levels
         sheet = None
         if self.busy and not (self.folder / name).exists():
-            sheet = self._sample(range(self.settings.sample_grid), stop)
+            sheet = self._sample(range(self.settings.sample_grid))
         if self.engine.is_main_process and sheet is not None:
             with self._writing(name):
                 (self.folder / "samples").mkdir(exist_ok=True)

@@ -7,7 +7,8 @@ import math
 import signal
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,52 +25,43 @@ from cldsde.images.train.learner import Learner
 from cldsde.messages import one_line
 
 
-class StopRequest:
-    """SIGINT and SIGTERM during a training, to stop between two steps.
+@contextmanager
+def stop_signals(engine: Accelerator) -> Iterator[Callable[[], int]]:
+    """SIGINT and SIGTERM during a training: a function returns the one received, or 0.
 
-    Several processes receive them at different steps, and agree every eighth step. A second signal
-    ends a single process as usual. Outside the main thread the first one does.
+    Several processes receive them at different steps, and agree when all call the function. A
+    second signal ends a single process as usual. Outside the main thread the first one does.
     """
+    received, alone = 0, engine.num_processes == 1
+    before: dict[int, Any] = {}
 
-    def __init__(self, engine: Accelerator) -> None:
-        main = threading.current_thread() is threading.main_thread()
-        self._signals = (signal.SIGINT, signal.SIGTERM) if main else ()
-        self._engine, self._received = engine, 0
-        self.every = 1 if engine.num_processes == 1 else 8
-        self._before: dict[int, Any] = {}
+    def receive(number: int, _: object) -> None:
+        nonlocal received
+        received = number
+        if alone:
+            tqdm.write("stopping after this step; again to stop at once", file=sys.stderr)
+            restore()
 
-    def __enter__(self) -> StopRequest:
-        self._before = {number: signal.signal(number, self._receive) for number in self._signals}
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
+    def restore() -> None:
+        for number, handler in before.items():
             signal.signal(number, handler)
 
-    @property
-    def wanted(self) -> bool:
-        """Whether a signal was received, by any process; all of them must ask."""
-        if self._engine.num_processes > 1:
-            own = torch.tensor([self._received], device=self._engine.device)
-            self._received = int(self._engine.gather(own).max())
-        return self._received > 0
+    def wanted() -> int:
+        if alone:
+            return received
+        return int(engine.gather(torch.tensor([received], device=engine.device)).max())
 
-    def obey(self) -> None:
-        """Raise KeyboardInterrupt for SIGINT, SystemExit for SIGTERM."""
-        if self._received == signal.SIGINT:
-            raise KeyboardInterrupt
-        sys.exit(128 + signal.SIGTERM)
-
-    def _receive(self, number: int, frame: object) -> None:
-        del frame
-        self._received = number
-        if self._engine.num_processes == 1:
-            tqdm.write("stopping after this step; again to stop at once", file=sys.stderr)
-            self.__exit__()
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, receive)
+    try:
+        yield wanted
+    finally:
+        restore()
 
 
-def save_state(learner: Learner, run: RunFolder, step: int, seconds: float, sums: Tensor) -> None:
-    """Write the state of a training after so many steps and seconds, with `Meter.shared`.
+def save_state(learner: Learner, run: RunFolder, step: int, seconds: float) -> None:
+    """Write the state of a training after so many steps and seconds.
 
     All processes must call it; the first one writes. Random numbers need no state.
     """
@@ -82,6 +74,7 @@ def save_state(learner: Learner, run: RunFolder, step: int, seconds: float, sums
         kept = {name: x for name, x in values.items() if isinstance(x, Tensor)}
         tensors |= {f"optimiser.{index}.{name}": x for name, x in kept.items()}
     tensors = on_cpu(tensors, kept=learner.engine.is_main_process)
+    sums = learner.engine.reduce(learner.sums, "mean")
     if not tensors:
         return
     tensors |= {"meter": sums, **learner.statistics._asdict()}
@@ -132,7 +125,7 @@ def _take(learner: Learner, tensors: Mapping[str, Tensor], scaler: dict[str, flo
     learner.optimiser.load_state_dict(optimiser)
     if learner.engine.scaler is not None and scaler is not None:
         learner.engine.scaler.load_state_dict(scaler)
-    learner.meter.sums.copy_(tensors["meter"])
+    learner.sums.copy_(tensors["meter"])
 
 
 def keep_snapshot(

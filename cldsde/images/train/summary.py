@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import statistics
 import sys
 import time
+from statistics import fmean
 
 import torch
 
 from cldsde.images.config import RunConfig
 from cldsde.images.data import ArrayImages, DataSet
 from cldsde.images.data.sets import TORCHVISION_SHAPES
-from cldsde.images.model import ImageSpace, check_model
+from cldsde.images.model import ImageSpace, Statistics, check_model
 from cldsde.images.sample.sampler import ahead
-from cldsde.images.train.learner import Learner
+from cldsde.images.train.learner import learning
 
 _REHEARSAL = 2.0  # seconds of steps, or of decoding, that are measured at least
 
@@ -70,49 +70,48 @@ def _memory(config: RunConfig, count: int) -> str:
 
 def rehearsal(data: DataSet) -> tuple[DataSet, float]:
     """Some images in place of pictures that a training decodes once; seconds for all of them."""
-    train, parts, done = data.train, [], 0
+    train, parts, seconds, began = data.train, [], 0.0, time.perf_counter()
     if not train.decodes_once:
         return data, 0.0
-    began = time.perf_counter()
     for rows in torch.split(torch.arange(len(train), device="cpu"), 8):
         parts.append(train.load(rows))
-        done += len(rows)
-        if time.perf_counter() - began > _REHEARSAL:
+        seconds = time.perf_counter() - began
+        if seconds > _REHEARSAL:
             break
-    seconds = (
-        (time.perf_counter() - began) / done * sum(len(part) for part in data if part is not None)
-    )
-    labels = None if train.labels is None else train.labels[:done]
+    images, count = torch.cat(parts), sum(len(part) for part in data if part is not None)
+    labels = None if train.labels is None else train.labels[: len(images)]
     classes = train.class_names or train.classes
-    kept = ArrayImages(torch.cat(parts), levels=train.levels, labels=labels, classes=classes)
-    return DataSet(kept, data.held_out), seconds
+    kept = ArrayImages(images, levels=train.levels, labels=labels, classes=classes)
+    return DataSet(kept, data.held_out), seconds / len(images) * count
 
 
-def forecast(learner: Learner, decoding: float) -> list[str]:
+def rehearse(
+    config: RunConfig, data: DataSet, decoding: float, *, device: str, statistics: Statistics
+) -> list[str]:
     """Make some steps of each stage; return lines about the time and memory of the training.
 
-    ``decoding`` are the seconds by `rehearsal`. The first step, which allocates memory, does not
-    count.
+    Nothing is written. ``decoding`` are the seconds by `rehearsal`. The first step, which allocates
+    memory, does not count.
     """
-    device, batch = learner.engine.device, learner.settings.batch
-    on_gpu, first, speeds = device.type == "cuda", learner.config.pretraining_steps, []
-    total = decoding
-    for stage in (range(first), range(first, learner.settings.steps)):
-        seconds: list[float] = []
-        last = time.perf_counter()
-        for step, parts in zip(stage, ahead(learner.load, stage), strict=True):
-            learner.step(step, parts)
-            if on_gpu:
-                torch.cuda.synchronize(device)
-            seconds.append(time.perf_counter() - last)
-            last += seconds[-1]
-            if len(seconds) > 3 and sum(seconds[1:]) > _REHEARSAL:
-                break
-        if seconds:
-            mean = statistics.mean(seconds[1:] or seconds)
-            speeds.append(batch / mean)
-            total += mean * len(stage)
-    memory = torch.cuda.max_memory_allocated(device) if on_gpu else _peak()
+    first, speeds, total = config.pretraining_steps, [], decoding
+    with learning(config, data, device, statistics) as learner:
+        place = learner.engine.device
+        for stage in (range(first), range(first, config.training.steps)):
+            seconds: list[float] = []
+            last = time.perf_counter()
+            for step, parts in zip(stage, ahead(learner.load, stage), strict=True):
+                learner.step(step, parts)
+                if place.type == "cuda":
+                    torch.cuda.synchronize(place)
+                seconds.append(time.perf_counter() - last)
+                last += seconds[-1]
+                if len(seconds) > 3 and sum(seconds[1:]) > _REHEARSAL:
+                    break
+            if seconds:
+                mean = fmean(seconds[1:] or seconds)
+                speeds.append(config.training.batch / mean)
+                total += mean * len(stage)
+        memory = torch.cuda.max_memory_allocated(place) if place.type == "cuda" else _peak()
     shown = " and ".join(f"{x:,.0f}" if x >= 10 else f"{x:.2g}" for x in speeds)
     stages = " in the two stages" if len(speeds) > 1 else ""
     return [

@@ -12,12 +12,12 @@ from cldsde.images.compare.config import PRESETS, load_comparison
 from cldsde.images.config import RunConfig
 from cldsde.images.data import to_unit
 from cldsde.images.evaluate.likelihoods import UndefinedLikelihoodError, latent_likelihood
-from cldsde.images.latent import Batch, Times, negative_evidence_lower_bound
+from cldsde.images.latent import Batch, negative_evidence_lower_bound
 from cldsde.images.model import DiffusionModel, ImageSpace, load_model, make_model
 from cldsde.images.sample.sampler import ImageSampler
 from cldsde.images.train import learner, objectives
 from cldsde.images.train.engine import check_run
-from cldsde.images.train.objectives import make_objective
+from cldsde.images.train.objectives import Objective
 from cldsde.score import PerturbedData, TimeSampler, log_snr_density
 from probes import generator as seeded
 from tiny_runs import NETWORK, SHORT, noise_images
@@ -59,9 +59,9 @@ def whole(tmp_path_factory):
 
 def batch(model: DiffusionModel, settings: RunConfig, count: int, dtype=torch.float32) -> Batch:
     x = to_unit(noise_images(seed=2).load(torch.arange(count)), 256).to(dtype)
-    samplers = make_objective(model, settings).samplers
-    times = tuple(Times(*sampler.sample(count, generator=seeded(3))) for sampler in samplers)
-    return Batch(x, None, times)
+    samplers = Objective(model, settings).samplers
+    times = [torch.stack(sampler.sample(count, generator=seeded(3))) for sampler in samplers]
+    return Batch(x, None, torch.stack(times))
 
 
 @pytest.mark.parametrize("name", PROCESSES)
@@ -71,8 +71,8 @@ def test_with_an_exact_prior_the_bound_is_the_bound_of_the_autoencoder(name):
     model, n = make_model(settings, SPACE).eval(), 1000
     x = batch(model, settings, 1).images.expand(n, 1, 4, 4)
     sampler = TimeSampler.importance(model.score.sde, T_MIN, weighting="likelihood")
-    times = Times(*sampler.sample(n, generator=seeded()))
-    given = Batch(x, None, (times, times))
+    times = torch.stack(sampler.sample(n, generator=seeded()))
+    given = Batch(x, None, times.expand(2, 2, -1))
     with torch.no_grad():
         bound, known = (
             negative_evidence_lower_bound(model, given, seeded(1), t_min)[0].double()
@@ -120,7 +120,7 @@ def test_gradients_of_the_encoder_agree_with_differences(name, mixing):
 def test_the_autoencoder_is_trained_by_the_bound_and_the_score_by_its_loss():
     settings = config()
     model = make_model(settings, SPACE)
-    objective, given = make_objective(model, settings), batch(model, settings, 8)
+    objective, given = Objective(model, settings), batch(model, settings, 8)
     losses = objective.losses(model, given, seeded(), settings.pretraining_steps, nullcontext)
     part, bound = next(losses)
     wanted, _ = negative_evidence_lower_bound(model, given, seeded(), T_MIN)
@@ -143,7 +143,7 @@ def test_the_score_is_trained_as_the_configuration_says(latent):
     changed = {"weighting": "log_snr", "log_snr_mean": 0.3, "log_snr_std": 2.0}
     settings = config(training=changed, **({} if latent else {"latent": None}))
     model = make_model(settings, SPACE)
-    sde, objective = model.score.sde, make_objective(model, settings)
+    sde, objective = model.score.sde, Objective(model, settings)
     given, generator = batch(model, settings, 8), seeded()
     u = torch.linspace(0, 1, 50, dtype=torch.float64)
     wanted = TimeSampler(log_snr_density(sde, mean=0.3, std=2.0), T_MIN).quantiles(u)
@@ -155,7 +155,7 @@ def test_the_score_is_trained_as_the_configuration_says(latent):
     (t, weight), x0 = given.times[0], given.images
     if latent:
         x0 = model.vae.encode(x0).sample(generator)
-        PerturbedData.draw(sde, x0, given.times[1].t, generator=generator)  # of the bound
+        PerturbedData.draw(sde, x0, given.times[1, 0], generator=generator)  # of the bound
     pair = PerturbedData.draw(sde, x0, t, generator=generator)
     weighting = model.score.log_snr_weighting(mean=0.3, std=2.0)
     expected = weight.float() * model.score.loss(pair, weighting=weighting)
@@ -166,7 +166,7 @@ def test_the_score_is_trained_as_the_configuration_says(latent):
 def test_the_divergence_is_annealed_in_the_first_stage():
     settings = config(latent={"annealing": 64})
     model = make_model(settings, SPACE)
-    objective, given = make_objective(model, settings), batch(model, settings, 8)
+    objective, given = Objective(model, settings), batch(model, settings, 8)
     losses = []
     for step in (0, 1):
         [(part, found)] = objective.losses(model, given, seeded(), step, nullcontext)

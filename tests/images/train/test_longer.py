@@ -22,7 +22,7 @@ from cldsde.images.runs import STATE, RunFolder
 from cldsde.images.sample.sampler import ImageSampler
 from cldsde.images.tensor_files import load_tensors
 from cldsde.images.train import check_run, loop, summary
-from cldsde.images.train.state import StopRequest, keep_snapshot
+from cldsde.images.train.state import keep_snapshot, stop_signals
 from tiny_runs import NETWORK, SHORT
 from tolerances import EPS32, rounding
 from trainings import assert_same_bits, configured, metrics
@@ -236,7 +236,7 @@ def test_a_training_can_go_on_while_its_error_is_at_hand(tmp_path, monkeypatch):
     """As in a notebook, which keeps the last error, and the run folder with it."""
     arguments, options = (config(images=8), DATA, tmp_path / "run"), {"progress": False}
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "StopRequest", None)
+        patch.setattr(loop, "stop_signals", None)
         with pytest.raises(TypeError) as held:
             images.Run.train(*arguments, device="cpu", **options)
     images.Run.train(*arguments, device="cpu", **options)
@@ -247,15 +247,15 @@ def test_a_signal_is_acknowledged_and_obeyed_between_two_batches_of_a_grid(finis
     model = load_model(finished)
     sampler = ImageSampler(model.score, model.space, model.config.sampling, batch=2)
     sampled = []
-    with StopRequest(SimpleNamespace(num_processes=1)) as stop:
+    with stop_signals(SimpleNamespace(num_processes=1)) as wanted:
 
         def before_batch():
-            if stop.wanted:
-                stop.obey()
+            if wanted():
+                raise SystemExit(wanted())
             sampled.append(1)
             os.kill(os.getpid(), signal.SIGTERM)
 
-        with pytest.raises(SystemExit, match="143"):
+        with pytest.raises(SystemExit, match="15"):
             sampler.sample(range(6), before_batch=before_batch)
     assert sampled == [1]
     assert "stopping after this step; again to stop at once" in capsys.readouterr().err
