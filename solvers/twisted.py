@@ -195,8 +195,7 @@ def sample_posterior(
     tilts = _tilts(tables)
     like = torch.empty(runs * particles, sde.components, *data_shape, dtype=dtype, device=device)
     at_once = len(like) if chunk is None else chunk
-    whole = (len(like), *data_shape)
-    if process.score.part(slice(0, 1), whole) is not process.score:
+    if process.score.part(slice(0, 1), (len(like), *data_shape)) is not process.score:
         raise ValueError("score must have one condition for all particles, because they are mixed")
     if at_once < len(like) and process.score.depends_on_place:
         raise ValueError("chunk must be None for a score that depends on the place in the batch")
