@@ -57,8 +57,8 @@ Callback = Callable[[int, Any, Tensor], object]
 """Function that `solve` calls after each step with the number of steps so far, time and state."""
 
 DATA_DETERMINED = (
-    "every linear SDE whose driven score determines the data "
-    "(not underdamped with noise in one component)"
+    "every linear SDE, at times at which the driven score determines the data "
+    "(not at all times if underdamped with noise in one component)"
 )
 """``applies_to`` of solvers that derive the data or the full score from the driven score."""
 
