@@ -233,7 +233,9 @@ class Evaluation(Measurements):
         """Name of what a metric compares with."""
         if metric == "bpd":
             return distances.images_sha256(self._likelihood_images)[:16]
-        features = self._kind if metric == "fd" else self._inception.sha256[:8]
+        features = self._inception.sha256[:8] if metric != "fd" else self._kind
+        if ":" in features:  # a function that knows its version by its name
+            features = distances.feature_name(self._network)
         return f"{features} {self.part}"
 
     def _conditions(self, metric: str) -> dict[str, Any]:

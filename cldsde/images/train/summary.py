@@ -33,7 +33,7 @@ def outlook(config: RunConfig) -> list[str]:
     count = check_model(config, space)
     unknown = config.network.conditional and space.classes is None
     more = " without the embedding of the classes" if unknown else ""
-    kept = "weights, averages, gradients and moments, and activations"
+    kept = "weights, averages, gradients and moments; activations take more"
     return [
         f"parameters: {count:,}{more}, images of {'×'.join(map(str, space.shape))}",
         f"memory: {_memory(config, count)} for {kept}",
