@@ -265,7 +265,7 @@ def solve(
         the log-density ``sde.prior.log_prob(state)``. If a step's noise does not reach all
         components (Euler–Maruyama under CLD), the density is on the range of the noise. With
         ``differentiable`` the path is fixed: gradients reach the score's parameters through the
-        density alone, and ``state`` has no gradient.
+        density alone, and ``state`` has no gradient. With ``denoise``, ``data`` has one.
     progress
         Show a progress bar on stderr for steps, or for samples that have arrived.
     warn
