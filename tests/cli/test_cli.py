@@ -128,7 +128,10 @@ def here(published, tmp_path, monkeypatch):
         ("sample RUN --out x.gif", "--out: must be"),
         ("sample RUN --out .", "--out: must name a file, or a folder"),
         ("sample RUN --process-set beta=3", "--process-set: needs --process"),
-        ("sample RUN --process-set beta", "--process-set: takes key=value, such as beta=8.0; got"),
+        (
+            "sample RUN --process CLD --process-set beta",
+            "--process-set: takes key=value, such as beta=8.0; got",
+        ),
         (
             "sample RUN --compile fast",
             "--compile: must be default, reduce-overhead (CUDA graphs) or max-auto",
