@@ -45,9 +45,9 @@ def sample_k_diffusion(
     r"""Sample with any linear SDE, with the arguments of the samplers of k-diffusion and ComfyUI.
 
     The model sees x = x_0 + σ n. Velocities and other components of the process stay inside. Each
-    level before the final 0 is one evaluation of the model. The last evaluation is the result. In
-    ComfyUI, ``KSAMPLER(sample_k_diffusion)`` is a sampler. The page "Sample in ComfyUI or
-    k-diffusion" has examples.
+    level but the last is one evaluation of the model. If ``sigmas`` ends in 0, the last evaluation
+    is the result. In ComfyUI, ``KSAMPLER(sample_k_diffusion)`` is a sampler. The page "Sample in
+    ComfyUI or k-diffusion" has examples.
 
     Parameters
     ----------
@@ -55,7 +55,7 @@ def sample_k_diffusion(
         Denoiser model(x, sigma, \*\*extra_args) of ``(B, *D)`` and levels ``(B,)`` that returns an
         estimate of x_0.
     x
-        Noisy data ``(B, *D)`` of level ``sigmas[0]``. The result has its type.
+        Noisy data ``(B, *D)`` of level ``sigmas[0]``.
     sigmas
         Decreasing levels ``(n + 1,)``. They may end in 0, with the data, or above 0, with x of the
         last level. With one level, x is returned.
@@ -83,6 +83,11 @@ def sample_k_diffusion(
     noise_sampler
         k-diffusion's source of noise noise_sampler(sigma, next_sigma), in place of ``noise``, for
         processes of one component.
+
+    Returns
+    -------
+    Tensor
+        ``(B, *D)`` in the dtype of x: the data, or x of the last level if ``sigmas`` ends above 0.
 
     Raises
     ------
