@@ -66,10 +66,11 @@ class MixedScore(NetworkScore):
         unbiased estimate of the data, û of `DenoiserScore`, ``(B, C, *S)``, and its output has the
         same shape. Such a network serves any process at the signal-to-noise ratios of its training.
     mixing_logits
-        None: the additive form. A tensor that broadcasts with ``(C, *S)``, e.g. −3 in
-        ``(C, 1, 1)``: the convex form n = (1 − a) n_ref + a n_θ (Vahdat, Kreis and Kautz 2021,
-        §3.2), with learnt weights a = 1/(1 + e^{−logit}) that start from these logits. For
-        ``inputs="state"`` only.
+        None: the additive form, noise = reference + c · network, whose c(t) gives the network's
+        target unit size. A tensor that broadcasts with ``(C, *S)``, e.g. −3 in ``(C, 1, 1)``: the
+        convex form, noise = (1 − a) · reference + a · network (Vahdat, Kreis and Kautz 2021, §3.2).
+        Its learnt weights a = 1/(1 + e^{−logit}) start from these logits. For ``inputs="state"``
+        only.
 
     Raises
     ------
