@@ -164,41 +164,20 @@ class MixedScore(NetworkScore):
             return "score", apply_blocks(c.to_score, value)
         return source, value
 
-    def loss(
-        self,
-        pair: PerturbedData,
-        *,
-        prediction: Prediction = "noise",
-        weighting: Weighting = "reweighted",
-        condition: Tensor | None = None,
-    ) -> Tensor:
-        """Score-matching loss of each sample, ``(B,)``; see `PerturbedData.loss`.
-
-        Parameters
-        ----------
-        pair
-            Perturbed data. The score shares their kernels given the data.
-        prediction
-            Quantity whose squared error is the loss: ``"noise"``, or for processes of one component
-            ``"velocity"`` or ``"flow"``. The meaning of the network's output does not change.
-        weighting, condition
-            See `Weighting` and `NetworkScore.forward`.
-        """
-        one_of(prediction, MEASURED, "prediction")
+    def _direct_loss(
+        self, pair: PerturbedData, kind: Prediction, weighting: Weighting, condition: Tensor | None
+    ) -> Tensor | None:
         if pair.conditioning == "all":
-            # The noise given all of z_0 belongs to another root, so compare scores.
-            return super().loss(
-                pair, prediction=prediction, weighting=weighting, condition=condition
-            )
+            return None  # the noise given all of z_0 belongs to another root, so compare scores
         coefficients = self._coefficients(pair.t, pair.kernel, pair.whitened)
         if isinstance(weighting, _LogSNRWeighting) and weighting.model is self and pair.t.ndim:
             known = weighting.of_known(pair.whitened, coefficients)
             weighting = lambda t: known  # noqa: E731
-        direct = self.predicts_data and prediction != "noise"
+        direct = self.predicts_data and kind != "noise"
         source: Prediction = "data" if direct else "noise"
         moved = _Coefficients(*on_device(coefficients, pair.z.dtype, pair.z.device))
         value = self._estimate(source, pair.z, moved, condition)
-        return pair.loss(value, source, weighting=weighting, measured=prediction)
+        return pair.loss(value, source, weighting=weighting, measured=kind)
 
     def residual_variance(self, t: Tensor, prediction: Prediction = "noise") -> Tensor:
         """Mean squared error of the reference's noise, velocity or flow, at times ``(n,)``.

@@ -128,7 +128,7 @@ def cross_entropy(
         Random states of the process given the data, at times in [t_min, T].
     losses
         Losses of the model's score, ``(B,)``, from ``pair.loss(…, weighting="likelihood")`` or
-        `MixedScore.loss`.
+        from ``loss`` of a `MixedScore`.
     weight, t_min
         See `evidence_lower_bound`.
     of
