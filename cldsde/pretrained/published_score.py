@@ -85,7 +85,7 @@ class _Coefficients(NamedTuple):
     reference: Tensor
 
 
-class PublishedScore(NetworkScore):
+class PublishedScore(NetworkScore[_Coefficients]):
     r"""Score of the driven component from a published network.
 
     Parameters

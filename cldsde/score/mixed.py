@@ -46,7 +46,7 @@ class _Coefficients(NamedTuple):
         return self.residual.square().mean((-2, -1))
 
 
-class MixedScore(NetworkScore):
+class MixedScore(NetworkScore[_Coefficients]):
     """Mixed score: a Gaussian reference plus a network that predicts the rest of the noise.
 
     Parameters

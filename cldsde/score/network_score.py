@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, Literal, final
+from typing import Any, Generic, Literal, final
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +15,13 @@ from cldsde.score.denoiser_score import ScoreDenoiser
 from cldsde.score.denoisers import input_dtype
 from cldsde.score.matching import PerturbedData, Weighting
 from cldsde.score.protocol import Score
-from cldsde.score.times import PlannedTime, coefficients_at, score_times
+from cldsde.score.times import Coefficients, PlannedTime, coefficients_at, score_times
 
 Inputs = Literal["state", "estimate"]
 """Input of the network: all components, or the best unbiased estimate of the data."""
 
 
-class NetworkScore(Score, ABC):
+class NetworkScore(Score, ABC, Generic[Coefficients]):
     """Score of the driven components from a network; the base of `MixedScore`."""
 
     network: nn.Module
@@ -119,14 +119,18 @@ class NetworkScore(Score, ABC):
         return None
 
     @abstractmethod
-    def _coefficients(self, times: Tensor) -> Any:
-        """Coefficients at float64 times, for `_predict`."""
+    def _coefficients(self, times: Tensor) -> Coefficients:
+        """Coefficients at float64 times on the CPU, for `_predict`."""
 
     @abstractmethod
     def _predict(
-        self, z: Tensor, c: Any, prediction: Prediction, condition: Tensor | None
+        self, z: Tensor, c: Coefficients, prediction: Prediction, condition: Tensor | None
     ) -> tuple[Prediction, Tensor]:
-        """The network's own prediction or the given one, for a state that has been checked."""
+        """Return a prediction and its name, for a state that has been checked.
+
+        It is ``prediction`` itself if the network gives it directly, and otherwise one that
+        `forward` converts. ``c`` is the result of `_coefficients` on the state's device.
+        """
 
     def _evaluate(
         self, inputs: Tensor, clock: Tensor, condition: Tensor | None, outputs: int
