@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from cldsde.linear.blocks import apply_blocks
-from cldsde.linear.checks import TimeLike, check_state, shaped, two_increasing
+from cldsde.linear.checks import LevelLike, TimeLike, check_state, shaped, two_increasing
 from cldsde.linear.log_snr import times_of_log_snr
 from cldsde.linear.random import standard_normal
 from cldsde.linear.sde import LinearSDE, check_process
@@ -274,7 +274,7 @@ class ScoreDenoiser(Denoiser):
         self.noise_levels: tuple[float, float] = max(low, known[0]), min(high, known[1])
 
     def forward(
-        self, u: Tensor, sigma: TimeLike, *, planned: PlannedTime | None = None, **conditions: Any
+        self, u: Tensor, sigma: LevelLike, *, planned: PlannedTime | None = None, **conditions: Any
     ) -> Tensor:
         """Estimate of the data, like ``u``; see `Denoiser` for the arguments.
 

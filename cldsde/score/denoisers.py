@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cldsde.linear.checks import TimeLike, check_callable, one_of, shaped
+from cldsde.linear.checks import LevelLike, check_callable, one_of, shaped
 from cldsde.linear.paths import NoisePath
 from cldsde.score.conversion import TRAINED, Prediction, WhitenedKernel
 from cldsde.score.estimator import Estimator, compiled_module
@@ -149,7 +149,7 @@ class PredictionDenoiser(Denoiser):
         return f"path={self.path!r}, predicts={self.predicts!r}, clock={self.clock!r}"
 
     def forward(
-        self, u: Tensor, sigma: TimeLike, *, planned: PlannedTime | None = None, **conditions: Any
+        self, u: Tensor, sigma: LevelLike, *, planned: PlannedTime | None = None, **conditions: Any
     ) -> Tensor:
         """Estimate of the data, like ``u``; see `Denoiser` for the arguments.
 
