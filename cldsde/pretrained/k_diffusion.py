@@ -57,8 +57,7 @@ def sample_k_diffusion(
     x
         Noisy data ``(B, *D)`` of level ``sigmas[0]``.
     sigmas
-        Decreasing levels ``(n + 1,)``. They may end in 0, with the data, or above 0, with x of the
-        last level. With one level, x is returned.
+        Decreasing levels ``(n + 1,)``, which may end above 0. With one level, x is returned.
     extra_args
         Keyword arguments of the model.
     callback
@@ -91,10 +90,11 @@ def sample_k_diffusion(
 
     Raises
     ------
-    TypeError, ValueError
-        If an argument has the wrong type, the levels do not decrease, the process does not reach
-        them, the solver does not apply, or ``noise_sampler`` is given for several components. The
-        model has not been evaluated then.
+    TypeError
+        If an argument has the wrong type.
+    ValueError
+        If the levels do not decrease, the process does not reach them, the solver does not apply,
+        or ``noise_sampler`` is given for several components. The model has not been evaluated then.
 
     Notes
     -----

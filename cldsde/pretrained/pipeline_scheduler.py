@@ -84,9 +84,11 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     Raises
     ------
-    TypeError, ValueError
-        If an argument has the wrong type, levels or prediction of the scheduler are unknown, a name
-        is unknown, the solver evaluates the score elsewhere, or a time lies outside of the
+    TypeError
+        If an argument has the wrong type.
+    ValueError
+        If a name, or the levels or prediction of the scheduler, are unknown. If the solver
+        evaluates the score elsewhere than at the start of a step, or a time lies outside of the
         network's levels.
 
     Notes

@@ -1,7 +1,7 @@
-"""Networks of the codes CLD-SGM and score_sde_pytorch from their checkpoints, without running code.
+"""Networks from checkpoints of CLD-SGM and score_sde_pytorch. Code in a checkpoint is never run.
 
-Both save a dictionary of ``model`` (weights by name), ``ema`` (averaged weights as a list, in the
-order of the parameters, without those that are not trained), ``optimizer`` and ``step``.
+Both projects save a dictionary of ``model`` (weights by name), ``ema`` (averaged weights as a list,
+in the order of the parameters, without those that are not trained), ``optimizer`` and ``step``.
 """
 
 from __future__ import annotations

@@ -114,9 +114,9 @@ class DenoiserScore(Score):
         """Score of the driven components, ``(B, len(driven), *D)``; see `Score` for the arguments.
 
         ``t`` may be one time for all, above 0. Conditions, such as class labels, are passed to the
-        denoiser. A solver passes none: give it a `ConditionalScore`. If the noise level at a time
-        lies outside of the denoiser's, which solvers check before the first evaluation, or the
-        denoiser returns another shape, a ValueError is raised.
+        denoiser. A solver passes none: give it a `ConditionalScore`. A ValueError is raised if the
+        denoiser returns another shape, or if the noise level at a time lies outside of the
+        denoiser's. Solvers check the levels before the first evaluation.
         """
         wide, rows, data = self._denoised(z, t, planned, **conditions)
         return (apply_blocks(rows.state, wide) + apply_blocks(rows.value, data)).to(z.dtype)
