@@ -33,8 +33,8 @@ class BrownianPath(NoiseSource):
     .. math:: ΔW = w(t) − w(s), \qquad I = ∫_s^t Ψ(t, τ)\,G(τ)\,dw(τ).
 
     They are jointly Gaussian and add up exactly, I_{s,t} = Ψ(t, r) I_{s,r} + I_{r,t}. Intervals can
-    be queried in any order. The order matters only for queried times closer to each other than a
-    millionth of a cell between given times.
+    be queried in any order. The result does not depend on the order, except for queried times
+    closer to each other than a millionth of a cell. A cell lies between two given times.
 
     The path splits at the given times. To reach another time, it bisects the cell around that time
     up to 20 times and then splits exactly there. Each split costs a draw, so pass the finest grid

@@ -92,10 +92,11 @@ def sample(
 
     Raises
     ------
-    TypeError, ValueError
-        If an argument has the wrong type, ``nfe`` allows no step, ``shape`` is not ``(B, *D)``, the
-        grid does not decrease, or the solver does not apply to the process. The score has not been
-        evaluated then.
+    TypeError
+        If an argument has the wrong type.
+    ValueError
+        If ``nfe`` allows no step, ``shape`` is not ``(B, *D)``, the grid does not decrease, or the
+        solver does not apply to the process. The score has not been evaluated in these cases.
     FloatingPointError
         If a sample is not finite.
 

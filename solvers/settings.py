@@ -27,7 +27,7 @@ class SamplerSettings:
 
     The sampler is `ExponentialMultistep`, which ends with the data prediction. n levels are n
     network evaluations, or 2n with guidance. Values out of range raise a ValueError, and values of
-    another type a TypeError. The page "Fit a sampler to your network" has an example.
+    another type a TypeError. The page "Fit a sampler to your network" fits settings.
 
     Parameters
     ----------
@@ -41,6 +41,13 @@ class SamplerSettings:
         See `ExponentialMultistep`.
     network
         Name of the network that the settings were fitted to.
+
+    Examples
+    --------
+    >>> from cldsde import VPSDE, sample
+    >>> few = SamplerSettings(log_snr=(-3, 0, 3), stochasticity=(1, 0.5), process=repr(VPSDE()))
+    >>> sample(VPSDE(), lambda z, t: -z, (1000, 2), settings=few).shape
+    torch.Size([1000, 2])
     """
 
     log_snr: tuple[float, ...]

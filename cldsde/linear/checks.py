@@ -14,6 +14,7 @@ from torch import Tensor
 from cldsde.messages import brief
 
 TimeLike = float | Tensor
+LevelLike = float | Tensor
 Parameter = float | Tensor
 """A number, or a tensor with one element that may be a learnt parameter."""
 MatrixLike = Tensor | Sequence[Sequence[Parameter]]

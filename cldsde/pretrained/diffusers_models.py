@@ -140,7 +140,7 @@ def from_diffusers(
     made = _scheduler(scheduler)
     convention = Convention.of(made)
     plain = _original(network)
-    check_channels(plain)
+    _check_channels(plain)
     if nearest:
         if convention.table is None or convention.continuous:
             msg = f"nearest must be False for {type(made).__name__}, whose levels have no index"
@@ -148,16 +148,16 @@ def from_diffusers(
         if clock is not None:
             raise ValueError(f"nearest must be False if clock is given; got clock={clock!r}")
         clock = "index"
-    shared = shared_conditions_of(plain)
+    shared = _shared_conditions_of(plain)
     denoiser = DiffusersDenoiser(
         _Network(network, shared),
         convention.path,
         convention.predicts,
-        clock=clock_of(plain, convention, clock),
+        clock=_clock_of(plain, convention, clock),
     )
     denoiser.shared_conditions = shared
     denoiser.shape = _shape(plain)
-    denoiser.classes, denoiser.null_class = classes_of(plain)
+    denoiser.classes, denoiser.null_class = _classes_of(plain)
     return denoiser
 
 
@@ -330,12 +330,12 @@ def _names(network: Any) -> list[str]:
     return [kind.__name__ for kind in type(network).__mro__]
 
 
-def shared_conditions_of(network: Any) -> tuple[str, ...]:
+def _shared_conditions_of(network: Any) -> tuple[str, ...]:
     """Names of conditions without an axis of samples."""
     return () if _WITH_POSITIONS.isdisjoint(_names(network)) else ("img_ids", "txt_ids")
 
 
-def clock_of(
+def _clock_of(
     network: Any, convention: Convention, given: Clock | Callable[[Tensor], Tensor] | None
 ) -> Clock | Callable[[Tensor], Tensor]:
     """The form in which a network receives the noise level, if it is not given."""
@@ -361,7 +361,7 @@ def clock_of(
     return "time" if factor == 1 else partial(operator.mul, factor)
 
 
-def check_channels(network: Any) -> None:
+def _check_channels(network: Any) -> None:
     """Raise ValueError if a network takes more than noisy data."""
     taken, made = (network.config.get(name) for name in ("in_channels", "out_channels"))
     if taken is None or made is None or made in (taken, 2 * taken):
@@ -374,7 +374,7 @@ def check_channels(network: Any) -> None:
     )
 
 
-def classes_of(network: Any) -> tuple[int | None, int | None]:
+def _classes_of(network: Any) -> tuple[int | None, int | None]:
     """Number of classes of a network, and the label that stands for none."""
     classes = network.config.get("num_class_embeds")
     if "DiTTransformer2DModel" in _names(network):

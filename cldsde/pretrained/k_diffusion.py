@@ -45,9 +45,9 @@ def sample_k_diffusion(
     r"""Sample with any linear SDE, with the arguments of the samplers of k-diffusion and ComfyUI.
 
     The model sees x = x_0 + σ n. Velocities and other components of the process stay inside. Each
-    level before the final 0 is one evaluation of the model. The last evaluation is the result. In
-    ComfyUI, ``KSAMPLER(sample_k_diffusion)`` is a sampler. The page "Sample in ComfyUI or
-    k-diffusion" has examples.
+    level but the last is one evaluation of the model. If ``sigmas`` ends in 0, the last evaluation
+    is the result. In ComfyUI, ``KSAMPLER(sample_k_diffusion)`` is a sampler. The page "Sample in
+    ComfyUI or k-diffusion" has examples.
 
     Parameters
     ----------
@@ -55,10 +55,9 @@ def sample_k_diffusion(
         Denoiser model(x, sigma, \*\*extra_args) of ``(B, *D)`` and levels ``(B,)`` that returns an
         estimate of x_0.
     x
-        Noisy data ``(B, *D)`` of level ``sigmas[0]``. The result has its type.
+        Noisy data ``(B, *D)`` of level ``sigmas[0]``.
     sigmas
-        Decreasing levels ``(n + 1,)``. They may end in 0, with the data, or above 0, with x of the
-        last level. With one level, x is returned.
+        Decreasing levels ``(n + 1,)``, which may end above 0. With one level, x is returned.
     extra_args
         Keyword arguments of the model.
     callback
@@ -84,12 +83,18 @@ def sample_k_diffusion(
         k-diffusion's source of noise noise_sampler(sigma, next_sigma), in place of ``noise``, for
         processes of one component.
 
+    Returns
+    -------
+    Tensor
+        ``(B, *D)`` in the dtype of x: the data, or x of the last level if ``sigmas`` ends above 0.
+
     Raises
     ------
-    TypeError, ValueError
-        If an argument has the wrong type, the levels do not decrease, the process does not reach
-        them, the solver does not apply, or ``noise_sampler`` is given for several components. The
-        model has not been evaluated then.
+    TypeError
+        If an argument has the wrong type.
+    ValueError
+        If the levels do not decrease, the process does not reach them, the solver does not apply,
+        or ``noise_sampler`` is given for several components. The model has not been evaluated then.
 
     Notes
     -----

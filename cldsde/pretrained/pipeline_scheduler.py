@@ -84,9 +84,11 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     Raises
     ------
-    TypeError, ValueError
-        If an argument has the wrong type, levels or prediction of the scheduler are unknown, a name
-        is unknown, the solver evaluates the score elsewhere, or a time lies outside of the
+    TypeError
+        If an argument has the wrong type.
+    ValueError
+        If a name, or the levels or prediction of the scheduler, are unknown. If the solver
+        evaluates the score elsewhere than at the start of a step, or a time lies outside of the
         network's levels.
 
     Notes
@@ -149,10 +151,9 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         self.timesteps = torch.empty(0, device="cpu")
         #: Standard deviation of a pipeline's first latents.
         self.init_noise_sigma = 1.0
-        #: Index of the next step; None before the first.
-        self.step_index: int | None = None
-        #: Index of the first step, if a pipeline sets it.
-        self.begin_index: int | None = None
+        # Pipelines write to these, and read the properties.
+        self._step_index: int | None = None
+        self._begin_index: int | None = None
         kept = {name: x for name, x in self.replaced.config.items() if not name.startswith("_")}
         own = (
             type(self.replaced).__name__,
@@ -193,7 +194,7 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             self.steps = recommended_steps(self.sde, self.solver, levels, signal, noise)
         self.steps.reset()
         self._levels: Tensor = levels
-        self.step_index = self.begin_index = None
+        self._step_index = self._begin_index = None
         self._streams: NoiseSource | None = None
         spread = float(getattr(self.replaced, "init_noise_sigma", 1.0))
         if self.config.grid == "scheduler" and spread != 1:
@@ -274,7 +275,7 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         else:
             noise = self._streams = self._streams or streams_of(sample)
         found, data = self.steps.step(i, x, data, noise).to(sample.dtype), data.to(sample.dtype)
-        self.step_index = i + 1
+        self._step_index = i + 1
         if not return_dict:
             return found, data
         return DDPMSchedulerOutput(prev_sample=found, pred_original_sample=data)
@@ -294,14 +295,24 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             raise ValueError("noise must be given; got None")
         return self.add_noise(sample, noise, timestep)
 
+    @property
+    def step_index(self) -> int | None:
+        """Index of the next step; None before the first."""
+        return self._step_index
+
+    @property
+    def begin_index(self) -> int | None:
+        """Index of the first step, if a pipeline sets it."""
+        return self._begin_index
+
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Set the index of the first step; pipelines call it."""
-        self.begin_index = begin_index
+        self._begin_index = begin_index
 
     def _index(self, timestep: Tensor | float) -> int:
         if self.num_inference_steps is None:
             raise ValueError("set_timesteps must be called before step")
-        i = self.begin_index if self.step_index is None else self.step_index
+        i = self._begin_index if self._step_index is None else self._step_index
         if i is None:
             first = timestep.flatten()[0] if isinstance(timestep, Tensor) else timestep
             if float(first) not in self._known:

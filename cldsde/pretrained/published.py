@@ -1,7 +1,7 @@
-"""Networks of the codes CLD-SGM and score_sde_pytorch from their checkpoints, without running code.
+"""Networks from checkpoints of CLD-SGM and score_sde_pytorch. Code in a checkpoint is never run.
 
-Both save a dictionary of ``model`` (weights by name), ``ema`` (averaged weights as a list, in the
-order of the parameters, without those that are not trained), ``optimizer`` and ``step``.
+Both projects save a dictionary of ``model`` (weights by name), ``ema`` (averaged weights as a list,
+in the order of the parameters, without those that are not trained), ``optimizer`` and ``step``.
 """
 
 from __future__ import annotations
@@ -138,8 +138,8 @@ def recognise(
     for key, model in known.items():
         kind = repr((model.process == "CLD", model.shape, model.network))
         if kind not in counts:
-            counts[kind] = mismatch(model.make_network("meta"), checkpoint)
-        misfits[key] = counts[kind] + (not same_levels(checkpoint, model.sigmas))
+            counts[kind] = _mismatch(model.make_network("meta"), checkpoint)
+        misfits[key] = counts[kind] + (not _same_levels(checkpoint, model.sigmas))
     nearest = [key for key, count in misfits.items() if count == min(misfits.values())]
     if len(nearest) > 1:
         folders = Path(path).expanduser().resolve().parent.as_posix() + "/"
@@ -255,7 +255,7 @@ def load_weights(
         known = found.numel() and found.is_floating_point()
         got = f"{found.numel()} levels{f' up to {found.max().item():g}' if known else ''}"
     table = "no table sigmas" if sigmas is None else f"the table sigmas of {sigmas}"
-    require(same_levels(checkpoint, sigmas), "path", f"{path} must hold {table}; got {got}")
+    require(_same_levels(checkpoint, sigmas), "path", f"{path} must hold {table}; got {got}")
     network.load_state_dict(loaded)
 
 
@@ -274,7 +274,7 @@ def _problem(tensor: Tensor, shape: torch.Size) -> str | None:
     return None
 
 
-def mismatch(network: NCSNpp, checkpoint: Checkpoint) -> int:
+def _mismatch(network: NCSNpp, checkpoint: Checkpoint) -> int:
     """Number of weights of a checkpoint that do not fit a network, by name or by shape."""
     state = network.state_dict()
     wanted = {w.name: _published_shape(state[w.own], w) for w in _published(network)}
@@ -282,7 +282,7 @@ def mismatch(network: NCSNpp, checkpoint: Checkpoint) -> int:
     return sum(wanted.get(name) != given.get(name) for name in wanted.keys() | given.keys())
 
 
-def same_levels(checkpoint: Checkpoint, sigmas: Sigmas | None) -> bool:
+def _same_levels(checkpoint: Checkpoint, sigmas: Sigmas | None) -> bool:
     """Whether a checkpoint holds the table of noise levels; None: holds no table."""
     found = checkpoint.weights.get("sigmas")
     if sigmas is None or found is None:

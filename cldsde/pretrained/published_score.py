@@ -15,8 +15,8 @@ code             clock c                gain g            reference r, if mixed
 ===============  =====================  ================  ======================
 
 1/ℓ is the last diagonal entry of the root of Σ (Dockhorn et al. 2022, §3.2). Networks with Fourier
-features take the log of the clock. The VE networks of Song et al. were trained on data in [0, 1].
-For data in [−1, 1], as here, their noise levels are twice as large.
+features take the log of the clock. The VE networks of Y. Song et al. (2021) were trained on data in
+[0, 1]. For data in [−1, 1], as here, their noise levels are twice as large.
 """
 
 from __future__ import annotations
@@ -85,8 +85,11 @@ class _Coefficients(NamedTuple):
     reference: Tensor
 
 
-class PublishedScore(NetworkScore):
+class PublishedScore(NetworkScore[_Coefficients]):
     r"""Score of the driven component from a published network.
+
+    It is s_d = −r z_d + g n_θ(z, c), with the clock c, gain g and reference r of Dockhorn et al.
+    (2022) or Y. Song et al. (2021).
 
     Parameters
     ----------

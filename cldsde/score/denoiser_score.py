@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from cldsde.linear.blocks import apply_blocks
-from cldsde.linear.checks import TimeLike, check_state, shaped, two_increasing
+from cldsde.linear.checks import LevelLike, TimeLike, check_state, shaped, two_increasing
 from cldsde.linear.log_snr import times_of_log_snr
 from cldsde.linear.random import standard_normal
 from cldsde.linear.sde import LinearSDE, check_process
@@ -114,9 +114,9 @@ class DenoiserScore(Score):
         """Score of the driven components, ``(B, len(driven), *D)``; see `Score` for the arguments.
 
         ``t`` may be one time for all, above 0. Conditions, such as class labels, are passed to the
-        denoiser. A solver passes none: give it a `ConditionalScore`. If the noise level at a time
-        lies outside of the denoiser's, which solvers check before the first evaluation, or the
-        denoiser returns another shape, a ValueError is raised.
+        denoiser. A solver passes none: give it a `ConditionalScore`. A ValueError is raised if the
+        denoiser returns another shape, or if the noise level at a time lies outside of the
+        denoiser's. Solvers check the levels before the first evaluation.
         """
         wide, rows, data = self._denoised(z, t, planned, **conditions)
         return (apply_blocks(rows.state, wide) + apply_blocks(rows.value, data)).to(z.dtype)
@@ -274,7 +274,7 @@ class ScoreDenoiser(Denoiser):
         self.noise_levels: tuple[float, float] = max(low, known[0]), min(high, known[1])
 
     def forward(
-        self, u: Tensor, sigma: TimeLike, *, planned: PlannedTime | None = None, **conditions: Any
+        self, u: Tensor, sigma: LevelLike, *, planned: PlannedTime | None = None, **conditions: Any
     ) -> Tensor:
         """Estimate of the data, like ``u``; see `Denoiser` for the arguments.
 

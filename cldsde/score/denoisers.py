@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cldsde.linear.checks import TimeLike, check_callable, one_of, shaped
+from cldsde.linear.checks import LevelLike, check_callable, one_of, shaped
 from cldsde.linear.paths import NoisePath
 from cldsde.score.conversion import TRAINED, Prediction, WhitenedKernel
 from cldsde.score.estimator import Estimator, compiled_module
@@ -20,7 +20,13 @@ Clock = Literal["time", "index", "sigma", "log_sigma/4", "log_snr"]
 
 ``"time"``: the path's time. ``"index"``: the nearest whole number to it, as an integer.
 ``"sigma"``: the noise level σ/α. ``"log_sigma/4"``: log(σ/α)/4. ``"log_snr"``: log(α²/σ²)."""
-
+_CLOCKS: dict[Clock, Callable[[Tensor, Tensor], Tensor]] = {
+    "time": lambda t, kappa: t,
+    "index": lambda t, kappa: t.round(),
+    "sigma": lambda t, kappa: (-kappa).exp(),
+    "log_sigma/4": lambda t, kappa: -kappa / 4,
+    "log_snr": lambda t, kappa: 2 * kappa,
+}
 
 # Levels beyond the end of the range by less than this relative error count as the end, because
 # times in single precision have such errors.
@@ -149,7 +155,7 @@ class PredictionDenoiser(Denoiser):
         return f"path={self.path!r}, predicts={self.predicts!r}, clock={self.clock!r}"
 
     def forward(
-        self, u: Tensor, sigma: TimeLike, *, planned: PlannedTime | None = None, **conditions: Any
+        self, u: Tensor, sigma: LevelLike, *, planned: PlannedTime | None = None, **conditions: Any
     ) -> Tensor:
         """Estimate of the data, like ``u``; see `Denoiser` for the arguments.
 
@@ -186,14 +192,7 @@ class PredictionDenoiser(Denoiser):
         whitened = WhitenedKernel(root, 1 / root, psi, psi / root, t, (0,), rates)
         estimate = whitened.convert(self.predicts, "data")
         state, value = alpha * estimate.state[..., 0, 0], estimate.value[..., 0, 0]
-        known = {
-            "time": t,
-            "index": t.round(),
-            "sigma": (-kappa).exp(),
-            "log_sigma/4": -kappa / 4,
-            "log_snr": 2 * kappa,
-        }
-        clock = self.clock(t) if callable(self.clock) else known[self.clock]
+        clock = self.clock(t) if callable(self.clock) else _CLOCKS[self.clock](t, kappa)
         return _Levels(*(x.reshape(levels.shape) for x in (alpha, state, value, clock)))
 
 

@@ -46,7 +46,7 @@ class _Coefficients(NamedTuple):
         return self.residual.square().mean((-2, -1))
 
 
-class MixedScore(NetworkScore):
+class MixedScore(NetworkScore[_Coefficients]):
     """Mixed score: a Gaussian reference plus a network that predicts the rest of the noise.
 
     Parameters
@@ -66,10 +66,11 @@ class MixedScore(NetworkScore):
         unbiased estimate of the data, û of `DenoiserScore`, ``(B, C, *S)``, and its output has the
         same shape. Such a network serves any process at the signal-to-noise ratios of its training.
     mixing_logits
-        None: the additive form. A tensor that broadcasts with ``(C, *S)``, e.g. −3 in
-        ``(C, 1, 1)``: the convex form n = (1 − a) n_ref + a n_θ (Vahdat, Kreis and Kautz 2021,
-        §3.2), with learnt weights a = 1/(1 + e^{−logit}) that start from these logits. For
-        ``inputs="state"`` only.
+        None: the additive form, noise = reference + c · network, whose c(t) gives the network's
+        target unit size. A tensor that broadcasts with ``(C, *S)``, e.g. −3 in ``(C, 1, 1)``: the
+        convex form, noise = (1 − a) · reference + a · network (Vahdat, Kreis and Kautz 2021, §3.2).
+        Its learnt weights a = 1/(1 + e^{−logit}) start from these logits. For ``inputs="state"``
+        only.
 
     Raises
     ------
@@ -163,41 +164,20 @@ class MixedScore(NetworkScore):
             return "score", apply_blocks(c.to_score, value)
         return source, value
 
-    def loss(
-        self,
-        pair: PerturbedData,
-        *,
-        prediction: Prediction = "noise",
-        weighting: Weighting = "reweighted",
-        condition: Tensor | None = None,
-    ) -> Tensor:
-        """Score-matching loss of each sample, ``(B,)``; see `PerturbedData.loss`.
-
-        Parameters
-        ----------
-        pair
-            Perturbed data. The score shares their kernels given the data.
-        prediction
-            Quantity whose squared error is the loss: ``"noise"``, or for processes of one component
-            ``"velocity"`` or ``"flow"``. The meaning of the network's output does not change.
-        weighting, condition
-            See `Weighting` and `NetworkScore.forward`.
-        """
-        one_of(prediction, MEASURED, "prediction")
+    def _direct_loss(
+        self, pair: PerturbedData, kind: Prediction, weighting: Weighting, condition: Tensor | None
+    ) -> Tensor | None:
         if pair.conditioning == "all":
-            # The noise given all of z_0 belongs to another root, so compare scores.
-            return super().loss(
-                pair, prediction=prediction, weighting=weighting, condition=condition
-            )
+            return None  # the noise given all of z_0 belongs to another root, so compare scores
         coefficients = self._coefficients(pair.t, pair.kernel, pair.whitened)
         if isinstance(weighting, _LogSNRWeighting) and weighting.model is self and pair.t.ndim:
             known = weighting.of_known(pair.whitened, coefficients)
             weighting = lambda t: known  # noqa: E731
-        direct = self.predicts_data and prediction != "noise"
+        direct = self.predicts_data and kind != "noise"
         source: Prediction = "data" if direct else "noise"
         moved = _Coefficients(*on_device(coefficients, pair.z.dtype, pair.z.device))
         value = self._estimate(source, pair.z, moved, condition)
-        return pair.loss(value, source, weighting=weighting, measured=prediction)
+        return pair.loss(value, source, weighting=weighting, measured=kind)
 
     def residual_variance(self, t: Tensor, prediction: Prediction = "noise") -> Tensor:
         """Mean squared error of the reference's noise, velocity or flow, at times ``(n,)``.

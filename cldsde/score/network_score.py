@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, Literal
+from typing import Any, Generic, Literal, final
 
 import torch
 from torch import Tensor, nn
 
 from cldsde.linear.checks import TimeLike, check_state, one_of
 from cldsde.linear.sde import LinearSDE
-from cldsde.score.conversion import TRAINED, Conversion, Prediction
+from cldsde.score.conversion import MEASURED, TRAINED, Conversion, Prediction
 from cldsde.score.denoiser_score import ScoreDenoiser
 from cldsde.score.denoisers import input_dtype
 from cldsde.score.matching import PerturbedData, Weighting
 from cldsde.score.protocol import Score
-from cldsde.score.times import PlannedTime, coefficients_at, score_times
+from cldsde.score.times import Coefficients, PlannedTime, coefficients_at, score_times
 
 Inputs = Literal["state", "estimate"]
 """Input of the network: all components, or the best unbiased estimate of the data."""
 
 
-class NetworkScore(Score, ABC):
+class NetworkScore(Score, ABC, Generic[Coefficients]):
     """Score of the driven components from a network; the base of `MixedScore`."""
 
     network: nn.Module
@@ -84,6 +84,7 @@ class NetworkScore(Score, ABC):
         found: Tensor = self(z, t, prediction="data", **options)
         return found
 
+    @final
     def loss(
         self,
         pair: PerturbedData,
@@ -92,19 +93,44 @@ class NetworkScore(Score, ABC):
         weighting: Weighting = "reweighted",
         condition: Tensor | None = None,
     ) -> Tensor:
-        """Score-matching loss of each sample, ``(B,)``; see `MixedScore.loss`."""
+        """Score-matching loss of each sample, ``(B,)``; see `PerturbedData.loss`.
+
+        Parameters
+        ----------
+        pair
+            Perturbed data of the score's process. `MixedScore` uses their kernels.
+        prediction
+            Quantity whose squared error is the loss: ``"noise"``, or for processes of one component
+            ``"velocity"`` or ``"flow"``. The meaning of the network's output does not change.
+        weighting, condition
+            See `Weighting` and `forward`.
+        """
+        one_of(prediction, MEASURED, "prediction")
+        direct = self._direct_loss(pair, prediction, weighting, condition)
+        if direct is not None:
+            return direct
         score = self(pair.z, pair.t, condition=condition)
         return pair.loss(score, "score", weighting=weighting, measured=prediction)
 
+    def _direct_loss(
+        self, pair: PerturbedData, kind: Prediction, weighting: Weighting, condition: Tensor | None
+    ) -> Tensor | None:
+        """The loss by a prediction of the network's own; None: `loss` evaluates the score."""
+        return None
+
     @abstractmethod
-    def _coefficients(self, times: Tensor) -> Any:
-        """Coefficients at float64 times, for `_predict`."""
+    def _coefficients(self, times: Tensor) -> Coefficients:
+        """Coefficients at float64 times on the CPU, for `_predict`."""
 
     @abstractmethod
     def _predict(
-        self, z: Tensor, c: Any, prediction: Prediction, condition: Tensor | None
+        self, z: Tensor, c: Coefficients, prediction: Prediction, condition: Tensor | None
     ) -> tuple[Prediction, Tensor]:
-        """The network's own prediction or the given one, for a state that has been checked."""
+        """Return a prediction and its name, for a state that has been checked.
+
+        It is ``prediction`` itself if the network gives it directly, and otherwise one that
+        `forward` converts. ``c`` is the result of `_coefficients` on the state's device.
+        """
 
     def _evaluate(
         self, inputs: Tensor, clock: Tensor, condition: Tensor | None, outputs: int

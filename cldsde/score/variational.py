@@ -14,9 +14,9 @@ q(z_t | x_0) has the auxiliary components integrated out, so the integrand is th
 score-matching loss. In terms of the data prediction it is ½ (−dI/dt) E|x_0 − x̂_0|². Everything is
 differentiable in the process.
 
-`cross_entropy` of the state has the entropy of z given x_0, ½ D log((2πe)^k det Σ) at t_min, as its
-last term. Its bound is exact if s is the score of a process that starts from some distribution and
-ends at p_T.
+With ``of="state"``, `cross_entropy` replaces the last term by the entropy of z given x_0 at t_min,
+½ D log((2πe)^k det Σ). This bound is exact if s is the score of a process that starts from some
+distribution and ends at p_T.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def cross_entropy(
         Random states of the process given the data, at times in [t_min, T].
     losses
         Losses of the model's score, ``(B,)``, from ``pair.loss(…, weighting="likelihood")`` or
-        `MixedScore.loss`.
+        from ``loss`` of a `MixedScore`.
     weight, t_min
         See `evidence_lower_bound`.
     of

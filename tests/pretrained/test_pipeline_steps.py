@@ -246,6 +246,21 @@ def test_a_start_in_the_middle_follows_from_the_latents():
         assert found.step_index == 8
 
 
+def test_pipelines_repeat_a_step_and_start_again_by_the_index_of_the_step():
+    found, x = made(PLAIN, "VPSDE", FIRST), latents()
+    found.set_timesteps(8)
+    first, second = found.timesteps[:2]
+    start = found.step(network(x, first), first, x).prev_sample
+    once = found.step(network(start, second), second, start).prev_sample
+    found._step_index -= 1
+    assert found.step_index == 1
+    again = found.step(network(start, second), second, start).prev_sample
+    assert far(again, once) <= CLOSE
+    found._step_index = None
+    assert found.step_index is None
+    assert far(found.step(network(x, first), first, x).prev_sample, start) <= CLOSE
+
+
 @pytest.mark.parametrize("scheduler", [PLAIN, FLOW(shift=2.0)])
 @pytest.mark.parametrize("grid", ["root_times", "scheduler"])
 def test_noise_is_added_at_the_levels_of_the_scheduler(scheduler, grid):

@@ -14,6 +14,7 @@ from cldsde.pretrained.ncsnpp import NCSNpp
 from cldsde.pretrained.published import recognise
 from cldsde.pretrained.published_models import PUBLISHED
 from cldsde.pretrained.published_score import Parameterisation, PublishedScore
+from cldsde.score import PerturbedData
 from probes import generator
 from published_data import MODELS, case, checkpoint, load, save_checkpoint
 from tolerances import rounding
@@ -216,6 +217,15 @@ def test_predictions_agree_with_the_score():
     assert score.data_prediction(z, t).shape == (2, 1, 8, 8)
     score, z = score_of("ve_levels"), z[:, :1]
     assert torch.equal(score(z, 0.5), score(z, torch.full((2,), 0.5)))
+
+
+@pytest.mark.parametrize("prediction", ["data", "score", "foo"])
+def test_an_unknown_error_is_rejected_before_the_network_is_evaluated(prediction):
+    how = Parameterisation(code="cld-sgm")
+    score = PublishedScore(torch.nn.Module(), CLD(), how)  # without forward
+    pair = PerturbedData.draw(CLD(), torch.zeros(2, 1, 8, 8), 0.5)
+    with pytest.raises(ValueError, match=f"^prediction must be one of .*; got '{prediction}'"):
+        score.loss(pair, prediction=prediction)
 
 
 def test_numerical_eps_keeps_the_gain_finite_near_the_data():
