@@ -204,9 +204,10 @@ class SamplingConfig:
     ``"karras"``. None: the recommended solver's grid, and ``"root"`` for other solvers."""
     t_start: StartTime = None
     t_end: Time | None = None
-    """Times at which sampling starts and ends (ε). None: as `cldsde.sample` chooses them for the
-    numbers of an image, or of its latent variables; solvers other than the recommended one go from
-    κ = −3.3 or less to 3.3 (κ: half the log of the signal-to-noise ratio). Both ends are within the
+    """Times at which sampling starts and ends (ε). None: as `cldsde.sample` chooses them, with D
+    the number of values of an image or of its latent variables. Solvers other than the recommended
+    one start at κ = −3.3 (κ: half the log of the signal-to-noise ratio), or at a smaller κ if D
+    times the evaluations exceeds 29,000, and end at 3.3. Both ends are within the
     noise levels of the process. With ``--process`` they are also within those of the training.
     Without ``--process`` a run may end below ``training.t_min``, and prints a note."""
     denoise: Flag = True

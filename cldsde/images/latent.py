@@ -217,6 +217,8 @@ class VAE(nn.Module):
     def log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
         """Log-likelihood of each image given its latent map in nats, ``(B,)``."""
         _check_shape(x, self.shape, "x")
+        if len(x) != len(z):
+            raise ValueError(f"x and z must have one row per image; got {len(x)} and {len(z)}")
         return self.likelihood.log_likelihood(self.decode(z), x)
 
     def images(self, z: Tensor) -> Tensor:

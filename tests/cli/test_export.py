@@ -86,6 +86,7 @@ def test_a_run_that_no_pipeline_can_sample_is_rejected(
         ((digits_run, here / "file" / "x"), "file is no folder"),
         ((digits_run, new, "--solver", "none"), "--solver: solver must be module:ClassName or"),
         ((digits_run, new), "--solver: solver must evaluate the score only at the start"),
+        ((digits_run, new, "--solver", "probability-flow"), "--solver: solver must evaluate the"),
         ((labelled_run, new), "network.conditional: must be False for a pipeline"),
         ((here, new), "is no run of cldsde train"),
         ((own, new), "network.name: must be 'UNet' for a UNet2DModel; the run has a network"),

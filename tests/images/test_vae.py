@@ -191,3 +191,5 @@ def test_images_and_latent_maps_of_another_shape_are_rejected():
             function(torch.zeros(2, 1, 8, 4))
     with pytest.raises(ValueError, match=r"z must have shape \(B, 4, 4, 4\); got \(4, 4, 4\)"):
         vae.decode(torch.zeros(4, 4, 4))
+    with pytest.raises(ValueError, match="x and z must have one row per image; got 3 and 1"):
+        vae.log_likelihood(torch.zeros(3, 1, 8, 8), torch.zeros(1, 4, 4, 4))

@@ -71,7 +71,8 @@ def check_gradients(function, *values):
 @every_declaration
 def test_processes_are_differentiable_in_their_parameters(name):
     def function(*values):
-        return tuple(kernels(declared(name, values)))
+        # torch's fast mode confuses outputs if some have no gradient.
+        return tuple(x for x in kernels(declared(name, values)) if x.requires_grad)
 
     values = PARAMETERS[name][2]
     check_gradients(function, *values)

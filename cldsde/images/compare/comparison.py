@@ -28,7 +28,7 @@ from cldsde.images.evaluate.results import Result, check_comparable
 from cldsde.images.model import TrainedModel, load_model
 from cldsde.images.networks import parameter_count
 from cldsde.images.runs import METRICS, RunFolder, check_folder
-from cldsde.images.sample.sampler import ImageSampler, chosen_for
+from cldsde.images.sample.sampler import ImageSampler, chosen_for, make_solver
 from cldsde.images.schema import plain
 from cldsde.images.train.loop import train
 from cldsde.progress import progress_bar
@@ -124,7 +124,7 @@ class Comparison:
     def _draw(self, row: RowConfig, model: TrainedModel) -> str:
         """Keep a picture of a row's first images, one line per budget; return its name."""
         recipes = row.recipes()
-        solvers = [chosen_for(model.score, recipe)[0] for recipe in recipes]
+        solvers = [make_solver(x) or chosen_for(model.score, x)[0] for x in recipes]
         parts = f"{model.digest} {recipes} {solvers}"
         digest = hashlib.sha256(parts.encode()).hexdigest()[:8]
         words = "".join(x if x.isalnum() else " " for x in row.label.lower())

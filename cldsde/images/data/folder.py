@@ -72,8 +72,8 @@ class FolderImages(Images):
         Decode every picture at once, and leave out those that cannot be decoded.
     cache, cache_gib
         Folder of decoded pictures, and its largest size in GiB: the files unused for the longest
-        time make room. ``"auto"`` is the folder that the page "Train an image model" names. None
-        decodes pictures whenever they are needed.
+        time make room. ``"auto"`` is ``decoded`` in ``$CLDSDE_CACHE``, by default in cldsde's
+        folder of ``$XDG_CACHE_HOME`` or ``~/.cache``. None decodes them whenever they are needed.
 
     Attributes
     ----------

@@ -118,7 +118,7 @@ Files = list[tuple[Names, Path | Packed]]
 
 def find_pictures(
     path: str | Path, *, classes: bool
-) -> tuple[Sequence[Path | Packed], Any, Any, Any, Counter[str]]:
+) -> tuple[Sequence[Path | Packed], Sequence[int] | None, Sequence[str] | None, Any, Counter[str]]:
     """Pictures of a folder, a zip archive or a saved data set in their order; see `FolderImages`.
 
     Also returned are their classes and the names of these, or None; facts that change with the

@@ -35,7 +35,8 @@ def measured(images: Tensor, levels: Scale) -> Tensor:
 
 def measured_batches(images: Images, batch: int = 256) -> Iterator[Tensor]:
     """All images of a set as features take them, batch by batch."""
-    for rows in torch.split(torch.arange(len(images), device="cpu"), batch):
+    for first in range(0, len(images), batch):
+        rows = torch.arange(first, min(first + batch, len(images)), device="cpu")
         yield measured(images.load(rows), images.levels)
 
 

@@ -221,7 +221,8 @@ def frechet(
 ) -> dict[str, Any]:
     """Fréchet distance of images to a reference in the features of any network.
 
-    Compare equal numbers of images only: the page "Compute an FID that compares" has the bias.
+    The distance of few images is biased upwards, so compare equal numbers of images only. The page
+    "Compute an FID that compares" estimates the bias.
 
     Parameters
     ----------

@@ -9,7 +9,6 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import field
 from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -78,8 +77,6 @@ class Evaluation(Measurements):
     device: str = "cpu"
     progress: bool = False  # show progress bars on stderr
     first_seed: int = 0  # of the images
-    # First batch of images of digests and recipes that were measured.
-    first_images: dict[tuple[str, str], Any] = field(default_factory=dict, init=False)
 
     def check(self, images: int | None = None, *, shape: Sequence[int] | None = None) -> None:
         """Raise an error if something cannot be measured, before any work is done."""
@@ -292,6 +289,11 @@ class Evaluation(Measurements):
     def bar(self) -> Any:
         """Progress of `of_run`, in sampled images."""
         return progress_bar(None, shown=self.progress, desc="evaluation", unit="image")
+
+    @cached_property
+    def first_images(self) -> dict[tuple[str, str], Tensor]:
+        """First batch of images of digests and recipes that were measured."""
+        return {}
 
     @property
     def _kind(self) -> str:

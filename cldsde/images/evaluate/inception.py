@@ -55,6 +55,8 @@ class InceptionFeatures:
         other = f"{weights} (SHA-256 {self.sha256[:8]}…) is not {INCEPTION_FILE}"
         try:
             state: Any = torch.load(weights, map_location="cpu", weights_only=True)
+        except MemoryError:
+            raise
         except Exception as error:  # torch documents none, and raises many
             msg = f"{other}: it is damaged, or holds other things than tensors, which are not "
             raise ValueError(f"{msg}loaded; get it from {_URL}") from error

@@ -25,7 +25,7 @@ from cldsde.images.model import (
     make_model,
 )
 from cldsde.images.networks import CLOCK_SCALE
-from cldsde.images.sample.sampler import changed_recipe, make_plan
+from cldsde.images.sample.sampler import changed_recipe, make_plan, make_solver
 from cldsde.images.schema import plain
 from cldsde.images.tensor_files import tensors_digest
 from cldsde.linear.blocks import apply_blocks
@@ -61,7 +61,11 @@ class RunScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
         """Choose the grid of the run for a number of score evaluations; pipelines call it."""
-        sampling = changed_recipe(self.run.sampling, nfe=num_inference_steps)
+        sampling, solver = self.run.sampling, make_solver(self.run.sampling)
+        if solver is not None:
+            with setting("solver"):
+                check_steppable(solver)
+        sampling = changed_recipe(sampling, nfe=num_inference_steps)
         made, recipe = make_plan(self._score, sampling, shape=self.space.shape)
         self._plan = made
         with setting("solver"):

@@ -78,12 +78,12 @@ def chosen_for(
     score: Score, sampling: SamplingConfig, shape: Sequence[int] = (1,)
 ) -> tuple[Solver, dict[str, Any]]:
     """The solver that samples a score, and the grid and ends that the settings leave open."""
+    solver, ends = make_solver(sampling), (sampling.t_start, sampling.t_end)
+    if solver is not None and (sampling.solver == FITTED or None not in ends):
+        return solver, {}
     made, recipe = make_plan(score, sampling, shape=shape)
-    recommended, ends = sampling.solver == RECOMMENDED, (sampling.t_start, sampling.t_end)
-    if not recommended and (sampling.solver == FITTED or None not in ends):
-        return made.solver, {}
     start, *_, end = made.times.tolist()
-    grid = {"grid": recipe.grid.__name__.removesuffix("_times")} if recommended else {}
+    grid = {"grid": recipe.grid.__name__.removesuffix("_times")} if solver is None else {}
     return made.solver, {**grid, "t_start": start, "t_end": end}
 
 
@@ -113,12 +113,12 @@ def make_plan(
     observed: Conditioning | None = None,
     shape: Sequence[int] = (1,),
 ) -> tuple[Plan, Recipe]:
-    """The plan of a solver for data of a shape, and the recipe that it was made by.
+    """The plan of a solver for data of a shape, and a recipe with its way to denoise at the end.
 
     The grid is the longest that takes at most ``nfe`` score evaluations: the last denoising counts,
     and guidance doubles them. Adaptive solvers get the two ends. With an observed picture,
-    ``multistep-2-sde`` stands for the recommended solver. Raises a SettingError if recipe, process
-    and observation do not fit.
+    ``multistep-2-sde`` stands for the recommended solver. Only a recommended recipe also has its
+    grid. Raises a SettingError if recipe, process and observation do not fit.
     """
     score = as_score(score)
     sde = check_process(score.sde if sde is None else sde)
@@ -138,7 +138,6 @@ def make_plan(
             fits = sampling.solver != FITTED
             require(fits, "settings", "were fitted without an observed picture; name a solver")
             solver = observed.solver(solver)
-        grid = getattr(grids, f"{sampling.grid}_times")
         if sampling.solver == FITTED:
             with setting("settings"):
                 times = _settings(sampling).times(sde)
@@ -147,12 +146,13 @@ def make_plan(
                 start, end = window(process, **how)
             end = end if observed is None else observed.end(sde, end)
             with setting("nfe"):
-                options: Any = {"grid": grid, "denoise": sampling.denoise}
+                options: Any = {"denoise": sampling.denoise}
+                options["grid"] = getattr(grids, f"{sampling.grid}_times")
                 times = fit_grid(process, solver, start, end, sampling.nfe, **options)
         made = plan(process, solver, times)
         if observed is not None:
             observed.check_steps(made)
-        return made, Recipe(solver, sampling.denoise, grid=grid)
+        return made, Recipe(solver, sampling.denoise)
     except SettingError:
         raise
     except ValueError as error:
@@ -171,7 +171,7 @@ Start = tuple[SampleNoise, Tensor]
 class Samples(NamedTuple):
     """Images and their score evaluations."""
 
-    images: Tensor  #: ``(N, C, H, W)`` uint8, or float32, on the CPU.
+    images: Tensor  #: ``(N, C, H, W)`` uint8, or float32 for continuous data, on the CPU.
     evaluations: Tensor  #: Score evaluations of each image, ``(N,)`` int64.
     levels: Scale = 256  #: Number of grey levels, or range of continuous numbers.
 

@@ -211,7 +211,7 @@ class Learner:
 def learning(
     config: RunConfig, data: DataSet, device: str, statistics: Statistics
 ) -> Iterator[Learner]:
-    """A learner, for one training on a device."""
+    """Make the learner of one training; restore random numbers and precision afterwards."""
     try:
         engine = make_engine(config, device)
         learner = Learner(config, data, statistics, engine)
