@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -123,13 +122,13 @@ def _similar_panels(
         rate = 1 + drift(tau.unsqueeze(0))[0].norm(dim=(-2, -1)) * tau
         work = torch.zeros_like(knots)
         work[1:] = (0.5 * (rate[1:] + rate[:-1]) * knots.diff()).cumsum(0)
-        first, last = (torch.from_numpy(np.interp(at.log(), knots, work)) for at in (floor, latest))
+        first, last = (_interpolate(at.log(), knots, work) for at in (floor, latest))
         total = float((last - first).max())
 
     def edges(panels: int) -> tuple[Tensor, Tensor]:
         share = torch.arange(panels + 1, dtype=torch.float64, device="cpu").unsqueeze(1) / panels
         with torch.no_grad():
-            times = torch.from_numpy(np.interp(last.lerp(first, share), work, knots)).exp()
+            times = _interpolate(last.lerp(first, share), work, knots).exp()
             fraction = ((times - s) / (t - s)).clamp(0, 1)
             # Over short intervals the rate is constant, and the division is ill-conditioned.
             fraction = torch.where(t - s <= 1e-3 * t, 1 - share, fraction)
@@ -138,6 +137,13 @@ def _similar_panels(
         return s + span * fraction[:-1], span * fraction.diff(dim=0)
 
     return max(1, math.ceil(total / 4)), edges
+
+
+def _interpolate(at: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Piecewise linear y(x) for increasing knots x; numpy's needs tensors with storage."""
+    i = torch.searchsorted(x, at.contiguous()).clamp(1, len(x) - 1)
+    fraction = ((at - x[i - 1]) / (x[i] - x[i - 1])).clamp(0, 1)
+    return y[i - 1].lerp(y[i], fraction)
 
 
 def collocate(matrices: Matrices, starts: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
