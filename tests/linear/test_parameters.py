@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from cldsde import CLD, HOLD, PSLD, VESDE, VPSDE, LinearSDE, ReverseProcess, Schedule, SubVPSDE
+from cldsde.linear.paths import NoisePath
 from cldsde.linear.series import legendre_matrices
 from cldsde.solvers import SSCS, solve, uniform_times
 from probes import generator, tensor
@@ -145,6 +146,15 @@ def test_values_derived_from_an_updated_parameter_are_rejected(make):
     update(leaf)
     with pytest.raises(RuntimeError, match=r"was 0\.9 and is 0\.909 now"):
         sde.marginal(0.5)
+
+
+def test_the_path_of_a_process_with_an_updated_parameter_has_no_slopes():
+    leaf, t = torch.nn.Parameter(tensor(0.03)), tensor([0.2, 0.7])
+    path = NoisePath.of(VESDE(leaf))
+    path.slopes(t)
+    update(leaf)
+    with pytest.raises(RuntimeError, match="Make the process anew"):
+        path.slopes(t)
 
 
 # Gradients of kernels and posteriors -----------------------------------------------------------
