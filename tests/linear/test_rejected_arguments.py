@@ -204,6 +204,7 @@ NO_DATA: list[Any] = [torch.zeros(2, dtype=torch.int64), [0.0], torch.tensor(0.0
 SHAPES = [torch.zeros(shape) for shape in ((1, 2, 4), (3, 3, 4), (3, 2), (3, 2, 5))]
 DRAWING = [partial(prior.sample, (2, 1)), partial(sde.augment, x), partial(sde.perturb, x, 0.5)]
 DRAWING += [partial(step.perturb, z), partial(one.sample, z, z)]
+DRAWING += [partial(sde.perturb, x, 2.0)]  # before a kernel is computed, which rejects the time
 NO_GENERATORS: list[Any] = [3, "0", 1.0, [3], [torch.Generator(), None]]
 UNEVEN = [[generator(i) for i in range(count)] for count in (0, 4)]
 EMPTY = [f.log_prob for f in (flow(0.1, 0.5), flow(0.4, 0.4), posterior(0.4, 0.4))]
