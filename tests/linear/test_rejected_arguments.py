@@ -46,7 +46,7 @@ SCHEDULES: Rows = [
     (ValueError, "offset must be finite", calls(Schedule.cosine, [-1e-9, NAN])),
     (ValueError, "stop must lie", calls(Schedule.cosine, [0.1], [0, -0.5, 1, NAN])),
     (ValueError, r"finite and not negative on .*; got .* at t = ", calls(Schedule, NEGATIVE)),
-    (ValueError, "shape of its argument", calls(Schedule, SHAPELESS)),
+    (ValueError, r"shape \(1025,\), as its argument has; got", calls(Schedule, SHAPELESS)),
     (TypeError, "rate must be a function of times", calls(Schedule, [3.0, (1, 2), None])),
     (TypeError, "integral must be a function of two", calls(Schedule, [torch.ones_like], [3.0])),
     (ValueError, "accept a tensor", calls(Schedule, [lambda t: torch.tensor(math.exp(t))])),
