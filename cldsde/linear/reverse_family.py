@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -67,16 +68,17 @@ def _collocated_family(
     Panels are doubled until these change by less than 1e-12 of each row's size.
     """
 
-    def reverse(times: Tensor, level: Tensor = level) -> tuple[Tensor, Tensor]:
+    def reverse(level: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
         rotation, dissipation, g = whitened_matrices(dynamics, root_at, times)
         return rotation + level.square() * dissipation, level * g
 
-    panels, edges = _similar_panels(lambda times: reverse(times, level.detach().max())[0], s, t)
+    panels, edges = _similar_panels(partial(reverse, level.detach().max()), s, t)
+    matrices = partial(reverse, level)
     most = max(_MAX_PANELS, 8 * panels)
-    fine = collocate(reverse, *edges(panels))
+    fine = collocate(matrices, *edges(panels))
     while 2 * panels <= most:
         panels *= 2
-        coarse, fine = fine, collocate(reverse, *edges(panels))
+        coarse, fine = fine, collocate(matrices, *edges(panels))
         if all(map(_close, fine, coarse)):
             return fine
     raise ValueError(
@@ -104,7 +106,7 @@ def _single_family(
 
 
 def _similar_panels(
-    drift: Callable[[Tensor], Tensor], s: Tensor, t: Tensor
+    matrices: Matrices, s: Tensor, t: Tensor
 ) -> tuple[int, Callable[[int], tuple[Tensor, Tensor]]]:
     """First number of panels from t down to s, and their edges as a function of the number.
 
@@ -119,7 +121,8 @@ def _similar_panels(
         low, high = float(floor.min().log()), float(latest.max().log())
         knots = torch.linspace(low, high + 1e-9, 257, dtype=torch.float64, device="cpu")
         tau = knots.exp().clamp_max(t.max())
-        rate = 1 + drift(tau.unsqueeze(0))[0].norm(dim=(-2, -1)) * tau
+        drift, _ = matrices(tau.unsqueeze(0))
+        rate = 1 + drift[0].norm(dim=(-2, -1)) * tau
         work = torch.zeros_like(knots)
         work[1:] = (0.5 * (rate[1:] + rate[:-1]) * knots.diff()).cumsum(0)
         first, last = (_interpolate(at.log(), knots, work) for at in (floor, latest))
