@@ -12,9 +12,9 @@ from cldsde.linear.covariance import joint_root
 from cldsde.linear.schedule import gauss_legendre
 from cldsde.solvers.authoring import PathNoise
 
+from .plain import Array
 from .problems import Problem
 from .reference import GaussianReference, dop853
-from .regression import Array
 
 _NODES = 6  # quadrature nodes per cell
 
