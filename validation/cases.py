@@ -12,9 +12,9 @@ from cldsde.linear.covariance import joint_root
 from cldsde.linear.schedule import gauss_legendre
 from cldsde.solvers.authoring import PathNoise
 
+from .plain import Array
 from .problems import Problem
 from .reference import GaussianReference, dop853
-from .regression import Array
 
 _NODES = 6  # quadrature nodes per cell
 
@@ -58,10 +58,10 @@ class PathCase:
     - the stochastic integral of the process;
     - for Gaussian data of one dimension, the noise in the solution of the linear reverse SDE.
 
-    Transitions and reverse steps of a cell come from the package. Kernels are checked separately,
-    and a wrong reverse step would leave an error that does not fall. ``times`` is the finest grid
-    to be solved on. ``start`` are the states ``(samples, k, D)`` at its start. ``end`` are the
-    exact end states; None unless the data are Gaussian of one dimension.
+    Moments come from `GaussianReference`. Transitions within a cell come from the package, whose
+    kernels are checked separately. ``times`` is the finest grid to be solved on. ``start`` are the
+    states ``(samples, k, D)`` at its start. ``end`` are the exact end states; None unless the data
+    are Gaussian of one dimension.
     """
 
     def __init__(
@@ -82,11 +82,7 @@ class PathCase:
         # Divide the time integral by the cell's length, so that all rows have similar sizes.
         parts = [eye, x[:, None, None] * eye, forth @ G]
         if problem.exact:
-            covariance = sde.initial_covariance
-            covariance[0, 0] += float(problem.data.covariances)
-            means = sde.marginal(times).mean[..., :1] * float(problem.data.means)
-            moves = sde.posterior(u, t, initial_covariance=covariance).state
-            back = sde.posterior(u.unsqueeze(1), nodes, initial_covariance=covariance).state
+            means, moves, back = _exact_steps(problem, times, nodes)
             parts.append(back @ G)
         columns = (length.unsqueeze(1) * w).sqrt()[..., None, None] * torch.cat(parts, dim=-2)
         roots = joint_root(columns.movedim(1, 2).flatten(2))
@@ -130,3 +126,18 @@ class PathCase:
                 draw = draw + apply_blocks(noise.time_integral[i], total)
             draws.append(draw)
         return draws
+
+
+def _exact_steps(problem: Problem, times: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Exact reverse SDE for Gaussian data: its means, and Φ_1(u, τ) = Σ_u Ψ(τ, u)ᵀ Σ_τ⁻¹.
+
+    Φ_1 is given from start to end of each cell, and from its nodes to its end.
+    """
+    reference = GaussianReference(problem, times)
+    means, covariances = map(torch.stack, zip(*map(reference.moments, times.tolist()), strict=True))
+    after = covariances[1:].unsqueeze(1)
+    before = torch.cat([times[:-1].unsqueeze(1), nodes], dim=1)
+    kernel = problem.sde.transition(times[1:].unsqueeze(1).expand(before.shape), before)
+    psi = kernel.mean
+    moves = after @ psi.mT @ torch.linalg.inv(psi @ after @ psi.mT + kernel.covariance)
+    return means, moves[:, 0], moves[:, 1:]

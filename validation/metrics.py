@@ -114,6 +114,7 @@ def responsibilities(x: Tensor, weights: Tensor, means: Tensor, covariances: Ten
     if bool(faults.any()):
         msg = "data must have modes of positive width in all directions, or noise be positive"
         raise ValueError(msg)
-    modes = MultivariateNormal(means.unsqueeze(1), scale_tril=roots.unsqueeze(1))
+    # Validation would reject points that are NaN, and an empty set of points.
+    modes = MultivariateNormal(means[:, None], scale_tril=roots[:, None], validate_args=False)
     logits: Tensor = weights.log()[:, None] + modes.log_prob(x)
     return logits.softmax(0)

@@ -15,8 +15,8 @@ from numpy.typing import ArrayLike
 
 from cldsde.linear.checks import check_positive
 
-from .plain import plain
-from .regression import Array, is_steady, local_orders, log_slope, turns
+from .plain import Array, plain
+from .regression import is_steady, local_orders, log_slope, turns
 
 _MODEL = 1e-3  # relative error of every expansion of an error, however smooth it looks
 

@@ -1,4 +1,4 @@
-"""Results as strict JSON, as tables of text, and in figures."""
+"""Results as arrays, as strict JSON, as tables of text, and in figures."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from cldsde.files import write_whole
+
+Array = NDArray[np.float64]
 
 
 def plain(value: Any) -> Any:

@@ -107,8 +107,8 @@ def posterior_error(
     samples, repeats
         Samples of each repetition, at least 100, and independent repetitions, at least 2.
     steps
-        Steps of the grid, `PosteriorProblem.times`, at least 2. ValueError if one of these three
-        numbers is smaller, and TypeError if one is no integer.
+        Steps of the grid, `PosteriorProblem.times`, at least 2. ValueError if ``samples``,
+        ``repeats`` or ``steps`` is smaller, TypeError if one is not an integer.
     seed
         Seed of all random numbers.
     name
@@ -122,20 +122,11 @@ def posterior_error(
     >>> found.verdict
     <Verdict.PASS: 'PASS'>
     """
-    known = posterior_methods()
     label = method if isinstance(method, str) else getattr(method, "__name__", "sampler")
-    if isinstance(method, str):
-        one_of(method, tuple(known), "method")
-        method = known[method]
-    elif not isinstance(method, PosteriorMethod):
-        method = PosteriorMethod(sampler=method, exact="always")
-    as_integer(samples, 100, "samples")
-    as_integer(steps, 2, "steps")
-    as_integer(repeats, 2, "repeats")
-    if not isinstance(problem, PosteriorProblem):
-        msg = "problem must be a PosteriorProblem, such as posterior_problems()['mask']"
-        raise TypeError(f"{msg}; got {problem!r}")
     label = str(label) if name is None else name
+    method = _checked(method, problem, steps)
+    as_integer(samples, 100, "samples")
+    as_integer(repeats, 2, "repeats")
     sde = CLD() if sde is None else sde
     posterior, noise = problem.posterior, problem.observation.noise_std
     process = ReverseProcess(sde, problem.data.score(sde))
@@ -171,6 +162,23 @@ def posterior_error(
         seconds=seconds,
         exact=method.exact == "always" or (method.exact == "gaussian" and single),
     )
+
+
+def _checked(
+    method: str | PosteriorMethod | PosteriorSampler, problem: PosteriorProblem, steps: int
+) -> PosteriorMethod:
+    """Check these arguments, and return the method; a sampler claims the exact posterior."""
+    as_integer(steps, 2, "steps")
+    if not isinstance(problem, PosteriorProblem):
+        msg = "problem must be a PosteriorProblem, such as posterior_problems()['mask']"
+        raise TypeError(f"{msg}; got {problem!r}")
+    if isinstance(method, str):
+        known = posterior_methods()
+        one_of(method, tuple(known), "method")
+        return known[method]
+    if isinstance(method, PosteriorMethod):
+        return method
+    return PosteriorMethod(sampler=method, exact="always")
 
 
 class _Measure:
@@ -228,7 +236,7 @@ class Calibration:
 
 
 def calibration_ranks(
-    method: str | PosteriorSampler,
+    method: str | PosteriorMethod | PosteriorSampler,
     problem: PosteriorProblem,
     *,
     sde: LinearSDE | None = None,
@@ -245,12 +253,11 @@ def calibration_ranks(
 
     Parameters
     ----------
-    method, sde, steps, seed
-        See `posterior_error`.
-    problem
-        The problem. Its y is not used, because each draw has an observation of its own.
+    method, problem, sde, steps, seed
+        See `posterior_error`. The problem's y is not used: each draw has its own observation.
     draws, samples
-        Numbers of data points drawn, and of posterior samples per data point.
+        Numbers of data points drawn, and of posterior samples per data point. ValueError if one is
+        below 1, TypeError if it is not an integer.
 
     References
     ----------
@@ -259,7 +266,9 @@ def calibration_ranks(
     """
     from scipy.stats import kstest  # slow to import
 
-    sampler = posterior_methods()[method].sampler if isinstance(method, str) else method
+    sampler = _checked(method, problem, steps).sampler
+    as_integer(draws, 1, "draws")
+    as_integer(samples, 1, "samples")
     sde = CLD() if sde is None else sde
     times = problem.times(sde, steps)
     process = ReverseProcess(sde, problem.data.score(sde))

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from cldsde.linear import LinearSDE
 
+from .plain import Array
 from .problems import Problem
-from .regression import Array
 
 _TOLERANCE = 1e-13
 

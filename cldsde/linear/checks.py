@@ -213,8 +213,8 @@ def checked_values(
         raise ValueError(msg) from error
     if values.shape != times.shape or values.dtype != torch.float64:
         raise ValueError(
-            f"{name} must return float64 of the shape of its argument, {tuple(times.shape)}; got "
-            f"{values.dtype} of shape {tuple(values.shape)}"
+            f"{name} must return float64 of the shape {tuple(times.shape)}, as its argument has; "
+            f"got {values.dtype} of shape {tuple(values.shape)}"
         )
     bad = ~(values.isfinite() if signed else values.isfinite() & (values >= 0))
     if bool(bad.any()):

@@ -1,6 +1,6 @@
 """Functions of time on adaptive panels, as Legendre and Taylor series of full relative accuracy.
 
-A function on a panel is sampled at Gauss nodes and represented by its coefficients in the
+A function on a panel is sampled at q = 16 Gauss nodes and represented by its coefficients in the
 orthonormal Legendre polynomials p_j of x ∈ [0, 1]. Consider a part of the panel with the relative
 length ρ. Around its end the function is a series in y ∈ [0, 1], the time before the end. Term p is
 of order ρ^p. Such series are formed, multiplied and integrated term by term, so that every term
@@ -21,10 +21,8 @@ from cldsde.linear.checks import as_float64
 from cldsde.linear.schedule import gauss_legendre
 from cldsde.linear.series import balancing_scale
 
-NODES = 16
-TERMS = 36
-"""Number of terms of a product."""
-
+_NODES = 16  # q
+_TERMS = 36  # of a product
 _EPS = torch.finfo(torch.float64).eps
 _MAX_PANELS = 4096
 _SHORTEST = 2.0**-48
@@ -33,24 +31,14 @@ _PROMISE = 1e-12
 Function = Callable[[Tensor], Tensor]
 
 
-def _at_nodes(function: Function, left: Tensor, length: Tensor) -> Tensor:
-    """Values ``(p, NODES, a, b)`` at the Gauss nodes of panels [left, left + length], ``(p,)``."""
-    return function(left.unsqueeze(1) + length.unsqueeze(1) * gauss_legendre(NODES)[0])
-
-
-def _time_rounding(left: Tensor, length: Tensor) -> Tensor:
-    """Rounding error of the times in panels relative to the panels' lengths, ``(p,)``."""
-    return _EPS * (left + length) / length
-
-
 @torch.no_grad()
 def partition(drift: Function, diffusion: Function, grid: Tensor) -> Tensor:
-    """Edges of panels on which a transition is a Taylor series of `TERMS` terms.
+    """Edges of panels on which a transition is a Taylor series of `_TERMS` terms.
 
     Panels are halved until three conditions hold:
 
-    - F and G are polynomials of degree NODES − 1 to rounding, by their last Legendre coefficients
-      and by their values on the grid;
+    - F and G are polynomials of degree q − 1 to rounding, by their last Legendre coefficients and
+      by their values on the grid;
     - the last terms of Ψ G are below rounding;
     - ‖F‖h ≤ 2.
 
@@ -110,16 +98,43 @@ def partition(drift: Function, diffusion: Function, grid: Tensor) -> Tensor:
     return torch.cat([left.sort().values, grid[-1:]])
 
 
-def _norm(matrices: Tensor) -> Tensor:
-    norms: Tensor = torch.linalg.matrix_norm(matrices)
-    return norms
+def end_series(
+    functions: tuple[Function, Function], left: Tensor, length: Tensor, s: Tensor, h: Tensor
+) -> Tensor:
+    """Taylor terms ``(p, q, a, b)`` of functions, side by side, at the end of [s, s + h].
+
+    The panels [left, left + length], ``(p,)``, contain these intervals.
+    """
+    values = torch.cat([_at_nodes(f, left, length) for f in functions], dim=-1)
+    at_end = torch.cat([f(s + h) for f in functions], dim=-1)
+    series = _without_rounding(_legendre(values), _time_rounding(left, length))
+    series = _taylor(series, (s + h - left) / length, h / length)
+    # Interpolation gives a nearly vanishing entry no relative accuracy, so use the function's
+    # value at the end. It averages the rounding of all other entries.
+    small = at_end.detach().abs() < 0.01 * values.detach().abs().amax(1)
+    value = torch.where(small, at_end, series[:, 0])
+    return torch.cat([value.unsqueeze(1), series[:, 1:]], dim=1)
 
 
-def _unresolved(time: Tensor) -> ValueError:
-    return ValueError(
-        f"drift or diffusion nearly diverges or varies too quickly near t = {float(time):.10g}; "
-        "end the process earlier, or take smoother functions (that return float64)"
-    )
+def transition_series(F: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
+    """Taylor terms of Y(y) = Ψ(end, end − h y), which solves Y' = Y F with Y(0) = I, and of Y G.
+
+    They are ``(p, _TERMS, k, k)``, whose sum is Ψ, and ``(p, _TERMS, k, r)``. ``F`` and ``G`` are
+    the terms of hF, ``(p, q, k, k)``, and of G, ``(p, q, k, r)``.
+    """
+    p, _, k, _ = F.shape
+    # Term n of a product with Y is the latest terms of Y, side by side, times the stacked factors.
+    factors = torch.cat([F, G], dim=-1).flip(1).flatten(1, 2)
+    recent = torch.eye(k, device="cpu", dtype=torch.float64).expand(p, k, k)
+    Y, driven = [recent], []
+    for n in range(1, _TERMS + 1):
+        product = recent @ factors[:, -recent.shape[-1] :]
+        driven.append(product[..., k:])
+        if n < _TERMS:
+            Y.append(product[..., :k] / n)
+            full = recent.shape[-1] == _NODES * k
+            recent = torch.cat([recent[..., k:] if full else recent, Y[-1]], dim=-1)
+    return torch.stack(Y, dim=1), torch.stack(driven, dim=1)
 
 
 class OverTimes:
@@ -159,8 +174,30 @@ class OverTimes:
         return torch.stack([self._value(x) for x in t])
 
 
+def _unresolved(time: Tensor) -> ValueError:
+    return ValueError(
+        f"drift or diffusion nearly diverges or varies too quickly near t = {float(time):.10g}; "
+        "end the process earlier, or take smoother functions (that return float64)"
+    )
+
+
+def _norm(matrices: Tensor) -> Tensor:
+    norms: Tensor = torch.linalg.matrix_norm(matrices)
+    return norms
+
+
+def _at_nodes(function: Function, left: Tensor, length: Tensor) -> Tensor:
+    """Values ``(p, q, a, b)`` at the Gauss nodes of panels [left, left + length], ``(p,)``."""
+    return function(left.unsqueeze(1) + length.unsqueeze(1) * gauss_legendre(_NODES)[0])
+
+
+def _time_rounding(left: Tensor, length: Tensor) -> Tensor:
+    """Rounding error of the times in panels relative to the panels' lengths, ``(p,)``."""
+    return _EPS * (left + length) / length
+
+
 def _legendre(values: Tensor) -> Tensor:
-    """Legendre coefficients ``(p, NODES, a, b)`` of a function from its values at Gauss nodes."""
+    """Legendre coefficients ``(p, q, a, b)`` of a function from its values at Gauss nodes."""
     series: Tensor = _transform() @ values.flatten(2)
     return series.reshape(values.shape)
 
@@ -168,12 +205,12 @@ def _legendre(values: Tensor) -> Tensor:
 def _without_rounding(series: Tensor, rounding: Tensor) -> Tensor:
     """Set Legendre coefficients below the rounding error of the values to zero, entry by entry.
 
-    Otherwise a derivative of order j would amplify the rounding error by NODES^2j. The gradients of
+    Otherwise a derivative of order j would amplify the rounding error by q^2j. The gradients of
     all coefficients are kept. ``rounding`` ``(p,)`` is the rounding error of a time relative to the
     length of its panel.
     """
     size = series.detach().abs()
-    order = torch.arange(NODES, device="cpu", dtype=torch.float64).reshape(-1, 1, 1)
+    order = torch.arange(_NODES, device="cpu", dtype=torch.float64).reshape(-1, 1, 1)
     slope = (order * size).sum(1, keepdim=True)
     noise = 4 * _EPS * size.amax(1, keepdim=True) + rounding.reshape(-1, 1, 1, 1) * slope
     return series - torch.where(size <= noise, series.detach(), 0.0)
@@ -182,15 +219,15 @@ def _without_rounding(series: Tensor, rounding: Tensor) -> Tensor:
 def _taylor(series: Tensor, end: Tensor, length: Tensor) -> Tensor:
     """Taylor terms of f(end − length y) in powers of y, from the Legendre coefficients of f.
 
-    Both series are ``(p, NODES, a, b)``. ``end`` and ``length`` ``(p,)`` are in units of the panel.
+    Both series are ``(p, q, a, b)``. ``end`` and ``length`` ``(p,)`` are in units of the panel.
     """
     # Powers of y in p_j(x): u p_j = b_{j+1} p_{j+1} + b_j p_{j−1} with u = 2x − 1.
     b = _recurrence()
     u, step = (2 * end - 1).unsqueeze(0), 2 * length.unsqueeze(0)
-    last = torch.zeros(NODES, len(end), device="cpu", dtype=torch.float64)
+    last = torch.zeros(_NODES, len(end), device="cpu", dtype=torch.float64)
     row = torch.cat([torch.ones_like(u), last[1:]])
     rows = [row]
-    for j in range(1, NODES):
+    for j in range(1, _NODES):
         raised = torch.cat([torch.zeros_like(u), step * row[:-1]])
         row, last = (u * row - raised - b[j - 1] * last) / b[j], row
         rows.append(row)
@@ -198,51 +235,12 @@ def _taylor(series: Tensor, end: Tensor, length: Tensor) -> Tensor:
     return terms.reshape(series.shape)
 
 
-def end_series(
-    functions: tuple[Function, Function], left: Tensor, length: Tensor, s: Tensor, h: Tensor
-) -> Tensor:
-    """Taylor terms ``(p, NODES, a, b)`` of functions, side by side, at the end of [s, s + h].
-
-    The panels [left, left + length], ``(p,)``, contain these intervals.
-    """
-    values = torch.cat([_at_nodes(f, left, length) for f in functions], dim=-1)
-    at_end = torch.cat([f(s + h) for f in functions], dim=-1)
-    series = _without_rounding(_legendre(values), _time_rounding(left, length))
-    series = _taylor(series, (s + h - left) / length, h / length)
-    # Interpolation gives a nearly vanishing entry no relative accuracy, so use the function's
-    # value at the end. It averages the rounding of all other entries.
-    small = at_end.detach().abs() < 0.01 * values.detach().abs().amax(1)
-    value = torch.where(small, at_end, series[:, 0])
-    return torch.cat([value.unsqueeze(1), series[:, 1:]], dim=1)
-
-
-def transition_series(F: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
-    """Taylor terms of Y(y) = Ψ(end, end − h y), which solves Y' = Y F with Y(0) = I, and of Y G.
-
-    They are ``(p, TERMS, k, k)``, whose sum is Ψ, and ``(p, TERMS, k, r)``. ``F`` and ``G`` are the
-    terms of hF, ``(p, NODES, k, k)``, and of G, ``(p, NODES, k, r)``.
-    """
-    p, _, k, _ = F.shape
-    # Term n of a product with Y is the latest terms of Y, side by side, times the stacked factors.
-    factors = torch.cat([F, G], dim=-1).flip(1).flatten(1, 2)
-    recent = torch.eye(k, device="cpu", dtype=torch.float64).expand(p, k, k)
-    Y, driven = [recent], []
-    for n in range(1, TERMS + 1):
-        product = recent @ factors[:, -recent.shape[-1] :]
-        driven.append(product[..., k:])
-        if n < TERMS:
-            Y.append(product[..., :k] / n)
-            full = recent.shape[-1] == NODES * k
-            recent = torch.cat([recent[..., k:] if full else recent, Y[-1]], dim=-1)
-    return torch.stack(Y, dim=1), torch.stack(driven, dim=1)
-
-
 def _basis(x: Tensor) -> Tensor:
-    """Polynomials p_0 … p_{NODES−1} at points ``(n,)`` of [0, 1], ``(n, NODES)``."""
+    """Polynomials p_0 … p_{q−1} at points ``(n,)`` of [0, 1], ``(n, q)``."""
     b = _recurrence()
     u = 2 * x - 1
     values = [torch.ones_like(x), u / b[1]]
-    for j in range(2, NODES):
+    for j in range(2, _NODES):
         values.append((u * values[-1] - b[j - 1] * values[-2]) / b[j])
     return torch.stack(values, dim=-1)
 
@@ -250,16 +248,16 @@ def _basis(x: Tensor) -> Tensor:
 @lru_cache
 @torch.inference_mode(False)
 def _recurrence() -> Tensor:
-    """b_j = j/√(4j² − 1) for j < NODES."""
-    b = [j / math.sqrt(4 * j * j - 1) for j in range(1, NODES)]
+    """b_j = j/√(4j² − 1) for j < q."""
+    b = [j / math.sqrt(4 * j * j - 1) for j in range(1, _NODES)]
     return torch.tensor([0.0, *b], device="cpu", dtype=torch.float64)
 
 
 @lru_cache
 @torch.inference_mode(False)
 def _transform() -> Tensor:
-    """Matrix from values at the Gauss nodes to coefficients, ``(NODES, NODES)``."""
-    values = _basis(gauss_legendre(NODES)[0])
+    """Matrix from values at the Gauss nodes to coefficients, ``(q, q)``."""
+    values = _basis(gauss_legendre(_NODES)[0])
     # Compute the Christoffel weights here, because numpy's have an error of some units in the last
     # place.
     return values.T / values.square().sum(1)

@@ -146,7 +146,7 @@ class NoisePath:
             partial(_process_noise, sde),
             interval=(start, 1.0),
             inverse=partial(times_of_log_snr, sde, eps=start),
-            rates=partial(sde.dynamics.rates, initial_variance=sde.initial_covariance[0, 0]),
+            rates=partial(_process_rates, sde),
         )
 
     @property
@@ -205,6 +205,10 @@ def _process_signal(sde: LinearSDE, t: Tensor) -> Tensor:
 
 def _process_noise(sde: LinearSDE, t: Tensor) -> Tensor:
     return sde.marginal(t).root[..., 0, 0]
+
+
+def _process_rates(sde: LinearSDE, t: Tensor) -> tuple[Tensor, Tensor]:
+    return sde.dynamics.rates(t, sde.initial_covariance[0, 0])
 
 
 def _values(function: OfTime, times: Tensor, name: str) -> Tensor:

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -68,16 +68,17 @@ def _collocated_family(
     Panels are doubled until these change by less than 1e-12 of each row's size.
     """
 
-    def reverse(times: Tensor, level: Tensor = level) -> tuple[Tensor, Tensor]:
+    def reverse(level: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
         rotation, dissipation, g = whitened_matrices(dynamics, root_at, times)
         return rotation + level.square() * dissipation, level * g
 
-    panels, edges = _similar_panels(lambda times: reverse(times, level.detach().max())[0], s, t)
+    panels, edges = _similar_panels(partial(reverse, level.detach().max()), s, t)
+    matrices = partial(reverse, level)
     most = max(_MAX_PANELS, 8 * panels)
-    fine = collocate(reverse, *edges(panels))
+    fine = collocate(matrices, *edges(panels))
     while 2 * panels <= most:
         panels *= 2
-        coarse, fine = fine, collocate(reverse, *edges(panels))
+        coarse, fine = fine, collocate(matrices, *edges(panels))
         if all(map(_close, fine, coarse)):
             return fine
     raise ValueError(
@@ -105,7 +106,7 @@ def _single_family(
 
 
 def _similar_panels(
-    drift: Callable[[Tensor], Tensor], s: Tensor, t: Tensor
+    matrices: Matrices, s: Tensor, t: Tensor
 ) -> tuple[int, Callable[[int], tuple[Tensor, Tensor]]]:
     """First number of panels from t down to s, and their edges as a function of the number.
 
@@ -120,16 +121,17 @@ def _similar_panels(
         low, high = float(floor.min().log()), float(latest.max().log())
         knots = torch.linspace(low, high + 1e-9, 257, dtype=torch.float64, device="cpu")
         tau = knots.exp().clamp_max(t.max())
-        rate = 1 + drift(tau.unsqueeze(0))[0].norm(dim=(-2, -1)) * tau
+        drift, _ = matrices(tau.unsqueeze(0))
+        rate = 1 + drift[0].norm(dim=(-2, -1)) * tau
         work = torch.zeros_like(knots)
         work[1:] = (0.5 * (rate[1:] + rate[:-1]) * knots.diff()).cumsum(0)
-        first, last = (torch.from_numpy(np.interp(at.log(), knots, work)) for at in (floor, latest))
+        first, last = (_interpolate(at.log(), knots, work) for at in (floor, latest))
         total = float((last - first).max())
 
     def edges(panels: int) -> tuple[Tensor, Tensor]:
         share = torch.arange(panels + 1, dtype=torch.float64, device="cpu").unsqueeze(1) / panels
         with torch.no_grad():
-            times = torch.from_numpy(np.interp(last.lerp(first, share), work, knots)).exp()
+            times = _interpolate(last.lerp(first, share), work, knots).exp()
             fraction = ((times - s) / (t - s)).clamp(0, 1)
             # Over short intervals the rate is constant, and the division is ill-conditioned.
             fraction = torch.where(t - s <= 1e-3 * t, 1 - share, fraction)
@@ -138,6 +140,13 @@ def _similar_panels(
         return s + span * fraction[:-1], span * fraction.diff(dim=0)
 
     return max(1, math.ceil(total / 4)), edges
+
+
+def _interpolate(at: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Piecewise linear y(x) for increasing knots x; numpy's needs tensors with storage."""
+    i = torch.searchsorted(x, at.contiguous()).clamp(1, len(x) - 1)
+    fraction = ((at - x[i - 1]) / (x[i] - x[i - 1])).clamp(0, 1)
+    return y[i - 1].lerp(y[i], fraction)
 
 
 def collocate(matrices: Matrices, starts: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from cldsde.linear.distributions import Distributions, frozen_parameters
 from cldsde.linear.dynamics import Dynamics, TimeChangedDynamics
 from cldsde.linear.function_dynamics import FunctionDynamics
 from cldsde.linear.kernel import Gaussian
-from cldsde.linear.random import Generators, standard_normal
+from cldsde.linear.random import Generators, check_generator, standard_normal
 from cldsde.linear.reprs import constructor_repr, shown
 from cldsde.linear.schedule import Schedule
 from cldsde.linear.signal_noise import OfTime, SignalNoiseDynamics
@@ -246,7 +246,7 @@ class LinearSDE(Distributions):
         t: TimeLike,
         *,
         conditioning: Literal["data", "all"] = "data",
-        generator: torch.Generator | None = None,
+        generator: Generators | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Draw a noisy state z_t = Ψ z_0 + L ξ from the forward process that starts at the data.
 
@@ -262,7 +262,10 @@ class LinearSDE(Distributions):
             ``"data"``: ξ is the noise given x_0 alone (hybrid score matching). ``"all"``: z_0 is
             drawn first, and ξ is the noise given z_0 (denoising score matching). ValueError for
             another name.
+        generator
+            See `augment`.
         """
+        check_generator(generator)
         if conditioning == "data":
             return self.marginal(t).perturb(self.embed(x0), generator=generator)
         if conditioning == "all":

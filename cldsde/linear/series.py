@@ -76,7 +76,7 @@ def legendre_matrices(n: int) -> tuple[Tensor, Tensor]:
     """
     nodes, weights = gauss_legendre(n)
     x = 2 * nodes - 1
-    P = torch.from_numpy(np.polynomial.legendre.legvander(x.numpy(), n)).T
+    P = torch.from_numpy(np.polynomial.legendre.legvander(x.tolist(), n)).T
     size = 2 * torch.arange(n, dtype=torch.float64, device="cpu") + 1
     transform = size.unsqueeze(1) * weights * P[:-1]
     rises = torch.cat([x.unsqueeze(0) + 1, P[2:] - P[:-2]]).T
@@ -85,7 +85,8 @@ def legendre_matrices(n: int) -> tuple[Tensor, Tensor]:
 
 def balancing_scale(A: Tensor) -> Tensor:
     """Powers of two d for which D⁻¹AD has rows and columns of similar norms (Osborne 1960)."""
-    size = A.detach().abs().numpy().copy()
+    # Not `numpy()`: inside transforms of `torch.func` tensors have no storage.
+    size = np.array(A.abs().tolist())
     np.fill_diagonal(size, 0.0)
     scale = np.ones(len(size))
     for _ in range(8):

@@ -12,8 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from cldsde import CLD, HOLD, PSLD, VESDE, VPSDE, LinearSDE, Schedule, SubVPSDE
-from probes import tensor
+from cldsde import CLD, HOLD, PSLD, VESDE, VPSDE, LinearSDE, ReverseProcess, Schedule, SubVPSDE
+from cldsde.linear.paths import NoisePath
+from cldsde.linear.series import legendre_matrices
+from cldsde.solvers import SSCS, solve, uniform_times
+from probes import generator, tensor
 from tolerances import EPS32, rounding
 
 PARAMETERS: dict[str, tuple[Any, str, tuple[float, ...]]] = {
@@ -146,6 +149,15 @@ def test_values_derived_from_an_updated_parameter_are_rejected(make):
         sde.marginal(0.5)
 
 
+def test_the_path_of_a_process_with_an_updated_parameter_has_no_slopes():
+    leaf, t = torch.nn.Parameter(tensor(0.03)), tensor([0.2, 0.7])
+    path = NoisePath.of(VESDE(leaf))
+    path.slopes(t)
+    update(leaf)
+    with pytest.raises(RuntimeError, match="Make the process anew"):
+        path.slopes(t)
+
+
 # Gradients of kernels and posteriors -----------------------------------------------------------
 
 A, Q_ROOT = tensor([[0.0, 4.0], [-1.0, -4.0]]), tensor([[0.0], [1.4]])
@@ -253,6 +265,33 @@ def test_gradients_are_finite_at_a_singular_start_and_over_empty_steps(variance,
     found = posterior(stochasticity, tensor([0.0, variance]).diag())(*leaves)
     sum(x.sum() for x in found).backward()
     assert all(leaf.grad.isfinite().all() for leaf in leaves)
+
+
+def of_mass(mass):
+    return CLD(mass=mass).transition(0.3, 0.7).root.sum()
+
+
+def of_later_time(t):
+    return CLD().posterior(0.3, t, stochasticity=0.5).root.sum()
+
+
+def of_score(scale):
+    process, times = ReverseProcess(VPSDE(), lambda z, t: -scale * z), uniform_times(1.0, 0.05, 4)
+    state = torch.ones(3, 1, 1, dtype=torch.float64)
+    options = {"generator": generator(), "differentiable": True}
+    return solve(process, SSCS(), state, times, **options).data.sum()
+
+
+@pytest.mark.parametrize(("function", "at"), [(of_mass, 0.25), (of_later_time, 0.7), (of_score, 1)])
+def test_transforms_of_torch_func_have_the_gradients_of_autograd(function, at):
+    x = tensor(float(at))
+    legendre_matrices.cache_clear()  # so that a transform calls it first
+    found = torch.func.grad(function)(x), torch.func.jvp(function, (x,), (torch.ones_like(x),))[1]
+    leaf = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(function(leaf), leaf)
+    # The same derivatives in other orders: some 600 roundings.
+    for gradient in (*found, torch.func.jacrev(function)(x)):
+        assert float(gradient) == pytest.approx(float(expected), rel=rounding(64, 10), abs=0)
 
 
 def named_rate(t: torch.Tensor) -> torch.Tensor:

@@ -46,7 +46,7 @@ SCHEDULES: Rows = [
     (ValueError, "offset must be finite", calls(Schedule.cosine, [-1e-9, NAN])),
     (ValueError, "stop must lie", calls(Schedule.cosine, [0.1], [0, -0.5, 1, NAN])),
     (ValueError, r"finite and not negative on .*; got .* at t = ", calls(Schedule, NEGATIVE)),
-    (ValueError, "shape of its argument", calls(Schedule, SHAPELESS)),
+    (ValueError, r"shape \(1025,\), as its argument has; got", calls(Schedule, SHAPELESS)),
     (TypeError, "rate must be a function of times", calls(Schedule, [3.0, (1, 2), None])),
     (TypeError, "integral must be a function of two", calls(Schedule, [torch.ones_like], [3.0])),
     (ValueError, "accept a tensor", calls(Schedule, [lambda t: torch.tensor(math.exp(t))])),
@@ -204,6 +204,7 @@ NO_DATA: list[Any] = [torch.zeros(2, dtype=torch.int64), [0.0], torch.tensor(0.0
 SHAPES = [torch.zeros(shape) for shape in ((1, 2, 4), (3, 3, 4), (3, 2), (3, 2, 5))]
 DRAWING = [partial(prior.sample, (2, 1)), partial(sde.augment, x), partial(sde.perturb, x, 0.5)]
 DRAWING += [partial(step.perturb, z), partial(one.sample, z, z)]
+DRAWING += [partial(sde.perturb, x, 2.0)]  # before a kernel is computed, which rejects the time
 NO_GENERATORS: list[Any] = [3, "0", 1.0, [3], [torch.Generator(), None]]
 UNEVEN = [[generator(i) for i in range(count)] for count in (0, 4)]
 EMPTY = [f.log_prob for f in (flow(0.1, 0.5), flow(0.4, 0.4), posterior(0.4, 0.4))]

@@ -14,7 +14,12 @@ from cldsde import GaussianMixture
 from cldsde.solvers import EulerMaruyama, ExponentialMultistep, ProbabilityFlow, StochasticHeun
 from cldsde.solvers.grids import quadratic_times
 from cldsde.validation import WorkPrecision, moment_error, problems, work_precision
-from cldsde.validation.metrics import bures_wasserstein, mode_spread_error, sliced_wasserstein
+from cldsde.validation.metrics import (
+    bures_wasserstein,
+    mode_spread_error,
+    responsibilities,
+    sliced_wasserstein,
+)
 from cldsde.validation.work_precision import WorkPrecisionPoint
 from faulty_solvers import altered
 from probes import generator, normals, tensor
@@ -136,6 +141,15 @@ def test_modes_of_two_dimensions_or_without_points():
     for points in (x, torch.cat([x, tensor([[10.0]])])):
         expected = pytest.approx(math.sqrt(1 / 3), rel=EXACT, abs=0)
         assert mode_spread_error(points, MODES, 1.0, 0.0) == expected
+
+
+def test_points_that_are_nan_or_none_have_responsibilities():
+    parts = MODES.weights, MODES.means, MODES.covariances
+    found = responsibilities(tensor([[0.1], [math.nan]]), *parts)
+    alone = responsibilities(tensor([[0.1]]), *parts)
+    assert torch.allclose(found[:, :1], alone, rtol=EXACT, atol=0)
+    assert found[:, 1].isnan().all()
+    assert responsibilities(found.new_zeros(0, 1), *parts).shape == (3, 0)
 
 
 # Tables of work and precision ------------------------------------------------------------------

@@ -118,19 +118,33 @@ def test_the_exact_posterior_is_calibrated_and_a_wrong_one_is_not():
 
 
 WRONG = [
-    ({"method": "exct"}, ValueError, "method must be one of 'exact'"),
     ({"samples": 10}, ValueError, "samples must be at least 100"),
     ({"repeats": 1}, ValueError, "repeats must be at least 2"),
-    ({"problem": "mask"}, TypeError, "problem must be a PosteriorProblem"),
     ({"method": lambda *a: torch.zeros(3), "samples": 100}, ValueError, "must return samples of"),
 ]
 
 
-@pytest.mark.parametrize(("arguments", "error", "message"), WRONG)
-def test_bad_arguments_are_named(arguments, error, message):
+# Of both measurements.
+WRONG_SETTINGS = [
+    ({"method": "exct"}, ValueError, "method must be one of 'exact'"),
+    ({"steps": 1}, ValueError, "steps must be at least 2"),
+    ({"steps": 2.0}, TypeError, "steps must be an integer"),
+    ({"problem": "mask"}, TypeError, "problem must be a PosteriorProblem"),
+]
+WRONG_NUMBERS = [
+    ({x: 0}, ValueError, f"{x} must be at least 1; got 0") for x in ("draws", "samples")
+]
+WRONG_CALLS = [
+    *((posterior_error, *row) for row in WRONG + WRONG_SETTINGS),
+    *((calibration_ranks, *row) for row in WRONG_NUMBERS + WRONG_SETTINGS),
+]
+
+
+@pytest.mark.parametrize(("measure", "arguments", "error", "message"), WRONG_CALLS)
+def test_bad_arguments_are_named(measure, arguments, error, message):
     given = {"method": "exact", "problem": posterior_problems()["two modes"], **arguments}
     with pytest.raises(error, match=message):
-        posterior_error(**given)
+        measure(**given)
 
 
 def test_every_method_and_problem_is_measured():
