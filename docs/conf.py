@@ -51,6 +51,12 @@ _mathjax = Path(importlib.import_module("sphinx-mathjax-offline").__file__).pare
 html_static_path = ["_static", str(_mathjax / "mathjax" / "tex-svg.js")]
 html_css_files = ["site.css"]
 mathjax_path = "tex-svg.js"
+# Formulas of Markdown that a code cell returns keep their dollars.
+myst_update_mathjax = False
+mathjax3_config = {
+    "tex": {"inlineMath": [["\\(", "\\)"], ["$", "$"]]},
+    "options": {"processHtmlClass": "tex2jax_process|mathjax_process|math|cell_output"},
+}
 
 myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
