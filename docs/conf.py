@@ -48,9 +48,9 @@ html_theme = "furo"
 html_title = f"cldsde {release}"
 # Formulas need no network: MathJax is a file of the site. Its package has it as published.
 _mathjax = Path(importlib.import_module("sphinx-mathjax-offline").__file__).parent / "static"
-html_static_path = ["_static", str(_mathjax / "mathjax" / "tex-svg.js")]
+html_static_path = ["_static", str(_mathjax / "mathjax" / "tex-svg-full.js")]
 html_css_files = ["site.css"]
-mathjax_path = "tex-svg.js"
+mathjax_path = "tex-svg-full.js"
 # Formulas of Markdown that a code cell returns keep their dollars.
 myst_update_mathjax = False
 mathjax3_config = {
