@@ -52,10 +52,10 @@ def reports(
     """Check solvers: an empty report, again after each check, and a complete one at the end.
 
     ``solvers`` are names, or ``module:ClassName``; by default all solvers and the transition
-    kernels. ``cases`` names problems; by default all problems, or those of a quick validation,
-    which also has fewer levels and samples. With ``draw`` diagrams of work and precision are
-    measured, too, of solvers that pass. A name that is unknown, or a problem without a check for
-    the solvers, raises a ValueError at once.
+    kernels. ``cases`` are names of problems. If it is empty, all problems are taken, or fewer
+    with ``quick``, which also takes fewer levels and samples. With ``draw`` diagrams of work and
+    precision are measured, too, of solvers that pass. A name that is unknown, or a problem without
+    a check for the solvers, raises a ValueError at once.
     """
     names = [canonical_name(name) for name in solvers or named_solvers()]
     chosen, known = {name: find_solver(name) for name in names}, problems()

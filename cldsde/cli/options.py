@@ -23,13 +23,10 @@ class Kind(NamedTuple):
     convert: Callable[[str], Any]
     allowed: str
     name: str = ""
-    holds: Callable[[str], object] = lambda _: True  # whether the text is allowed
 
     def __call__(self, text: str) -> Any:
         """Convert a text."""
         try:
-            if not self.holds(text):
-                raise ValueError
             return self.convert(text)
         except (ValueError, KeyError):
             raise ArgumentTypeError(f"must be {self.allowed}; got {text!r}") from None
@@ -57,6 +54,18 @@ def several(usage: str, text: str) -> Option:
     return option(usage, str, f"{text}; may be repeated", action="append", default=[])
 
 
+def _path(text: str) -> Path:
+    if not text.strip():
+        raise ValueError
+    return Path(text).expanduser()
+
+
+def _seed(text: str) -> int:
+    if not 0 <= int(text) < 2**63:
+        raise ValueError
+    return int(text)
+
+
 def _seeds(text: str) -> range:
     found = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
     first, last = (int(found[1]), int(found[2] or found[1])) if found else (0, -1)
@@ -65,7 +74,7 @@ def _seeds(text: str) -> range:
     return range(first, last + 1)
 
 
-SEED = Kind(int, "an integer from 0 to 2^63 - 1", "int", lambda text: 0 <= int(text) < 2**63)
+SEED = Kind(_seed, "an integer from 0 to 2^63 - 1", "int")
 SEEDS = Kind(_seeds, "A-B with 0 ≤ A ≤ B < 2³²")
 ONE_SEED = Kind(lambda text: _seeds(str(int(text))), "an integer from 0 to 2^32 - 1", "int")
 LIST = Kind(lambda text: [word.strip() for word in text.split(",")], "names with commas")
@@ -74,7 +83,7 @@ _KINDS: dict[Any, Kind] = {
     bool: Kind({"true": True, "false": False}.__getitem__, "true or false"),
     int: Kind(int, "an integer", "int"),
     float: Kind(float, "a number", "float"),
-    Path: Kind(lambda x: Path(x).expanduser(), "the name of a file or folder", holds=str.strip),
+    Path: Kind(_path, "the name of a file or folder"),
 }
 
 DEVICE = option("--device NAME", str, "auto, cpu, cuda, cuda:N or mps", default="auto")

@@ -208,8 +208,8 @@ class SamplingConfig:
     the number of values of an image or of its latent variables. Solvers other than the recommended
     one start at κ = −3.3 (κ: half the log of the signal-to-noise ratio), or at a smaller κ if D
     times the evaluations exceeds 29,000, and end at 3.3. Both ends are within the
-    noise levels of the process. With ``--process`` they are also within those of the training.
-    Without ``--process`` a run may end below ``training.t_min``, and prints a note."""
+    noise levels of the process. With ``--process`` they are also within the noise levels of the
+    training. Without ``--process`` a run may end below ``training.t_min``, and prints a note."""
     denoise: Flag = True
     """Return the data prediction at ε instead of the state there."""
     options: Mapping[str, Any] = field(default_factory=dict)
