@@ -45,7 +45,8 @@ class _Tables(NamedTuple):
     move: list[Block]  # k×k
     noise: list[Block]  # k×k, or no columns if the step is deterministic
     weights: list[list[Block]]  # of the predictions, newest first, k×m each
-    corrector: list[list[Block]]  # of the predictions at the step's end and before
+    # What a correction adds: weights of the predictions at the step's end and before.
+    corrector: list[list[Block]]
 
 
 @dataclass(frozen=True)
@@ -237,13 +238,18 @@ class ExponentialMultistep(GridSolver):
             state, score = inverse - inverse @ psi @ state, -inverse @ psi @ score
         x = [_VARIABLES[self.variable](sde, t) for t in (times, steps.nodes)]
         blocks = zip(as_blocks(state), undetermined.tolist(), strict=True)
+        weights = self._weights(steps, x, offset=0)
+        corrections = []
+        if self._corrects(1):
+            pairs = zip(self._weights(steps, x, offset=1), weights, strict=True)
+            corrections = [torch.cat([later[:1], later[1:] - first]) for later, first in pairs]
         return _Tables(
             [None if own_prediction else block for block, own_prediction in blocks],
             as_blocks(score),
             as_blocks(steps.move),
             as_blocks(steps.noise),
-            self._weights(steps, x, offset=0),
-            self._weights(steps, x, offset=1) if self._corrects(1) else [],
+            [weight.tolist() for weight in weights],
+            [correction.tolist() for correction in corrections],
         )
 
     def evaluation_times(self, process: ReverseProcess, times: Tensor) -> Tensor:
@@ -259,34 +265,23 @@ class ExponentialMultistep(GridSolver):
             predictions = [score.data_prediction(z, i)]
         else:
             predictions = [combine((state, z), (tables.predict_score[i], score(z, i)))]
+        predictions += memory
         if i > 0 and self._corrects(i):
-            *earlier, carried = memory
-            predictions += earlier
-            z = combine(*zip(tables.corrector[i - 1], predictions, strict=False)).add_(carried)
-        else:
-            predictions += memory
+            z = combine(*zip(tables.corrector[i - 1], predictions, strict=False)).add_(z)
         kept = predictions[: self.order if self.corrector else self.order - 1]
         # The first steps have fewer weights.
-        weighted = list(zip(tables.weights[i], predictions, strict=False))
-        if self._corrects(i + 1):
-            # Keep this sum apart from the predictions, because the correction replaces their part.
-            carried = combine((tables.move[i], z))
-            del z, predictions
-            carried = self._draw(carried, tables, i, noise)
-            return combine(*weighted).add_(carried), (*kept, carried)
+        weighted = zip(tables.weights[i], predictions, strict=False)
         out = combine((tables.move[i], z), *weighted)
         # Free these tensors before drawing noise, to hold one state less.
         del z, weighted, predictions
-        return self._draw(out, tables, i, noise), tuple(kept)
+        if columns := len(tables.noise[i][0]):
+            out = add_to(out, (tables.noise[i], noise.normal(out, columns)))
+        return out, tuple(kept)
 
     def noise_roots(self, tables: _Tables) -> list[Block] | None:
         """Noise roots of the steps; None if they are corrected or deterministic."""
         noisy = all(len(block[0]) for block in tables.noise)
         return tables.noise if noisy and not self._corrects(1) else None
-
-    def _draw(self, z: Tensor, tables: _Tables, i: int, noise: NoiseSource) -> Tensor:
-        columns = len(tables.noise[i][0])
-        return add_to(z, (tables.noise[i], noise.normal(z, columns))) if columns else z
 
     def _corrects(self, i: int) -> bool:
         """Whether the step that led to time i is corrected; order 3 always corrects the first."""
@@ -338,16 +333,14 @@ class ExponentialMultistep(GridSolver):
             )
         return levels
 
-    def _weights(
-        self, steps: Steps, variable: Sequence[Tensor], *, offset: int
-    ) -> list[list[Block]]:
-        """Weights of the predictions at times i + offset, i + offset − 1, … for each step i.
+    def _weights(self, steps: Steps, variable: Sequence[Tensor], *, offset: int) -> list[Tensor]:
+        """Weights ``(c, k, m)`` of each step i: of predictions at times i + offset and before it.
 
         ``variable`` are the values of the polynomials' variable at the times and at the nodes.
         """
         x, nodes = variable
         n = len(x) - 1
-        blocks: list[list[Block]] = []
+        weights: list[Tensor] = []
         # Group steps by the length of their history: one group with the full one, and short ones.
         counts = [min(self.order, i + 1) + offset for i in range(n)]
         for count in sorted(set(counts)):
@@ -368,6 +361,5 @@ class ExponentialMultistep(GridSolver):
                 parts = list(torch.einsum("nqj,nqkm->jnkm", basis, steps.slope[which]))
                 # The weights add up to the weights of a constant, which need no quadrature.
                 parts[0] = total - sum(parts[1:], torch.zeros_like(total))
-            rows = [as_blocks(part) for part in parts]
-            blocks += [[row[i] for row in rows] for i in range(len(which))]
-        return blocks
+            weights += torch.stack(parts, dim=1)
+        return weights

@@ -95,10 +95,9 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     -----
     - ``clip_sample`` and ``thresholding`` act on the data prediction if the replaced scheduler has
       them. DDIM keeps the noise of the prediction before it was clipped, and so does this scheduler
-      in its place. Solvers that correct an earlier step do not.
+      in its place.
     - If a pipeline changes its latents between two steps (masks, callbacks), x changes and the rest
-      of the state stays, so that the state keeps its distribution. Solvers that correct an
-      earlier step (``corrector=True``, ``order=3``) start again from the changed state.
+      of the state stays, so that the state keeps its distribution.
     """
 
     order = 1
@@ -267,8 +266,7 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
                 )
         i = self._index(timestep)
         assert self.steps is not None
-        on_grid = self.steps.solver.facts.state_on_grid
-        keeps_noise = on_grid and not others.get("use_clipped_model_output")
+        keeps_noise = not others.get("use_clipped_model_output")
         data, x = self._predict(i, model_output, sample, keeps_noise=keeps_noise)
         if generator is not None:
             noise: NoiseSource = GeneratorNoise(generator)

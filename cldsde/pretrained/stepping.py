@@ -54,8 +54,7 @@ class PathSteps:
     Notes
     -----
     If the first levels have more noise than the process reaches, deterministic steps of order 1 on
-    the path (DDIM) lead to the first level that it reaches. A step waits for the device only if the
-    solver corrects its states.
+    the path (DDIM) lead to the first level that it reaches.
     """
 
     def __init__(
@@ -145,11 +144,6 @@ class PathSteps:
                 f"sample must keep its shape {tuple(copy.shape)} between steps; got "
                 f"{tuple(x.shape)}. Start again with set_timesteps"
             )
-        if not self.solver.facts.state_on_grid:
-            if torch.equal(x, copy):
-                return z
-            # A later correction would undo the change. Start again from this state.
-            self._origin, self._memory = j, ()
         change = (x.to(z) - copy.to(z)).unsqueeze(1)
         return add_to(z.clone(), (self._blocks.of_x[j], change))
 

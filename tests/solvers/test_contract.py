@@ -342,11 +342,10 @@ class Memory(TorchDispatchMode):
 
 
 # The state, a stage or the prediction before, and the next state; Heun's method in EDM holds two
-# slopes. A multistep method holds one prediction more per order above 2, and a corrector two more.
+# slopes, and multistep methods of order 3 with corrector or with noise prediction more predictions.
 # A flow holds its slopes and eight states. The number of Gotta Go Fast is measured: it holds the
 # increments of steps that it rejected.
-STATES = dict.fromkeys(["multistep-3", "multistep-3-sde", "multistep-1-corrector"], 4)
-STATES |= {"multistep-2-corrector": 5, "multistep-3-corrector": 6, "multistep-2-noise": 4}
+STATES = {"multistep-3-corrector": 4, "multistep-2-noise": 4}
 STATES |= {"edm-heun": 4, "edm-heun-churn": 4, "gotta-go-fast": 14}
 STATES |= {"probability-flow-bosh3": 12, "probability-flow": 15, "probability-flow-dopri8": 21}
 
