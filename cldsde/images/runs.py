@@ -93,6 +93,19 @@ class RunFolder:
             kept = [line for line in lines if _images(line) <= images]
             self.write(METRICS, lambda file: file.write_text("".join(kept), encoding="utf-8"))
 
+    def keep_snapshot(self, name: str, metrics: Mapping[str, float], by: str, count: int) -> None:
+        """Add a file of weights with its metrics; keep those with the smallest metric ``by``."""
+        record = self.path / SNAPSHOTS / "values.json"
+        known = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
+        # Files of another metric have no value, nor have those of 0.2.
+        known[name] = metrics
+        of = {x: m.get(by, math.inf) if isinstance(m, dict) else math.inf for x, m in known.items()}
+        kept = sorted(known, key=lambda x: (of[x], x))[:count]
+        self.write_json(f"{SNAPSHOTS}/values.json", {name: known[name] for name in sorted(kept)})
+        for file in record.parent.glob("[0-9]*.safetensors"):
+            if file.name not in kept:
+                file.unlink()
+
 
 def _images(line: str) -> float:
     """Images seen at a line of metrics; infinite if the line was cut off."""

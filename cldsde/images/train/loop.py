@@ -46,9 +46,8 @@ from cldsde.images.runs import CONFIG, METRICS, SNAPSHOTS, STATE, RunFolder
 from cldsde.images.sample.sampler import ImageSampler, ahead
 from cldsde.images.schema import leaves
 from cldsde.images.tensor_files import save_tensors
-from cldsde.images.train.engine import check_run, load, on_cpu, own
+from cldsde.images.train.engine import check_run, load, on_cpu, own, stop_signals
 from cldsde.images.train.learner import Learner, learning, learning_rates
-from cldsde.images.train.state import keep_snapshot, load_state, save_state, stop_signals
 from cldsde.progress import progress_bar
 
 _FIRST_SEED = 2**31  # of measured samples, far from the seeds of samples and evaluations
@@ -183,7 +182,7 @@ class _Trainer:
         """Steps done, and seconds spent on them, on which all processes agree."""
         found = 0, 0.0
         if (self.folder / STATE).exists():
-            found = load_state(self.learner, self.folder)
+            found = self.learner.load_state(self.folder)
         elif (self.folder / MODEL).exists():
             found, seen = (self.settings.steps, 0.0), self._stored().images_seen
             if seen != found[0] * self.settings.batch:
@@ -264,8 +263,7 @@ class _Trainer:
             for name, average in zip(power, self.learner.averages[len(names) :], strict=False):
                 self._save_model(self.folder / name, average)
             if self.done < self.settings.steps or self.settings.keep_state:
-                seconds = time.monotonic() - self.began
-                save_state(self.learner, self.folder, self.done, seconds)
+                self.learner.save_state(self.folder, self.done, time.monotonic() - self.began)
             for name, average in reversed([*zip(names, self.learner.averages, strict=False)]):
                 self._save_model(self.folder / name, average)
         except OSError as error:
@@ -293,7 +291,7 @@ class _Trainer:
             with self._writing(SNAPSHOTS):
                 self._save_model(self.folder / SNAPSHOTS / name)
                 if is_main:
-                    keep_snapshot(self.folder, name, metrics, by, settings.snapshots)
+                    self.folder.keep_snapshot(name, metrics, by, settings.snapshots)
         self.engine.wait_for_everyone()
 
     @cached_property
