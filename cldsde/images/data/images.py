@@ -55,8 +55,6 @@ class Images(ABC):
         self.levels, self._rows = levels, torch.arange(count, device="cpu")
         self.shape: tuple[int, int, int] = (int(shape[0]), int(shape[1]), int(shape[2]))
         self.skipped: tuple[str, ...] = ()
-        if labels is None and classes is not None:
-            raise ValueError(f"classes needs labels; got {classes!r} and no labels")
         self.class_names = None if isinstance(classes, int | None) else tuple(classes)
         known = classes if isinstance(classes, int | None) else len(classes)
         self.classes = None if labels is None else check_labels(labels, count, known)
@@ -67,7 +65,6 @@ class Images(ABC):
 
     def subset(self, rows: Tensor) -> Self:
         """Some rows ``(n,)`` in a given order; the images are shared, not copied."""
-        self.check_rows(rows)
         some = copy.copy(self)
         some._rows = self._rows[rows]
         some.labels = None if self.labels is None else self.labels[rows]
@@ -75,10 +72,6 @@ class Images(ABC):
 
     def load(self, rows: Tensor) -> Tensor:
         """Load rows ``(n,)`` int64, in any order and with repeats, as ``(n, C, H, W)``."""
-        self.check_rows(rows)
-        if len(rows) == 0:
-            dtype = torch.uint8 if isinstance(self.levels, int) else torch.float32
-            return torch.empty((0, *self.shape), dtype=dtype, device="cpu")
         return self._read(self._rows[rows.cpu()])
 
     @property
@@ -111,13 +104,6 @@ class Images(ABC):
                     found[0] += share * shift
                 bar.update(len(some))
         return found
-
-    def check_rows(self, rows: Tensor) -> None:
-        """Raise a TypeError or an IndexError unless these images have the rows."""
-        if not isinstance(rows, Tensor) or rows.dtype != torch.int64 or rows.ndim != 1:
-            raise TypeError(f"rows must be an int64 tensor (n,); got {rows}")
-        if bool(((rows < 0) | (rows >= len(self))).any()):
-            raise IndexError(f"rows must lie in 0 … {len(self) - 1}; got {rows.tolist()}")
 
     @abstractmethod
     def _read(self, rows: Tensor) -> Tensor:
@@ -160,9 +146,28 @@ def array_images(
     value_range: Range | None = None,
     channels: Sequence[int] = (1, 3),
 ) -> ArrayImages:
-    """All images of a ``.npy`` or ``.npz`` file of NumPy, in their order; see `array_file`.
+    """All images of a ``.npy`` or ``.npz`` file of NumPy, in their order.
 
-    ``channels`` are the numbers of channels by which the layout "auto" finds their axis.
+    A ``.npy`` is mapped into memory, not read: it may be larger than memory. Nothing is unpickled.
+
+    Parameters
+    ----------
+    path
+        The file. The images are uint8, or floating-point numbers in ``value_range``.
+    images
+        Name of their array in a ``.npz``; None takes the only array with three or four axes, or the
+        only one of them that is uint8.
+    labels
+        Name of the array of classes in the ``.npz``, or, for a ``.npy``, path of another
+        ``.npy``: ``(N,)`` integers from 0.
+    layout
+        Order of the axes: images, channels, height, width. "auto" takes three axes for NHW, and
+        four for NHWC or NCHW, whichever has one of ``channels`` in the place of C; ambiguous shapes
+        are errors.
+    levels
+        Number of grey levels.
+    value_range
+        Least and largest value of floating-point images, ``[low, high]``, which become −1 and 1.
 
     Raises
     ------
@@ -173,9 +178,6 @@ def array_images(
     pixels, targets = _read(file, images, labels)
     if 0 in pixels.shape:
         raise ValueError(f"{file} must hold at least one image; got shape {pixels.shape}")
-    if pixels.dtype.kind == "f" and value_range is None:
-        msg = f"{file} must hold images of uint8, or have a value_range; got {pixels.dtype} in "
-        raise ValueError(f"{msg}{pixels.min():g} to {pixels.max():g}")
     if pixels.dtype != np.uint8 if value_range is None else pixels.dtype.kind != "f":
         msg = f"{file} must hold images of uint8, or floating-point numbers with value_range; got "
         raise TypeError(f"{msg}{pixels.dtype}")
