@@ -146,7 +146,7 @@ def find_pictures(
         msg = f"{root} holds no image; files that end in {listed(sorted(SUFFIXES))} count"
         raise ValueError(msg)
     files.sort(key=lambda one: _name_order(one[0]))
-    kinds, labels = _classes(root, files) if classes else (None, None)
+    kinds, labels = _classes(files) if classes else (None, None)
     # Files of the same names, sizes and times may be in two places.
     facts = [str(root.resolve()), [(name, _stamp(file)) for name, file in files]]
     return [file for _, file in files], labels, kinds, facts, others
@@ -217,16 +217,13 @@ def _member(archive: Path, stamp: Any, name: str) -> bytes:
     return source.read(name)
 
 
-def _classes(root: Path, files: Files) -> tuple[list[str], list[int]]:
+def _classes(files: Files) -> tuple[list[str], list[int]]:
     """Names of the classes, and the class of each file."""
     for names, file in files:
         if len(names) == 1:
             msg = f"{file} belongs to no class; with classes=True images lie in subfolders"
             raise ValueError(msg)
     owners = [names[0] for names, _ in files]
-    tops = [x for x in root.iterdir() if x.is_dir() and x.name[0] != "."] if root.is_dir() else []
-    for name in sorted({x.name for x in tops} - {*owners}):
-        raise ValueError(f"{root / name} is a class without an image; add images or remove it")
     classes = sorted({*owners}, key=lambda name: _name_order((name,)))
     numbers = {name: i for i, name in enumerate(classes)}
     return classes, [numbers[owner] for owner in owners]

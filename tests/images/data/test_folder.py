@@ -85,9 +85,6 @@ def test_subfolders_are_classes(tmp_path):
     assert whole(images)[:, 0, 0, 0].tolist() == [3, 1, 2, 0]
     save(tmp_path / "stray.png", SMALL)
     assert_no_image(tmp_path, r"stray\.png belongs to no class", classes=True)
-    (tmp_path / "stray.png").unlink()
-    (tmp_path / "empty").mkdir()
-    assert_no_image(tmp_path, "empty is a class without an image", classes=True)
 
 
 def test_links_are_followed_but_not_in_circles(tmp_path):
@@ -156,7 +153,7 @@ def test_every_damaged_or_vanished_file_is_named_and_can_be_skipped(tmp_path):
     damage(tmp_path / "1.png")
     Image.open(tmp_path / "3.png").save(tmp_path / "3.png", exif=b"Exif\0\0no more than text")
     (tmp_path / "notes.txt").write_text("text")
-    assert_no_image(tmp_path, r"1\.png cannot .*nor can 1 others: .*3\.png")
+    assert_no_image(tmp_path, r"1\.png cannot .*nor can .*3\.png")
     rest = FolderImages(tmp_path, size=8, skip_damaged=True)
     assert [file.name for file in rest.files] == ["0.png", "2.png"]
     assert whole(rest).shape == (2, 3, 8, 8)
