@@ -12,7 +12,6 @@ least, and no method waits for a device.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -189,7 +188,7 @@ class VAE(nn.Module):
         check_levels(shape, config.channels)
         check_groups(config.groups, config.channels)
         super().__init__()
-        self.shape, (data, height, width) = shape, shape
+        data, height, width = shape
         latent, factor = config.latent_channels, 2 ** (len(config.channels) - 1)
         self.latent_shape = (latent, height // factor, width // factor)
         logistic = config.likelihood == "logistic"
@@ -203,33 +202,22 @@ class VAE(nn.Module):
 
     def encode(self, x: Tensor) -> Posterior:
         """q(z | x) of images ``(B, C, H, W)`` in [−1, 1], its parameters float32 and within ±5."""
-        _check_shape(x, self.shape, "x")
         out: Tensor = self.encoder(x)
         # Under autocast the network returns half precision.
         return Posterior(*soft_clamp(fine(out), _BOUND).chunk(2, dim=1))
 
     def decode(self, z: Tensor) -> Tensor:
         """Parameters ``(B, likelihood.width · C, H, W)`` of the distribution of the pixels."""
-        _check_shape(z, self.latent_shape, "z")
         out: Tensor = self.decoder(z)
         return out
 
     def log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
         """Log-likelihood of each image given its latent map in nats, ``(B,)``."""
-        _check_shape(x, self.shape, "x")
-        if len(x) != len(z):
-            raise ValueError(f"x and z must have one row per image; got {len(x)} and {len(z)}")
         return self.likelihood.log_likelihood(self.decode(z), x)
 
     def images(self, z: Tensor) -> Tensor:
         """Mean images of latent maps, ``(B, C, H, W)`` in [−1, 1]."""
         return self.likelihood.mean(self.decode(z))
-
-
-def _check_shape(x: Tensor, shape: Sequence[int], name: str) -> None:
-    if x.shape[1:] != torch.Size(shape):
-        wanted = ", ".join(str(n) for n in shape)
-        raise ValueError(f"{name} must have shape (B, {wanted}); got {tuple(x.shape)}")
 
 
 class Batch(NamedTuple):
