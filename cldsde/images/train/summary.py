@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from statistics import fmean
 
@@ -37,7 +36,7 @@ def outlook(config: RunConfig) -> list[str]:
     return [
         f"parameters: {count:,}{more}, images of {'×'.join(map(str, space.shape))}",
         f"memory: {_memory(config, count)} for {kept}",
-        "images per second, peak memory: cldsde train --dry-run measures them",
+        "images per second: cldsde train --dry-run measures them",
     ]
 
 
@@ -111,21 +110,12 @@ def rehearse(
                 mean = fmean(seconds[1:] or seconds)
                 speeds.append(config.training.batch / mean)
                 total += mean * len(stage)
-        memory = torch.cuda.max_memory_allocated(place) if place.type == "cuda" else _peak()
+        memory = torch.cuda.max_memory_allocated(place) if place.type == "cuda" else 0
     shown = " and ".join(f"{x:,.0f}" if x >= 10 else f"{x:.2g}" for x in speeds)
     stages = " in the two stages" if len(speeds) > 1 else ""
     return [
         *([f"decoding, once: {decoding / 60:,.1f} minutes"] if decoding else []),
-        f"measured, with loading: {shown} images per second{stages}, {memory / 2**20:,.0f} MiB",
+        f"measured, with loading: {shown} images per second{stages}",
+        *([f"peak memory of the GPU: {memory / 2**20:,.0f} MiB"] if memory else []),
         f"{total / 60:,.1f} minutes in all, without checkpoints and samples",
     ]
-
-
-def _peak() -> int:
-    """Peak memory of this process in bytes; 0 if the system does not report it."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
