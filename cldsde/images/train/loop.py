@@ -199,10 +199,8 @@ class _Trainer:
         try:
             return read_model(self.folder / MODEL, self.config, device)
         except ValueError as error:
-            again = "delete it to have it made again"
-            if not (self.folder / STATE).exists():
-                again = "put a copy of it back, or delete it to repeat the whole training"
-            raise ValueError(f"{self.folder / MODEL} is damaged ({error}); {again}") from error
+            msg = f"{self.folder / MODEL} is damaged ({error}); put a copy of it back, or delete "
+            raise ValueError(f"{msg}it to have it made again") from error
 
     def _due(self, every: int) -> bool:
         """Whether the last step passed a multiple of so many images, or ended a stage."""
