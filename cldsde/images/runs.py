@@ -122,26 +122,19 @@ def check_folder(
     if not path.is_dir():
         require(not path.exists(), "out", f"{path} is not a folder")
         return
-    names = [entry.name for entry in path.iterdir()]
+    names, again = [entry.name for entry in path.iterdir()], "choose another folder"
     if not all(name.startswith(PARTIAL) or name in parts for name in names):
-        problem = _problem(path, config, free)
-        require(problem is None, "out", f"{problem}; choose another folder")
+        file = path / CONFIG
+        require(file.is_file(), "out", f"{path} holds files that are no run of cldsde; {again}")
+        try:
+            found = dict(json.loads(file.read_text(encoding="utf-8")))
+        except (ValueError, TypeError, RecursionError) as error:
+            msg = f"{file} is no configuration of cldsde ({error}); {again}"
+            raise SettingError("out", msg) from error
+        with suppress(SettingError):  # an older one gets the defaults of what it lacks
+            found = RunConfig.from_dict(found).to_dict()
+        wanted, there = leaves(config, without=free), leaves(found, without=free)
+        others = [key for key in {**wanted, **there} if wanted.get(key) != there.get(key)]
+        msg = f"{path} holds a run with other settings ({', '.join(others)}); {again}"
+        require(not others, "out", msg)
     check_writable(path)
-
-
-def _problem(path: Path, config: Mapping[str, Any], free: Sequence[str]) -> str | None:
-    """The reason why a folder cannot hold a run of a configuration."""
-    file = path / CONFIG
-    if not file.is_file():
-        return f"{path} holds files that are no run of cldsde"
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        return f"{file} is not valid JSON ({error})"
-    if not isinstance(found, dict):
-        return f"{file} is no configuration of cldsde"
-    with suppress(SettingError):  # an older one gets the defaults of what it lacks
-        found = RunConfig.from_dict(found).to_dict()
-    wanted, there = leaves(config, without=free), leaves(found, without=free)
-    others = [key for key in {**wanted, **there} if wanted.get(key) != there.get(key)]
-    return f"{path} holds a run with other settings ({', '.join(others)})" if others else None
