@@ -1,8 +1,4 @@
-"""Training of a score model on images: one loop, on any number of processes, resumable to the bit.
-
-A run does not depend on interruptions (`cldsde.images.streams`), and on the number of processes
-only by rounding and dropout.
-"""
+"""Training of a score model on images: a loop on any number of processes, resumable to the bit."""
 
 from __future__ import annotations
 
@@ -28,7 +24,7 @@ from tqdm import tqdm
 from cldsde.files import writing
 from cldsde.images.config import RunConfig
 from cldsde.images.data import DataSet
-from cldsde.images.data.samples import measured, save_grid
+from cldsde.images.data.pixels import measured, save_grid
 from cldsde.images.evaluate.evaluation import Evaluation
 from cldsde.images.model import (
     KIND,
@@ -65,8 +61,7 @@ def train(
 ) -> DiffusionModel:
     """Train a model; return it with averaged weights, in evaluation mode.
 
-    The page "Train an image model" lists the files, and says how a run is stopped and resumed. A
-    finished run is loaded, or trained further if ``training.images`` has grown.
+    A finished run is loaded, or trained further if ``training.images`` has grown.
     """
     if statistics is None:
         statistics = check_run(config, data, device=device)
