@@ -15,14 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cldsde.images.checks import (
-    Scale,
-    check_images,
-    check_labels,
-    check_values,
-    listed,
-    what_instead,
-)
+from cldsde.images.checks import Scale, check_images, check_labels, check_values, listed
 from cldsde.images.schema import Count, Levels, Range, checked
 from cldsde.progress import progress_bar
 
@@ -39,8 +32,7 @@ class Images(ABC):
 
     Bytes are 0 … levels − 1; of continuous numbers, ``levels`` is the range ``(low, high)``. Labels
     are classes ``(N,)``; ``classes`` is their number or their names, and None stands for the
-    largest label + 1. ``class_names`` are the names if they are known, ``skipped`` the files of the
-    source that were left out, and the reasons.
+    largest label + 1. ``skipped`` are the damaged files that were left out, and the reasons.
     """
 
     def __init__(
@@ -172,7 +164,7 @@ def array_images(
     Raises
     ------
     FileNotFoundError, TypeError, ValueError
-        If there is no such file, or it cannot be read or holds something else.
+        If the file is missing, cannot be read, or holds something else.
     """
     file = Path(path).expanduser()
     pixels, targets = _read(file, images, labels)
@@ -218,7 +210,7 @@ def _layout_of(shape: Sequence[int], layout: Layout, file: Path, known: Sequence
 
 def _read(path: Path, images: str | None, labels: str | None) -> tuple[Array, Array | None]:
     if not path.is_file():
-        raise FileNotFoundError(f"path must be a file; got {path}, which {what_instead(path)}")
+        raise FileNotFoundError(f"path must be a file; got {path}, which is none")
     with path.open("rb") as stream:
         is_archive = stream.read(2) == b"PK"
     if is_archive:
@@ -229,8 +221,7 @@ def _read(path: Path, images: str | None, labels: str | None) -> tuple[Array, Ar
     if beside is not None and not beside.is_file():
         beside = path.with_name(beside.name)  # as seen from another folder than the training's
     if beside is not None and not beside.is_file():
-        msg = f"labels must be a .npy if path is one; got {beside}, which {what_instead(beside)}"
-        raise FileNotFoundError(msg)
+        raise FileNotFoundError(f"labels must be a .npy if path is one; {beside} is no file")
     return _npy(path), None if beside is None else _npy(beside)
 
 

@@ -21,14 +21,7 @@ from torch.nn import functional as F
 from cldsde.files import file_lock
 from cldsde.images.checks import listed
 from cldsde.images.data.folder import FolderImages, cache_folder
-from cldsde.images.data.images import (
-    CHUNK,
-    ArrayImages,
-    Images,
-    Layout,
-    array_images,
-    to_nchw,
-)
+from cldsde.images.data.images import ArrayImages, Images, Layout, array_images, to_nchw
 from cldsde.images.data.pictures import as_folder
 from cldsde.images.schema import Flag, Natural, Share, checked
 
@@ -60,12 +53,9 @@ def fashion_part(folder: Path, part: str, size: int) -> ArrayImages:
     if size > 28:
         images = F.pad(images, [(size - 28) // 2] * 4)
     elif size < 28:
-        shrunk = []
-        for some in torch.split(images, CHUNK // 28**2):
-            # In float32: torch's kernels for bytes differ from one processor to another.
-            fine = F.interpolate(some.float(), (size, size), mode="bicubic", antialias=True)
-            shrunk.append(fine.round().clamp(0, 255).to(torch.uint8))
-        images = torch.cat(shrunk)
+        # In float32: torch's kernels for bytes differ from one processor to another.
+        fine = F.interpolate(images.float(), (size, size), mode="bicubic", antialias=True)
+        images = fine.round().clamp(0, 255).to(torch.uint8)
     return ArrayImages(images, labels=labels.to(torch.int64), classes=_FASHION_CLASSES)
 
 

@@ -114,7 +114,7 @@ def test_no_byte_of_a_compressed_file_can_change_unnoticed(tmp_path):
     [
         ("", 28, FileNotFoundError, "neither train-labels-idx1-ubyte nor"),
         ("nowhere", 28, FileNotFoundError, r"path must be a folder; got .*nowhere"),
-        (TRAIN_IMAGES, 28, NotADirectoryError, "path must be a folder"),
+        (TRAIN_IMAGES, 28, FileNotFoundError, "path must be a folder"),
         ("nowhere", 64, ValueError, "size: must be 16, 28 or 32; got 64"),
     ],
 )
