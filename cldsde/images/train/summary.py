@@ -32,11 +32,9 @@ def outlook(config: RunConfig) -> list[str]:
     count = check_model(config, space)
     unknown = config.network.conditional and space.classes is None
     more = " without the embedding of the classes" if unknown else ""
-    kept = "weights, averages, gradients and moments; activations take more"
     return [
         f"parameters: {count:,}{more}, images of {'×'.join(map(str, space.shape))}",
-        f"memory: {_memory(config, count)} for {kept}",
-        "images per second: cldsde train --dry-run measures them",
+        f"memory: {_memory(config, count)} without activations",
     ]
 
 
@@ -50,8 +48,6 @@ def summary(config: RunConfig, data: DataSet, device: str) -> list[str]:
         scale = f"numbers from {train.levels[0]:g} to {train.levels[1]:g}"
     of_data = f"{len(train):,} images of {'×'.join(map(str, train.shape))}, {scale}"
     count = check_model(config, ImageSpace.of(train, config))
-    if device in {"auto", "cuda"} and torch.cuda.is_available():
-        device = f"{device} ({torch.cuda.get_device_name()})"
     return [
         f"data: {of_data}, {classes}; {held:,} held out ({held / (len(train) + held):.0%})",
         *(f"skipped: {reason}" for reason in train.skipped),
@@ -89,8 +85,8 @@ def rehearse(
 ) -> list[str]:
     """Make some steps of each stage; return lines about the time and memory of the training.
 
-    Nothing is written. ``decoding`` are the seconds by `rehearsal`. The first step, which allocates
-    memory, does not count.
+    ``decoding`` are the seconds by `rehearsal`. The first step, which allocates memory, does not
+    count.
     """
     first, speeds, total = config.pretraining_steps, [], decoding
     with learning(config, data, device, statistics) as learner:
