@@ -5,8 +5,7 @@ With the encoder's q(z | x), a prior p(z) and the decoder's distribution p(x | z
     log p(x) ≥ E_q log p(x | z) − KL(q(z | x) ‖ p(z)) = E_q log p(x | z) + H(q) − CE(q ‖ p).
 
 Images are numbers in [−1, 1]: level j of L grey levels is x_j = 2j/(L − 1) − 1. Log-likelihoods are
-in nats, summed over pixels, which are independent given z. Computations are in single precision at
-least, and no method waits for a device.
+in nats, summed over pixels, which are independent given z.
 """
 
 from __future__ import annotations
@@ -56,8 +55,7 @@ class DiscretisedLogistic:
     Notes
     -----
     A logarithm of a probability in single precision, u = 2⁻²⁴, has an error of at most
-    ``24u |log P| + 4u (1 + (1 + |μ|)/s)``. The first part comes from s and elementary functions,
-    the second from the rounding of x and of differences from it, in units of s.
+    ``24u |log P| + 4u (1 + (1 + |μ|)/s)``.
 
     References
     ----------
@@ -111,10 +109,8 @@ class Bernoulli:
     .. math::
         \log p(x) = w \log π + (1 - w) \log(1 - π), \qquad w = \frac{x + 1}{2}
 
-    For images of 2 levels this is their log-likelihood. A grey level w is read as the probability
-    of white: that can be trained with, but it does not sum to 1 over all grey levels, and no bound
-    on their bits follows from it. A logarithm in single precision, u = 2⁻²⁴, has an error of at
-    most ``16u |log p| + u |logit|``.
+    A grey level w is read as the probability of white; over more than two levels the sum is not 1.
+    A logarithm in single precision, u = 2⁻²⁴, has an error of at most ``16u |log p| + u |logit|``.
     """
 
     levels = 2
@@ -223,8 +219,7 @@ class VAE(nn.Module):
 class Batch(NamedTuple):
     """Images in [−1, 1] ``(B, C, H, W)``, their classes ``(B,)``, and times of samplers.
 
-    The times are ``(samplers, 2, B)`` with the weights that divide by their density, float64 on the
-    CPU.
+    Times and the weights that divide by their density are ``(samplers, 2, B)``.
     """
 
     images: Tensor

@@ -1,8 +1,7 @@
 """Score networks: a U-Net of the library diffusers, and the published NCSN++ and DDPM++.
 
-A score network maps a state ``(B, inputs·C, H, W)`` of unit size and a clock ``(B,)`` to
-``(B, outputs·C, H, W)``, as `MixedScore` calls it. The clock is half the log of the signal-to-noise
-ratio, about ±8. The output is zero before training, so that a mixed score starts at its reference.
+A score network maps a state of unit size and a clock, half the log of the signal-to-noise ratio, as
+`MixedScore` calls it. The output is zero before training: a mixed score starts at its reference.
 """
 
 from __future__ import annotations
@@ -43,8 +42,7 @@ class _ScoreNetwork(nn.Module):
         """Noise prediction ``(B, outputs·C, H, W)`` of the driven components.
 
         ``z`` is ``(B, inputs·C, H, W)`` and ``clock`` ``(B,)``. ``label`` is int64 ``(B,)`` in [0,
-        classes]; None, or ``classes``, is no class, which classifier-free guidance needs. Another
-        dtype or shape raises a ValueError, and a label out of range the error of `nn.Embedding`.
+        classes]; None, or ``classes``, is no class. Raises a ValueError for another dtype or shape.
         """
         batch, classes = len(z), self.classes
         if classes is None and label is not None:
@@ -71,11 +69,11 @@ class UNet(_ScoreNetwork):
     inputs, outputs
         Components of the state and driven components.
     channels
-        Channels of each level, from full resolution down; each group has two or more channels.
+        Channels of each level, from full resolution down.
     blocks
         Residual blocks per level of the encoder. The decoder has one more per level.
     groups
-        Groups of the group normalisation.
+        Groups of the group normalisation, each of two or more channels.
     attention
         Heights H, H/2, … of the levels with attention after each block, e.g. ``(16,)``. With any,
         the middle of the network has attention, too.

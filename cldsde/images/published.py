@@ -53,9 +53,8 @@ def read_published(
     """Read a checkpoint of CLD-SGM or score_sde_pytorch; code in it is not run.
 
     ``name`` is the name of its published settings; None recognises them by the weights.
-    ``overrides`` are ``section.key=value`` of data and sampling; the checkpoint determines all
-    other settings. Raises an error if it cannot be read, is of another network, or a setting does
-    not fit.
+    ``overrides`` are ``section.key=value`` of data and sampling. Raises an error if it cannot be
+    read, is of another network, or a setting does not fit.
     """
     for key in parse_overrides(overrides, "sampling.nfe=100"):
         free = f"{key}.".startswith(tuple(f"{name}." for name in _OPEN))

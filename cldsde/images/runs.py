@@ -34,10 +34,9 @@ _FOLDERS = ("evaluations", "samples", SNAPSHOTS)  # of a run, for files of its o
 class RunFolder:
     """A folder that belongs to one configuration.
 
-    Opening it checks everything before anything is written: a folder of another configuration, or
-    with other files, is an error and not changed. A folder of the same configuration is continued;
-    its file keeps the settings that may change, ``free``, as they were. ``known`` are arguments of
-    `check_folder`. No other process can open it until ``close()``, or the end of the object.
+    Opening it checks everything before anything is written; ``known`` are arguments of
+    `check_folder`. The file of a folder that is continued keeps the settings that may change,
+    ``free``. No other process can open it until ``close()``, or the end of the object.
     """
 
     def __init__(

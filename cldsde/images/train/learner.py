@@ -222,10 +222,7 @@ class Learner:
         return float(torch.stack(sums).sum()) / count
 
     def save_state(self, run: RunFolder, step: int, seconds: float) -> None:
-        """Write the state after so many steps and seconds; all processes must call it.
-
-        Random numbers need no state.
-        """
+        """Write the state after so many steps and seconds; all processes must call it."""
         tensors = dict(self.modules.state_dict())
         for index, values in self.optimiser.state_dict()["state"].items():
             kept = {name: x for name, x in values.items() if isinstance(x, Tensor)}
