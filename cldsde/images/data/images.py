@@ -21,10 +21,8 @@ from cldsde.progress import progress_bar
 
 Layout = Literal["auto", "NHW", "NHWC", "NCHW"]
 Array = np.ndarray[Any, Any]
+CHUNK = 2**22  # numbers that are held at once when a whole data set is read
 _UNREADABLE = (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error)
-
-CHUNK = 2**22
-"""Numbers that are held at once when a whole data set is read."""
 
 
 class Images(ABC):

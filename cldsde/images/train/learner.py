@@ -270,8 +270,8 @@ class Learner:
             msg = f"{run / STATE} cannot be used ({one_line(error)}); put a copy of it back, or "
             raise ValueError(f"{msg}begin again in another folder") from error
         msg = f"can grow, but not shrink; the run has seen {step * self.settings.batch:,}, got "
-        fits = step <= self.settings.steps
-        require(fits, "training.images", f"{msg}{self.settings.images:,}")
+        msg += f"{self.settings.images:,}"
+        require(step <= self.settings.steps, "training.images", msg)
         return step, seconds
 
 
