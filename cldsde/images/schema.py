@@ -163,7 +163,7 @@ def checked_options(
     """
     parameters: dict[str, inspect.Parameter] = {}
     hints: dict[str, Any] = {}
-    for one in filter(None, (vars(make).get("options_of"), make)):
+    for one in filter(None, (getattr(make, "__dict__", {}).get("options_of"), make)):
         function = inspect.getattr_static(one, "__init__") if isinstance(one, type) else one
         hints |= typing.get_type_hints(function, include_extras=True)
         parameters |= inspect.signature(one).parameters
