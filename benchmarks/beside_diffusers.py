@@ -25,7 +25,7 @@ import cldsde
 from cldsde import CLD, PSLD, VPSDE, DenoiserScore, LinearSDE, sample
 from cldsde.files import write_whole
 from cldsde.images.data import to_levels
-from cldsde.images.data.samples import measured, measured_batches, save_grid
+from cldsde.images.data.pixels import measured, measured_batches, save_grid
 from cldsde.images.evaluate.classifier import CLASSIFIER, kept_classifier, random_features
 from cldsde.images.evaluate.distances import FeatureSums, frechet_of
 from cldsde.images.model import TrainedModel, load_model

@@ -6,8 +6,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cldsde.images.data import DataSet, pixels_of
+from cldsde.images.data import DataSet, Images, to_unit
 from cldsde.progress import progress_bar
+
+
+def pixels_of(images: Images) -> Tensor:
+    """All images of a set, ``(N, C, H, W)`` float32 in [−1, 1]."""
+    return to_unit(images.load(torch.arange(len(images))), images.levels)
 
 
 class DigitClassifier(nn.Module):

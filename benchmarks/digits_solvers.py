@@ -17,10 +17,10 @@ import torch
 from cldsde import ReverseProcess, solvers
 from cldsde.images import Run
 from cldsde.images.compare import PRESETS, load_comparison
-from cldsde.images.data import digits, pixels_of
+from cldsde.images.data import digits
 from cldsde.images.evaluate import frechet_distance
 from cldsde.progress import progress_bar
-from digit_classifier import train_classifier
+from digit_classifier import pixels_of, train_classifier
 
 BUDGETS = (7, 10, 20, 50, 100)
 

@@ -15,11 +15,11 @@ import torch
 
 import cldsde
 from cldsde import PSLD, VESDE, DenoiserScore, LinearSDE
-from cldsde.images.data import digits, pixels_of
+from cldsde.images.data import digits
 from cldsde.images.evaluate import frechet_distance
 from cldsde.images.model import load_model
 from cldsde.solvers import ExponentialMultistep
-from digit_classifier import train_classifier
+from digit_classifier import pixels_of, train_classifier
 
 BUDGETS, TRAININGS, SEEDS, SAMPLES = (5, 7, 9), (0, 1), (0, 1, 2), 1000
 # The network of each process, and the process if it is not the network's own.

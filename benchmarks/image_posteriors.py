@@ -21,7 +21,7 @@ from torch import Tensor
 
 from cldsde import Observation, PosteriorScore, ReverseProcess, solvers
 from cldsde.images import Run
-from cldsde.images.data import pixels_of, to_levels, to_unit
+from cldsde.images.data import to_levels, to_unit
 from cldsde.images.sample import ObservedImage
 from cldsde.progress import progress_bar
 
@@ -130,7 +130,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     arguments = parser.parse_args()
     run = Run.load(arguments.run)
-    held_out = pixels_of(run.config.data.load().held_out)
+    images = run.config.data.load().held_out
+    held_out = to_unit(images.load(torch.arange(len(images))), images.levels)
     shown = held_out[FIRST_SHOWN : FIRST_SHOWN + SHOWN]
     picture(run, shown, arguments.picture, arguments.folder)
     truths = held_out[1000 : 1000 + TRUTHS]

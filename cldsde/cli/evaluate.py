@@ -49,7 +49,7 @@ OPTIONS = (
 def prepare(options: Namespace) -> Callable[[], None]:
     """Check the options, load model and data; return the remaining work."""
     from cldsde.files import check_writable
-    from cldsde.images.data.samples import load_samples
+    from cldsde.images.data.pixels import load_samples
     from cldsde.images.evaluate.evaluation import Evaluation, Measurements
     from cldsde.images.evaluate.results import read_results
     from cldsde.images.sample.sampler import make_plan

@@ -32,12 +32,11 @@ OPTIONS = (
 def prepare(options: Namespace) -> Callable[[], None]:
     """Read and check the checkpoint; return the work that is left."""
     from cldsde.images.networks import parameter_count
-    from cldsde.images.published import is_written, read_published, write_run
+    from cldsde.images.published import check_out, read_published, write_run
 
     out = options.out
     found = read_published(options.path, options.family, options.config, options.set)
-    if is_written(found, out, overwrite=options.overwrite):
-        return lambda: print(f"The run in {out.resolve()} has this model already")
+    check_out(found, out, overwrite=options.overwrite)
 
     def work() -> None:
         write_run(found, out)

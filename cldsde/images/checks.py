@@ -98,8 +98,3 @@ def listed(items: Sequence[object], word: str = "and") -> str:
     """Items as a sentence has them: a, b and c."""
     *head, last = (str(item) for item in items) if items else ("nothing",)
     return f"{', '.join(head)} {word} {last}" if head else last
-
-
-def what_instead(path: Path) -> str:
-    """State of a path that is not what it must be."""
-    return "is none" if path.exists() else "does not exist"

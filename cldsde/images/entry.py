@@ -15,7 +15,7 @@ from PIL.Image import Image as PILImage
 
 from cldsde.images.config import RunConfig, load_config
 from cldsde.images.data import DataSet
-from cldsde.images.data.samples import as_bytes, picture
+from cldsde.images.data.pixels import as_bytes, picture
 from cldsde.images.model import TrainedModel, load_model
 from cldsde.images.runs import RunFolder, check_folder
 from cldsde.images.sample.export import export
@@ -55,8 +55,8 @@ class Run(TrainedModel):
         config
             A configuration, or its file.
         data
-            The images; None reads the data set of the configuration. The run does not keep them:
-            ``cldsde evaluate`` compares its samples with the data set of the configuration.
+            The images; None reads the data set of the configuration, with which ``cldsde evaluate``
+            compares samples in any case.
         out
             Run folder, made if missing.
         device, progress
@@ -88,7 +88,7 @@ class Run(TrainedModel):
         progress: bool = False,
         **sampling: Any,
     ) -> Samples:
-        """Sample one image for each seed.
+        """Sample one image for each seed; return images, in their order, and score evaluations.
 
         Parameters
         ----------
@@ -106,11 +106,6 @@ class Run(TrainedModel):
         **sampling
             Fields of `SamplingConfig` in place of the run's own, such as ``nfe=10``. ``options``
             are fields of the solver.
-
-        Returns
-        -------
-        Samples
-            The images in the order of the seeds, and the score evaluations of each.
 
         Raises
         ------

@@ -5,14 +5,12 @@ With the encoder's q(z | x), a prior p(z) and the decoder's distribution p(x | z
     log p(x) ≥ E_q log p(x | z) − KL(q(z | x) ‖ p(z)) = E_q log p(x | z) + H(q) − CE(q ‖ p).
 
 Images are numbers in [−1, 1]: level j of L grey levels is x_j = 2j/(L − 1) − 1. Log-likelihoods are
-in nats, summed over pixels, which are independent given z. Computations are in single precision at
-least, and no method waits for a device.
+in nats, summed over pixels, which are independent given z.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -57,8 +55,7 @@ class DiscretisedLogistic:
     Notes
     -----
     A logarithm of a probability in single precision, u = 2⁻²⁴, has an error of at most
-    ``24u |log P| + 4u (1 + (1 + |μ|)/s)``. The first part comes from s and elementary functions,
-    the second from the rounding of x and of differences from it, in units of s.
+    ``24u |log P| + 4u (1 + (1 + |μ|)/s)``.
 
     References
     ----------
@@ -112,10 +109,8 @@ class Bernoulli:
     .. math::
         \log p(x) = w \log π + (1 - w) \log(1 - π), \qquad w = \frac{x + 1}{2}
 
-    For images of 2 levels this is their log-likelihood. A grey level w is read as the probability
-    of white: that can be trained with, but it does not sum to 1 over all grey levels, and no bound
-    on their bits follows from it. A logarithm in single precision, u = 2⁻²⁴, has an error of at
-    most ``16u |log p| + u |logit|``.
+    A grey level w is read as the probability of white; over more than two levels the sum is not 1.
+    A logarithm in single precision, u = 2⁻²⁴, has an error of at most ``16u |log p| + u |logit|``.
     """
 
     levels = 2
@@ -189,7 +184,7 @@ class VAE(nn.Module):
         check_levels(shape, config.channels)
         check_groups(config.groups, config.channels)
         super().__init__()
-        self.shape, (data, height, width) = shape, shape
+        data, height, width = shape
         latent, factor = config.latent_channels, 2 ** (len(config.channels) - 1)
         self.latent_shape = (latent, height // factor, width // factor)
         logistic = config.likelihood == "logistic"
@@ -203,22 +198,17 @@ class VAE(nn.Module):
 
     def encode(self, x: Tensor) -> Posterior:
         """q(z | x) of images ``(B, C, H, W)`` in [−1, 1], its parameters float32 and within ±5."""
-        _check_shape(x, self.shape, "x")
         out: Tensor = self.encoder(x)
         # Under autocast the network returns half precision.
         return Posterior(*soft_clamp(fine(out), _BOUND).chunk(2, dim=1))
 
     def decode(self, z: Tensor) -> Tensor:
         """Parameters ``(B, likelihood.width · C, H, W)`` of the distribution of the pixels."""
-        _check_shape(z, self.latent_shape, "z")
         out: Tensor = self.decoder(z)
         return out
 
     def log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
         """Log-likelihood of each image given its latent map in nats, ``(B,)``."""
-        _check_shape(x, self.shape, "x")
-        if len(x) != len(z):
-            raise ValueError(f"x and z must have one row per image; got {len(x)} and {len(z)}")
         return self.likelihood.log_likelihood(self.decode(z), x)
 
     def images(self, z: Tensor) -> Tensor:
@@ -226,17 +216,10 @@ class VAE(nn.Module):
         return self.likelihood.mean(self.decode(z))
 
 
-def _check_shape(x: Tensor, shape: Sequence[int], name: str) -> None:
-    if x.shape[1:] != torch.Size(shape):
-        wanted = ", ".join(str(n) for n in shape)
-        raise ValueError(f"{name} must have shape (B, {wanted}); got {tuple(x.shape)}")
-
-
 class Batch(NamedTuple):
     """Images in [−1, 1] ``(B, C, H, W)``, their classes ``(B,)``, and times of samplers.
 
-    The times are ``(samplers, 2, B)`` with the weights that divide by their density, float64 on the
-    CPU.
+    Times and the weights that divide by their density are ``(samplers, 2, B)``.
     """
 
     images: Tensor

@@ -1,14 +1,11 @@
 """Score networks: a U-Net of the library diffusers, and the published NCSN++ and DDPM++.
 
-A score network maps a state ``(B, inputs·C, H, W)`` of unit size and a clock ``(B,)`` to
-``(B, outputs·C, H, W)``, as `MixedScore` calls it. The clock is half the log of the signal-to-noise
-ratio, about ±8. The output is zero before training, so that a mixed score starts at its reference.
+A score network maps a state of unit size and a clock, half the log of the signal-to-noise ratio, as
+`MixedScore` calls it. The output is zero before training: a mixed score starts at its reference.
 """
 
 from __future__ import annotations
 
-import math
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,17 +27,7 @@ def parameter_count(module: nn.Module) -> int:
 CLOCK_SCALE = 50.0
 
 
-class ClassEmbedding(nn.Embedding):
-    """An embedding that returns NaN for a label out of range, and never waits for its device."""
-
-    def forward(self, label: Tensor) -> Tensor:
-        """Apply the layer."""
-        last = self.num_embeddings - 1
-        rows = super().forward(label.clamp(0, last))
-        return rows.masked_fill(((label < 0) | (label > last)).unsqueeze(1), math.nan)
-
-
-class _ScoreNetwork(nn.Module, ABC):
+class _ScoreNetwork(nn.Module):
     """A network with an embedding of the clock, and labels."""
 
     def __init__(self, network: nn.Module, embedding: nn.Module, classes: int | None) -> None:
@@ -49,37 +36,27 @@ class _ScoreNetwork(nn.Module, ABC):
         self.classes = classes
         if classes is not None:
             width = embedding.get_parameter("linear_2.bias").numel()
-            network.class_embedding = ClassEmbedding(classes + 1, width)
-
-    @abstractmethod
-    def _apply_network(self, z: Tensor, clock: Tensor, label: Tensor | None) -> Tensor:
-        """Noise prediction for labels that have been checked."""
+            network.class_embedding = nn.Embedding(classes + 1, width)
 
     def forward(self, z: Tensor, clock: Tensor, label: Tensor | None = None) -> Tensor:
         """Noise prediction ``(B, outputs·C, H, W)`` of the driven components.
 
         ``z`` is ``(B, inputs·C, H, W)`` and ``clock`` ``(B,)``. ``label`` is int64 ``(B,)`` in [0,
-        classes]; None, or ``classes``, is no class, which classifier-free guidance needs. Another
-        dtype or shape raises a ValueError. So does a label out of range on the CPU. On another
-        device its image is NaN, because reading the label would wait for the device in every step.
+        classes]; None, or ``classes``, is no class. Raises a ValueError for another dtype or shape.
         """
         batch, classes = len(z), self.classes
-        if classes is None:
-            if label is not None:
-                msg = "label must be None: the network has no classes; make it with classes=…"
-                raise ValueError(msg)
-        elif label is None:
+        if classes is None and label is not None:
+            raise ValueError("label must be None: the network has no classes; make it with classes")
+        if classes is not None and label is None:
             label = torch.full((batch,), classes, device=z.device)
-        elif not isinstance(label, Tensor) or (label.dtype, *label.shape) != (torch.int64, batch):
-            is_tensor = isinstance(label, Tensor)
-            got = f"{label.dtype} {tuple(label.shape)}" if is_tensor else repr(label)
-            raise ValueError(f"label must be an int64 tensor ({batch},), one a state; got {got}")
-        elif label.device.type == "cpu" and bool(((label < 0) | (label > classes)).any()):
-            msg = (
-                f"label must lie in [0, {classes}], {classes} being no class; got {label.tolist()}"
-            )
-            raise ValueError(msg)
+        if label is not None and (label.dtype, *label.shape) != (torch.int64, batch):
+            msg = f"label must be an int64 tensor ({batch},), one a state; got {label.dtype} "
+            raise ValueError(f"{msg}{tuple(label.shape)}")
         return self._apply_network(z, clock, None if label is None else label.to(z.device))
+
+    def _apply_network(self, z: Tensor, clock: Tensor, label: Tensor | None) -> Tensor:
+        out: Tensor = self.network(z, clock, label)
+        return out
 
 
 class UNet(_ScoreNetwork):
@@ -92,11 +69,11 @@ class UNet(_ScoreNetwork):
     inputs, outputs
         Components of the state and driven components.
     channels
-        Channels of each level, from full resolution down; each group has two or more channels.
+        Channels of each level, from full resolution down.
     blocks
         Residual blocks per level of the encoder. The decoder has one more per level.
     groups
-        Groups of the group normalisation.
+        Groups of the group normalisation, each of two or more channels.
     attention
         Heights H, H/2, … of the levels with attention after each block, e.g. ``(16,)``. With any,
         the middle of the network has attention, too.
@@ -198,10 +175,6 @@ class NCSNpp(_ScoreNetwork):
         sizes = (inputs * shape[0], *shape[1:]), outputs * shape[0]
         network = ncsnpp.NCSNpp(*sizes, channels=channels, blocks=blocks, **options)
         super().__init__(network, network.embedding, classes)
-
-    def _apply_network(self, z: Tensor, clock: Tensor, label: Tensor | None) -> Tensor:
-        out: Tensor = self.network(z, clock, label)
-        return out
 
 
 NETWORKS: dict[str, type[nn.Module]] = {"UNet": UNet, "NCSNpp": NCSNpp}

@@ -72,9 +72,6 @@ def combined(
     require(bool(saved), "training.power_averages", f"{run} has saved no averages to combine")
     if not 0.05 <= width <= 0.25:
         raise ValueError(f"{place}: the width must lie in [0.05, 0.25]")
-    last = {own for _, t, own in saved if t == saved[-1][1]}
-    if last != {*WIDTHS}:
-        raise ValueError(f"{saved[-1][0]} lacks the average of the other width beside it")
     first = config.pretraining_steps  # a stage of its own
     if saved[-1][1] > first:
         saved = [(file, t - first, own) for file, t, own in saved if t > first]

@@ -5,11 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from cldsde.errors import require, setting
 from cldsde.images.config import RunConfig
@@ -24,7 +21,7 @@ from cldsde.images.model import (
 )
 from cldsde.images.runs import CONFIG, RunFolder, check_folder
 from cldsde.images.schema import parse_overrides, with_overrides
-from cldsde.images.tensor_files import load_tensors, save_tensors, tensors_digest
+from cldsde.images.tensor_files import save_tensors, tensors_digest
 from cldsde.pretrained.published import load_weights, read_checkpoint, recognise
 from cldsde.pretrained.published_models import Family, PublishedModel
 
@@ -32,25 +29,13 @@ _OPEN = ("data.name", "data.options", "sampling")
 """Settings that a checkpoint does not determine."""
 
 
-def is_written(run: TrainedModel, out: Path, *, overwrite: bool = False) -> bool:
-    """Whether a folder holds a run of `read_published` already.
-
-    Raises a SettingError if it holds another run that must not be overwritten, or other files.
-    """
-    config = run.config.to_dict()
+def check_out(run: TrainedModel, out: Path, *, overwrite: bool = False) -> None:
+    """Raise a SettingError if a folder holds a run that must not be overwritten, or other files."""
+    config, file = run.config.to_dict(), out / CONFIG
     check_folder(out, config, free=[*config])
-    if not (out / CONFIG).is_file():
-        return False
-    same = json.loads((out / CONFIG).read_text()) == config
-    if same and not (out / MODEL).exists():
-        return False  # an import that was interrupted
-    found: dict[str, Tensor] = {}
-    with suppress(ValueError, FileNotFoundError):  # damaged or missing
-        found, _ = load_tensors(out / MODEL, KIND)
-    same = same and tensors_digest(found) == run.digest
-    msg = f"{out} holds another model or settings; choose another folder, or set `overwrite`"
-    require(same or overwrite, "out", msg)
-    return same
+    begun = not file.is_file() or json.loads(file.read_text()) == config
+    free = overwrite or (begun and not (out / MODEL).exists())  # else it was interrupted
+    require(free, "out", f"{out} holds a run; choose another folder, or set `overwrite`")
 
 
 def write_run(run: TrainedModel, out: Path) -> None:
@@ -68,9 +53,8 @@ def read_published(
     """Read a checkpoint of CLD-SGM or score_sde_pytorch; code in it is not run.
 
     ``name`` is the name of its published settings; None recognises them by the weights.
-    ``overrides`` are ``section.key=value`` of data and sampling; the checkpoint determines all
-    other settings. Raises an error if it cannot be read, is of another network, or a setting does
-    not fit.
+    ``overrides`` are ``section.key=value`` of data and sampling. Raises an error if it cannot be
+    read, is of another network, or a setting does not fit.
     """
     for key in parse_overrides(overrides, "sampling.nfe=100"):
         free = f"{key}.".startswith(tuple(f"{name}." for name in _OPEN))

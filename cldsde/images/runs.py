@@ -34,10 +34,9 @@ _FOLDERS = ("evaluations", "samples", SNAPSHOTS)  # of a run, for files of its o
 class RunFolder:
     """A folder that belongs to one configuration.
 
-    Opening it checks everything before anything is written: a folder of another configuration, or
-    with other files, is an error and not changed. A folder of the same configuration is continued;
-    its file keeps the settings that may change, ``free``, as they were. ``known`` are arguments of
-    `check_folder`. No other process can open it until ``close()``, or the end of the object.
+    Opening it checks everything before anything is written; ``known`` are arguments of
+    `check_folder`. The file of a folder that is continued keeps the settings that may change,
+    ``free``. No other process can open it until ``close()``, or the end of the object.
     """
 
     def __init__(
@@ -93,6 +92,19 @@ class RunFolder:
             kept = [line for line in lines if _images(line) <= images]
             self.write(METRICS, lambda file: file.write_text("".join(kept), encoding="utf-8"))
 
+    def keep_snapshot(self, name: str, metrics: Mapping[str, float], by: str, count: int) -> None:
+        """Add a file of weights with its metrics; keep those with the smallest metric ``by``."""
+        record = self.path / SNAPSHOTS / "values.json"
+        known = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
+        # Files of another metric have no value, nor have those of 0.2.
+        known[name] = metrics
+        of = {x: m.get(by, math.inf) if isinstance(m, dict) else math.inf for x, m in known.items()}
+        kept = sorted(known, key=lambda x: (of[x], x))[:count]
+        self.write_json(f"{SNAPSHOTS}/values.json", {name: known[name] for name in sorted(kept)})
+        for file in record.parent.glob("[0-9]*.safetensors"):
+            if file.name not in kept:
+                file.unlink()
+
 
 def _images(line: str) -> float:
     """Images seen at a line of metrics; infinite if the line was cut off."""
@@ -109,26 +121,19 @@ def check_folder(
     if not path.is_dir():
         require(not path.exists(), "out", f"{path} is not a folder")
         return
-    names = [entry.name for entry in path.iterdir()]
+    names, again = [entry.name for entry in path.iterdir()], "choose another folder"
     if not all(name.startswith(PARTIAL) or name in parts for name in names):
-        problem = _problem(path, config, free)
-        require(problem is None, "out", f"{problem}; choose another folder")
+        file = path / CONFIG
+        require(file.is_file(), "out", f"{path} holds files that are no run of cldsde; {again}")
+        try:
+            found = dict(json.loads(file.read_text(encoding="utf-8")))
+        except (ValueError, TypeError, RecursionError) as error:
+            msg = f"{file} is no configuration of cldsde ({error}); {again}"
+            raise SettingError("out", msg) from error
+        with suppress(SettingError):  # an older one gets the defaults of what it lacks
+            found = RunConfig.from_dict(found).to_dict()
+        wanted, there = leaves(config, without=free), leaves(found, without=free)
+        others = [key for key in {**wanted, **there} if wanted.get(key) != there.get(key)]
+        msg = f"{path} holds a run with other settings ({', '.join(others)}); {again}"
+        require(not others, "out", msg)
     check_writable(path)
-
-
-def _problem(path: Path, config: Mapping[str, Any], free: Sequence[str]) -> str | None:
-    """The reason why a folder cannot hold a run of a configuration."""
-    file = path / CONFIG
-    if not file.is_file():
-        return f"{path} holds files that are no run of cldsde"
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        return f"{file} is not valid JSON ({error})"
-    if not isinstance(found, dict):
-        return f"{file} is no configuration of cldsde"
-    with suppress(SettingError):  # an older one gets the defaults of what it lacks
-        found = RunConfig.from_dict(found).to_dict()
-    wanted, there = leaves(config, without=free), leaves(found, without=free)
-    others = [key for key in {**wanted, **there} if wanted.get(key) != there.get(key)]
-    return f"{path} holds a run with other settings ({', '.join(others)})" if others else None

@@ -158,17 +158,17 @@ def checked_options(
 ) -> dict[str, Any]:
     """Check options against the signature of a function or class; convert sections to dataclasses.
 
-    Arguments in ``given`` are no options. Errors name options below ``key``. A class may name the
-    class that takes its options as ``options_of``.
+    Arguments in ``given`` are no options. Errors name options below ``key``. What ``make`` passes
+    on as ``**options`` goes to ``make.options_of``, whose arguments are options, too.
     """
-    make = getattr(make, "__dict__", {}).get("options_of", make)
-    function = inspect.getattr_static(make, "__init__") if isinstance(make, type) else make
-    hints = typing.get_type_hints(function, include_extras=True)
-    parameters = {
-        name: parameter
-        for name, parameter in inspect.signature(make).parameters.items()
-        if name not in given and parameter.kind is not parameter.VAR_KEYWORD
-    }
+    parameters: dict[str, inspect.Parameter] = {}
+    hints: dict[str, Any] = {}
+    for one in filter(None, (getattr(make, "__dict__", {}).get("options_of"), make)):
+        function = inspect.getattr_static(one, "__init__") if isinstance(one, type) else one
+        hints |= typing.get_type_hints(function, include_extras=True)
+        parameters |= inspect.signature(one).parameters
+    kept = {name: x for name, x in parameters.items() if name not in given}
+    parameters = {name: x for name, x in kept.items() if x.kind is not x.VAR_KEYWORD}
     check_keys(options, parameters, key)
     for name, parameter in parameters.items():
         there = name in options or parameter.default is not parameter.empty

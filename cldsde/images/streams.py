@@ -1,8 +1,4 @@
-"""Randomness of training as a function of the seed and of the step and purpose.
-
-No state is carried from step to step: a resumed run, or one on other processes, has the same random
-numbers.
-"""
+"""Randomness of training as a function of seed, purpose and step, without a state to resume."""
 
 from __future__ import annotations
 

@@ -56,8 +56,7 @@ def load_tensors(file: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, st
         raise ValueError(f"{file} must hold {kind}; it holds {notes.get('kind', 'something else')}")
     written = notes.pop("sha256", "")
     if written != tensors_digest(tensors, notes):
-        msg = f"{file} is damaged: its contents differ from the digest written with them"
-        raise ValueError(msg)
+        raise ValueError(f"{file} is damaged: its contents differ from the digest in it")
     del notes["kind"]
     return tensors, {**notes, "sha256": written}
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cldsde.errors import require
 from cldsde.images.data import ArrayImages, DataSet, Images, to_levels
-from cldsde.images.data.samples import measured, measured_batches
+from cldsde.images.data.pixels import measured, measured_batches
 from cldsde.images.evaluate.classifier import kept_classifier, random_features
 from cldsde.images.evaluate.distances import (
     FeatureNetwork,
@@ -66,8 +66,7 @@ class Tuning:
 
     The search minimises the geometric mean of the Fréchet distances in features of two networks,
     because settings that were fitted to one network made the images worse in others. ``features``
-    names the first, as for `Measurements`; without data it is ``"random"`` by default. The second
-    network has random weights, and so has a third network in the report.
+    names the first; the second has random weights, and so has a third network in the report.
     """
 
     model: ImageModel

@@ -102,7 +102,7 @@ def here(published, tmp_path, monkeypatch):
         ("train CONFIG --set training.batch=32 --out RUN", "other settings (training.batch)"),
         ("train CONFIG --seed -1", "--seed: must be"),
         ("train CONFIG --device gpu", "--device: must be"),
-        ("sample mistyped", "is no folder"),
+        ("sample mistyped", "is no run of cldsde train"),
         ("sample full", "holds no config.json"),
         ("sample RUN --solver sscz", "'sscz'; did you mean sscs?"),
         ("sample RUN --solver recomended", "'recomended'; did you mean recommended?"),

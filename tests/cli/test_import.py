@@ -86,23 +86,21 @@ def test_another_run_is_overwritten_only_on_request(tmp_path, capsys):
     options = ["--as", "cld-sgm", "--out", str(run)]
     assert main(["import", str(file), *options]) == 0
     before = {entry.name: entry.read_bytes() for entry in run.iterdir()}
-    assert main(["import", str(file), *options]) == 0
-    assert "has this model already" in capsys.readouterr().out
     contents = checkpoint("cld_fourier")
     contents["ema"]["shadow_params"][0] += 1
     torch.save(contents, tmp_path / "later.pth")
     (tmp_path / "begun").mkdir()
     (tmp_path / "begun" / "config.json").write_text('{"training": {"images": 5}}')
     text = rejected(capsys, "import", file, *options[:-1], tmp_path / "begun")
-    assert "another model or settings" in text
-    others = [[str(tmp_path / "later.pth"), *options]]
+    assert "holds a run" in text
+    others = [[str(tmp_path / "later.pth"), *options], [str(file), *options]]
     others += [[str(file), *options, "--set", "sampling.nfe=7"]]
     for other in others:
         text = rejected(capsys, "import", *other)
         assert "--out: " in text
-        assert "holds another model or settings; choose another folder" in text
+        assert "holds a run; choose another folder" in text
         assert {entry.name: entry.read_bytes() for entry in run.iterdir()} == before
-    assert main(["import", *others[1], "--overwrite"]) == 0
+    assert main(["import", *others[2], "--overwrite"]) == 0
     assert load_model(run).config.sampling.nfe == 7
     assert main(["import", *others[0], "--overwrite"]) == 0
     assert (run / "model.safetensors").read_bytes() != before["model.safetensors"]

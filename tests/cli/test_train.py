@@ -41,8 +41,6 @@ def test_a_dry_run_checks_measures_and_writes_nothing(config, tmp_path, capsys, 
     assert main(["train", str(config), "--dry-run", "--device", "cpu"]) == 0
     text = capsys.readouterr().out
     assert "parameters" in text
-    measured = re.search(r"loading: ([\d,]+) images per second, ([\d,]+) MiB", text)
-    speed, memory = (int(number.replace(",", "")) for number in measured.groups())
-    assert speed > 0
-    assert 2**6 < memory < 2**16  # torch alone takes more than 64 MiB
+    measured = re.search(r"loading: ([\d,]+) images per second", text)
+    assert int(measured[1].replace(",", "")) > 0
     assert not list(tmp_path.iterdir())

@@ -22,7 +22,7 @@ import torch
 from cldsde.errors import require
 from cldsde.images.compare.config import ComparisonConfig, RowConfig, check_comparison
 from cldsde.images.compare.report import FORMAT, RESULTS, read_comparison, write_report
-from cldsde.images.data.samples import is_whole_picture, save_grid
+from cldsde.images.data.pixels import is_whole_picture, save_grid
 from cldsde.images.evaluate.evaluation import Evaluation, Measurements
 from cldsde.images.evaluate.results import Result, check_comparable
 from cldsde.images.model import TrainedModel, load_model

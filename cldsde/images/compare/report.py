@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from cldsde.files import write_whole
-from cldsde.images.data.samples import is_whole_picture
+from cldsde.images.data.pixels import is_whole_picture
 from cldsde.images.evaluate.results import bits_text
 from cldsde.tables import Entry, Table, mean_and_spread
 

@@ -5,7 +5,7 @@ Images are loaded by row, from memory or files, so that a data set may exceed me
 
 from cldsde.images.data.folder import FolderImages
 from cldsde.images.data.images import ArrayImages, Images, array_images
-from cldsde.images.data.pixels import augment, channel_statistics, pixels_of, to_levels, to_unit
+from cldsde.images.data.pixels import augment, channel_statistics, to_levels, to_unit
 from cldsde.images.data.sets import (
     DATA_SETS,
     DataSet,
@@ -29,7 +29,6 @@ __all__ = [
     "digits",
     "fashion_mnist",
     "image_folder",
-    "pixels_of",
     "to_levels",
     "to_unit",
     "torchvision_set",

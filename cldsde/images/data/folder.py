@@ -50,9 +50,6 @@ def cache_folder() -> Path:
 class FolderImages(Images):
     """The pictures of a folder and its subfolders, a zip archive, or a saved data set.
 
-    Every file is opened once when the object is made, which reads its header, unless it was decoded
-    before.
-
     Parameters
     ----------
     path
@@ -60,7 +57,7 @@ class FolderImages(Images):
         with one column of pictures. An outer folder of all files in an archive does not count.
     size
         Height and width. A picture is cropped to its central square, which is resized by Pillow's
-        bicubic filter with antialiasing; a square of that size is not changed.
+        bicubic filter with antialiasing.
     channels, bits
         3 for RGB, or 1 for grey, which may have 16 bits: continuous numbers from 0 to 65,535.
     classes
@@ -71,28 +68,20 @@ class FolderImages(Images):
     skip_damaged
         Decode every picture at once, and leave out those that cannot be decoded.
     cache, cache_gib
-        Folder of decoded pictures, and its largest size in GiB: the files unused for the longest
-        time make room. ``"auto"`` is ``decoded`` in ``$CLDSDE_CACHE``, by default in cldsde's
-        folder of ``$XDG_CACHE_HOME`` or ``~/.cache``. None decodes them whenever they are needed.
-
-    Attributes
-    ----------
-    files : tuple
-        The picture of each row; of a subset, too, the pictures of all rows.
-    skipped : tuple of str
-        Files left out, and the reason: undecodable files, and files with other suffixes.
+        Folder of decoded pictures, and its largest size in GiB; ``"auto"`` is the folder
+        ``decoded`` in cldsde's cache. None decodes pictures whenever they are needed.
 
     Raises
     ------
     ValueError, OSError
-        If an option is not allowed, there is no image, a class has none, an image belongs to no
-        class, links form a cycle, or something cannot be read.
+        If an option is not allowed, there is no image, an image belongs to no class, links form a
+        cycle, or something cannot be read.
 
     Notes
     -----
     Files are selected by their suffix (BMP, GIF, JPEG, PNG, PPM, TIFF, WebP), in either case. Names
     that start with a dot are left out; links are followed. Rows are in the order of the names of
-    folders and file, by code points of their NFC form, whatever the file system.
+    folders and file, by code points of their NFC form.
 
     EXIF orientation is applied. Transparent images are laid over white. Grey becomes three equal
     channels, and RGB becomes grey by Pillow's (Rec. 601) weights. 16-bit grey is scaled by 1/257
@@ -117,7 +106,7 @@ class FolderImages(Images):
     ) -> None:
         if bits == 16 and channels != 1:
             raise ValueError("bits must be 8 for colours, of which Pillow reads 8 bits; got 16")
-        all_files, labels, names, facts, others = find_pictures(path, classes=classes)
+        all_files, labels, names, facts = find_pictures(path, classes=classes)
         self._all, self._workers, self._limit = tuple(all_files), workers, cache_gib * _GIB
         self._shape = (len(self._all), channels, size, size)
         self._dtype = np.dtype(np.uint8 if bits == 8 else np.uint16)
@@ -142,8 +131,7 @@ class FolderImages(Images):
         self._rows = self._rows[kept]
         self.files = tuple(self._all[row] for row in kept)
         self.labels = None if numbers is None else numbers[kept]
-        counts = (f"{count} files that end in {suffix}" for suffix, count in sorted(others.items()))
-        self.skipped = (*damaged.values(), *counts)
+        self.skipped = tuple(damaged.values())
         if self._place is not None and self._is_whole:
             with suppress(OSError):  # of a folder of another user
                 os.utime(self._place)
@@ -267,12 +255,10 @@ class FolderImages(Images):
             return {row: text for row, text in enumerate(bar) if text is not None}
 
     def _described(self, damaged: Mapping[int, str]) -> str:
-        first, *others = damaged.values()
-        if not others:
-            return f"{first}; skip_damaged = true leaves it out"
-        names = ", ".join(str(self._all[row]) for row in [*damaged][1:10])
-        more = f"{len(others)} others: {names}{', …' if len(damaged) > 10 else ''}"
-        return f"{first}; nor can {more}. skip_damaged = true leaves them out"
+        first, names = next(iter(damaged.values())), [str(self._all[row]) for row in damaged]
+        others = f"; nor can {', '.join(names[1:10])}" if names[1:] else ""
+        more = f" and {len(names) - 10} more" if names[10:] else ""
+        return f"{first}{others}{more}. skip_damaged = true leaves them out"
 
     def _known_damaged(self) -> dict[int, str] | None:
         """Damaged pictures that an earlier start found; None if none looked at all of them."""
@@ -301,17 +287,16 @@ def _make_room(place: Path, needed: int, limit: float) -> None:
     if needed > limit:
         allowed = f"data.options.cache_gib allows {limit / _GIB:g}"
         raise OSError(f"they need {needed / _GIB:.3g} GiB, and {allowed}")
-    sizes: dict[str, list[tuple[float, int, Path]]] = {}
-    for file in place.parent.glob(f"{'[0-9a-f]' * 32}.*"):
-        stat = file.stat()
-        sizes.setdefault(file.name[:32], []).append((stat.st_mtime, stat.st_size, file))
-    own = sum(size for _, size, _ in sizes.pop(place.stem, []))
-    total = needed + sum(size for files in sizes.values() for _, size, _ in files)
-    for files in sorted(sizes.values(), key=max):
+    found = place.parent.glob(f"{'[0-9a-f]' * 32}.*")
+    large = [x for x in found if x.suffix in {".rows", ".part"}]  # with small ones beside them
+    sizes = {x: x.stat().st_size for x in sorted(large, key=lambda x: x.stat().st_mtime)}
+    own = sum(sizes.pop(place.with_suffix(suffix), 0) for suffix in (".rows", ".part"))
+    total = needed + sum(sizes.values())
+    for file, size in sizes.items():
         if total > limit:
-            for _, size, file in files:
-                file.unlink(missing_ok=True)
-                total -= size
+            total -= size
+            for each in place.parent.glob(f"{file.stem}.*"):
+                each.unlink(missing_ok=True)
     free = own + shutil.disk_usage(place.parent).free
     if needed > 0.9 * free:
         raise OSError(f"they need {needed / _GIB:.3g} GiB, and {free / _GIB:.3g} are free")

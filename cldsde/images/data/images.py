@@ -15,23 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cldsde.images.checks import (
-    Scale,
-    check_images,
-    check_labels,
-    check_values,
-    listed,
-    what_instead,
-)
+from cldsde.images.checks import Scale, check_images, check_labels, check_values, listed
 from cldsde.images.schema import Count, Levels, Range, checked
 from cldsde.progress import progress_bar
 
 Layout = Literal["auto", "NHW", "NHWC", "NCHW"]
 Array = np.ndarray[Any, Any]
+CHUNK = 2**22  # numbers that are held at once when a whole data set is read
 _UNREADABLE = (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error)
-
-CHUNK = 2**22
-"""Numbers that are held at once when a whole data set is read."""
 
 
 class Images(ABC):
@@ -39,8 +30,7 @@ class Images(ABC):
 
     Bytes are 0 … levels − 1; of continuous numbers, ``levels`` is the range ``(low, high)``. Labels
     are classes ``(N,)``; ``classes`` is their number or their names, and None stands for the
-    largest label + 1. ``class_names`` are the names if they are known, ``skipped`` the files of the
-    source that were left out, and the reasons.
+    largest label + 1. ``skipped`` are the damaged files that were left out, and the reasons.
     """
 
     def __init__(
@@ -55,8 +45,6 @@ class Images(ABC):
         self.levels, self._rows = levels, torch.arange(count, device="cpu")
         self.shape: tuple[int, int, int] = (int(shape[0]), int(shape[1]), int(shape[2]))
         self.skipped: tuple[str, ...] = ()
-        if labels is None and classes is not None:
-            raise ValueError(f"classes needs labels; got {classes!r} and no labels")
         self.class_names = None if isinstance(classes, int | None) else tuple(classes)
         known = classes if isinstance(classes, int | None) else len(classes)
         self.classes = None if labels is None else check_labels(labels, count, known)
@@ -67,7 +55,6 @@ class Images(ABC):
 
     def subset(self, rows: Tensor) -> Self:
         """Some rows ``(n,)`` in a given order; the images are shared, not copied."""
-        self.check_rows(rows)
         some = copy.copy(self)
         some._rows = self._rows[rows]
         some.labels = None if self.labels is None else self.labels[rows]
@@ -75,10 +62,6 @@ class Images(ABC):
 
     def load(self, rows: Tensor) -> Tensor:
         """Load rows ``(n,)`` int64, in any order and with repeats, as ``(n, C, H, W)``."""
-        self.check_rows(rows)
-        if len(rows) == 0:
-            dtype = torch.uint8 if isinstance(self.levels, int) else torch.float32
-            return torch.empty((0, *self.shape), dtype=dtype, device="cpu")
         return self._read(self._rows[rows.cpu()])
 
     @property
@@ -111,13 +94,6 @@ class Images(ABC):
                     found[0] += share * shift
                 bar.update(len(some))
         return found
-
-    def check_rows(self, rows: Tensor) -> None:
-        """Raise a TypeError or an IndexError unless these images have the rows."""
-        if not isinstance(rows, Tensor) or rows.dtype != torch.int64 or rows.ndim != 1:
-            raise TypeError(f"rows must be an int64 tensor (n,); got {rows}")
-        if bool(((rows < 0) | (rows >= len(self))).any()):
-            raise IndexError(f"rows must lie in 0 … {len(self) - 1}; got {rows.tolist()}")
 
     @abstractmethod
     def _read(self, rows: Tensor) -> Tensor:
@@ -160,22 +136,38 @@ def array_images(
     value_range: Range | None = None,
     channels: Sequence[int] = (1, 3),
 ) -> ArrayImages:
-    """All images of a ``.npy`` or ``.npz`` file of NumPy, in their order; see `array_file`.
+    """All images of a ``.npy`` or ``.npz`` file of NumPy, in their order.
 
-    ``channels`` are the numbers of channels by which the layout "auto" finds their axis.
+    A ``.npy`` is mapped into memory, not read: it may be larger than memory. Nothing is unpickled.
+
+    Parameters
+    ----------
+    path
+        The file. The images are uint8, or floating-point numbers in ``value_range``.
+    images
+        Name of their array in a ``.npz``; None takes the only array with three or four axes, or the
+        only one of them that is uint8.
+    labels
+        Name of the array of classes in the ``.npz``, or, for a ``.npy``, path of another
+        ``.npy``: ``(N,)`` integers from 0.
+    layout
+        Order of the axes: images, channels, height, width. "auto" takes three axes for NHW, and
+        four for NHWC or NCHW, whichever has one of ``channels`` in the place of C; ambiguous shapes
+        are errors.
+    levels
+        Number of grey levels.
+    value_range
+        Least and largest value of floating-point images, ``[low, high]``, which become −1 and 1.
 
     Raises
     ------
     FileNotFoundError, TypeError, ValueError
-        If there is no such file, or it cannot be read or holds something else.
+        If the file is missing, cannot be read, or holds something else.
     """
     file = Path(path).expanduser()
     pixels, targets = _read(file, images, labels)
     if 0 in pixels.shape:
         raise ValueError(f"{file} must hold at least one image; got shape {pixels.shape}")
-    if pixels.dtype.kind == "f" and value_range is None:
-        msg = f"{file} must hold images of uint8, or have a value_range; got {pixels.dtype} in "
-        raise ValueError(f"{msg}{pixels.min():g} to {pixels.max():g}")
     if pixels.dtype != np.uint8 if value_range is None else pixels.dtype.kind != "f":
         msg = f"{file} must hold images of uint8, or floating-point numbers with value_range; got "
         raise TypeError(f"{msg}{pixels.dtype}")
@@ -216,7 +208,7 @@ def _layout_of(shape: Sequence[int], layout: Layout, file: Path, known: Sequence
 
 def _read(path: Path, images: str | None, labels: str | None) -> tuple[Array, Array | None]:
     if not path.is_file():
-        raise FileNotFoundError(f"path must be a file; got {path}, which {what_instead(path)}")
+        raise FileNotFoundError(f"path must be a file; got {path}, which is none")
     with path.open("rb") as stream:
         is_archive = stream.read(2) == b"PK"
     if is_archive:
@@ -227,8 +219,7 @@ def _read(path: Path, images: str | None, labels: str | None) -> tuple[Array, Ar
     if beside is not None and not beside.is_file():
         beside = path.with_name(beside.name)  # as seen from another folder than the training's
     if beside is not None and not beside.is_file():
-        msg = f"labels must be a .npy if path is one; got {beside}, which {what_instead(beside)}"
-        raise FileNotFoundError(msg)
+        raise FileNotFoundError(f"labels must be a .npy if path is one; {beside} is no file")
     return _npy(path), None if beside is None else _npy(beside)
 
 

@@ -10,7 +10,6 @@ import os
 import stat
 import unicodedata
 import zipfile
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial
@@ -23,7 +22,7 @@ from PIL import Image, ImageOps
 from PIL.Image import Image as PILImage
 from torch import Tensor
 
-from cldsde.images.checks import listed, what_instead
+from cldsde.images.checks import listed
 from cldsde.messages import brief
 
 # Formats that Pillow decodes itself: others, such as EPS, would start a program.
@@ -40,10 +39,7 @@ _LARGEST = 2**30  # bytes of a picture in an archive
 
 
 class Packed(NamedTuple):
-    """A picture inside of another file: its name, and a function that returns its content.
-
-    ``stamp`` changes with the content.
-    """
+    """A picture inside of another file, and a ``stamp`` that changes with its content."""
 
     name: str
     read: Callable[[], bytes]
@@ -118,11 +114,11 @@ Files = list[tuple[Names, Path | Packed]]
 
 def find_pictures(
     path: str | Path, *, classes: bool
-) -> tuple[Sequence[Path | Packed], Sequence[int] | None, Sequence[str] | None, Any, Counter[str]]:
+) -> tuple[Sequence[Path | Packed], Sequence[int] | None, Sequence[str] | None, Any]:
     """Pictures of a folder, a zip archive or a saved data set in their order; see `FolderImages`.
 
-    Also returned are their classes and the names of these, or None; facts that change with the
-    contents of the pictures; and the numbers of other files.
+    Also returned are their classes and the names of these, or None, and facts that change with the
+    contents of the pictures.
     """
     place = Path(path).expanduser()
     packed = place.suffix.lower() == ".zip" and place.is_file()
@@ -130,15 +126,9 @@ def find_pictures(
     names = {x.name for x in root.iterdir()} if root.is_dir() else set()
     if names >= {"dataset_info.json", "state.json"} or "dataset_dict.json" in names:
         stamps = [(x.name, _stamp(x)) for x in sorted(root.glob("*.arrow"))]
-        return *_in_table(root, classes=classes), [str(root.resolve()), stamps], Counter()
-    files: Files = []
-    others = Counter[str]()
-    for parts, file in _in_archive(root) if packed else _in_folder(root):
-        suffix = PurePath(parts[-1]).suffix
-        if suffix.lower() in SUFFIXES:
-            files.append((parts, file))
-        else:
-            others[suffix or "no suffix"] += 1
+        return *_in_table(root, classes=classes), [str(root.resolve()), stamps]
+    found = _in_archive(root) if packed else _in_folder(root)
+    files: Files = [x for x in found if PurePath(x[0][-1]).suffix.lower() in SUFFIXES]
     # An outer folder of all pictures in an archive does not count.
     while packed and len({x[0] for x, _ in files}) == 1 and min(len(x) for x, _ in files) > 2:
         files = [(parts[1:], file) for parts, file in files]
@@ -146,18 +136,17 @@ def find_pictures(
         msg = f"{root} holds no image; files that end in {listed(sorted(SUFFIXES))} count"
         raise ValueError(msg)
     files.sort(key=lambda one: _name_order(one[0]))
-    kinds, labels = _classes(root, files) if classes else (None, None)
+    kinds, labels = _classes(files) if classes else (None, None)
     # Files of the same names, sizes and times may be in two places.
     facts = [str(root.resolve()), [(name, _stamp(file)) for name, file in files]]
-    return [file for _, file in files], labels, kinds, facts, others
+    return [file for _, file in files], labels, kinds, facts
 
 
 def as_folder(path: str | Path) -> Path:
     """The path of a folder that exists."""
     folder = Path(path).expanduser()
     if not folder.is_dir():
-        msg = f"path must be a folder; got {folder}, which {what_instead(folder)}"
-        raise (NotADirectoryError if folder.exists() else FileNotFoundError)(msg)
+        raise FileNotFoundError(f"path must be a folder; got {folder}, which is none")
     return folder
 
 
@@ -217,16 +206,13 @@ def _member(archive: Path, stamp: Any, name: str) -> bytes:
     return source.read(name)
 
 
-def _classes(root: Path, files: Files) -> tuple[list[str], list[int]]:
+def _classes(files: Files) -> tuple[list[str], list[int]]:
     """Names of the classes, and the class of each file."""
     for names, file in files:
         if len(names) == 1:
             msg = f"{file} belongs to no class; with classes=True images lie in subfolders"
             raise ValueError(msg)
     owners = [names[0] for names, _ in files]
-    tops = [x for x in root.iterdir() if x.is_dir() and x.name[0] != "."] if root.is_dir() else []
-    for name in sorted({x.name for x in tops} - {*owners}):
-        raise ValueError(f"{root / name} is a class without an image; add images or remove it")
     classes = sorted({*owners}, key=lambda name: _name_order((name,)))
     numbers = {name: i for i, name in enumerate(classes)}
     return classes, [numbers[owner] for owner in owners]

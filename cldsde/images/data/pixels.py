@@ -1,16 +1,23 @@
-"""Images to numbers in [−1, 1] and back, and the statistics of these numbers."""
+"""Images as numbers in [−1, 1], with their statistics, as bytes, and as pictures."""
 
 from __future__ import annotations
 
 import math
-from typing import Literal
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
 
+import numpy as np
 import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from torch.nn import functional as F
 
 from cldsde.images.checks import Scale, check_values
-from cldsde.images.data.images import Images
+from cldsde.images.data.images import Images, array_images
+from cldsde.images.data.pictures import open_picture, pixels_of_picture, read_picture
 from cldsde.images.schema import checked
 from cldsde.linear.checks import described
 from cldsde.score import likelihood
@@ -26,17 +33,11 @@ def to_unit(images: Tensor, levels: Scale = 256) -> Tensor:
     return 2 * ((check_values(images, levels).to(torch.float32) - low) / (high - low)) - 1
 
 
-def pixels_of(images: Images) -> Tensor:
-    """All images of a set that fits into memory, ``(N, C, H, W)`` float32 in [−1, 1]."""
-    return to_unit(images.load(torch.arange(len(images), device="cpu")), images.levels)
-
-
 def to_levels(images: Tensor, levels: Scale = 256, *, dequantised: bool = False) -> Tensor:
     """Round numbers of any shape to uint8 levels: the inverse of `to_unit`, or of dequantisation.
 
     If ``levels`` is a range, numbers become float32 in it, and are not rounded. Numbers outside
-    [−1, 1] are clamped. ``dequantised`` numbers are levels spread over their bins,
-    (2x + 2U)/levels − 1, instead of 2x/(levels − 1) − 1.
+    [−1, 1] are clamped. ``dequantised`` numbers are levels spread over bins, (2x + 2U)/levels − 1.
     """
     if not isinstance(images, Tensor) or not images.is_floating_point():
         raise TypeError(f"images must be a floating-point tensor; got {described(images)}")
@@ -67,13 +68,8 @@ def augment(
 
     ``flip`` mirrors each image with probability 1/2. ``crop`` below 1 resizes a random part of each
     image to its size; the share of its height and width is uniform between ``crop`` and 1.
-    ``dequantise`` spreads each level uniformly over its bin (`cldsde.score.dequantise`), instead of
-    `to_unit`. In this order it draws n uniform numbers if ``flip``, 3n if ``crop`` is below 1
-    (sizes, rows and columns), and n·C·H·W if ``dequantise``.
+    ``dequantise`` spreads each level uniformly over its bin (`cldsde.score.dequantise`).
     """
-    check_values(images, levels)
-    if images.ndim != 4:
-        raise ValueError(f"images must have shape (n, C, H, W); got {tuple(images.shape)}")
     source = images.device if generator is None else generator.device
     if flip:
         uniform = torch.rand(len(images), generator=generator, device=source).to(images.device)
@@ -109,9 +105,8 @@ def channel_statistics(
 ) -> tuple[Tensor, Tensor]:
     """Mean and variance of the numbers in [−1, 1], of `to_unit` or of dequantised images.
 
-    Results are float64 of shape ``()``, ``(C, 1, 1)`` or ``(C, H, W)``. Sums of levels and of their
-    squares are integers, so that for bytes both are exact up to one rounding, however many there
-    are.
+    Results are float64 of shape ``()``, ``(C, 1, 1)`` or ``(C, H, W)``; those of bytes are exact up
+    to one rounding.
     """
     c, h, w = images.shape
     shape = {"scalar": (), "channel": (c, 1, 1), "pixel": (c, h, w)}[per]
@@ -131,3 +126,109 @@ def channel_statistics(
         variance = second.mean(1) / len(images) + first.var(1, correction=0)
         variance = 4 * variance / (high - low) ** 2
     return mean.reshape(shape), variance.reshape(shape)
+
+
+def as_bytes(images: Tensor, levels: Scale) -> Tensor:
+    """Images of other levels, or numbers of a range, as bytes from 0 to 255."""
+    if levels == 256:
+        return images
+    if isinstance(levels, int):
+        return (images.to(torch.float32) * (255 / (levels - 1))).round().to(torch.uint8)
+    return to_levels(to_unit(images, levels))
+
+
+def measured(images: Tensor, levels: Scale) -> Tensor:
+    """Images as features take them: bytes, or float32 in [−1, 1] for numbers of a range."""
+    return as_bytes(images, levels) if isinstance(levels, int) else to_unit(images, levels)
+
+
+def measured_batches(images: Images, batch: int = 256) -> Iterator[Tensor]:
+    """All images of a set as features take them, batch by batch."""
+    for first in range(0, len(images), batch):
+        rows = torch.arange(first, min(first + batch, len(images)), device="cpu")
+        yield measured(images.load(rows), images.levels)
+
+
+def load_samples(path: Path, like: Images | None = None) -> Tensor:
+    """Load samples ``(N, C, H, W)`` as features take them, from a file or a folder of ``*.png``.
+
+    An array ``levels`` of a ``.npz`` holds the number of grey levels of its images, 256 by default,
+    or their range. Floating-point numbers of other files have the range of the images ``like``.
+    """
+    if path.is_dir():
+        return _pictures(path)
+    if path.suffix not in {".npz", ".npy"}:
+        msg = f"{path} must be a run, a folder of pictures, or an array file (.npz, .npy)"
+        raise ValueError(msg)
+    levels: Any = 256 if like is None or isinstance(like.levels, int) else like.levels
+    if zipfile.is_zipfile(path):
+        with np.load(path, allow_pickle=False) as archive:
+            levels = archive.get("levels", levels)
+    levels = np.asarray(levels).tolist()
+    kind = {"value_range" if isinstance(levels, list) else "levels": levels}
+    known = (1, 3) if like is None else sorted({1, 3, like.shape[0]})
+    try:
+        found = array_images(path, channels=known, **kind)
+    except TypeError as error:
+        raise ValueError(str(error)) from error
+    return measured(found.load(torch.arange(len(found), device="cpu")), found.levels)
+
+
+def _pictures(folder: Path) -> Tensor:
+    files = sorted(file for file in folder.glob("*.png") if file.name[0] != ".")
+    if not files:
+        raise ValueError(f"{folder} holds no pictures (*.png)")
+    found: list[Tensor] = []
+    for file in files:
+        found.append(pixels_of_picture(read_picture(file)))
+        own, first = tuple(found[-1].shape), tuple(found[0].shape)
+        if own != first:
+            raise ValueError(f"{file} must have the shape of {files[0].name}, {first}; got {own}")
+    return torch.stack(found)
+
+
+def save_grid(
+    file: Path,
+    images: Tensor,
+    levels: Scale = 256,
+    *,
+    columns: int | None = None,
+    notes: PngInfo | None = None,
+) -> None:
+    """Write images ``(N, C, H, W)`` in a grid; pixels of small images become squares.
+
+    Channels other than 1 or 3 are side by side. Without ``columns`` the grid is nearly
+    square. ``notes`` go into the header of a PNG.
+    """
+    from torchvision.utils import make_grid
+
+    images = _shown(as_bytes(images.cpu(), levels))
+    columns = math.isqrt(len(images) - 1) + 1 if columns is None else columns
+    # A grid of grey images has three equal channels.
+    sheet = make_grid(images, columns)[: images.shape[1]]
+    scale = max(1, 64 // max(images.shape[2:]))
+    sheet = sheet.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+    picture(sheet).save(file, pnginfo=notes)
+
+
+def is_whole_picture(file: Path) -> bool:
+    """Whether a picture exists and can be read to its end."""
+    try:
+        with open_picture(file) as opened:
+            opened.verify()  # checksums, if the format has any
+        with open_picture(file) as opened:
+            opened.load()
+    except ValueError:
+        return False
+    return True
+
+
+def _shown(images: Tensor) -> Tensor:
+    """Images ``(N, C, H, W)`` of 1 or 3 channels; others become grey, side by side."""
+    return images if images.shape[1] in {1, 3} else torch.cat(torch.split(images, 1, 1), -1)
+
+
+def picture(image: Tensor) -> Image.Image:
+    """Bytes ``(C, H, W)`` as an image of Pillow's; channels other than 1 or 3 are side by side."""
+    image = _shown(image[None])[0]
+    return Image.fromarray((image[0] if len(image) == 1 else image.movedim(0, -1)).numpy())

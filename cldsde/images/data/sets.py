@@ -21,16 +21,9 @@ from torch.nn import functional as F
 from cldsde.files import file_lock
 from cldsde.images.checks import listed
 from cldsde.images.data.folder import FolderImages, cache_folder
-from cldsde.images.data.images import (
-    CHUNK,
-    ArrayImages,
-    Images,
-    Layout,
-    array_images,
-    to_nchw,
-)
+from cldsde.images.data.images import ArrayImages, Images, Layout, array_images, to_nchw
 from cldsde.images.data.pictures import as_folder
-from cldsde.images.schema import Count, Flag, Levels, Natural, Number, Positive, Range, checked
+from cldsde.images.schema import Flag, Natural, Share, checked
 
 _DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 _FASHION_CLASSES = (
@@ -55,22 +48,14 @@ def fashion_folder() -> Path:
 
 def fashion_part(folder: Path, part: str, size: int) -> ArrayImages:
     """The training or the test part, checked and resized."""
-    name = f"{part}-labels-idx1-ubyte"
-    images = _read_idx(folder, f"{part}-images-idx3-ubyte", (28, 28))
-    labels = _read_idx(folder, name, ())
-    if len(labels) != len(images) or int(labels.max()) >= len(_FASHION_CLASSES):
-        msg = f"{folder / name} must hold a label in 0 … 9 for each of {len(images)} images; got "
-        raise ValueError(f"{msg}{len(labels)} labels up to {int(labels.max())}")
-    images = images.unsqueeze(1)
+    images = _read_idx(folder, f"{part}-images-idx3-ubyte", (28, 28)).unsqueeze(1)
+    labels = _read_idx(folder, f"{part}-labels-idx1-ubyte", ())
     if size > 28:
         images = F.pad(images, [(size - 28) // 2] * 4)
     elif size < 28:
-        shrunk = []
-        for some in torch.split(images, CHUNK // 28**2):
-            # In float32: torch's kernels for bytes differ from one processor to another.
-            fine = F.interpolate(some.float(), (size, size), mode="bicubic", antialias=True)
-            shrunk.append(fine.round().clamp(0, 255).to(torch.uint8))
-        images = torch.cat(shrunk)
+        # In float32: torch's kernels for bytes differ from one processor to another.
+        fine = F.interpolate(images.float(), (size, size), mode="bicubic", antialias=True)
+        images = fine.round().clamp(0, 255).to(torch.uint8)
     return ArrayImages(images, labels=labels.to(torch.int64), classes=_FASHION_CLASSES)
 
 
@@ -110,13 +95,7 @@ TORCHVISION_SHAPES: dict[TorchvisionName, tuple[int, int, int]] = {
 """Shapes of the images, known without them."""
 
 
-def _whole_above_1(value: float) -> float:
-    if value >= 1 and value != round(value):
-        raise ValueError("Input should be a share below 1 or a number of images")
-    return value
-
-
-HeldOut = Annotated[Number, Field(ge=0), AfterValidator(_whole_above_1)]
+HeldOut = Annotated[Share | Annotated[int, Field(ge=1, strict=False)], AfterValidator(float)]
 """Share of the images held out, below 1, or their number."""
 
 
@@ -165,7 +144,7 @@ def fashion_mnist(*, path: str | Path | None = None, size: Literal[16, 28, 32] =
     Raises
     ------
     FileNotFoundError, ValueError
-        If a file is missing, damaged or holds something else; the message names it.
+        If a file is missing, damaged or holds something else.
     """
     folder = fashion_folder() if path is None else as_folder(path)
     return DataSet(*(fashion_part(folder, part, size) for part in ("train", "t10k")))
@@ -221,74 +200,25 @@ def torchvision_set(*, name: TorchvisionName, path: str | Path, download: Flag =
 
 
 @checked
-def image_folder(
-    *,
-    path: str | Path,
-    size: Count,
-    channels: Literal[1, 3] = 3,
-    bits: Literal[8, 16] = 8,
-    classes: Flag = False,
-    held_out: HeldOut = 0.1,
-    seed: Natural = 0,
-    workers: Count = 4,
-    skip_damaged: Flag = False,
-    cache: str | None = "auto",
-    cache_gib: Positive = 50,
-) -> DataSet:
+def image_folder(*, held_out: HeldOut = 0.1, seed: Natural = 0, **options: Any) -> DataSet:
     """Pictures in a folder, a zip archive or a saved data set, split at random.
 
-    Parameters
-    ----------
-    path, size, channels, bits, classes, workers, skip_damaged, cache, cache_gib
-        See `FolderImages`.
-    held_out, seed
-        See `digits`.
+    ``held_out`` and ``seed`` are those of `digits`, and the others those of `FolderImages`.
     """
-    options: Any = {"size": size, "channels": channels, "bits": bits, "classes": classes}
-    options |= {"skip_damaged": skip_damaged, "cache": cache, "cache_gib": cache_gib}
-    return _split(FolderImages(path, workers=workers, **options), held_out, seed)
+    return _split(FolderImages(**options), held_out, seed)
 
 
 @checked
-def array_file(
-    *,
-    path: str | Path,
-    images: str | None = None,
-    labels: str | None = None,
-    layout: Layout = "auto",
-    levels: Levels = 256,
-    value_range: Range | None = None,
-    held_out: HeldOut = 0.1,
-    seed: Natural = 0,
-) -> DataSet:
+def array_file(*, held_out: HeldOut = 0.1, seed: Natural = 0, **options: Any) -> DataSet:
     """Images of a ``.npy`` or ``.npz`` file of NumPy, split at random.
 
-    A ``.npy`` is mapped into memory, not read: it may be larger than memory. Nothing is unpickled.
-
-    Parameters
-    ----------
-    path
-        The file. The images are uint8, or floating-point numbers in ``value_range``.
-    images
-        Name of their array in a ``.npz``; None takes the only array with three or four axes, or the
-        only one of them that is uint8.
-    labels
-        Name of the array of classes in the ``.npz``, or, for a ``.npy``, path of another
-        ``.npy``: ``(N,)`` integers from 0.
-    layout
-        Order of the axes: images, channels, height, width. "auto" takes three axes for NHW, and
-        four for NHWC or NCHW, whichever has 1 or 3 in the place of C; ambiguous shapes are errors.
-    levels
-        Number of grey levels.
-    value_range
-        Least and largest value of floating-point images, ``[low, high]``, which become −1 and 1.
-    held_out, seed
-        See `digits`.
+    ``held_out`` and ``seed`` are those of `digits`, and the others those of `array_images`.
     """
-    options: dict[str, Any] = {"images": images, "labels": labels, "layout": layout}
-    found = array_images(path, levels=levels, value_range=value_range, **options)
-    return _split(found, held_out, seed)
+    return _split(array_images(**options), held_out, seed)
 
+
+image_folder.options_of = FolderImages  # type: ignore[attr-defined]
+array_file.options_of = array_images  # type: ignore[attr-defined]
 
 DATA_SETS: dict[str, Callable[..., DataSet]] = {
     "digits": digits,

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from cldsde.files import file_lock
 from cldsde.images.data import DataSet
-from cldsde.images.data.samples import measured, measured_batches
+from cldsde.images.data.pixels import measured, measured_batches
 from cldsde.images.evaluate.distances import images_sha256
 from cldsde.images.schema import Count, Natural, Positive, checked
 from cldsde.images.tensor_files import load_tensors, save_tensors, tensors_digest

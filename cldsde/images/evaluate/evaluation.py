@@ -20,7 +20,7 @@ from torch import Tensor
 from cldsde.errors import require, setting
 from cldsde.images.config import SamplingConfig
 from cldsde.images.data import DataSet, Images
-from cldsde.images.data.samples import measured, measured_batches
+from cldsde.images.data.pixels import measured, measured_batches
 from cldsde.images.evaluate import classifier, distances, inception, likelihoods, results
 from cldsde.images.evaluate.results import Result
 from cldsde.images.model import ImageModel, TrainedModel

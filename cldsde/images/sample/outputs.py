@@ -24,7 +24,7 @@ from torch import distributed
 from cldsde.errors import SettingError
 from cldsde.files import PARTIAL, check_writable, file_lock, write_whole, writing
 from cldsde.images.checks import output_place
-from cldsde.images.data.samples import as_bytes, picture, save_grid
+from cldsde.images.data.pixels import as_bytes, picture, save_grid
 from cldsde.images.sample.sampler import ImageSampler, Samples, ahead, batches_of
 from cldsde.progress import progress_bar
 

@@ -1,9 +1,13 @@
-"""Devices, processes, precision and shared weights (FSDP) of a training, by accelerate."""
+"""Devices, processes, their signals, and shared weights (FSDP) of a training, by accelerate."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,6 +25,7 @@ from accelerate.utils.environment import parse_flag_from_env
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
+from tqdm import tqdm
 
 from cldsde.errors import SettingError, require
 from cldsde.images.config import RunConfig
@@ -132,6 +137,41 @@ def make_engine(config: RunConfig, device: str) -> Accelerator:
     msg = f"this process already uses {engine.device}; {device!r} needs a new one"
     require(device.partition(":")[0] in {"auto", engine.device.type}, "device", msg)
     return engine
+
+
+@contextmanager
+def stop_signals(engine: Accelerator) -> Iterator[Callable[[], int]]:
+    """SIGINT and SIGTERM during a training: a function returns the one received, or 0.
+
+    Several processes receive them at different steps, and agree when all call the function. A
+    second signal ends a single process as usual. Outside the main thread the first one does.
+    """
+    received, alone = 0, engine.num_processes == 1
+    before: dict[int, Any] = {}
+
+    def receive(number: int, _: object) -> None:
+        nonlocal received
+        received = number
+        if alone:
+            tqdm.write("stopping after this step; again to stop at once", file=sys.stderr)
+            restore()
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def wanted() -> int:
+        if alone:
+            return received
+        return int(engine.gather(torch.tensor([received], device=engine.device)).max())
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, receive)
+    try:
+        yield wanted
+    finally:
+        restore()
 
 
 def shares(config: RunConfig, processes: int) -> tuple[int, int, int]:

@@ -1,8 +1,9 @@
-"""Model, average and optimiser of a training, one step of them, and the batches of the steps."""
+"""Model, averages and optimiser of a training: one step, the batches of steps, and the state."""
 
 from __future__ import annotations
 
 import copy
+import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -15,14 +16,28 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from cldsde.errors import require
 from cldsde.images.config import RunConfig
 from cldsde.images.data import DataSet, augment
 from cldsde.images.latent import Batch
-from cldsde.images.model import ImageSpace, Statistics, make_model
+from cldsde.images.model import STATE_KIND, ImageSpace, Statistics, make_model, model_notes
 from cldsde.images.power_averages import WIDTHS, power
+from cldsde.images.runs import STATE, RunFolder
 from cldsde.images.streams import image_order, stream, stream_seed
-from cldsde.images.train.engine import make_engine, networks, own, shard, shares, whole
+from cldsde.images.tensor_files import load_tensors, save_tensors
+from cldsde.images.train.engine import (
+    like,
+    load,
+    make_engine,
+    networks,
+    on_cpu,
+    own,
+    shard,
+    shares,
+    whole,
+)
 from cldsde.images.train.objectives import Objective
+from cldsde.messages import one_line
 
 
 class Learner:
@@ -74,8 +89,8 @@ class Learner:
         # the number of steps. They are read seldom, because reading waits for the device.
         dtype = torch.float64 if engine.device.type == "cpu" else None
         self.sums = torch.zeros(3 + 2 * len(self.parts), dtype=dtype, device=engine.device)
-        self.modules = {f"average{i or ''}": average for i, average in enumerate(self.averages)}
-        self.modules["model"] = self.model
+        averages = {f"average{i or ''}": average for i, average in enumerate(self.averages)}
+        self.modules = nn.ModuleDict({**averages, "model": self.model})
 
     def load(self, step: int) -> list[Batch]:
         """The parts of a step's batch for this process, each for one pass through the networks."""
@@ -205,6 +220,59 @@ class Learner:
             batch = self._to_device(Batch(x, labels, times[..., rows]))
             sums.append(self.objective.held_out(self.average, batch, noise, step).double().sum())
         return float(torch.stack(sums).sum()) / count
+
+    def save_state(self, run: RunFolder, step: int, seconds: float) -> None:
+        """Write the state after so many steps and seconds; all processes must call it."""
+        tensors = dict(self.modules.state_dict())
+        for index, values in self.optimiser.state_dict()["state"].items():
+            kept = {name: x for name, x in values.items() if isinstance(x, Tensor)}
+            tensors |= {f"optimiser.{index}.{name}": x for name, x in kept.items()}
+        tensors = on_cpu(tensors, kept=self.engine.is_main_process)
+        tensors["meter"] = self.engine.reduce(self.sums, "mean")
+        if not self.engine.is_main_process:
+            return
+        scaler = None if self.engine.scaler is None else self.engine.scaler.state_dict()
+        metadata = {"step": str(step), "seconds": str(seconds), "scaler": json.dumps(scaler)}
+        metadata |= model_notes(self.config, self.space, step * self.settings.batch)
+        save_tensors(run / STATE, STATE_KIND, {**tensors, **self.statistics._asdict()}, metadata)
+
+    def load_state(self, run: RunFolder) -> tuple[int, float]:
+        """Load the state of a run; return steps done and seconds spent.
+
+        Raises a ValueError if the file is damaged, or was written for other settings or data.
+        """
+        try:
+            tensors, metadata = load_tensors(run / STATE, STATE_KIND)
+            # States of 0.2 have no other digest.
+            if metadata.get("training", metadata["config"]) != self.config.training_digest():
+                raise ValueError("it was written for other settings than this run's")
+            for name, value in self.statistics._asdict().items():
+                if not torch.equal(tensors[name], value):
+                    raise ValueError(f"the data have changed since it was written: {name} differs")
+            optimiser, weights = self.optimiser.state_dict(), {}
+            trained = [x for group in self.optimiser.param_groups for x in group["params"]]
+            for key, x in tensors.items():
+                part, _, name = key.partition(".")
+                if part in self.modules:
+                    weights[key] = x
+                elif part == "optimiser":
+                    index, name = name.split(".")
+                    values = optimiser["state"].setdefault(int(index), {})
+                    values[name] = like(x, trained[int(index)])
+            load(self.modules, weights)
+            self.optimiser.load_state_dict(optimiser)
+            scaler = json.loads(metadata["scaler"])
+            if self.engine.scaler is not None and scaler is not None:
+                self.engine.scaler.load_state_dict(scaler)
+            self.sums.copy_(tensors["meter"])
+            step, seconds = int(metadata["step"]), float(metadata["seconds"])
+        except (KeyError, ValueError, RuntimeError, TypeError, OSError) as error:
+            msg = f"{run / STATE} cannot be used ({one_line(error)}); put a copy of it back, or "
+            raise ValueError(f"{msg}begin again in another folder") from error
+        msg = f"can grow, but not shrink; the run has seen {step * self.settings.batch:,}, got "
+        msg += f"{self.settings.images:,}"
+        require(step <= self.settings.steps, "training.images", msg)
+        return step, seconds
 
 
 @contextmanager

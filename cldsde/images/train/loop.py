@@ -1,8 +1,4 @@
-"""Training of a score model on images: one loop, on any number of processes, resumable to the bit.
-
-A run does not depend on interruptions (`cldsde.images.streams`), and on the number of processes
-only by rounding and dropout.
-"""
+"""Training of a score model on images: a loop on any number of processes, resumable to the bit."""
 
 from __future__ import annotations
 
@@ -28,7 +24,7 @@ from tqdm import tqdm
 from cldsde.files import writing
 from cldsde.images.config import RunConfig
 from cldsde.images.data import DataSet
-from cldsde.images.data.samples import measured, save_grid
+from cldsde.images.data.pixels import measured, save_grid
 from cldsde.images.evaluate.evaluation import Evaluation
 from cldsde.images.model import (
     KIND,
@@ -46,9 +42,8 @@ from cldsde.images.runs import CONFIG, METRICS, SNAPSHOTS, STATE, RunFolder
 from cldsde.images.sample.sampler import ImageSampler, ahead
 from cldsde.images.schema import leaves
 from cldsde.images.tensor_files import save_tensors
-from cldsde.images.train.engine import check_run, load, on_cpu, own
+from cldsde.images.train.engine import check_run, load, on_cpu, own, stop_signals
 from cldsde.images.train.learner import Learner, learning, learning_rates
-from cldsde.images.train.state import keep_snapshot, load_state, save_state, stop_signals
 from cldsde.progress import progress_bar
 
 _FIRST_SEED = 2**31  # of measured samples, far from the seeds of samples and evaluations
@@ -66,8 +61,7 @@ def train(
 ) -> DiffusionModel:
     """Train a model; return it with averaged weights, in evaluation mode.
 
-    The page "Train an image model" lists the files, and says how a run is stopped and resumed. A
-    finished run is loaded, or trained further if ``training.images`` has grown.
+    A finished run is loaded, or trained further if ``training.images`` has grown.
     """
     if statistics is None:
         statistics = check_run(config, data, device=device)
@@ -183,7 +177,7 @@ class _Trainer:
         """Steps done, and seconds spent on them, on which all processes agree."""
         found = 0, 0.0
         if (self.folder / STATE).exists():
-            found = load_state(self.learner, self.folder)
+            found = self.learner.load_state(self.folder)
         elif (self.folder / MODEL).exists():
             found, seen = (self.settings.steps, 0.0), self._stored().images_seen
             if seen != found[0] * self.settings.batch:
@@ -200,10 +194,8 @@ class _Trainer:
         try:
             return read_model(self.folder / MODEL, self.config, device)
         except ValueError as error:
-            again = "delete it to have it made again"
-            if not (self.folder / STATE).exists():
-                again = "put a copy of it back, or delete it to repeat the whole training"
-            raise ValueError(f"{self.folder / MODEL} is damaged ({error}); {again}") from error
+            msg = f"{self.folder / MODEL} is damaged ({error}); put a copy of it back, or delete "
+            raise ValueError(f"{msg}it to have it made again") from error
 
     def _due(self, every: int) -> bool:
         """Whether the last step passed a multiple of so many images, or ended a stage."""
@@ -264,8 +256,7 @@ class _Trainer:
             for name, average in zip(power, self.learner.averages[len(names) :], strict=False):
                 self._save_model(self.folder / name, average)
             if self.done < self.settings.steps or self.settings.keep_state:
-                seconds = time.monotonic() - self.began
-                save_state(self.learner, self.folder, self.done, seconds)
+                self.learner.save_state(self.folder, self.done, time.monotonic() - self.began)
             for name, average in reversed([*zip(names, self.learner.averages, strict=False)]):
                 self._save_model(self.folder / name, average)
         except OSError as error:
@@ -293,7 +284,7 @@ class _Trainer:
             with self._writing(SNAPSHOTS):
                 self._save_model(self.folder / SNAPSHOTS / name)
                 if is_main:
-                    keep_snapshot(self.folder, name, metrics, by, settings.snapshots)
+                    self.folder.keep_snapshot(name, metrics, by, settings.snapshots)
         self.engine.wait_for_everyone()
 
     @cached_property

@@ -1,10 +1,8 @@
 """Training objectives of image models: score matching, and bounds of latent models.
 
-The process of a latent model (Vahdat, Kreis and Kautz 2021) starts at the encoder's z_0. The bound
-of `cldsde.images.latent` trains encoder and decoder, with fixed weights of the score in
-`cldsde.score.cross_entropy`. The score is trained on the same latent variables as constants, with
-its own weighting. So each loss has gradients in one part of the model alone. In the first stage the
-prior is standard normal.
+The bound of `cldsde.images.latent` trains encoder and decoder, with fixed weights of the score. The
+score is trained on the same latent variables as constants, with its own weighting. So each loss has
+gradients in one part of the model alone (Vahdat, Kreis and Kautz 2021).
 """
 
 from __future__ import annotations

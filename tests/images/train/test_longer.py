@@ -22,7 +22,7 @@ from cldsde.images.runs import STATE, RunFolder
 from cldsde.images.sample.sampler import ImageSampler
 from cldsde.images.tensor_files import load_tensors
 from cldsde.images.train import check_run, loop, summary
-from cldsde.images.train.state import keep_snapshot, stop_signals
+from cldsde.images.train.engine import stop_signals
 from tiny_runs import NETWORK, SHORT
 from tolerances import EPS32, rounding
 from trainings import assert_same_bits, configured, metrics
@@ -156,7 +156,7 @@ def test_snapshots_of_another_metric_make_room(tmp_path):
     for seen, (by, value) in enumerate([("last", -9.0), ("loss", 0.5), ("loss", 0.4)]):
         (run / "snapshots").mkdir(exist_ok=True)
         (run / "snapshots" / f"{seen:012d}.safetensors").touch()
-        keep_snapshot(run, f"{seen:012d}.safetensors", {by: value}, by, count=1)
+        run.keep_snapshot(f"{seen:012d}.safetensors", {by: value}, by, count=1)
         assert [int(file.stem) for file in (run / "snapshots").glob("*.safetensors")] == [seen]
 
 

@@ -211,7 +211,7 @@ def test_a_signal_saves_the_state_and_the_command_resumes(tmp_path, monkeypatch,
 
 
 def test_a_signal_at_a_checkpoint_saves_its_state_once(tmp_path, monkeypatch):
-    saved, save = [], loop.save_state
+    saved, save = [], loop.Learner.save_state
 
     def signalled(trainee, run, step, *arguments):
         saved.append(step)
@@ -219,7 +219,7 @@ def test_a_signal_at_a_checkpoint_saves_its_state_once(tmp_path, monkeypatch):
         if len(saved) == 1:  # a second signal would end the tests
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(loop, "save_state", signalled)
+    monkeypatch.setattr(loop.Learner, "save_state", signalled)
     with pytest.raises(SystemExit, match="143"):
         trained(tmp_path, config())
     assert saved == [2]
@@ -582,7 +582,7 @@ from pathlib import Path
 from cldsde.cli import main
 from cldsde.images.train import loop
 
-save = loop.save_state
+save = loop.Learner.save_state
 
 def saved(learner, *rest):
     save(learner, *rest)
@@ -595,7 +595,7 @@ def saved(learner, *rest):
         learner.engine.wait_for_everyone()
         os._exit(9)
 
-loop.save_state = saved
+loop.Learner.save_state = saved
 sys.exit(main())
 """
 

@@ -133,9 +133,6 @@ def test_too_few_checkpoints_are_rejected(run, tmp_path):
     shutil.copytree(run, few, ignore=shutil.ignore_patterns(*early))
     with pytest.raises(ValueError, match=r"power-0\.25.*: 2 checkpoints cannot give .*error .*%"):
         load_model(few / "power-0.25.safetensors")
-    (few / "snapshots/power-0.1-000000000192.safetensors").unlink()
-    with pytest.raises(ValueError, match="lacks the average of the other width"):
-        load_model(few / "power-0.06.safetensors")
     (few / "power-0.25.safetensors").write_bytes((run / "model.safetensors").read_bytes())
     assert torch.equal(weights(few / "power-0.25.safetensors"), weights(run))
 
