@@ -34,11 +34,8 @@ def load_features(name: str) -> FeatureNetwork:
     with setting("features"):
         found: Any = imported(name)
     if isinstance(found, type):
-        try:
+        with setting("features"):
             found = found()
-        except (Exception, SystemExit) as error:
-            msg = f"{name!r} cannot be made without arguments ({in_words(error)})"
-            raise SettingError("features", msg) from error
     kind = type(found).__name__
     msg = f"must be callable, uint8 images (B, C, H, W) to features (B, F); {name!r} is {kind}"
     require(callable(found), "features", msg)
@@ -74,22 +71,13 @@ def checked_features(values: object, count: int) -> Tensor:
 
 def feature_name(features: FeatureNetwork) -> str:
     """Name of a feature network: its attribute ``name``, or ``module:attribute`` of its code."""
-    if not callable(features) or isinstance(features, type):
-        got = repr(features) if isinstance(features, type) else type(features).__name__
-        wanted = "a callable from uint8 images (B, C, H, W) to features (B, F)"
-        raise TypeError(f"features must be {wanted}; got {got}")
     name = getattr(features, "name", None)
     owner: Any = features if hasattr(features, "__qualname__") else type(features)
     return name if isinstance(name, str) else f"{owner.__module__}:{owner.__qualname__}"
 
 
 def frechet_distance(first: Tensor, second: Tensor) -> float:
-    r"""Fréchet distance between Gaussians fitted to features ``(n, F)`` and ``(m, F)``.
-
-    .. math:: ‖m_1 − m_2‖² + \mathrm{tr}\bigl(C_1 + C_2 − 2 (C_1^{1/2} C_2 C_1^{1/2})^{1/2}\bigr)
-
-    The squared Wasserstein-2 distance of the two normal distributions (Dowson and Landau 1982). It
-    is called FID only with the features of Inception-v3 (Heusel et al. 2017).
+    """Fréchet distance of two sets of features ``(n, F)`` and ``(m, F)``; see `frechet_of`.
 
     Examples
     --------
@@ -98,13 +86,6 @@ def frechet_distance(first: Tensor, second: Tensor) -> float:
     >>> round(frechet_distance(x, x + 2), 6)  # three features moved by 2
     12.0
     """
-    if first.ndim != 2 or second.ndim != 2 or first.shape[1] != second.shape[1]:
-        got = f"{tuple(first.shape)} and {tuple(second.shape)}"
-        raise ValueError(f"first and second must be (n, F) and (m, F); got {got}")
-    if min(len(first), len(second)) < 2:
-        raise ValueError(f"first and second need two rows each; got {len(first)} and {len(second)}")
-    if not bool(first.isfinite().all() and second.isfinite().all()):
-        raise ValueError("first and second must be finite")
     both = (x.to("cpu", torch.float64) for x in (first, second))
     return frechet_of(*(FeatureStatistics(x.mean(0), x.T.cov(), len(x), "", "") for x in both))
 
@@ -200,7 +181,13 @@ class FeatureSums:
 
 
 def frechet_of(first: FeatureStatistics, second: FeatureStatistics) -> float:
-    """Fréchet distance of two sets from their statistics, which must be in the same features."""
+    r"""Fréchet distance of two sets from their statistics, which must be in the same features.
+
+    .. math:: ‖m_1 − m_2‖² + \mathrm{tr}\bigl(C_1 + C_2 − 2 (C_1^{1/2} C_2 C_1^{1/2})^{1/2}\bigr)
+
+    The squared Wasserstein-2 distance of the two fitted Gaussians (Dowson and Landau 1982). It is
+    called FID only with the features of Inception-v3 (Heusel et al. 2017).
+    """
     if first.features != second.features or first.mean.shape != second.mean.shape:
         own, other = (f"{x.features!r} ({len(x.mean)})" for x in (first, second))
         raise ValueError(f"statistics must be of the same features; got {own} and {other}")

@@ -68,16 +68,9 @@ def test_classifier_takes_images_of_any_size(size, channels):
     assert torch.equal(model(images), model.head(model.features(images)))
 
 
-@pytest.mark.parametrize("shape", [(2, 1, 7, 8), (2, 3, 8, 8), (1, 8, 8)])
-def test_images_of_another_shape_are_rejected(shape):
-    with pytest.raises(ValueError, match=r"images must have shape \(B, 1, H, W\).*at least 8"):
-        ImageClassifier(1, 2).features(torch.zeros(shape))
-
-
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"data": DataSet(bars(4, 0, size=7), None)}, ValueError, "H and W at least 8; got"),
         ({"data": DataSet(noise_images(), None)}, ValueError, "data must have labels"),
         ({"batch": 1}, ValueError, "batch: must be .* 2; got 1"),
         ({"learning_rate": 0.0}, ValueError, "learning_rate: must be greater than 0"),
@@ -126,7 +119,7 @@ def test_weights_of_another_architecture_and_other_files_are_rejected(tmp_path):
     file, other = tmp_path / "classifier.safetensors", ImageClassifier(1, 3, width=4, size=6)
     other.architecture["width"] = 5
     save(other, file)
-    with pytest.raises(ValueError, match=r"damaged: its weights do not fit its architecture"):
+    with pytest.raises(ValueError, match="has no classifier"):
         load_classifier(file)
     save_tensors(file, "something else", {"x": torch.zeros(1)}, {})
     with pytest.raises(ValueError, match="must hold ImageClassifier; it holds something else"):

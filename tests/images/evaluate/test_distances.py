@@ -42,16 +42,6 @@ def test_distance_of_gaussians_has_the_closed_form():
     assert frechet_distance(first, first) == pytest.approx(0.0, abs=ROUNDING)
 
 
-def test_features_without_a_covariance_are_rejected():
-    for first, second, message in (
-        (torch.zeros(3, 2), torch.zeros(3, 3), r"\(n, F\) and \(m, F\)"),
-        (torch.zeros(1, 2), torch.zeros(3, 2), "two rows"),
-        (torch.full((3, 2), torch.nan), torch.zeros(3, 2), "finite"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            frechet_distance(first, second)
-
-
 def flat(images):
     return images.flatten(1).double() / 10
 
@@ -129,7 +119,6 @@ def test_statistics_serve_as_a_reference_in_the_same_features_only():
         (lambda x: x.float().flatten(1)[1:], ValueError, "one row per image"),
         (lambda x: x.float().flatten(1) / 0, ValueError, "finite"),
         (lambda x: torch.ones(len(x), len(x)), ValueError, "as many features for each batch"),
-        (3, TypeError, "features must be a callable"),
     ],
 )
 def test_networks_that_return_something_else_are_rejected(features, error, message):
