@@ -58,7 +58,7 @@ def test_a_tolerance_sets_both_but_those_that_options_set(options, atol):
         ({"models": {"CLD": 3}, "rows": [EM]}, "models.CLD: must be a section"),
         ({"models": {"../A": {}}, "rows": [{**EM, "model": "../A"}]}, "models: a name is made of"),
         ({"models": {"CLD": {}, "VP": {"data": {"name": "fashion_mnist"}}}}, "be the data of CLD"),
-        ({"base": {**TINY["base"], "trainig": {}}}, "base.trainig: unknown key; did you mean tr"),
+        ({"base": {**TINY["base"], "trainig": {}}}, "models.CLD.trainig: unknown key; did you"),
         ({"rows": []}, "rows: is empty"),
         ({"rows": [EM, {**EM, "label": "euler-maruyama"}]}, "rows: labels of a model must differ"),
     ],
