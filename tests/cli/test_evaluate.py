@@ -122,7 +122,7 @@ def test_data_without_classes_have_features_of_random_weights(tmp_path, capsys):
     config = {"data": {"name": "array", "options": options}, "training": {"images": 1}}
     (tmp_path / "c.json").write_text(json.dumps(config))
     assert evaluate(tmp_path / "samples.npy", "--reference", tmp_path / "c.json") == 0
-    assert "a network of random weights" in capsys.readouterr().out
+    assert "fd random train" in capsys.readouterr().out
     [found] = results(tmp_path / "samples.npy-evaluation.jsonl")
     assert found.against == "random train"
 

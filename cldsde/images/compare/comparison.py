@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 
-from cldsde.errors import require
 from cldsde.images.compare.config import ComparisonConfig, RowConfig, check_comparison
 from cldsde.images.compare.report import FORMAT, RESULTS, read_comparison, write_report
 from cldsde.images.data.samples import is_whole_picture, save_grid
@@ -49,11 +48,7 @@ class Comparison:
         how["weights"] = None if config.weights is None else config.weights.expanduser()
         self.evaluation = Evaluation(data=self.data, device=device, **how)
         self.evaluation.check()
-        # All folders are checked before any is made.
-        for name in _FOLDERS:
-            free = (out / name).is_dir() or not (out / name).exists()
-            require(free, "out", f"{out / name} is not a folder; move it away")
-        for name, run in config.runs.items():
+        for name, run in config.runs.items():  # before any folder is made
             check_folder(out / "models" / name, run.to_dict(), free=run.FREE)
         self.folder = RunFolder(out, config.shared(), parts=["models"])
         before = read_comparison(out / RESULTS) if (out / RESULTS).exists() else {}
@@ -149,8 +144,6 @@ class Comparison:
             "process": f"{config.process.name}({options})",
             "parameters": {name: parameter_count(part) for name, part in parts.items()},
             "weights": model.digest,
-            "shape": list(model.space.shape),
-            "latent_shape": None if vae is None else list(vae.latent_shape),
             "images": model.images_seen,
             "prior_images": None if vae is None else max(0, model.images_seen - first),
             "seconds": _training_seconds(self.runs[name] / METRICS),
