@@ -213,10 +213,9 @@ def frechet(
 
     Parameters
     ----------
-    images
-        uint8 ``(N, C, H, W)``, or float32 from −1 to 1 for continuous data; at least two.
-    reference
-        ``(M, C, H, W)``, or their `FeatureStatistics` in the same features.
+    images, reference
+        uint8 ``(N, C, H, W)`` and ``(M, C, H, W)``, or float32 from −1 to 1 for continuous data; at
+        least two. The reference may also be `FeatureStatistics` in the same features.
     features
         Feature network, see `load_features`.
     batch, progress

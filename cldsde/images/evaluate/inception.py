@@ -101,13 +101,11 @@ def inception_metrics(
         (precision and recall, with 3 neighbours).
     batch, device, progress
         Images per batch; device of the network; whether to show a progress bar on stderr.
-    seed
-        Seed of the subsets of KID and the order of the images for the Inception score, below 2³².
-    kid_subsets, kid_subset_size
-        Number and size of the subsets of KID.
+    seed, kid_subsets, kid_subset_size
+        Seed, below 2³², of the subsets of KID and of the order for the Inception score; number and
+        size of these subsets.
     cache
-        Folder that keeps features of the reference, by the hashes of images and weights; None
-        keeps nothing.
+        Folder that keeps features of the reference, by the hashes of images and weights.
 
     Returns
     -------
@@ -117,11 +115,9 @@ def inception_metrics(
 
     Raises
     ------
-    FileNotFoundError, ImportError
-        If there is no file ``weights``, whose source is named, or no torch-fidelity.
-    TypeError, ValueError
-        If an argument is out of range, shapes do not fit, there are too few images for a metric,
-        or a file is damaged or not of that network.
+    FileNotFoundError, TypeError, ValueError
+        If there is no file ``weights``, or it is damaged or of another network; if an argument is
+        out of range, shapes do not fit, or there are too few images for a metric.
     """
     check_same_shape(check_images(images, "images"), check_images(reference, "reference"))
     check_counts(metrics, len(images), len(reference), kid_subset_size=kid_subset_size)
