@@ -30,11 +30,8 @@ _OBSERVE = (
     "relation of the picture to the images: a picture of a mask, white for observed pixels; grey; "
     "downsample:N, means of N×N pixels; blur:STD, a Gaussian of STD pixels"
 )
-_GREY = {"action": "store_const", "const": "grey", "dest": "observe"}
 _METHODS = "moments, pigdm, dps, twisted (particles) or replacement (no noise; mask or grey)"
 _NOISE = "standard deviation of the picture's noise, black being -1 and white 1"
-
-
 _MODES = "default, reduce-overhead (CUDA graphs) or max-autotune"
 _MODE = Kind({x: x for x in ("default", "reduce-overhead", "max-autotune")}.__getitem__, _MODES)
 _COMPILE = (
@@ -61,8 +58,7 @@ OPTIONS = (
     option("--prompt TEXT", str, "prompt, for a text-to-image folder of diffusers"),
     option("--negative-prompt TEXT", str, "prompt to avoid, for a text-to-image folder"),
     option("--known IMAGE", Path, "picture that was observed"),
-    flag("--colourise", "the same as --observe grey", **_GREY),
-    option("--mask, --observe HOW", str, _OBSERVE, dest="observe"),
+    option("--observe HOW", str, _OBSERVE),
     option("--method NAME", str, f"{_METHODS}; moments by default"),
     option("--noise-std S", float, f"{_NOISE}; 0.05 by default"),
     option("--particles N", int, "particles per image of twisted; 16 by default"),
@@ -125,13 +121,10 @@ def _pipeline_request(options: Namespace, seeds: range, device: Any) -> Any:
 
 def _work(options: Namespace, request: Any, state: Any) -> Callable[[], None]:
     """Check the output, and return the work."""
-    from cldsde.images.sample.outputs import alone, check_output, draw_to
+    from cldsde.images.sample.outputs import check_output, draw_to
 
     seeds, out = request.seeds, options.out
     check_output(out, request, overwrite=options.overwrite)
-    if state.is_main_process:
-        with alone(out):
-            pass
 
     def work() -> None:
         for note in request.notes() if state.is_main_process else ():
