@@ -1,8 +1,7 @@
 """Comparison of models and samplers on one data set: a loop over training and evaluation.
 
 Runs of the models are kept in ``models``, results in ``evaluations`` as `Evaluation` keeps them.
-The file `RESULTS` is made of these after every cell, and the report of it after every row. A
-comparison that is interrupted resumes, and keeps its cells if rows or models are added.
+The file `RESULTS` is made of these after every cell, and the report of it after every row.
 """
 
 from __future__ import annotations
