@@ -71,7 +71,7 @@ def prepare(options: Namespace) -> Callable[[], None]:
         evaluation.check(shape=images.shape[1:], images=len(images))
     else:
         evaluation.check(shape=model.space.shape)
-        recipes = list(recipes_of(options, model, options.solver, options.nfe))
+        recipes = list(recipes_of(options, model))
         for recipe in recipes:
             make_plan(model.score, recipe)
     check_writable(out.parent)

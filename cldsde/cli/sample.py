@@ -86,20 +86,23 @@ def prepare(options: Namespace) -> Callable[[], None]:
     if options.model is not None:
         require(options.model.exists(), "model", f"{options.model} is no folder")
     if options.run is None and options.model is not None and is_pipeline(options.model):
-        return _work(options, _pipeline_request(options, seeds, device), state)
+        return _work(options, _pipeline_request(options, seeds, device))
     msg = "needs --model and a text-to-image folder of diffusers"
     reject(options, ("prompt", "negative_prompt"), msg)
     model = model_of(options, options.run, device)
     speed_up(model, options.compile_mode, channels_last=options.channels_last)
-    solvers, budgets = ([x] if x is not None else None for x in (options.solver, options.nfe))
-    sampling, *more = recipes_of(options, model, solvers, budgets)
+    sampling, *more = recipes_of(options, model)
     require(not more, "settings", "must be one file")
     how = {name: getattr(options, name) for name in ("method", "noise_std", "particles")}
     observed = ObservedImage.read(options.known, options.observe, model.space, **how)
     how = {"label": model.space.label(options.label), "observed": observed}
     how |= {"guidance": 1.0 if options.guidance is None else options.guidance}
     sampler = ImageSampler.of(model, sampling, options.batch, precision=options.precision, **how)
-    return _work(options, SampleRequest(sampler, seeds, model.digest, model.t_min), state)
+    work, t_min = _work(options, SampleRequest(sampler, seeds, model.digest)), model.t_min
+    if state.is_main_process and t_min is not None and sampler.t_end < t_min:
+        note = f"note: t_end = {sampler.t_end:g} is below training.t_min = {t_min:g}: the network "
+        print(f"{note}was not trained at such times", file=sys.stderr)
+    return work
 
 
 def _pipeline_request(options: Namespace, seeds: range, device: Any) -> Any:
@@ -119,7 +122,7 @@ def _pipeline_request(options: Namespace, seeds: range, device: Any) -> Any:
     return SampleRequest(sampler, seeds, sampler.digest())
 
 
-def _work(options: Namespace, request: Any, state: Any) -> Callable[[], None]:
+def _work(options: Namespace, request: Any) -> Callable[[], None]:
     """Check the output, and return the work."""
     from cldsde.images.sample.outputs import check_output, draw_to
 
@@ -127,8 +130,6 @@ def _work(options: Namespace, request: Any, state: Any) -> Callable[[], None]:
     check_output(out, request, overwrite=options.overwrite)
 
     def work() -> None:
-        for note in request.notes() if state.is_main_process else ():
-            print(f"note: {note}", file=sys.stderr)
         nfe = draw_to(out, request)
         if nfe is not None:
             print(f"Images of {counted(len(seeds), 'seed')} are in {out.resolve()}")

@@ -83,7 +83,7 @@ def test_a_run_that_no_pipeline_can_sample_is_rejected(
     (own / "config.json").write_text(json.dumps(settings))
     cases = [
         ((digits_run, here, "--solver", "em"), "FOLDER: must not be there yet, or be empty"),
-        ((digits_run, here / "file" / "x"), "file is no folder"),
+        ((digits_run, here / "file" / "x"), "file cannot be made or written"),
         ((digits_run, new, "--solver", "none"), "--solver: solver must be module:ClassName or"),
         ((digits_run, new), "--solver: solver must evaluate the score only at the start"),
         ((digits_run, new, "--solver", "probability-flow"), "--solver: solver must evaluate the"),
