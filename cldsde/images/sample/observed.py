@@ -28,7 +28,7 @@ from cldsde.solvers import ExponentialMultistep, Imputation, Plan, sample_poster
 from cldsde.solvers.authoring import Solver
 
 ObservedMethod = Literal["moments", "pigdm", "dps", "twisted", "replacement"]
-_OPERATORS = re.compile(r"mask|grey|downsample:\d+|blur:\d*\.?\d+(e-?\d+)?")
+_OPERATORS = re.compile(r"mask|grey|downsample:[1-9]\d*|blur:\d*\.?\d+(e-?\d+)?")
 
 # Stability of DPS, see `Conditioning.check_steps`: in 68 settings for trained digits no
 # posterior was lost below 2.7, and with masks and blurs every one above 5.
@@ -105,8 +105,7 @@ class ObservedImage:
             require(os.path.exists(file), "observe", msg)
             mask = _read(file, shape, "observe")[0] >= 128
         block = int(number) if name == "downsample" and _OPERATORS.fullmatch(observe) else 1
-        sides = (height, width) if block == 0 else (height // block, width // block)
-        picture = _read(known, (channels, *sides), "known")
+        picture = _read(known, (channels, height // block, width // block), "known")
         operator = observe if mask is None else "mask"
         return cls(known=picture, operator=operator, mask=mask, **options)
 
