@@ -15,7 +15,8 @@ from pathlib import Path
 
 from cldsde.cli.models import DATA, FEATURES, MODEL, data_of, model_of
 from cldsde.cli.options import DEVICE, INTEGERS, ONE_SEED, flag, option, resolve_device
-from cldsde.errors import require
+from cldsde.errors import require, setting
+from cldsde.solvers import SamplerSettings
 from cldsde.solvers.fitting import TRIES
 
 _REFERENCE = (
@@ -61,6 +62,8 @@ def prepare(options: Namespace) -> Callable[[], None]:
     for file in filter(Path.exists, files.values()):
         msg = f"{file} is there already; name another place, or set `overwrite`"
         require(options.overwrite, "out", msg)
+        with setting("out"):
+            SamplerSettings.load(file)  # --overwrite replaces nothing but settings
     folder = out.parent if single else out
     classifier = folder / CLASSIFIER
     if source is not None and source != folder:
@@ -88,8 +91,10 @@ def prepare(options: Namespace) -> Callable[[], None]:
             print(f"{nfe} evaluations, Fréchet distances of {images}:")
             for features, measured in found.items():
                 print(f"  in {features}: {measured}")
-            gain, error = next(iter(found.values())).gain
+            (gain, error), *others = (measured.gain for measured in found.values())
             if not gain > 3 * error:
                 print("  The first gain is less than three standard errors: prefer the default.")
+            elif any(other < -3 * scatter for other, scatter in others):
+                print("  In some features the distance rose by over three standard errors.")
 
     return work

@@ -122,8 +122,9 @@ def origin(device: str) -> dict[str, Any]:
 def markdown_table(results: Collection[Result]) -> str:
     """Table of recipes and numbers of images against means over repetitions, with their spread.
 
-    Left out are results of a solver whose defaults have changed since. Below the table are the
-    choices of the recommended solver, and the accuracy of the classifier of distances.
+    Left out are results of a solver whose defaults have changed since, and those that share seeds
+    with others. Below the table are the choices of the recommended solver, and the accuracy of the
+    classifier of distances.
     """
     solvers = {json.dumps(result.recipe): result.solver for result in results}
     rows: dict[tuple[str, int], list[Result]] = {}
@@ -150,7 +151,12 @@ def markdown_table(results: Collection[Result]) -> str:
         spent = [result.nfe for result in row if result.nfe is not None]
         nfe = f"{statistics.mean(spent):.4g}" if spent else str(recipe.get("nfe", ""))
         sizes = dict.fromkeys(str(x.about["samples"]) for x in row if "samples" in x.about)
-        values = [[_named(x)[name] for x in row if name in _named(x)] for name in names]
+        values = []
+        for name in names:
+            found = [x for x in row if name in _named(x)]
+            values.append([_named(x)[name] for x in _apart(found)])
+            if len(values[-1]) < len(found):
+                remarks["The table leaves out repetitions that share seeds with another."] = None
         changed = {} if recipe["solver"] == "fitted" else recipe.get("options", {})
         solver = ", ".join([recipe["solver"], *(f"{key}={x}" for key, x in changed.items())])
         line = [Entry(solver, number=False), Entry(nfe)]
@@ -158,6 +164,17 @@ def markdown_table(results: Collection[Result]) -> str:
         lines.append([*line, *(Entry(mean_and_spread(x, 3)) for x in values)])
     head = ["solver", "NFE", "grid, ε", "images", *names]
     return Table("", head, lines, list(remarks)).markdown() if lines else ""
+
+
+def _apart(results: Iterable[Result]) -> list[Result]:
+    """Results that share no seeds with one of lower seeds."""
+    kept, last = list[Result](), -1
+    for one in sorted(results, key=lambda x: x.seeds or ()):
+        first, end = one.seeds or (0, 0)
+        if first > last:
+            kept.append(one)
+            last = end
+    return kept
 
 
 def bits_text(bits: Mapping[str, Any]) -> str:

@@ -266,11 +266,13 @@ def test_a_line_that_was_cut_off_is_measured_and_written_again(tmp_path):
     add_results(file, [better])
     assert list(read_results(file, "abc").values()) == [better, second]
     # A solver whose defaults have changed has new results. Sets of other sizes are not averaged.
-    for seeds, value in (((10, 19), 8.0), ((0, 9), 7.0), ((0, 99), 3.0)):
+    # Nor are those that share seeds.
+    for seeds, value in (((10, 19), 8.0), ((5, 14), 9.0), ((0, 9), 7.0), ((0, 99), 3.0)):
         new = dataclasses.replace(LINE, solver="new", seeds=seeds, numbers={"fd": value})
         add_results(file, [new])
-    lines = markdown_table(read_results(file).values()).splitlines()
+    *lines, _, remark = markdown_table(read_results(file).values()).splitlines()
     assert [line.split("|")[5] for line in lines[2:]] == [" 7.500 ± 0.707 ", " 3.000 "]
+    assert remark == "The table leaves out repetitions that share seeds with another."
 
 
 @pytest.mark.parametrize(
