@@ -18,7 +18,7 @@ from cldsde import ReverseProcess, solvers
 from cldsde.images import Run
 from cldsde.images.compare import PRESETS, load_comparison
 from cldsde.images.data import digits
-from cldsde.images.evaluate import frechet_distance
+from cldsde.images.evaluate import FeatureStatistics, frechet_of
 from cldsde.progress import progress_bar
 from digit_classifier import pixels_of, train_classifier
 
@@ -91,8 +91,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="sampling seeds")
     arguments = parser.parse_args()
     data = digits()
-    classifier, _ = train_classifier(data, seed=0)
-    real = classifier.features(torch.cat([pixels_of(data.train), pixels_of(data.held_out)]))
+    features = train_classifier(data, seed=0)[0].features
+    both = torch.cat([pixels_of(data.train), pixels_of(data.held_out)])
+    real = FeatureStatistics.of(both, features)
     results: dict[str, dict[str, dict[str, float]]] = {}
     if arguments.results.exists():
         results = json.loads(arguments.results.read_text())
@@ -117,8 +118,8 @@ def main() -> None:
                     )
                     distance = float("inf")
                     if found.success:
-                        features = classifier.features(found.data.clamp(-1, 1))
-                        distance = frechet_distance(features, real)
+                        own = FeatureStatistics.of(found.data.clamp(-1, 1), features)
+                        distance = frechet_of(own, real)
                     cell[f"{model_seed}/{seed}"] = round(distance, 4)
             arguments.results.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
 

@@ -16,7 +16,7 @@ import torch
 import cldsde
 from cldsde import PSLD, VESDE, DenoiserScore, LinearSDE
 from cldsde.images.data import digits
-from cldsde.images.evaluate import frechet_distance
+from cldsde.images.evaluate import FeatureStatistics, frechet_of
 from cldsde.images.model import load_model
 from cldsde.solvers import ExponentialMultistep
 from digit_classifier import pixels_of, train_classifier
@@ -43,8 +43,9 @@ def main() -> None:
     parser.add_argument("results", type=Path)
     arguments = parser.parse_args()
     data = digits()
-    classifier, _ = train_classifier(data, seed=0)
-    real = classifier.features(torch.cat([pixels_of(data.train), pixels_of(data.held_out)]))
+    features = train_classifier(data, seed=0)[0].features
+    both = torch.cat([pixels_of(data.train), pixels_of(data.held_out)])
+    real = FeatureStatistics.of(both, features)
     results: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
     if arguments.results.exists():
         results = json.loads(arguments.results.read_text())
@@ -62,7 +63,8 @@ def main() -> None:
                             continue
                         shape = (SAMPLES, *model.space.shape)
                         found = cldsde.sample(sde, score, shape, nfe=nfe, seed=seed, solver=solver)
-                        distance = frechet_distance(classifier.features(found.clamp(-1, 1)), real)
+                        own = FeatureStatistics.of(found.clamp(-1, 1), features)
+                        distance = frechet_of(own, real)
                         cells[f"{training}/{seed}"] = round(distance, 4)
                 text = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
                 arguments.results.write_text(text)

@@ -57,6 +57,7 @@ def prepare(options: Namespace) -> Callable[[], None]:
     def work() -> None:
         comparison.run()
         print((out / "table.md").read_text(encoding="utf-8"))
-        print(f"All is in {out.resolve()}: report.html, table.md, {RESULTS}, models, samples")
+        files = f"report.html, table.md, {RESULTS}, samples, and the runs in models"
+        print(f"All is in {out.resolve()}: {files}")
 
     return work

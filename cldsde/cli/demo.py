@@ -12,10 +12,11 @@ from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
-from cldsde.cli.options import DEVICE, SEED, flag, option, resolve_device
+from cldsde.cli import compare
+from cldsde.cli.options import DEVICE, SEED, flag, option
 
 OPTIONS = (
-    flag("--quick", "a smaller version, in a few minutes"),
+    flag("--quick", "a smaller version, in a few minutes: too few images to rank solvers"),
     option("--out DIR", Path, "folder, made if missing", default=Path("cldsde-demo")),
     option("--seed N", SEED, "seed of weights, training and sampling", default=0),
     DEVICE,
@@ -29,21 +30,5 @@ _QUICK = (
 
 def prepare(options: Namespace) -> Callable[[], None]:
     """Check the options, open the folder, and return the remaining work."""
-    from cldsde.images.compare import PRESETS, Comparison, load_comparison
-
-    device, out = resolve_device(options.device), options.out
-    changes = [f"seed={options.seed}", *(_QUICK if options.quick else ())]
-    config = load_comparison(PRESETS["demo"], changes)
-    comparison = Comparison(config, out, device=device, progress=True)
-
-    def work() -> None:
-        comparison.run()
-        print(f"\n{(out / 'table.md').read_text(encoding='utf-8')}")
-        if options.quick:
-            print("Enough training and images to see it work, too few to rank solvers.")
-        print(f"Everything is in {out.resolve()}:")
-        print("  samples      generated digits of each solver, one line per budget")
-        print("  report.html  these pictures, the table, and a plot of it (fd.png)")
-        print("  models/CLD   the trained model: cldsde sample takes that folder")
-
-    return work
+    how = {"config": "demo", "set": _QUICK if options.quick else (), "print_config": False}
+    return compare.prepare(Namespace(**{**vars(options), **how, "quick": False}))

@@ -71,7 +71,7 @@ def prepare(options: Namespace) -> Callable[[], None]:
         evaluation.check(shape=images.shape[1:], images=len(images))
     else:
         evaluation.check(shape=model.space.shape)
-        recipes = list(recipes_of(options, model, options.solver, options.nfe))
+        recipes = list(recipes_of(options, model))
         for recipe in recipes:
             make_plan(model.score, recipe)
     check_writable(out.parent)
@@ -79,8 +79,6 @@ def prepare(options: Namespace) -> Callable[[], None]:
         try:
             check_writable(evaluation.folder)
         except OSError:
-            if options.out is None:
-                raise
             evaluation = dataclasses.replace(evaluation, folder=beside)
             check_writable(beside)
 
@@ -136,14 +134,13 @@ def _places(options: Namespace) -> tuple[Path, Path]:
 
 
 def _report(stored: Collection[Any], model: Any) -> None:
-    from cldsde.images.evaluate.results import bits_text, features_text, markdown_table, notes
+    from cldsde.images.evaluate.results import bits_text, markdown_table, notes
 
     if table := markdown_table(stored):
         print(table)
     for bits in (one.about for one in stored if one.metric == "bpd" and one.numbers):
         count = counted(bits["images"], "image")
         print(f"{bits_text(bits)} bits per dim of {count} ({bits['quantity']})")
-    print(*(f"{line}\n" for line in features_text(stored)), sep="", end="")
     dequantised = model is None or model.vae is not None or model.space.dequantised
     for note in notes(stored, dequantised=dequantised):
         print(f"note: {note}", file=sys.stderr)

@@ -34,7 +34,7 @@ def prepare(options: Namespace) -> Callable[[], None]:
     except SettingError as error:
         if error.key != "trust":
             raise
-        msg = "must be 'UNet' for a UNet2DModel; the run has a network of your own"
+        msg = "must be 'UNet' for a pipeline of a UNet2DModel; the run has a network of your own"
         raise SettingError("network.name", msg) from error
     if options.solver is not None:
         sampling = changed_recipe(run.sampling, solver=options.solver)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,14 +71,9 @@ def data_of(path: Path | None, source: Path) -> DataSet:
     try:
         if path is not None:
             data = dataclasses.replace(data, options={**data.options, "path": str(path)})
-    except SettingError:
-        raise SettingError("data", f"the data set {data.name} has no path") from None
-    try:
         return data.load()
     except SettingError as error:
-        if not error.reason.startswith("path "):
-            raise
-        raise SettingError("data", error.reason) from error
+        raise SettingError("data", str(error)) from error
 
 
 def process_config(options: Namespace) -> ProcessConfig:
@@ -91,12 +86,7 @@ def process_config(options: Namespace) -> ProcessConfig:
         return ProcessConfig(name=options.process or "CLD", options=changes)
 
 
-def recipes_of(
-    options: Namespace,
-    model: ImageModel,
-    solvers: Sequence[str] | None,
-    budgets: Sequence[int] | None,
-) -> Iterator[SamplingConfig]:
+def recipes_of(options: Namespace, model: ImageModel) -> Iterator[SamplingConfig]:
     """Each solver with each budget; the other settings are the options', or else the run's."""
     from cldsde.images.sample.sampler import changed_recipe, fitted_recipe
     from cldsde.images.schema import parse_overrides
@@ -112,7 +102,8 @@ def recipes_of(
 
     changes = parse_overrides(options.set, "rtol=0.01")
     given = {name: getattr(options, name) for name in ("grid", "t_start", "t_end", "denoise")}
-    for solver, nfe in product(solvers or [None], budgets or [None]):  # type: ignore[list-item]
+    solvers, budgets = (x if isinstance(x, list) else [x] for x in (options.solver, options.nfe))
+    for solver, nfe in product(solvers, budgets):
         new = {"solver": solver, "nfe": nfe, **given}
         new = {name: value for name, value in new.items() if value is not None}
         yield changed_recipe(model.sampling, changes, **new)

@@ -22,7 +22,6 @@ class Kind(NamedTuple):
 
     convert: Callable[[str], Any]
     allowed: str
-    name: str = ""
 
     def __call__(self, text: str) -> Any:
         """Convert a text."""
@@ -34,19 +33,17 @@ class Kind(NamedTuple):
 
 def option(usage: str, kind: Any, text: str, **settings: Any) -> Option:
     """Declare an option as in a help text, ``--name METAVAR``, or an argument, ``METAVAR``."""
-    *names, metavar = usage.replace(",", "").split()
-    kind, default = _KINDS.get(kind, kind), settings.get("default")
-    notes = [kind.name] if isinstance(kind, Kind) and kind.name else []
+    *names, metavar = usage.split()
+    default = settings.get("default")
     shown = ",".join(map(str, default)) if isinstance(default, list) else default
-    notes += [] if shown in (None, "") else [f"default: {shown}"]
-    text = f"{text} ({', '.join(notes)})" if notes else text
+    text = text if shown in (None, "") else f"{text} (default: {shown})"
     names = names or [settings.pop("dest", metavar.lower())]
-    return names, {"type": kind, "metavar": metavar, "help": text, **settings}
+    return names, {"type": _KINDS.get(kind, kind), "metavar": metavar, "help": text, **settings}
 
 
-def flag(name: str, text: str, **settings: Any) -> Option:
+def flag(name: str, text: str) -> Option:
     """Declare an option without a value."""
-    return [name], {"action": "store_true", "help": text, **settings}
+    return [name], {"action": "store_true", "help": text}
 
 
 def several(usage: str, text: str) -> Option:
@@ -74,15 +71,15 @@ def _seeds(text: str) -> range:
     return range(first, last + 1)
 
 
-SEED = Kind(_seed, "an integer from 0 to 2^63 - 1", "int")
+SEED = Kind(_seed, "an integer from 0 to 2^63 - 1")
 SEEDS = Kind(_seeds, "A-B with 0 ≤ A ≤ B < 2³²")
-ONE_SEED = Kind(lambda text: _seeds(str(int(text))), "an integer from 0 to 2^32 - 1", "int")
+ONE_SEED = Kind(lambda text: _seeds(str(int(text))), "an integer from 0 to 2^32 - 1")
 LIST = Kind(lambda text: [word.strip() for word in text.split(",")], "names with commas")
 INTEGERS = Kind(lambda text: [int(word) for word in text.split(",")], "integers with commas")
 _KINDS: dict[Any, Kind] = {
     bool: Kind({"true": True, "false": False}.__getitem__, "true or false"),
-    int: Kind(int, "an integer", "int"),
-    float: Kind(float, "a number", "float"),
+    int: Kind(int, "an integer"),
+    float: Kind(float, "a number"),
     Path: Kind(_path, "the name of a file or folder"),
 }
 

@@ -30,11 +30,8 @@ _OBSERVE = (
     "relation of the picture to the images: a picture of a mask, white for observed pixels; grey; "
     "downsample:N, means of N×N pixels; blur:STD, a Gaussian of STD pixels"
 )
-_GREY = {"action": "store_const", "const": "grey", "dest": "observe"}
 _METHODS = "moments, pigdm, dps, twisted (particles) or replacement (no noise; mask or grey)"
 _NOISE = "standard deviation of the picture's noise, black being -1 and white 1"
-
-
 _MODES = "default, reduce-overhead (CUDA graphs) or max-autotune"
 _MODE = Kind({x: x for x in ("default", "reduce-overhead", "max-autotune")}.__getitem__, _MODES)
 _COMPILE = (
@@ -61,8 +58,7 @@ OPTIONS = (
     option("--prompt TEXT", str, "prompt, for a text-to-image folder of diffusers"),
     option("--negative-prompt TEXT", str, "prompt to avoid, for a text-to-image folder"),
     option("--known IMAGE", Path, "picture that was observed"),
-    flag("--colourise", "the same as --observe grey", **_GREY),
-    option("--mask, --observe HOW", str, _OBSERVE, dest="observe"),
+    option("--observe HOW", str, _OBSERVE),
     option("--method NAME", str, f"{_METHODS}; moments by default"),
     option("--noise-std S", float, f"{_NOISE}; 0.05 by default"),
     option("--particles N", int, "particles per image of twisted; 16 by default"),
@@ -90,20 +86,23 @@ def prepare(options: Namespace) -> Callable[[], None]:
     if options.model is not None:
         require(options.model.exists(), "model", f"{options.model} is no folder")
     if options.run is None and options.model is not None and is_pipeline(options.model):
-        return _work(options, _pipeline_request(options, seeds, device), state)
+        return _work(options, _pipeline_request(options, seeds, device))
     msg = "needs --model and a text-to-image folder of diffusers"
     reject(options, ("prompt", "negative_prompt"), msg)
     model = model_of(options, options.run, device)
     speed_up(model, options.compile_mode, channels_last=options.channels_last)
-    solvers, budgets = ([x] if x is not None else None for x in (options.solver, options.nfe))
-    sampling, *more = recipes_of(options, model, solvers, budgets)
+    sampling, *more = recipes_of(options, model)
     require(not more, "settings", "must be one file")
     how = {name: getattr(options, name) for name in ("method", "noise_std", "particles")}
     observed = ObservedImage.read(options.known, options.observe, model.space, **how)
     how = {"label": model.space.label(options.label), "observed": observed}
     how |= {"guidance": 1.0 if options.guidance is None else options.guidance}
     sampler = ImageSampler.of(model, sampling, options.batch, precision=options.precision, **how)
-    return _work(options, SampleRequest(sampler, seeds, model.digest, model.t_min), state)
+    work, t_min = _work(options, SampleRequest(sampler, seeds, model.digest)), model.t_min
+    if state.is_main_process and t_min is not None and sampler.t_end < t_min:
+        note = f"note: t_end = {sampler.t_end:g} is below training.t_min = {t_min:g}: the network "
+        print(f"{note}was not trained at such times", file=sys.stderr)
+    return work
 
 
 def _pipeline_request(options: Namespace, seeds: range, device: Any) -> Any:
@@ -123,19 +122,14 @@ def _pipeline_request(options: Namespace, seeds: range, device: Any) -> Any:
     return SampleRequest(sampler, seeds, sampler.digest())
 
 
-def _work(options: Namespace, request: Any, state: Any) -> Callable[[], None]:
+def _work(options: Namespace, request: Any) -> Callable[[], None]:
     """Check the output, and return the work."""
-    from cldsde.images.sample.outputs import alone, check_output, draw_to
+    from cldsde.images.sample.outputs import check_output, draw_to
 
     seeds, out = request.seeds, options.out
     check_output(out, request, overwrite=options.overwrite)
-    if state.is_main_process:
-        with alone(out):
-            pass
 
     def work() -> None:
-        for note in request.notes() if state.is_main_process else ():
-            print(f"note: {note}", file=sys.stderr)
         nfe = draw_to(out, request)
         if nfe is not None:
             print(f"Images of {counted(len(seeds), 'seed')} are in {out.resolve()}")

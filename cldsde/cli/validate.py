@@ -15,8 +15,6 @@ wrong sampler is not detected.
 
 from __future__ import annotations
 
-import contextlib
-import os
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -24,7 +22,6 @@ from pathlib import Path
 
 from cldsde.cli.options import SEED, flag, option, reject, several
 from cldsde.errors import SettingError
-from cldsde.messages import in_words
 from cldsde.validation.files import AnyReport, ReportFiles
 from cldsde.validation.posterior_suite import posterior_reports
 from cldsde.validation.suite import reports
@@ -79,21 +76,9 @@ def _reports(options: Namespace) -> Iterator[AnyReport]:
 
 
 def _finish(report: AnyReport, files: ReportFiles, out: Path | None) -> list[str]:
-    """Write all files, and then print the table, which may fail; return the errors."""
+    """Write all files, and then print the table; return the errors of the files."""
     failed, text = files.finish(report), report.to_text()
     if out is not None and all(error.key != "out" for error in failed):
         text += f"\nThe plots are in {out.resolve()}"
-    return [*(f"--{error}" for error in failed), *_printed(text)]
-
-
-def _printed(text: str) -> list[str]:
-    """Print a text; return the reason if that fails, unless nobody reads it."""
-    try:
-        print(text, flush=True)
-    except OSError as error:
-        # Redirect stdout, because Python would raise again when it flushes stdout at exit.
-        with contextlib.suppress(OSError), open(os.devnull, "wb") as nowhere:
-            os.dup2(nowhere.fileno(), sys.stdout.fileno())
-        if not isinstance(error, BrokenPipeError):
-            return [f"the table cannot be printed: {in_words(error)}"]
-    return []
+    print(text, flush=True)
+    return [f"--{error}" for error in failed]

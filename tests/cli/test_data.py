@@ -130,7 +130,7 @@ def test_a_known_picture_is_cropped_and_resized_as_training_pictures_are(photos)
     found = ObservedImage.read(known, "mask.png", space)
     assert found.mask.tolist() == [[True] * 4 + [False] * 4] * 8
     assert ObservedImage.read(known, "downsample:2", space).known.shape == (3, 4, 4)
-    command = ["sample", "run", "--known", str(known), "--mask", "mask.png", "--seeds", "0"]
+    command = ["sample", "run", "--known", str(known), "--observe", "mask.png", "--seeds", "0"]
     assert main([*command, *DEVICE]) == 0
 
 

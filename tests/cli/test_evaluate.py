@@ -122,7 +122,7 @@ def test_data_without_classes_have_features_of_random_weights(tmp_path, capsys):
     config = {"data": {"name": "array", "options": options}, "training": {"images": 1}}
     (tmp_path / "c.json").write_text(json.dumps(config))
     assert evaluate(tmp_path / "samples.npy", "--reference", tmp_path / "c.json") == 0
-    assert "a network of random weights" in capsys.readouterr().out
+    assert "fd random train" in capsys.readouterr().out
     [found] = results(tmp_path / "samples.npy-evaluation.jsonl")
     assert found.against == "random train"
 
@@ -154,4 +154,4 @@ def test_data_that_are_elsewhere_are_asked_for_by_the_option(tmp_path, capsys):
     np.save(tmp_path / "x.npy", np.zeros((2, 8, 8), np.uint8))
     text = rejected(capsys, "evaluate", tmp_path / "x.npy", "--reference", tmp_path / "c.json")
     place = Path("photos").absolute()
-    assert f"--data: path must be a folder; got {place}, which is none" in text
+    assert f"--data: data.options: path must be a folder; got {place}, which is none" in text

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from cldsde.cli import main
+from cldsde.errors import SettingError
 from cldsde.images import Run
 from cldsde.images.sample import ImageSampler
+from cldsde.images.sample.export import check_export
 from cldsde.solvers import SampleNoise
 from command import rejected
 from tiny_runs import NETWORK
@@ -72,6 +74,14 @@ def test_diffusers_makes_the_same_images_of_an_exported_run(run, tmp_path):
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=ROUNDING)
 
 
+def test_code_that_a_scheduler_names_is_not_run(run, tmp_path):
+    scheduler = check_export(Run.load(run), tmp_path / "new")
+    recipe = dataclasses.replace(scheduler.run.sampling, solver="planted:Solver")
+    scheduler.run = dataclasses.replace(scheduler.run, sampling=recipe)
+    with pytest.raises(SettingError, match="planted:Solver, is code outside of cldsde"):
+        scheduler.set_timesteps(6)
+
+
 def test_a_run_that_no_pipeline_can_sample_is_rejected(
     digits_run, labelled_run, tmp_path, tmp_path_factory, capsys
 ):
@@ -83,13 +93,13 @@ def test_a_run_that_no_pipeline_can_sample_is_rejected(
     (own / "config.json").write_text(json.dumps(settings))
     cases = [
         ((digits_run, here, "--solver", "em"), "FOLDER: must not be there yet, or be empty"),
-        ((digits_run, here / "file" / "x"), "file is no folder"),
+        ((digits_run, here / "file" / "x"), "file cannot be made or written"),
         ((digits_run, new, "--solver", "none"), "--solver: solver must be module:ClassName or"),
         ((digits_run, new), "--solver: solver must evaluate the score only at the start"),
         ((digits_run, new, "--solver", "probability-flow"), "--solver: solver must evaluate the"),
         ((labelled_run, new), "network.conditional: must be False for a pipeline"),
         ((here, new), "is no run of cldsde train"),
-        ((own, new), "network.name: must be 'UNet' for a UNet2DModel; the run has a network"),
+        ((own, new), "network.name: must be 'UNet' for a pipeline of a UNet2DModel; the run"),
     ]
     for words, reason in cases:
         assert reason in rejected(capsys, "export", *words)

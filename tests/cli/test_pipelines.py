@@ -105,7 +105,7 @@ BAD = [
     ("SD", [*TEXT, "--grid", "quadratic"], "--grid", "must be left out for a pipeline"),
     ("SD", [*TEXT, "--denoise", "false"], "--denoise", "must be left out for a pipeline"),
     ("SD", [*TEXT, "--particles", "3"], "--particles", "must be left out for a pipeline"),
-    ("SD", [*TEXT, "--guidance", "nan"], "--guidance", "must be finite and at least 0; got nan"),
+    ("SD", [*TEXT, "--guidance", "nan"], "--guidance", "must be a finite number; got nan"),
     ("SD", [*TEXT, "--solver", "sscs"], "--solver", "evaluate the score only at the start"),
     ("DiT", ["--prompt", "red"], "prompt", "must be left out for a DiTPipeline"),
     ("SD/unet", [], "--model", "a network with a condition; give the folder of its whole pipeline"),

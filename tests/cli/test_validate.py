@@ -3,9 +3,7 @@
 import functools
 import io
 import json
-import os
 import shutil
-import subprocess
 import sys
 from typing import Any
 
@@ -109,24 +107,8 @@ def test_letters_that_the_terminal_does_not_know_are_replaced(monkeypatch, here)
 def test_a_table_that_cannot_be_printed_is_no_success(capsys, monkeypatch, here):
     monkeypatch.setattr(sys, "stdout", Full())
     assert run(f"{QUICK} --solver sscs --json report.json") == 1
-    assert "the table cannot be printed: OSError" in capsys.readouterr().err.splitlines()[-1]
+    assert "No space left on device" in capsys.readouterr().err.splitlines()[-1]
     assert read(here / "report.json")["complete"] is True
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="pipes of Windows break otherwise")
-def test_results_are_written_if_nobody_reads_the_table(here):
-    """As of ``cldsde validate | head -0``."""
-    words = f"-m cldsde validate {QUICK} --solver sscs --json report.json".split()
-    reading, writing = os.pipe()
-    os.close(reading)
-    with os.fdopen(writing, "wb") as broken:
-        options = {"stdout": broken, "stderr": subprocess.PIPE, "text": True, "cwd": here}
-        result = subprocess.run([sys.executable, *words], check=False, **options)
-    assert result.returncode == 0, result.stderr
-    assert "Broken" not in result.stderr
-    report = read(here / "report.json")
-    assert (report["complete"], report["summary"]) == (True, {"sscs": "PASS"})
 
 
 @pytest.mark.slow

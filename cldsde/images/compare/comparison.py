@@ -1,8 +1,7 @@
 """Comparison of models and samplers on one data set: a loop over training and evaluation.
 
 Runs of the models are kept in ``models``, results in ``evaluations`` as `Evaluation` keeps them.
-The file `RESULTS` is made of these after every cell, and the report of it after every row. A
-comparison that is interrupted resumes, and keeps its cells if rows or models are added.
+The file `RESULTS` is made of these after every cell, and the report of it after every row.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import dataclasses
 import hashlib
 import json
 import statistics
-from collections.abc import Mapping
 from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
@@ -19,7 +17,6 @@ from typing import Any
 
 import torch
 
-from cldsde.errors import require
 from cldsde.images.compare.config import ComparisonConfig, RowConfig, check_comparison
 from cldsde.images.compare.report import FORMAT, RESULTS, read_comparison, write_report
 from cldsde.images.data.pixels import is_whole_picture, save_grid
@@ -29,7 +26,6 @@ from cldsde.images.model import TrainedModel, load_model
 from cldsde.images.networks import parameter_count
 from cldsde.images.runs import METRICS, RunFolder, check_folder
 from cldsde.images.sample.sampler import ImageSampler, chosen_for, make_solver
-from cldsde.images.schema import plain
 from cldsde.images.train.loop import train
 from cldsde.progress import progress_bar
 
@@ -51,11 +47,7 @@ class Comparison:
         how["weights"] = None if config.weights is None else config.weights.expanduser()
         self.evaluation = Evaluation(data=self.data, device=device, **how)
         self.evaluation.check()
-        # All folders are checked before any is made.
-        for name in _FOLDERS:
-            free = (out / name).is_dir() or not (out / name).exists()
-            require(free, "out", f"{out / name} is not a folder; move it away")
-        for name, run in config.runs.items():
+        for name, run in config.runs.items():  # before any folder is made
             check_folder(out / "models" / name, run.to_dict(), free=run.FREE)
         self.folder = RunFolder(out, config.shared(), parts=["models"])
         before = read_comparison(out / RESULTS) if (out / RESULTS).exists() else {}
@@ -64,11 +56,9 @@ class Comparison:
             (out / name).mkdir(exist_ok=True)
         runs = ((name, run.to_dict(), run.FREE) for name, run in config.runs.items())
         self.runs = {x: RunFolder(out / "models" / x, run, free=free) for x, run, free in runs}
-        # Until they are measured, or found again, rows are as before.
-        asked = before["config"]["rows"] if before else []
-        known = {_sampler(x): row for x, row in zip(asked, before.get("rows", []), strict=True)}
-        self.rows = [known.get(_sampler(plain(row))) or _row(row, {}) for row in config.rows]
-        self.models = {name: x for name, x in before.get("models", {}).items() if name in self.runs}
+        self.reported = before.get("rows", [])
+        self.rows = [_row(row, {}) for row in config.rows]
+        self.models: dict[str, Any] = {}
         self.found: list[Result] = []
 
     def run(self) -> dict[str, Any]:
@@ -90,26 +80,24 @@ class Comparison:
 
     def _evaluate(self, name: str, model: TrainedModel) -> None:
         file = self.folder / f"evaluations/{name}.jsonl"
-        bits = self.models.get(name, {}).get("bits")
-        self.models[name] = {**self._described(name, model), "bits": bits}
+        self.models[name] = {**self._described(name, model), "bits": None}
         rows = [(i, row) for i, row in enumerate(self.config.rows) if row.model == name]
         total = sum(len(row.budgets) for _, row in rows)
         with progress_bar(None, shown=self.progress, total=total, desc=name, unit="cell") as bar:
             for i, row in rows:
-                before = self.rows[i]
-                cells = {cell["budget"]: cell for cell in before["cells"]}
+                cells: dict[float, dict[str, Any]] = {}
                 for budget, recipe in zip(row.budgets, row.recipes(), strict=True):
                     bar.set_postfix_str(f"{row.label}, {budget:g}")
                     found = self.evaluation.of_recipe(model, recipe, file)
                     self.found += found
                     cells[budget] = _cell(found)
-                    self.rows[i] = _row(row, cells, before["picture"])
+                    self.rows[i] = _row(row, cells)
                     self._write()
                     bar.update()
                 self.rows[i] = _row(row, cells, self._draw(row, model))
+                self._write()
                 # Written after every row: a killed process has no time for a report at its end.
-                if self.rows[i] != before:
-                    self._write()
+                if self.rows[i] not in self.reported:
                     write_report(self.folder.path)
         if "bpd" in self.config.metrics:
             [result] = self.evaluation.of_density(model, file)
@@ -155,8 +143,6 @@ class Comparison:
             "process": f"{config.process.name}({options})",
             "parameters": {name: parameter_count(part) for name, part in parts.items()},
             "weights": model.digest,
-            "shape": list(model.space.shape),
-            "latent_shape": None if vae is None else list(vae.latent_shape),
             "images": model.images_seen,
             "prior_images": None if vae is None else max(0, model.images_seen - first),
             "seconds": _training_seconds(self.runs[name] / METRICS),
@@ -179,11 +165,6 @@ class Comparison:
         }
         self.folder.write_json(RESULTS, results)
         return results
-
-
-def _sampler(row: Mapping[str, Any]) -> str:
-    """All settings of a row in JSON types but its budgets."""
-    return json.dumps({**row, "nfe": [], "tolerances": []}, sort_keys=True)
 
 
 def _row(

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, Strict
 
-from cldsde.errors import SettingError, require, setting
+from cldsde.errors import require, setting
 from cldsde.images.config import RECOMMENDED, Grid, RunConfig, SamplingConfig, StartTime
 from cldsde.images.data import DataSet
 from cldsde.images.evaluate.evaluation import METRICS, Measurements
@@ -71,12 +71,8 @@ class RowConfig:
         solver = make_solver(recipe)
         adaptive = solver is not None and solver.facts.adaptive
         needed, other = ("tolerances", "nfe") if adaptive else ("nfe", "tolerances")
-        budgets = getattr(self, needed)
         msg = f"{self.solver} needs a list of {needed}, and no {other}"
-        require(bool(budgets) and not getattr(self, other), needed, msg)
-        require(len({*budgets}) == len(budgets), needed, f"must differ; got {list(budgets)}")
-        msg = f"set nothing: options has {' and '.join(self.fixed)}; leave one out"
-        require(bool(self.nfe) or len(self.fixed) < len(_TOLERANCES), "tolerances", msg)
+        require(bool(getattr(self, needed)) and not getattr(self, other), needed, msg)
         for recipe in self.recipes():
             make_solver(recipe)
 
@@ -154,18 +150,11 @@ class ComparisonConfig(Measurements, Configuration):
         """The configuration of each model."""
         return {name: self._run(name) for name in self.models}
 
-    def place(self, model: str, error: SettingError) -> SettingError:
-        """An error of a model's configuration with the full name of its key."""
-        shared = not _holds(self.models[model], error.key) and _holds(self.base, error.key)
-        return error.within("base" if shared else f"models.{model}")
-
     def _run(self, name: str) -> RunConfig:
         msg = f"a name is made of letters, digits, '_', '+' and '-'; got {name!r}"
         require(re.fullmatch(r"\w[\w+-]*", name) is not None, "models", msg)
-        try:
+        with setting(f"models.{name}"):
             return RunConfig.from_dict({"seed": self.seed, **_merged(self.base, self.models[name])})
-        except SettingError as error:
-            raise self.place(name, error) from error
 
 
 def load_comparison(path: Path, overrides: Sequence[str] = ()) -> ComparisonConfig:
@@ -177,10 +166,8 @@ def check_comparison(config: ComparisonConfig, *, device: str = "auto") -> DataS
     """Check that all models can be trained and sampled, and return the images."""
     data = next(iter(config.runs.values())).data.load()
     for name, run in config.runs.items():
-        try:
+        with setting(f"models.{name}"):
             check_run(run, data, device=device)
-        except SettingError as error:
-            raise config.place(name, error) from error
     for i, row in enumerate(config.rows):
         for recipe in row.recipes():
             with setting(f"rows[{i}]"):
@@ -195,10 +182,3 @@ def _merged(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(value, Mapping) and isinstance(base.get(key), Mapping):
             merged[key] = _merged(base[key], value)
     return merged
-
-
-def _holds(values: Any, path: str) -> bool:
-    """Whether nested sections hold a key, such as ``training.batch``."""
-    key, _, rest = path.partition(".")
-    found = isinstance(values, Mapping) and key in values
-    return found and (not rest or _holds(values[key], rest))

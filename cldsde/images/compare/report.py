@@ -41,9 +41,7 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
         for adaptive in (False, True):
             rows = [row for row in results["rows"] if row["adaptive"] == adaptive]
             if rows:
-                table = _measure_table(rows, measure)
-                table.remarks.extend(_about_latent_models(rows, results["models"]))
-                found.append(table)
+                found.append(_measure_table(rows, measure))
     if results["models"]:
         found.append(_model_table(results["models"]))
     return found
@@ -100,20 +98,6 @@ def _digits(mean: float) -> int:
     """Digits after the point: three in all, but at most four after the point."""
     size = math.floor(math.log10(abs(mean))) if mean and math.isfinite(mean) else 0
     return min(max(2 - size, 0), 4)
-
-
-def _about_latent_models(rows: Sequence[Mapping[str, Any]], models: Mapping[str, Any]) -> list[str]:
-    shapes: dict[tuple[str, str], list[str]] = {}
-    for name in dict.fromkeys(row["model"] for row in rows if row["model"] in models):
-        model = models[name]
-        if model["latent_shape"] is not None:
-            latent, image = (" × ".join(map(str, model[key])) for key in ("latent_shape", "shape"))
-            shapes.setdefault((latent, image), []).append(name)
-    return [
-        f"{', '.join(names)}: a score evaluation is of {latent} latent variables, not of {image} "
-        "pixels; the decoder is not counted; images are means of p(x | z), not samples of it."
-        for (latent, image), names in shapes.items()
-    ]
 
 
 def _model_table(models: Mapping[str, Mapping[str, Any]]) -> Table:

@@ -7,7 +7,6 @@ from cldsde.images.evaluate.classifier import ClassifierFeatures, train_classifi
 from cldsde.images.evaluate.distances import (
     FeatureStatistics,
     frechet,
-    frechet_distance,
     frechet_of,
     load_features,
 )
@@ -18,7 +17,6 @@ __all__ = [
     "ClassifierFeatures",
     "FeatureStatistics",
     "frechet",
-    "frechet_distance",
     "frechet_of",
     "inception_metrics",
     "likelihood",

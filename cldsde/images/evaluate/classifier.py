@@ -26,7 +26,6 @@ _NAME = "cldsde.images.evaluation:ImageClassifier"
 
 CLASSIFIER = "classifier.safetensors"
 """File of a run, or beside results, with the classifier of its data."""
-_SMALLEST = 8  # height and width
 _TRAINED_ON = 150_000  # images for a classifier of a data set at least, repetitions counted
 Size = Annotated[Count, Field(le=4096)]  # width, number of features or classes
 
@@ -56,11 +55,6 @@ class ImageClassifier(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """Activations ``(B, size)`` of the last hidden layer for images in [−1, 1]."""
-        channels = self.architecture["channels"]
-        fits = images.ndim == 4 and images.shape[1] == channels
-        if not fits or min(images.shape[2:]) < _SMALLEST:
-            wanted = f"(B, {channels}, H, W) with H and W at least {_SMALLEST}"
-            raise ValueError(f"images must have shape {wanted}; got {tuple(images.shape)}")
         features: Tensor = self.body(images)
         return features
 
@@ -97,8 +91,7 @@ def train_classifier(
 ) -> tuple[ImageClassifier, float]:
     """Train an `ImageClassifier`; return it in evaluation mode with its held-out accuracy.
 
-    Without held-out images the accuracy is of the training images. The same seed gives the same
-    bits on the same machine with the same number of threads.
+    Without held-out images the accuracy is of the training images.
     """
     images, labels, held_out = data.train, data.train.labels, data.held_out or data.train
     if labels is None or images.classes is None or held_out.labels is None:
@@ -133,23 +126,6 @@ def train_classifier(
     return model, float((found == held_out.labels).double().mean())
 
 
-def load_classifier(
-    file: Path, *, device: torch.device | str = "cpu"
-) -> tuple[ImageClassifier, dict[str, str]]:
-    """Load a classifier, in evaluation mode, and the notes that `kept_classifier` wrote."""
-    tensors, notes = load_tensors(file, "ImageClassifier")
-    try:
-        # On the meta device sizes are compared before any memory is allocated.
-        with torch.device("meta"):
-            model = ImageClassifier(**json.loads(notes.pop("architecture")))
-        model.load_state_dict(tensors, assign=True)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        msg = f"{file} is damaged: its weights do not fit its architecture ({brief(error)})"
-        raise ValueError(msg) from error
-    del notes["sha256"]
-    return model.to(device).eval().requires_grad_(False), notes
-
-
 def kept_classifier(
     file: Path, data: DataSet, *, device: torch.device | str = "cpu", progress: bool = False
 ) -> ClassifierFeatures:
@@ -172,13 +148,18 @@ def kept_classifier(
                 notes["architecture"] = json.dumps(made.architecture)
                 save_tensors(file, "ImageClassifier", made.state_dict(), notes)
     try:
-        classifier, notes = load_classifier(file, device=device)
-    except ValueError as error:
-        raise ValueError(f"{error}; delete it to have it made again") from error
+        tensors, notes = load_tensors(file, "ImageClassifier")
+        # On the meta device sizes are compared before any memory is allocated.
+        with torch.device("meta"):
+            kept = ImageClassifier(**json.loads(notes["architecture"]))
+        kept.load_state_dict(tensors, assign=True)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        msg = f"{file} has no classifier ({brief(error)}); delete it to have it made again"
+        raise ValueError(msg) from error
     if not origin.items() <= notes.items():
         msg = f"{file} was trained on other images or classes; delete it, or move it away"
         raise ValueError(msg)
-    return ClassifierFeatures(classifier, device, float(notes["held_out_accuracy"]))
+    return ClassifierFeatures(kept, device, float(notes["held_out_accuracy"]))
 
 
 def random_features(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cldsde.errors import SettingError, require, setting
 from cldsde.images.checks import check_images, check_same_shape
-from cldsde.linear.checks import described
+from cldsde.linear.checks import shaped
 from cldsde.messages import imported, in_words
 from cldsde.progress import progress_bar
 
@@ -28,17 +28,13 @@ def load_features(name: str) -> FeatureNetwork:
     ``(B, F)`` on any device. Continuous data are float32 from −1 to 1, the ends of their range. Its
     attribute ``name``, a string, if it has one, identifies it in results, for example by a hash of
     its weights. A class is instantiated without arguments; any other callable is taken as it is.
-    PyTorch modules are put into evaluation mode. Raises a ValueError if the name cannot be
-    imported, or is no callable.
+    PyTorch modules are put into evaluation mode. Raises a ValueError for other names.
     """
     with setting("features"):
         found: Any = imported(name)
     if isinstance(found, type):
-        try:
+        with setting("features"):
             found = found()
-        except (Exception, SystemExit) as error:
-            msg = f"{name!r} cannot be made without arguments ({in_words(error)})"
-            raise SettingError("features", msg) from error
     kind = type(found).__name__
     msg = f"must be callable, uint8 images (B, C, H, W) to features (B, F); {name!r} is {kind}"
     require(callable(found), "features", msg)
@@ -61,52 +57,20 @@ def check_features(features: FeatureNetwork, images: Tensor) -> None:
 
 def checked_features(values: object, count: int) -> Tensor:
     """Features in float64 on the CPU if they are finite ``(count, F)``; raise otherwise."""
-    if not isinstance(values, Tensor) or not values.is_floating_point():
-        got = described(values)
-        raise TypeError(f"features must return a floating-point tensor (B, F); got {got}")
-    if values.ndim != 2 or len(values) != count or values.shape[1] < 1:
-        got = f"{tuple(values.shape)} for {count} images"
-        raise ValueError(f"features must return (B, F), one row per image; got {got}")
-    if not bool(values.isfinite().all()):
-        raise ValueError("features must return finite numbers; it returned NaN or infinity")
+    if not isinstance(values, Tensor) or values.ndim != 2 or len(values) != count:
+        got = f"{shaped(values)} for {count} images"
+        raise ValueError(f"features must return a tensor (B, F), one row per image; got {got}")
+    if not (values.is_floating_point() and bool(values.isfinite().all())):
+        msg = f"features must return finite floating-point numbers; got others, of {values.dtype}"
+        raise ValueError(msg)
     return values.detach().cpu().to(torch.float64)
 
 
 def feature_name(features: FeatureNetwork) -> str:
     """Name of a feature network: its attribute ``name``, or ``module:attribute`` of its code."""
-    if not callable(features) or isinstance(features, type):
-        got = repr(features) if isinstance(features, type) else type(features).__name__
-        wanted = "a callable from uint8 images (B, C, H, W) to features (B, F)"
-        raise TypeError(f"features must be {wanted}; got {got}")
     name = getattr(features, "name", None)
     owner: Any = features if hasattr(features, "__qualname__") else type(features)
     return name if isinstance(name, str) else f"{owner.__module__}:{owner.__qualname__}"
-
-
-def frechet_distance(first: Tensor, second: Tensor) -> float:
-    r"""Fréchet distance between Gaussians fitted to features ``(n, F)`` and ``(m, F)``.
-
-    .. math:: ‖m_1 − m_2‖² + \mathrm{tr}\bigl(C_1 + C_2 − 2 (C_1^{1/2} C_2 C_1^{1/2})^{1/2}\bigr)
-
-    The squared Wasserstein-2 distance of the two normal distributions (Dowson and Landau 1982). It
-    is called FID only with the features of Inception-v3 (Heusel et al. 2017).
-
-    Examples
-    --------
-    >>> import torch
-    >>> x = torch.randn(500, 3, generator=torch.Generator().manual_seed(0))
-    >>> round(frechet_distance(x, x + 2), 6)  # three features moved by 2
-    12.0
-    """
-    if first.ndim != 2 or second.ndim != 2 or first.shape[1] != second.shape[1]:
-        got = f"{tuple(first.shape)} and {tuple(second.shape)}"
-        raise ValueError(f"first and second must be (n, F) and (m, F); got {got}")
-    if min(len(first), len(second)) < 2:
-        raise ValueError(f"first and second need two rows each; got {len(first)} and {len(second)}")
-    if not bool(first.isfinite().all() and second.isfinite().all()):
-        raise ValueError("first and second must be finite")
-    both = (x.to("cpu", torch.float64) for x in (first, second))
-    return frechet_of(*(FeatureStatistics(x.mean(0), x.T.cov(), len(x), "", "") for x in both))
 
 
 def _root(covariance: Tensor) -> Tensor:
@@ -175,9 +139,6 @@ class FeatureSums:
         if self.keep:
             self._rows.append(rows.float())
         rows = rows[:, : self.size]
-        if self._seen and self._mean.shape != rows.shape[1:]:
-            sizes = f"{len(self._mean)} and {rows.shape[1]}"
-            raise ValueError(f"features must return as many features for each batch; got {sizes}")
         self._hash.update(images.numpy().tobytes())
         # Sums of non-negative terms (Chan et al. 1983), so that nothing cancels.
         own, total = rows.mean(0), self._seen + len(rows)
@@ -200,7 +161,13 @@ class FeatureSums:
 
 
 def frechet_of(first: FeatureStatistics, second: FeatureStatistics) -> float:
-    """Fréchet distance of two sets from their statistics, which must be in the same features."""
+    r"""Fréchet distance of two sets from their statistics, which must be in the same features.
+
+    .. math:: ‖m_1 − m_2‖² + \mathrm{tr}\bigl(C_1 + C_2 − 2 (C_1^{1/2} C_2 C_1^{1/2})^{1/2}\bigr)
+
+    The squared Wasserstein-2 distance of the two fitted Gaussians (Dowson and Landau 1982). It is
+    called FID only with the features of Inception-v3 (Heusel et al. 2017).
+    """
     if first.features != second.features or first.mean.shape != second.mean.shape:
         own, other = (f"{x.features!r} ({len(x.mean)})" for x in (first, second))
         raise ValueError(f"statistics must be of the same features; got {own} and {other}")
@@ -221,15 +188,13 @@ def frechet(
 ) -> dict[str, Any]:
     """Fréchet distance of images to a reference in the features of any network.
 
-    The distance of few images is biased upwards, so compare equal numbers of images only. The page
-    "Compute an FID that compares" estimates the bias.
+    The distance of few images is biased upwards, so compare equal numbers of images only.
 
     Parameters
     ----------
-    images
-        uint8 ``(N, C, H, W)``, or float32 from −1 to 1 for continuous data; at least two.
-    reference
-        ``(M, C, H, W)``, or their `FeatureStatistics` in the same features.
+    images, reference
+        uint8 ``(N, C, H, W)`` and ``(M, C, H, W)``, or float32 from −1 to 1 for continuous data; at
+        least two. The reference may also be `FeatureStatistics` in the same features.
     features
         Feature network, see `load_features`.
     batch, progress

@@ -21,6 +21,7 @@ from cldsde.images.checks import check_images, check_same_shape
 from cldsde.images.evaluate import distances
 from cldsde.images.schema import Count, Natural, checked
 from cldsde.images.tensor_files import load_tensors, save_tensors
+from cldsde.messages import brief
 from cldsde.progress import progress_bar
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -42,43 +43,24 @@ class InceptionFeatures:
     """2,048 features and 1,008 logits of the Inception network: a `FeatureNetwork`."""
 
     def __init__(self, weights: Path, device: torch.device | str = "cpu") -> None:
-        try:
-            from torch_fidelity import FeatureExtractorInceptionV3
-        except ImportError as error:
-            msg = "Inception needs torch-fidelity: pip install 'cldsde[images]'"
-            raise ImportError(msg) from error
+        from torch_fidelity import FeatureExtractorInceptionV3
+
         if not weights.is_file():
             msg = f"there is no file {weights}; get {INCEPTION_FILE}, whose SHA-256 begins with "
             raise FileNotFoundError(f"{msg}{_PREFIX}, from {_URL}")
         with weights.open("rb") as file:
             self.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        other = f"{weights} (SHA-256 {self.sha256[:8]}…) is not {INCEPTION_FILE}"
-        try:
-            state: Any = torch.load(weights, map_location="cpu", weights_only=True)
-        except MemoryError:
-            raise
-        except Exception as error:  # torch documents none, and raises many
-            msg = f"{other}: it is damaged, or holds other things than tensors, which are not "
-            raise ValueError(f"{msg}loaded; get it from {_URL}") from error
-        if not isinstance(state, dict) or not all(
-            isinstance(key, str) and isinstance(x, Tensor) for key, x in state.items()
-        ):
-            msg = f"{other}: it must hold a dictionary of tensors; got {type(state).__name__}"
-            raise ValueError(msg)
-        if not all(bool(x.isfinite().all()) for x in state.values()):
-            raise ValueError(f"{other}: it holds NaN or infinity")
         # torch-fidelity would run code of the file, so that it gets a copy that holds none.
         copy = io.BytesIO()
-        torch.save(state, copy)
-        copy.seek(0)
+        layers, options = ["2048", "logits_unbiased"], {"feature_extractor_weights_path": copy}
         try:
-            layers, path = ["2048", "logits_unbiased"], {"feature_extractor_weights_path": copy}
+            torch.save(torch.load(weights, map_location="cpu", weights_only=True), copy)
+            copy.seek(0)
             with torch.random.fork_rng(devices=[]):
-                network = FeatureExtractorInceptionV3(_EXTRACTOR, layers, **path)
-        except RuntimeError as error:
-            lines = [line.strip()[:120] for line in str(error).splitlines()[:2]]
-            msg = f"{other}: names or shapes of its tensors differ ({' '.join(lines)})"
-            raise ValueError(msg) from error
+                network = FeatureExtractorInceptionV3(_EXTRACTOR, layers, **options)
+        except Exception as error:  # torch documents none, and raises many
+            msg = f"{weights} (SHA-256 {self.sha256[:8]}…) is damaged or has other weights "
+            raise ValueError(f"{msg}({brief(error)}); get {INCEPTION_FILE} from {_URL}") from error
         self._network, self._device = network.to(device), device
         self.name, self.file = f"{_EXTRACTOR} {self.sha256}", weights.name
         self.published = self.sha256.startswith(_PREFIX)  # the weights of published FIDs
@@ -119,13 +101,11 @@ def inception_metrics(
         (precision and recall, with 3 neighbours).
     batch, device, progress
         Images per batch; device of the network; whether to show a progress bar on stderr.
-    seed
-        Seed of the subsets of KID and the order of the images for the Inception score, below 2³².
-    kid_subsets, kid_subset_size
-        Number and size of the subsets of KID.
+    seed, kid_subsets, kid_subset_size
+        Seed, below 2³², of the subsets of KID and of the order for the Inception score; number and
+        size of these subsets.
     cache
-        Folder that keeps features of the reference, by the hashes of images and weights; None
-        keeps nothing.
+        Folder that keeps features of the reference, by the hashes of images and weights.
 
     Returns
     -------
@@ -135,11 +115,9 @@ def inception_metrics(
 
     Raises
     ------
-    FileNotFoundError, ImportError
-        If there is no file ``weights``, whose source is named, or no torch-fidelity.
-    TypeError, ValueError
-        If an argument is out of range, shapes do not fit, there are too few images for a metric,
-        or a file is damaged or not of that network.
+    FileNotFoundError, TypeError, ValueError
+        If there is no file ``weights``, or it is damaged or of another network; if an argument is
+        out of range, shapes do not fit, or there are too few images for a metric.
     """
     check_same_shape(check_images(images, "images"), check_images(reference, "reference"))
     check_counts(metrics, len(images), len(reference), kid_subset_size=kid_subset_size)

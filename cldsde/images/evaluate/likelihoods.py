@@ -68,26 +68,21 @@ def likelihood(
         ``"exact"``: the model's density at ``t_min``, for processes without auxiliary components.
         ``"bound"``: a lower bound for a model that stops at ``t_min``. See `log_likelihood`, which
         calls them ``"replace"`` and ``"perturb"``. ``"auto"``: exact if there is an exact one.
-    levels
-        Number of grey levels L, 2 … 256.
-    scale
-        Scale of the images that the model was trained on. ``"bins"``: (level + U) / L scaled to
-        [−1, 1], dequantised images. ``"ends"``: levels on 2·level/(L − 1) − 1 with bins about
-        them. A model trained on the levels themselves has no useful density at small ``t_min``.
-    batch, seed
-        Images per batch; seed of the dequantisation and all other noise.
+    levels, scale
+        Number of grey levels L, 2 … 256, and the scale of the training. ``"bins"``: dequantised
+        images, (level + U) / L scaled to [−1, 1]. ``"ends"``: levels on 2·level/(L − 1) − 1 with
+        bins about them. Trained on such levels, a model has no useful density at small ``t_min``.
+    batch, seed, device, progress
+        Images per batch; seed of all noise; device; whether to show a progress bar on stderr.
     t_min, samples, divergence, rtol, atol, max_nfev
         See `log_likelihood`.
-    device, progress
-        Device of the computation, and whether to show a progress bar on stderr.
 
     Returns
     -------
     dict
-        ``bits_per_dim``, the mean over images; ``standard_error`` of that mean, over images and all
-        noise (None for one image); ``images``, their number; ``quantity``, a description;
-        ``is_bound``; ``nfev`` per image; ``images_sha256``, ``process``, ``settings`` and
-        ``versions``.
+        ``bits_per_dim``, the mean over images; its ``standard_error`` over images and noise (None
+        for one image); ``quantity``, a description; ``is_bound``; ``nfev`` per image; ``images``,
+        ``images_sha256``, ``process``, ``settings`` and ``versions``.
 
     Raises
     ------

@@ -105,12 +105,9 @@ def check_comparable(results: Iterable[Result], place: Path) -> None:
     firsts: dict[tuple[str, str], Result] = {}
     for result in results:
         first = firsts.setdefault((result.metric, result.against), result)
-        if result.features != first.features:
-            msg = f"{place} holds distances in the features of different classifiers, "
-            raise ValueError(f"{msg}{first.features} and {result.features}; {_ELSEWHERE}")
-        if result.reference != first.reference:
-            msg = f"{place} holds {result.metric} to other images than the present data set has; "
-            raise ValueError(f"{msg}{_ELSEWHERE}")
+        if (result.features, result.reference) != (first.features, first.reference):
+            msg = f"{place} holds {result.metric} to other images than the present data set has, "
+            raise ValueError(f"{msg}or in the features of different classifiers; {_ELSEWHERE}")
 
 
 def origin(device: str) -> dict[str, Any]:
@@ -126,7 +123,8 @@ def markdown_table(results: Collection[Result]) -> str:
     """Table of recipes and numbers of images against means over repetitions, with their spread.
 
     Left out are results of a solver whose defaults have changed since, and those that share seeds
-    with others. The choices of the recommended solver are below the table.
+    with others. Below the table are the choices of the recommended solver, and the accuracy of the
+    classifier of distances.
     """
     solvers = {json.dumps(result.recipe): result.solver for result in results}
     rows: dict[tuple[str, int], list[Result]] = {}
@@ -148,6 +146,8 @@ def markdown_table(results: Collection[Result]) -> str:
         times = ", ".join(filter(None, (recipe.get("grid"), end)))
         if recipe["solver"] == "fitted":
             times = "κ " + ", ".join(f"{x:.2f}" for x in recipe["options"]["log_snr"])
+        for accuracy in (x.about["classifier_accuracy"] for x in row if "classes" in x.about):
+            remarks[f"Classifier of fd: {accuracy:.1%} of held-out images right."] = None
         spent = [result.nfe for result in row if result.nfe is not None]
         nfe = f"{statistics.mean(spent):.4g}" if spent else str(recipe.get("nfe", ""))
         sizes = dict.fromkeys(str(x.about["samples"]) for x in row if "samples" in x.about)
@@ -181,17 +181,6 @@ def bits_text(bits: Mapping[str, Any]) -> str:
     """Bits per dim with their standard error, if there is one; ``≤`` marks a bound."""
     spread = f" ± {bits['standard_error']:.3f}" if bits["standard_error"] is not None else ""
     return f"{'≤ ' if bits['is_bound'] else ''}{bits['bits_per_dim']:.3f}{spread}"
-
-
-def features_text(results: Iterable[Result]) -> list[str]:
-    """Lines about the features of Fréchet distances."""
-    found: dict[str, None] = {}
-    for one in results:
-        if (accuracy := one.about.get("classifier_accuracy")) is not None:
-            found[f"Classifier of fd: {accuracy:.1%} of held-out images right"] = None
-        if one.against.startswith("random "):
-            found["Features of fd: a network of random weights, which needs no classes"] = None
-    return list(found)
 
 
 def _named(result: Result) -> dict[str, float]:

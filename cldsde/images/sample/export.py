@@ -25,7 +25,7 @@ from cldsde.images.model import (
     make_model,
 )
 from cldsde.images.networks import CLOCK_SCALE
-from cldsde.images.sample.sampler import changed_recipe, make_plan, make_solver
+from cldsde.images.sample.sampler import changed_recipe, make_plan
 from cldsde.images.schema import plain
 from cldsde.images.tensor_files import tensors_digest
 from cldsde.linear.blocks import apply_blocks
@@ -61,11 +61,8 @@ class RunScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
         """Choose the grid of the run for a number of score evaluations; pipelines call it."""
-        sampling, solver = self.run.sampling, make_solver(self.run.sampling)
-        if solver is not None:
-            with setting("solver"):
-                check_steppable(solver)
-        sampling = changed_recipe(sampling, nfe=num_inference_steps)
+        # Raises an error for a solver that is code, which the file of a scheduler must not run.
+        sampling = dataclasses.replace(changed_recipe(self.run.sampling), nfe=num_inference_steps)
         made, recipe = make_plan(self._score, sampling, shape=self.space.shape)
         self._plan = made
         with setting("solver"):
@@ -153,14 +150,12 @@ def check_export(run: TrainedModel, folder: Path) -> RunScheduler:
         "latent": (config.latent and "an autoencoder", None),
     }
     for key, (value, needed) in checks.items():
-        purpose = "a pipeline without classes" if needed is False else "a UNet2DModel"
-        require(value == needed, key, f"must be {needed!r} for {purpose}; got {value!r}")
+        msg = f"must be {needed!r} for a pipeline of a UNet2DModel; got {value!r}"
+        require(value == needed, key, msg)
     free = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
     require(free, "folder", f"must not be there yet, or be empty; got {folder}")
-    place = next(parent for parent in folder.absolute().parents if parent.exists())
-    require(place.is_dir(), "folder", f"{place} is no folder")
     with setting("folder"):
-        check_writable(place)
+        check_writable(next(place for place in folder.absolute().parents if place.exists()))
     score = cast(MixedScore, run.score)
     statistics = (x.tolist() for x in (score.data_mean, score.data_variance))
     values = plain(dataclasses.astuple(space))

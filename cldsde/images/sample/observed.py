@@ -15,7 +15,7 @@ import torch
 from scipy.linalg import helmert
 from torch import Tensor
 
-from cldsde.errors import SettingError, require, setting
+from cldsde.errors import require, setting
 from cldsde.images.data import to_unit
 from cldsde.images.data.pictures import fitted, pixels_of_picture, read_picture
 from cldsde.images.model import ImageSpace
@@ -28,7 +28,7 @@ from cldsde.solvers import ExponentialMultistep, Imputation, Plan, sample_poster
 from cldsde.solvers.authoring import Solver
 
 ObservedMethod = Literal["moments", "pigdm", "dps", "twisted", "replacement"]
-_OPERATORS = re.compile(r"mask|grey|downsample:\d+|blur:\d*\.?\d+(e-?\d+)?")
+_OPERATORS = re.compile(r"mask|grey|downsample:[1-9]\d*|blur:\d*\.?\d+(e-?\d+)?")
 
 # Stability of DPS, see `Conditioning.check_steps`: in 68 settings for trained digits no
 # posterior was lost below 2.7, and with masks and blurs every one above 5.
@@ -87,13 +87,12 @@ class ObservedImage:
         cropped and resized as pictures of a training are, to the model's size or its blocks.
         """
         options = {key: x for key, x in options.items() if x is not None}
-        if known is None and observe is None:
-            msg = "needs `known` and `observe`: the picture, how it was observed"
-            require(not options, next(iter(options), ""), msg)
-            return None
         if known is None or observe is None:
-            key, missing = ("observe", "known") if known is None else ("known", "observe")
-            raise SettingError(key, f"needs `{missing}`, too: the picture, and how it was observed")
+            given = {"known": known, "observe": observe, **options}
+            key = next((key for key, x in given.items() if x is not None), None)
+            msg = "needs `known` and `observe`: the picture, and how it was observed"
+            require(key is None, str(key), msg)
+            return None
         channels, height, width = space.shape
         made = f"{channels} channels, levels {space.levels}"
         msg = f"needs a model of pictures; this one makes {made}"
@@ -106,8 +105,7 @@ class ObservedImage:
             require(os.path.exists(file), "observe", msg)
             mask = _read(file, shape, "observe")[0] >= 128
         block = int(number) if name == "downsample" and _OPERATORS.fullmatch(observe) else 1
-        sides = (height, width) if block == 0 else (height // block, width // block)
-        picture = _read(known, (channels, *sides), "known")
+        picture = _read(known, (channels, height // block, width // block), "known")
         operator = observe if mask is None else "mask"
         return cls(known=picture, operator=operator, mask=mask, **options)
 

@@ -40,44 +40,29 @@ class SampleRequest:
     sampler: Any  # an ImageSampler, or the PipelineSampler of a pipeline
     seeds: range
     weights: str  # digest
-    t_min: float | None = None  # smallest time of the training, if known
 
     def recipe(self) -> dict[str, object]:
         """Everything that the images and their parts depend on, in JSON types."""
         seeds = [self.seeds.start, self.seeds.stop]
         return {"weights": self.weights, **self.sampler.recipe(), "seeds": seeds}
 
-    def notes(self) -> list[str]:
-        """Notes on settings that are allowed, but probably a mistake."""
-        t_min = self.t_min
-        if t_min is None or self.sampler.t_end >= t_min:
-            return []
-        msg = f"t_end = {self.sampler.t_end:g} is below training.t_min = {t_min:g}: the network "
-        return [f"{msg}was not trained at such times"]
-
 
 def check_output(out: Path, request: SampleRequest, *, overwrite: bool = False) -> None:
     """Raise an error unless samples can be written to a file or folder.
 
-    Files may be replaced, and finished parts of another request deleted, with ``overwrite``;
-    folders never are. Of a link, the target is written.
+    With ``overwrite`` files may be replaced, and finished parts of another request deleted.
     """
     named, out, problem = out, output_place(out), None
     if out.suffix == ".png" and len(request.seeds) > GRID_LIMIT:
         problem = f"a picture holds {GRID_LIMIT} images at most; got {len(request.seeds)} seeds. "
         problem += "Use FILE.npz or a folder"
-    elif named.name in {"", ".."} or out.is_mount():
-        problem = "must name a file, or a folder that can be moved into place; "
-        problem += f"got {named}. Use one inside, such as {named / 'samples'}"
-    elif out.suffix not in {"", ".png", ".npz"}:
-        problem = f"must be FILE.npz, FILE.png or a folder; got {out}"
+    elif out.suffix not in {"", ".png", ".npz"} or named.name in {"", ".."} or out.is_mount():
+        problem = f"must be FILE.npz, FILE.png or a folder that can be replaced; got {named}"
     elif not out.suffix and request.sampler.space.shape[0] not in {1, 3}:
         problem = f"must be FILE.npz or FILE.png for images of {request.sampler.space.shape[0]} "
         problem += f"channels, of which there are no pictures; got {out}"
-    elif out.exists() and out.is_dir() == bool(out.suffix):
-        problem = f"{out} is there already, as another kind of file"
-    elif out.is_file() and not overwrite:
-        problem = f"{out} is there already; name another file, or set `overwrite`"
+    elif out.exists() and (out.is_dir() == bool(out.suffix) or not (overwrite or out.is_dir())):
+        problem = f"{out} is there already; name another, or set `overwrite` to replace a file"
     elif out.is_dir() and any(out.iterdir()) and not _is_done(out, request):
         problem = f"{out} holds files already; name another folder"
     others = [x for x in _all_parts(out) if x != _parts_folder(out, request) and any(x.iterdir())]
@@ -92,9 +77,8 @@ def check_output(out: Path, request: SampleRequest, *, overwrite: bool = False) 
 def draw_to(out: Path, request: SampleRequest) -> float | None:
     """Sample images into a file or folder; return their mean score evaluations in process 0.
 
-    Each batch is kept in a folder beside the output until all are there: a later call for the same
-    request resumes, also with batches of another size. Parts of other requests for this output are
-    deleted.
+    Each batch is kept in a folder beside the output until all are there, so that a later call for
+    the same request resumes. Parts of other requests for this output are deleted.
     """
     out, (rank, processes) = output_place(out), place()
     with alone(out) if rank == 0 else nullcontext():

@@ -115,10 +115,9 @@ def make_plan(
 ) -> tuple[Plan, Recipe]:
     """The plan of a solver for data of a shape, and a recipe with its way to denoise at the end.
 
-    The grid is the longest that takes at most ``nfe`` score evaluations: the last denoising counts,
-    and guidance doubles them. Adaptive solvers get the two ends. With an observed picture,
-    ``multistep-2-sde`` stands for the recommended solver. Only a recommended recipe also has its
-    grid. Raises a SettingError if recipe, process and observation do not fit.
+    The grid is the longest with at most ``nfe`` score evaluations, the denoising and guidance
+    included. Only a recommended recipe also has its grid. With an observed picture it is
+    ``multistep-2-sde``. Raises a SettingError if recipe, process and observation do not fit.
     """
     score = as_score(score)
     sde = check_process(score.sde if sde is None else sde)
@@ -161,9 +160,7 @@ def make_plan(
 
 Precision = Literal["fp32", "bf16", "fp16"]
 """Precision of networks; states and coefficients have single precision at least."""
-
-
-_Weight = Annotated[Number, Field(ge=0)]
+Weight = Annotated[Number, Field(ge=0)]
 Start = tuple[SampleNoise, Tensor]
 """Source of the random numbers of a batch, and the states at which its sampling starts."""
 
@@ -206,7 +203,7 @@ class ImageSampler:
         return cls(model.score, model.space, sampling, vae=model.vae, batch=batch, **options)
 
     def __post_init__(self) -> None:
-        kinds: dict[str, Any] = {"batch": Count, "guidance": _Weight, "precision": Precision}
+        kinds: dict[str, Any] = {"batch": Count, "guidance": Weight, "precision": Precision}
         for name, kind in kinds.items():
             check_type(getattr(self, name), kind, name)
         guided = self.guidance != 1

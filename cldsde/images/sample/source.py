@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, cast, get_args
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from diffusers import DiffusionPipeline
@@ -19,8 +18,8 @@ from cldsde.errors import SettingError, require, setting
 from cldsde.images.config import ProcessConfig, SamplingConfig
 from cldsde.images.model import ImageModel, ImageSpace, TrainedModel, load_model
 from cldsde.images.sample.export import is_exported, load_exported
-from cldsde.images.sample.sampler import Samples
-from cldsde.images.schema import check_name, plain
+from cldsde.images.sample.sampler import Samples, Weight
+from cldsde.images.schema import Count, check_type, plain
 from cldsde.images.tensor_files import tensors_digest
 from cldsde.pretrained import PipelineScheduler, from_diffusers
 from cldsde.pretrained.diffusers_models import network_and_scheduler
@@ -100,15 +99,13 @@ CompileMode = Literal["default", "reduce-overhead", "max-autotune"]
 def speed_up(model: ImageModel, compile_mode: CompileMode | None, *, channels_last: bool) -> None:
     """Compile the network of a model, and store its weights and features with channels last.
 
-    The model is changed in place, so that names of weights stay. The mode ``"reduce-overhead"``
-    replays CUDA graphs; None compiles nothing. Raises a SettingError for a model that is not
-    compiled.
+    The model is changed in place. The mode ``"reduce-overhead"`` replays CUDA graphs; None compiles
+    nothing. Raises a SettingError for a model that is not compiled.
     """
     if channels_last:
         model.score.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if compile_mode is None:
         return
-    check_name(compile_mode, get_args(CompileMode), "compile_mode")
     if not isinstance(model, TrainedModel):
         msg = "needs a run under its own process, whose network is compiled"
         raise SettingError("compile_mode", msg)
@@ -155,10 +152,7 @@ class PipelineSampler:
         """Load a pipeline of a folder; raise a SettingError if it does not take what is asked."""
         folder = source.parent if source.is_file() else source
         with setting("model"):
-            try:
-                pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
-            except (OSError, ImportError) as error:
-                raise SettingError("", f"{folder} cannot be loaded: {error}") from error
+            pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
         taken = inspect.signature(pipeline.__call__).parameters
         name = type(pipeline).__name__
         words = {"prompt": prompt, "negative_prompt": negative_prompt}
@@ -170,16 +164,12 @@ class PipelineSampler:
         if "class_labels" in taken:
             require(str(label).isdecimal(), "label", f"must be a number for a {name}; got {label}")
             arguments["class_labels"] = int(str(label))
-        others = [key for key, x in taken.items() if x.default is inspect.Parameter.empty]
-        lacking = [key for key in others if key not in (*arguments, "args", "kwargs")]
-        require(not lacking, "model", f"a {name} also needs {', '.join(lacking)}")
         with setting("solver"):
             pipeline.scheduler = PipelineScheduler(pipeline.scheduler, process.make(), solver)
         pipeline.to(device).set_progress_bar_config(disable=True)
-        require(nfe is None or nfe > 0, "nfe", f"must be at least 1; got {nfe}")
-        require(batch is None or batch > 0, "batch", f"must be at least 1; got {batch}")
-        fits = guidance is None or 0 <= guidance < math.inf
-        require(fits, "guidance", f"must be finite and at least 0; got {guidance}")
+        given: Any = (("nfe", nfe, Count), ("batch", batch, Count), ("guidance", guidance, Weight))
+        for key, value, kind in given:
+            check_type(value, kind | None, key)
         return cls(pipeline, process, arguments, guidance, nfe or _STEPS, batch or _BATCH)
 
     def batches(self, seeds: Sequence[int]) -> list[tuple[int | None, list[int]]]:

@@ -58,7 +58,7 @@ def test_a_tolerance_sets_both_but_those_that_options_set(options, atol):
         ({"models": {"CLD": 3}, "rows": [EM]}, "models.CLD: must be a section"),
         ({"models": {"../A": {}}, "rows": [{**EM, "model": "../A"}]}, "models: a name is made of"),
         ({"models": {"CLD": {}, "VP": {"data": {"name": "fashion_mnist"}}}}, "be the data of CLD"),
-        ({"base": {**TINY["base"], "trainig": {}}}, "base.trainig: unknown key; did you mean tr"),
+        ({"base": {**TINY["base"], "trainig": {}}}, "models.CLD.trainig: unknown key; did you"),
         ({"rows": []}, "rows: is empty"),
         ({"rows": [EM, {**EM, "label": "euler-maruyama"}]}, "rows: labels of a model must differ"),
     ],
@@ -80,12 +80,10 @@ def test_the_recommended_row_ends_where_sample_ends():
     [
         ({**EM, "model": "CLF"}, "model: must be .* did you mean CLD?"),
         ({**EM, "nef": [3]}, "nef: unknown key; did you mean nfe?"),
-        ({**EM, "nfe": [3, 3]}, "nfe: must differ"),
         ({**EM, "nfe": [3, "4"]}, r"nfe\[1\]: must be a valid integer"),
         ({**EM, "tolerances": [0.1]}, "nfe: euler-maruyama needs"),
         ({**EM, "solver": "probability-flow"}, "tolerances: probability-flow"),
         ({**ODE, "solver": "torchdiffeq-rk4"}, "nfe: torchdiffeq-rk4 needs a list of nfe, and no"),
-        ({**ODE, "options": {"rtol": 0.1, "atol": 0.2}}, "tolerances: set nothing: options has"),
     ],
 )
 def test_rows_that_make_no_sense_are_rejected_by_their_key(row, message):

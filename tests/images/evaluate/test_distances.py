@@ -8,11 +8,17 @@ import pytest
 import scipy.linalg
 import torch
 
-from cldsde.images.evaluate import FeatureStatistics, frechet, frechet_distance, frechet_of
+from cldsde.images.evaluate import FeatureStatistics, frechet, frechet_of
 from cldsde.images.evaluate.distances import images_sha256
 from image_data import noise
 
 ROUNDING = 1e-12  # sums of some hundred numbers in float64, and roots of well-conditioned matrices
+
+
+def frechet_distance(first: torch.Tensor, second: torch.Tensor) -> float:
+    """Distance between Gaussians fitted to features."""
+    both = first, second
+    return frechet_of(*(FeatureStatistics(x.mean(0), x.T.cov(), len(x), "", "") for x in both))
 
 
 def samples_with_moments(mean: list[float], covariance: list[list[float]]) -> torch.Tensor:
@@ -40,16 +46,6 @@ def test_distance_of_gaussians_has_the_closed_form():
     assert frechet_distance(second, first) == pytest.approx(expected, rel=ROUNDING, abs=0)
     # The root loses half of the digits if a covariance is nearly singular; here it is not.
     assert frechet_distance(first, first) == pytest.approx(0.0, abs=ROUNDING)
-
-
-def test_features_without_a_covariance_are_rejected():
-    for first, second, message in (
-        (torch.zeros(3, 2), torch.zeros(3, 3), r"\(n, F\) and \(m, F\)"),
-        (torch.zeros(1, 2), torch.zeros(3, 2), "two rows"),
-        (torch.full((3, 2), torch.nan), torch.zeros(3, 2), "finite"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            frechet_distance(first, second)
 
 
 def flat(images):
@@ -125,11 +121,9 @@ def test_statistics_serve_as_a_reference_in_the_same_features_only():
 @pytest.mark.parametrize(
     ("features", "error", "message"),
     [
-        (lambda x: x.flatten(1), TypeError, "floating-point tensor.*uint8"),
+        (lambda x: x.flatten(1), ValueError, "floating-point numbers.*uint8"),
         (lambda x: x.float().flatten(1)[1:], ValueError, "one row per image"),
         (lambda x: x.float().flatten(1) / 0, ValueError, "finite"),
-        (lambda x: torch.ones(len(x), len(x)), ValueError, "as many features for each batch"),
-        (3, TypeError, "features must be a callable"),
     ],
 )
 def test_networks_that_return_something_else_are_rejected(features, error, message):

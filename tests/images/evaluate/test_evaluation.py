@@ -220,7 +220,7 @@ def test_a_failure_is_a_result_that_is_not_repeated_and_does_not_end_the_others(
         assert fine.numbers["fd"] > 0
     assert calls == [4, 5]
     lines = markdown_table(read_results(tmp_path / "results.jsonl").values()).splitlines()
-    found = [[word.strip() for word in line.split("|")[1:5]] for line in lines[2:]]
+    found = [[word.strip() for word in line.split("|")[1:5]] for line in lines[2:4]]
     grid = "root, 0.01"
     assert found == [["sscs", "4", grid, ""], ["sscs, merge=False", "5", grid, "20"]]
 

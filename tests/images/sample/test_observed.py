@@ -217,8 +217,8 @@ def test_files_that_are_no_pictures_are_rejected(tmp_path, monkeypatch):
     for known, observe, message in (
         ("text.png", "grey", r"known: .* cannot be decoded"),
         ("right.png", "nothing.png", r"observe: .*nothing\.png"),
-        (None, "grey", "observe: needs `known`"),
-        ("right.png", None, "known: needs `observe`"),
+        (None, "grey", "observe: needs `known` and `observe`"),
+        ("right.png", None, "known: needs `known` and `observe`"),
     ):
         with pytest.raises(SettingError, match=message):
             ObservedImage.read(known, observe, SPACE)

@@ -54,7 +54,7 @@ def request_of(run):
     def request(count=4, seeds=None, **changes):
         sampler = ImageSampler.of(run, **{"sampling": FIXED, "batch": 2, **changes})
         seeds = range(count) if seeds is None else seeds
-        return SampleRequest(sampler, seeds, run.digest, run.t_min)
+        return SampleRequest(sampler, seeds, run.digest)
 
     return request
 
@@ -377,7 +377,7 @@ def test_parts_of_other_requests_are_dropped_and_other_folders_left_alone(reques
         ({"guidance": 2.0}, "x.npz", "guidance: needs a class"),
         ({"guidance": float("nan"), "label": 0}, "x.npz", "guidance: must be a finite"),
         ({}, "x.jpg", "out: must be"),
-        *(({}, out, "out: must name a file, or a folder") for out in ("/", "..")),
+        *(({}, out, "out: must be FILE.npz") for out in ("/", "..")),
         ({"seeds": range(5000)}, "x.png", "a picture holds"),
         ({"sampling": SamplingConfig(solver="nothing")}, "x.npz", "one of"),
     ],
