@@ -29,7 +29,7 @@ def test_a_subset_keeps_rows_with_their_labels_and_all_classes():
     assert (part.levels, part.classes, part.class_names) == (4, 3, ("a", "b", "c"))
 
 
-@pytest.mark.parametrize("row", [-1, 3, 2**40])
+@pytest.mark.parametrize("row", [-1, 3])
 def test_a_row_out_of_range_is_an_index_error(row):
     images = ArrayImages(PIXELS)
     for source in (images, images.subset(torch.arange(3))):
@@ -39,7 +39,7 @@ def test_a_row_out_of_range_is_an_index_error(row):
         images.subset(torch.tensor([row]))
 
 
-@pytest.mark.parametrize("rows", [[0], torch.zeros(1), torch.tensor([True]), PIXELS[0].long(), 0])
+@pytest.mark.parametrize("rows", [[0], torch.zeros(1), PIXELS[0].long()])
 def test_rows_of_another_type_or_shape_are_rejected(rows):
     with pytest.raises(TypeError, match="rows must be an int64 tensor"):
         ArrayImages(PIXELS).load(rows)
@@ -54,19 +54,15 @@ COUNT = torch.arange(3)
         (PIXELS.float(), {}, TypeError, "images must be a uint8 tensor; got torch.fl"),
         (PIXELS.int(), {}, TypeError, "images must be a uint8 or float tensor on the CPU; got tor"),
         (PIXELS.float() - 1, {"levels": (0, 1)}, ValueError, "in their range, 0 to 1; got -1 to"),
-        (PIXELS / 0, {"levels": (0, 1)}, ValueError, "in their range, 0 to 1; got nan"),
         (PIXELS, {"levels": (0, 1)}, TypeError, "images must be a floating-point tensor; got"),
         (PIXELS.float(), {"levels": (1, 1)}, ValueError, "levels: must .* rise from the first"),
         (PIXELS[:, 0], {}, ValueError, r"images must have shape \(N, C, H, W\)"),
         (PIXELS[:0], {}, ValueError, "images must hold at least 1 images; got 0"),
-        (PIXELS + 17, {"levels": 17}, ValueError, "values in 0 … 16; got 17"),
-        *((PIXELS, {"levels": x}, ValueError, f"levels: must be .* got {x}") for x in (1, 257)),
-        (PIXELS, {"levels": 16.0}, ValueError, "levels: must be"),
+        (PIXELS, {"levels": 1}, ValueError, "levels: must be .* got 1"),
         (PIXELS, {"labels": torch.zeros(3)}, TypeError, "labels must be a tensor of integers"),
         (PIXELS, {"labels": COUNT[:2]}, ValueError, r"labels must have shape \(3,\)"),
         (PIXELS, {"labels": COUNT - 1}, ValueError, r"labels must lie in .* -1 to 1"),
         (PIXELS, {"labels": COUNT, "classes": 2}, ValueError, "0 … 1; got 0 to 2"),
-        (PIXELS, {"labels": COUNT, "classes": ["a"]}, ValueError, "0 … 0; got 0 to 2"),
         (PIXELS, {"classes": "ab"}, ValueError, "classes: must be a valid integer or a list"),
         (PIXELS, {"classes": 2}, ValueError, "classes needs labels"),
     ],
@@ -155,13 +151,10 @@ TEN = {"a": (10, 4, 4)}
     [
         ({}, {}, "images must name"),
         ({**TEN, "b": (10, 4, 4)}, {}, "for 2 arrays of .* holds a and b"),
-        ({"a": (10,)}, {}, "images must name .* 0 arrays"),
         (TEN, {"images": "b"}, "images must be an array of .*: a; got"),
         (TEN, {"labels": "b"}, "labels must be an array of .*: a; got"),
         ({**TEN, "l": (9,)}, {"labels": "l"}, r"labels must be .*\(10,\)"),
-        (TEN, {"levels": 16}, "values in 0 … 15"),
         (TEN, {"layout": "NHWC"}, "layout NHWC must have 4 axes"),
-        (TEN, {"layout": "HWC"}, "layout: must be 'auto', 'NHW'"),
         ({"a": (0, 4, 4)}, {}, "at least one image"),
     ],
 )
@@ -174,15 +167,9 @@ def test_archives_that_do_not_fit_are_rejected(tmp_path, arrays, options, messag
 @pytest.mark.parametrize(
     ("name", "options", "error", "message"),
     [
-        (
-            "floats.npy",
-            {},
-            ValueError,
-            "must hold images of uint8, or have a value_range; got float64 in 0 to 0",
-        ),
+        ("floats.npy", {}, ValueError, "or have a value_range; got float64 in 0 to 0"),
         ("a.npy", {"value_range": [0, 1]}, TypeError, r"a\.npy must hold .* got uint8"),
         ("floats.npy", {"value_range": [0]}, ValueError, "value_range: must .* at least 2 items"),
-        ("floats.npy", {"value_range": [1, 2]}, ValueError, "range, 1 to 2; got 0 to 0"),
         ("a.npy", {"labels": "floats.npy"}, ValueError, "labels must be integers"),
         ("a.npy", {"labels": "kinds"}, FileNotFoundError, r"labels must be a \.npy"),
         ("a.npy", {"images": "kinds"}, ValueError, r"images names an array of a \.npz"),

@@ -1,11 +1,9 @@
 """Data sets are what their sources say, split into a training and a held-out part."""
 
-import bz2
 import gzip
 import pickle
 import struct
 from inspect import Parameter, signature
-from itertools import product
 
 import numpy as np
 import pytest
@@ -38,20 +36,15 @@ def test_digits_are_scikit_learns_split_by_a_permutation():
 
 
 @pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        *[("held_out", x) for x in (-0.1, 1.5, float("nan"), float("inf"), "0.2", 1e-6, 1797)],
-        *[("seed", x) for x in (-1, 0.5)],
-    ],
+    ("key", "value"), [("held_out", -0.1), ("held_out", 1.5), ("held_out", 1e-6), ("seed", -1)]
 )
 def test_an_impossible_split_is_rejected(key, value):
     with pytest.raises(ValueError, match=key):
         digits(**{key: value})
 
 
-@pytest.mark.parametrize("zipped", [True, False])
-def test_idx_files_are_read_plain_and_compressed(tmp_path, zipped):
-    arrays = write_fashion(tmp_path, zipped=zipped)
+def test_compressed_idx_files_are_read(tmp_path):
+    arrays = write_fashion(tmp_path, zipped=True)
     for part, array in zip(fashion_mnist(path=str(tmp_path)), arrays, strict=True):
         assert_holds(part, *array)
         assert part.classes == 10
@@ -78,12 +71,9 @@ T10K_LABELS = f"{STEMS['t10k'][1]}.gz"
     ("name", "alter", "message"),
     [
         (TRAIN_IMAGES, lambda b: b"\0\0\x0d\x03" + b[4:], "must be an IDX file"),
-        (TRAIN_IMAGES, lambda b: b"\0\0\x08\x01" + b[4:], "must be an IDX file"),
         (T10K_LABELS, lambda b: b"", "must be an IDX file"),
         (TRAIN_IMAGES, lambda b: b[:4] + bytes(4) + b[8:16], "N ≥ 1 × 28 × 28 bytes; got 16 bytes"),
-        (T10K_LABELS, lambda b: b[:6], "got 6 bytes that begin"),
         (TRAIN_IMAGES, lambda b: b[:-1], "× 28 × 28 bytes; got 9423 bytes"),
-        (TRAIN_IMAGES, lambda b: b + b"\0", "× 28 × 28 bytes; got 9425 bytes"),
         (TRAIN_IMAGES, lambda b: idx(random_bytes(12, 27, 28)), "28 bytes; .* 0000000c 0000001b"),
         (TRAIN_LABELS, lambda b: idx(random_bytes(11, levels=10)), "12 images; got 11 labels"),
         (T10K_LABELS, lambda b: b[:-1] + b"\x0a", "0 … 9 .* up to 10"),
@@ -99,32 +89,13 @@ def test_a_damaged_idx_file_is_named(tmp_path, name, alter, message):
         fashion_mnist(path=tmp_path)
 
 
-def test_no_byte_of_a_compressed_file_can_change_unnoticed(tmp_path):
-    write_fashion(tmp_path, zipped=True, counts=(2, 1))
-    content = (tmp_path / TRAIN_LABELS).read_bytes()
-    padded = len(content) - 9  # the last byte before checksum and size may have unused bits
-    for where, bit in product({*range(10, len(content))} - {padded}, (0, 7)):
-        changed = bytearray(content)
-        changed[where] ^= 1 << bit
-        (tmp_path / TRAIN_LABELS).write_bytes(changed)
-        with pytest.raises(ValueError, match=TRAIN_LABELS):
-            fashion_mnist(path=tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("name", "size", "error", "message"),
-    [
-        ("", 28, FileNotFoundError, "neither train-labels-idx1-ubyte nor"),
-        ("nowhere", 28, FileNotFoundError, r"path must be a folder; got .*nowhere"),
-        (TRAIN_IMAGES, 28, NotADirectoryError, "path must be a folder"),
-        ("nowhere", 64, ValueError, "size: must be 16, 28 or 32; got 64"),
-    ],
-)
-def test_other_files_and_sizes_are_rejected(tmp_path, name, size, error, message):
+def test_missing_files_and_other_sizes_are_rejected(tmp_path):
     write_fashion(tmp_path, zipped=True)
     (tmp_path / TRAIN_LABELS).unlink()
-    with pytest.raises(error, match=message):
-        fashion_mnist(path=tmp_path / name, size=size)
+    with pytest.raises(FileNotFoundError, match="neither train-labels-idx1-ubyte nor"):
+        fashion_mnist(path=tmp_path)
+    with pytest.raises(ValueError, match="size: must be 16, 28 or 32; got 64"):
+        fashion_mnist(path=tmp_path, size=64)
 
 
 def test_fashion_mnist_is_found_by_the_environment(tmp_path, monkeypatch):
@@ -168,6 +139,7 @@ def test_torchvisions_idx_files_are_the_same_images(tmp_path):
     own = fashion_mnist(path=tmp_path / "FashionMNIST" / "raw")
     for part, same, array in zip(data, own, arrays, strict=True):
         assert_holds(part, *array)
+        assert_holds(same, *array)
         assert part.class_names == same.class_names
 
 
@@ -234,15 +206,6 @@ def test_of_qmnists_labels_the_class_is_kept(tmp_path):
         (folder / f"qmnist-{part}-labels-idx2-int").write_bytes(content)
     train = torchvision_set(name="QMNIST", path=tmp_path).train
     assert_holds(train, random_bytes(4, 28, 28), details[:, 0])
-
-
-def test_usps_is_read_from_its_text(tmp_path):
-    line = "10 " + " ".join(f"{i + 1}:{-1 if i % 2 else 1}" for i in range(256)) + "\n"
-    for name in ("usps.bz2", "usps.t.bz2"):
-        (tmp_path / name).write_bytes(bz2.compress(line.encode()))
-    held_out = torchvision_set(name="USPS", path=tmp_path).held_out
-    assert whole(held_out).flatten().tolist() == [255, 0] * 128
-    assert held_out.labels.tolist() == [9]
 
 
 @pytest.mark.parametrize("name", ["CIFAR10", "CIFAR100", "MNIST", "SVHN", "STL10", "USPS"])
