@@ -14,7 +14,6 @@ from cldsde.images.evaluate.classifier import (
 )
 from cldsde.images.evaluate.distances import feature_name
 from cldsde.images.tensor_files import save_tensors
-from probes import generator
 from tiny_runs import noise_images
 
 
@@ -59,32 +58,19 @@ def test_training_depends_on_its_seed_alone_and_leaves_the_global_state():
         assert torch.equal(again.state_dict()[key], x), key
 
 
-@pytest.mark.parametrize(("size", "channels"), [((8, 8), 1), ((9, 17), 3), ((28, 28), 1)])
-def test_classifier_takes_images_of_any_size(size, channels):
-    model = ImageClassifier(channels, 5, width=4, size=6).eval()
-    images = torch.rand(2, channels, *size, generator=generator()) * 2 - 1
-    assert model.features(images).shape == (2, 6)
-    assert model(images).shape == (2, 5)
-    assert torch.equal(model(images), model.head(model.features(images)))
-
-
-@pytest.mark.parametrize("shape", [(2, 1, 7, 8), (2, 3, 8, 8), (1, 8, 8)])
-def test_images_of_another_shape_are_rejected(shape):
-    with pytest.raises(ValueError, match=r"images must have shape \(B, 1, H, W\).*at least 8"):
-        ImageClassifier(1, 2).features(torch.zeros(shape))
-
-
 @pytest.mark.parametrize(
-    ("changes", "error", "message"),
+    ("changes", "message"),
     [
-        ({"data": DataSet(bars(4, 0, size=7), None)}, ValueError, "H and W at least 8; got"),
-        ({"data": DataSet(noise_images(), None)}, ValueError, "data must have labels"),
-        ({"batch": 1}, ValueError, "batch: must be .* 2; got 1"),
-        ({"learning_rate": 0.0}, ValueError, "learning_rate: must be greater than 0"),
+        (
+            {"data": DataSet(bars(4, 0, size=7), None)},
+            r"\(B, 1, H, W\) with H and W at least 8; got",
+        ),
+        ({"data": DataSet(noise_images(), None)}, "data must have labels"),
+        ({"batch": 1}, "batch: must be .* 2; got 1"),
     ],
 )
-def test_wrong_arguments_of_a_training_are_rejected(changes, error, message):
-    with pytest.raises(error, match=message):
+def test_wrong_arguments_of_a_training_are_rejected(changes, message):
+    with pytest.raises(ValueError, match=message):
         train_classifier(**{"data": DataSet(bars(4, 0), None), **changes})
 
 

@@ -278,10 +278,7 @@ def test_a_line_that_was_cut_off_is_measured_and_written_again(tmp_path):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"[]\n", "holds something else|is damaged"),
         (b'{"model": "abc"}\n', r"is damaged \(line 1: .*metric.*\); delete it"),
-        (b'{"model": "abc", "metric": 3}\n', "is damaged"),
-        (b"mine", "holds something else than results"),
         (b"key = 1\n", "something else than results of cldsde; write to another file"),
         (b'{"model": "def", "metric": "fd", "against": ""}\n', "of other weights or images"),
     ],
@@ -300,7 +297,6 @@ def test_files_of_something_else_are_named_with_what_to_do_and_kept(tmp_path, co
     [
         ("fd", 20, 1, "fd needs at least 2 images to compare with; got 1"),
         ("prc", 3, 40, "prc needs at least 4 images; got 3"),
-        ("prc", 20, 3, "prc needs at least 4 images to compare with; got 3"),
         ("isc", 9, 40, "isc needs at least 10 images; got 9"),
     ],
 )
@@ -310,10 +306,8 @@ def test_too_few_images_for_a_metric_are_rejected(evaluation, metric, images, co
 
 
 def test_images_of_another_shape_are_rejected(evaluation):
-    for shape in ((3, 8, 8), (1, 8, 7)):
-        words = rf"compared with, 1×8×8 .*; got {'×'.join(map(str, shape))}"
-        with pytest.raises(ValueError, match=words):
-            evaluation().check(20, shape=shape)
+    with pytest.raises(ValueError, match=r"compared with, 1×8×8 .*; got 1×8×7"):
+        evaluation().check(20, shape=(1, 8, 7))
     data = DataSet(*[noise_images(40, 0, (2, 8, 8))] * 2)
     with pytest.raises(ValueError, match="1 or 3 channels; got 2"):
         evaluation(data, metrics=["kid"]).check()
