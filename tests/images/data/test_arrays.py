@@ -31,18 +31,14 @@ def test_a_subset_keeps_rows_with_their_labels_and_all_classes():
 
 @pytest.mark.parametrize("row", [-1, 3])
 def test_a_row_out_of_range_is_an_index_error(row):
-    images = ArrayImages(PIXELS)
-    for source in (images, images.subset(torch.arange(3))):
+    for use in (ArrayImages(PIXELS).load, ArrayImages(PIXELS).subset):
         with pytest.raises(IndexError, match=f"rows must lie in 0 … 2; got .*{row}"):
-            source.load(torch.tensor([1, row]))
-    with pytest.raises(IndexError, match=rf"rows must lie in 0 … 2; got \[{row}\]"):
-        images.subset(torch.tensor([row]))
+            use(torch.tensor([1, row]))
 
 
-@pytest.mark.parametrize("rows", [[0], torch.zeros(1), PIXELS[0].long()])
-def test_rows_of_another_type_or_shape_are_rejected(rows):
+def test_rows_of_another_type_are_rejected():
     with pytest.raises(TypeError, match="rows must be an int64 tensor"):
-        ArrayImages(PIXELS).load(rows)
+        ArrayImages(PIXELS).load(torch.zeros(1))
 
 
 COUNT = torch.arange(3)
@@ -110,12 +106,11 @@ def test_labels_come_from_the_archive_or_another_file(tmp_path):
     np.save(file, pixels)
     np.save(own, labels)
     order = torch.randperm(10, generator=generator()).numpy()
-    for path, options in (
-        (archive, {"labels": "kinds"}),
+    for path, names in (
         (archive, {"images": "pictures", "labels": "kinds"}),
         (str(file), {"labels": str(own)}),
     ):
-        data = array_file(path=path, **options)
+        data = array_file(path=path, **names)
         assert np.array_equal(data.train.labels.numpy(), labels[order[1:]])
         assert data.held_out.classes == 3
 
@@ -151,7 +146,6 @@ TEN = {"a": (10, 4, 4)}
     [
         ({}, {}, "images must name"),
         ({**TEN, "b": (10, 4, 4)}, {}, "for 2 arrays of .* holds a and b"),
-        (TEN, {"images": "b"}, "images must be an array of .*: a; got"),
         (TEN, {"labels": "b"}, "labels must be an array of .*: a; got"),
         ({**TEN, "l": (9,)}, {"labels": "l"}, r"labels must be .*\(10,\)"),
         (TEN, {"layout": "NHWC"}, "layout NHWC must have 4 axes"),
@@ -169,7 +163,6 @@ def test_archives_that_do_not_fit_are_rejected(tmp_path, arrays, options, messag
     [
         ("floats.npy", {}, ValueError, "or have a value_range; got float64 in 0 to 0"),
         ("a.npy", {"value_range": [0, 1]}, TypeError, r"a\.npy must hold .* got uint8"),
-        ("floats.npy", {"value_range": [0]}, ValueError, "value_range: must .* at least 2 items"),
         ("a.npy", {"labels": "floats.npy"}, ValueError, "labels must be integers"),
         ("a.npy", {"labels": "kinds"}, FileNotFoundError, r"labels must be a \.npy"),
         ("a.npy", {"images": "kinds"}, ValueError, r"images names an array of a \.npz"),

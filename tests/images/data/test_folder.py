@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 
 from cldsde.images.data import FolderImages
-from cldsde.images.data.pictures import read_picture
 from cldsde.images.data.samples import load_samples
 from cldsde.images.sample.observed import _read
 from image_data import cubic_weights, random_bytes, save, whole
@@ -32,39 +31,15 @@ def only(folder: Path, **options) -> np.ndarray:
     return image
 
 
-def damage(file: Path) -> None:
-    """Change a bit that a checksum covers."""
-    content = bytearray(file.read_bytes())
-    content[content.index(b"IDAT") + 20] ^= 0x10
-    file.write_bytes(content)
-
-
 def assert_no_image(folder: Path, message: str, **options) -> None:
     with pytest.raises(ValueError, match=message):
         whole(FolderImages(folder, **{"size": 2, **options}))
 
 
 def test_files_are_ordered_by_their_composed_names_whatever_the_file_system(tmp_path):
-    names = [
-        "b.png",
-        "a/2.PNG",
-        "a/10.png",
-        "B.jpg",
-        "a.bmp",
-        "e\u0301.png",
-        "z/y/x.webp",
-        "\u00e8.png",
-    ]
-    ordered = [
-        "B.jpg",
-        "a/10.png",
-        "a/2.PNG",
-        "a.bmp",
-        "b.png",
-        "z/y/x.webp",
-        "\u00e8.png",
-        "e\u0301.png",
-    ]
+    e, split = "\u00e8.png", "e\u0301.png"  # in the order of both composed
+    names = ["b.png", "a/2.PNG", "a/10.png", "B.jpg", "a.bmp", split, "z/y.webp", e]
+    ordered = ["B.jpg", "a/10.png", "a/2.PNG", "a.bmp", "b.png", "z/y.webp", e, split]
     for i, name in enumerate(names):
         save(tmp_path / name, np.full((4, 4), i, np.uint8))
     for name in (".hidden.png", "a/._2.PNG", ".trash/c.png", "notes.txt", "a/Thumbs.db"):
@@ -100,32 +75,27 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
     files = FolderImages(folder, size=2).files
     assert [file.relative_to(folder).as_posix() for file in files] == ["file.png", "folder/1.png"]
     (tmp_path / "there" / "back").symlink_to(folder)
-    for classes, place in ((False, folder), (True, tmp_path)):
-        message = r"(back|folder) is a link to a folder that it l"
-        assert_no_image(place, message, classes=classes)
+    assert_no_image(folder, r"back is a link to a folder that it l")
     (tmp_path / "there" / "back").unlink()
     (folder / "broken.png").symlink_to(tmp_path / "nowhere.png")
     assert_no_image(folder, r"broken\.png cannot be decoded")
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "error", "message"),
+    ("name", "size", "error", "message"),
     [
-        ("empty", {}, ValueError, r"holds no image; files that end in \.bmp, .* count"),
-        ("nowhere", {}, FileNotFoundError, "path must be a folder; got .*does not exist"),
-        ("notes.txt", {}, NotADirectoryError, "path must be a folder"),
-        ("nowhere", {"size": 0}, ValueError, "size"),
-        ("nowhere", {"channels": 4}, ValueError, "channels"),
-        ("nowhere", {"workers": 0}, ValueError, "workers"),
+        ("", 2, ValueError, r"holds no image; files that end in \.bmp, .* count"),
+        ("nowhere", 2, FileNotFoundError, "path must be a folder; got .*does not exist"),
+        ("notes.txt", 2, NotADirectoryError, "path must be a folder"),
+        ("nowhere", 0, ValueError, "size"),
     ],
 )
 def test_folders_without_images_and_wrong_options_are_rejected(
-    tmp_path, name, options, error, message
+    tmp_path, name, size, error, message
 ):
     (tmp_path / "notes.txt").write_text("no image")
-    (tmp_path / "empty").mkdir()
     with pytest.raises(error, match=message):
-        FolderImages(tmp_path / name, **{"size": 2, **options})
+        FolderImages(tmp_path / name, size=size)
 
 
 @pytest.mark.parametrize("content", [b"", b"no image"])
@@ -146,13 +116,14 @@ def test_a_file_that_is_cut_is_named_at_the_latest_when_it_is_loaded(tmp_path, n
 def test_every_damaged_or_vanished_file_is_named_and_can_be_skipped(tmp_path):
     for i in range(4):
         save(tmp_path / f"{i}.png", random_bytes(16, 16, seed=i))
-    damage(tmp_path / "1.png")
+    content = bytearray((tmp_path / "1.png").read_bytes())
+    content[content.index(b"IDAT") + 20] ^= 0x10  # a bit that a checksum covers
+    (tmp_path / "1.png").write_bytes(content)
     Image.open(tmp_path / "3.png").save(tmp_path / "3.png", exif=b"Exif\0\0no more than text")
     (tmp_path / "notes.txt").write_text("text")
     assert_no_image(tmp_path, r"1\.png cannot .*nor can 1 others: .*3\.png")
     rest = FolderImages(tmp_path, size=8, skip_damaged=True)
     assert [file.name for file in rest.files] == ["0.png", "2.png"]
-    assert whole(rest).shape == (2, 3, 8, 8)
     assert [reason.rpartition("/")[2][:5] for reason in rest.skipped[:2]] == ["1.png", "3.png"]
     assert rest.skipped[2] == "1 files that end in .txt"
     rest.files[0].unlink()
@@ -228,9 +199,8 @@ def test_every_mode_becomes_bytes_of_grey_or_colour(tmp_path, image, suffix, opt
 
 
 def test_pixels_of_unknown_scale_are_rejected(tmp_path):
-    for dtype in (np.int32, np.float32):
-        Image.fromarray(np.zeros((2, 2), dtype)).save(tmp_path / "a.tif")
-        assert_no_image(tmp_path, r"a\.tif cannot be decoded.*mode [IF]; 8 bits")
+    Image.fromarray(np.zeros((2, 2), np.float32)).save(tmp_path / "a.tif")
+    assert_no_image(tmp_path, r"a\.tif cannot be decoded.*mode F; 8 bits")
 
 
 # A camera stores the inverse of the operation that the tag 1, 2, … names (EXIF 2.3, 4.6.4): it
@@ -260,8 +230,6 @@ ROUTES = {
     "data": lambda file: FolderImages(file.parent, size=8),
     "samples": lambda file: load_samples(file.parent),
     "known": lambda file: _read(file, (3, 8, 8), "known"),
-    "mask": lambda file: _read(file, (1, 8, 8), "mask"),
-    "one": read_picture,
 }
 
 

@@ -25,7 +25,6 @@ def test_every_level_comes_back(levels):
     assert (unit[0], unit[-1]) == (-1, 1)
     assert (unit - (2 * x.double() / (levels - 1) - 1)).abs().max() <= EPS32
     assert torch.equal(to_levels(unit, levels), x)
-    assert torch.equal(to_levels(unit.double(), levels), x)
     half = torch.linspace(-1, 1, 999).to(torch.float16)
     assert torch.equal(to_levels(half, levels), to_levels(half.double(), levels))
     many = x.repeat(200).reshape(1, 1, 1, -1)
@@ -52,7 +51,6 @@ def test_numbers_go_to_the_nearest_level(values, levels):
     [
         (lambda: to_levels(torch.tensor([0.0, torch.nan])), ValueError, "numbers; got 1 NaN of 2"),
         (lambda: to_levels(BYTES), TypeError, "images must be a floating-point tensor"),
-        (lambda: to_unit(torch.zeros(1)), TypeError, "images must be a uint8 tensor"),
         (lambda: to_unit(BYTES, 17), ValueError, "values in 0 … 16; got 17"),
         (lambda: augment(BYTES[0], 256, **BOTH), ValueError, r"must have shape \(n, C, H, W\)"),
         (lambda: channel_statistics(ArrayImages(BYTES), per="x"), ValueError, "per: must be 'scal"),
