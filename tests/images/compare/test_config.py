@@ -8,7 +8,6 @@ import pytest
 from cldsde.images.compare import config as configs
 from cldsde.images.compare.config import PRESETS, ComparisonConfig, RowConfig, load_comparison
 from cldsde.images.config import RunConfig, SamplingConfig
-from cldsde.images.sample.sampler import make_solver
 from comparisons import TINY, tiny
 
 EM = {"model": "CLD", "solver": "euler-maruyama", "nfe": [3]}
@@ -52,10 +51,8 @@ def test_a_tolerance_sets_both_but_those_that_options_set(options, atol):
     ("changes", "message"),
     [
         ({"sample": 3}, "sample: unknown key; did you mean samples?"),
-        ({"samples": 1}, "samples: must be greater than or equal to 2"),
         ({"seed": 2**31}, "seed: must be less than 4096"),
         ({"metrics": ["fdd"]}, "metrics: must be one of .* did you mean fd?"),
-        ({"models": {"CLD": 3}, "rows": [EM]}, "models.CLD: must be a section"),
         ({"models": {"../A": {}}, "rows": [{**EM, "model": "../A"}]}, "models: a name is made of"),
         ({"models": {"CLD": {}, "VP": {"data": {"name": "fashion_mnist"}}}}, "be the data of CLD"),
         ({"base": {**TINY["base"], "trainig": {}}}, "base.trainig: unknown key; did you mean tr"),
@@ -81,7 +78,6 @@ def test_the_recommended_row_ends_where_sample_ends():
         ({**EM, "model": "CLF"}, "model: must be .* did you mean CLD?"),
         ({**EM, "nef": [3]}, "nef: unknown key; did you mean nfe?"),
         ({**EM, "nfe": [3, 3]}, "nfe: must differ"),
-        ({**EM, "nfe": [3, "4"]}, r"nfe\[1\]: must be a valid integer"),
         ({**EM, "tolerances": [0.1]}, "nfe: euler-maruyama needs"),
         ({**EM, "solver": "probability-flow"}, "tolerances: probability-flow"),
         ({**ODE, "solver": "torchdiffeq-rk4"}, "nfe: torchdiffeq-rk4 needs a list of nfe, and no"),
@@ -93,7 +89,6 @@ def test_rows_that_make_no_sense_are_rejected_by_their_key(row, message):
         ComparisonConfig.from_dict(tiny(rows=[{**EM, "label": "first"}, row]))
 
 
-GROUPS = {**TINY["base"], "network": {"options": {"channels": [16, 17]}}}
 MICRO = {"training": {"batch": 12, "micro_batch": 5}}
 
 
@@ -102,8 +97,6 @@ MICRO = {"training": {"batch": 12, "micro_batch": 5}}
     [
         ({"rows": [{**EM, "model": "VE", "solver": "sscs"}]}, r"rows\[0\].solver: SSCS needs"),
         ({"rows": [{**EM, "solver": "sscs-midpoint", "nfe": [2]}]}, r"rows\[0\].nfe: 2 evalu"),
-        ({"rows": [{**EM, "solver": "torchdiffeq-rk4", "nfe": [8, 4]}]}, r"rows\[0\].nfe: 4 ev"),
-        ({"base": GROUPS}, "network.options: groups must divide"),
         ({"models": {"CLD": {}, "VE": MICRO}}, "models.VE.training.micro_batch: must divide"),
     ],
 )
@@ -129,10 +122,6 @@ def test_the_comparisons_of_the_package_can_be_made(name):
 @pytest.mark.parametrize("name", ["fashion_mnist", "quick"])
 def test_models_of_a_comparison_are_equal_but_for_their_processes(name):
     config = load_comparison(PRESETS[name])
-    # The published solver draws fresh noise after a rejection.
-    [ggf] = [row for row in config.rows if row.solver == "gotta-go-fast"]
-    assert make_solver(ggf.recipes()[0]).noise_on_reject == "bridge"
-    assert ggf.label == "GGF (bridge)"
     # Models of pixels are trained alike on the same images, unless their name says otherwise.
     pixels = {
         repr((run.data, dataclasses.replace(run.training, weighting="reweighted")))

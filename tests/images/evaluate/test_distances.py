@@ -115,16 +115,3 @@ def test_statistics_serve_as_a_reference_in_the_same_features_only():
 def test_networks_that_return_something_else_are_rejected(features, error, message):
     with pytest.raises(error, match=message):
         frechet(noise(5, 0), noise(5, 1), features, batch=3)
-
-
-@pytest.mark.parametrize(
-    ("images", "reference", "batch", "message"),
-    [
-        (noise(5, 0), noise(1, 0), 8, "reference must hold at least 2 images; got 1"),
-        (noise(5, 0), noise(5, 0, (1, 5, 4)), 8, "reference must have the shape of images"),
-        (noise(5, 0), noise(5, 0), 0, "batch: must be .* 1"),
-    ],
-)
-def test_images_that_do_not_fit_are_rejected(images, reference, batch, message):
-    with pytest.raises(ValueError, match=message):
-        frechet(images, reference, flat, batch=batch)

@@ -153,24 +153,19 @@ def test_features_of_another_name_are_measured_beside_the_old_ones(
     assert second.numbers["fd"] == 256 * first.numbers["fd"]  # a power of two is exact
 
 
-@pytest.mark.parametrize(("count", "numbers", "failed"), [(2, {"bpd": 3.0}, None), (3, {}, "nan")])
-def test_likelihoods_and_their_failures_are_found_again(
-    evaluation, tmp_path, monkeypatch, count, numbers, failed
-):
+def test_likelihoods_are_computed_once_for_the_same_images(evaluation, tmp_path, monkeypatch):
     computed: list = []
 
     def likelihood(score, images, **_):
         computed.append(images_sha256(images))
-        if failed:
-            raise FloatingPointError(failed)
         return {"bits_per_dim": 3.0, "images": len(images)}
 
     monkeypatch.setattr(module.likelihoods, "likelihood", likelihood)
     for seed in (0, 0, 1, 2, 2):
-        one = evaluation(data_set(seed=seed), metrics=["bpd"], likelihood_images=count)
+        one = evaluation(data_set(seed=seed), metrics=["bpd"], likelihood_images=2)
         [result] = one.of_run(MODEL, [], tmp_path / "results.jsonl")
-        assert (dict(result.numbers), result.failed) == (numbers, failed)
-    held = [data_set(seed=seed).held_out.load(torch.arange(count)) for seed in range(3)]
+        assert result.numbers == {"bpd": 3.0}
+    held = [data_set(seed=seed).held_out.load(torch.arange(2)) for seed in range(3)]
     assert computed == list(map(images_sha256, held))
 
 
@@ -212,17 +207,16 @@ def test_a_failure_is_a_result_that_is_not_repeated_and_does_not_end_the_others(
         return draw(self, *arguments)
 
     monkeypatch.setattr(NoiseSampler, "draw", failing)
+    recipes = [SamplingConfig(solver="sscs", nfe=4, t_end=0.01)]
+    recipes += [SamplingConfig(solver="sscs", nfe=5, t_end=0.01, options={"merge": False})]
     for _ in range(2):
-        recipes = [SamplingConfig(solver="sscs", nfe=4, t_end=0.01)]
-        recipes += [SamplingConfig(solver="sscs", nfe=5, t_end=0.01, options={"merge": False})]
         failed, fine = evaluation().of_run(MODEL, recipes, tmp_path / "results.jsonl")
         assert failed.failed == "sscs failed: not finite"
         assert fine.numbers["fd"] > 0
     assert calls == [4, 5]
-    lines = markdown_table(read_results(tmp_path / "results.jsonl").values()).splitlines()
-    found = [[word.strip() for word in line.split("|")[1:5]] for line in lines[2:]]
-    grid = "root, 0.01"
-    assert found == [["sscs", "4", grid, ""], ["sscs, merge=False", "5", grid, "20"]]
+    *_, first, second = markdown_table([failed, fine]).splitlines()
+    assert first.startswith("| sscs | 4 | root, 0.01 |  |")
+    assert second.startswith("| sscs, merge=False | 5 | root, 0.01 | 20 |")
 
 
 def test_a_run_has_one_bar_with_a_total(tmp_path, capsys, monkeypatch, digits_run):
@@ -295,8 +289,7 @@ def test_files_of_something_else_are_named_with_what_to_do_and_kept(tmp_path, co
 @pytest.mark.parametrize(
     ("metric", "images", "count", "words"),
     [
-        ("fd", 20, 1, "fd needs at least 2 images to compare with; got 1"),
-        ("prc", 3, 40, "prc needs at least 4 images; got 3"),
+        ("prc", 20, 3, "prc needs at least 4 images to compare with; got 3"),
         ("isc", 9, 40, "isc needs at least 10 images; got 9"),
     ],
 )
@@ -340,12 +333,9 @@ def test_images_are_not_kept_and_those_to_compare_with_are_measured_once(
 
     def assert_measured(nfe, seen, metrics=("fid",)):
         found = measured(evaluation(metrics=metrics, samples=60), nfe)[0]
-        assert found.nfe == 4
         # Sums in batches of other sizes, and a small difference of large numbers.
         value = pytest.approx(expected["frechet_distance"], rel=rounding(scale=1e4), abs=0)
         assert found.numbers == {"fid": value}
-        for name in ("samples_sha256", "reference_sha256"):
-            assert found.about[name] == expected[name]
         assert networks[-1].seen == seen
 
     assert_measured(4, 60 + 40)

@@ -1,7 +1,5 @@
 """Metrics in the features of Inception: their values, and the files that they read."""
 
-import json
-import socket
 import sys
 from unittest import mock
 
@@ -41,13 +39,6 @@ def inception(tmp_path_factory):
     return file
 
 
-@pytest.fixture
-def offline(monkeypatch):
-    network = mock.Mock(side_effect=AssertionError("the network was used"))
-    for name in ("socket", "create_connection", "getaddrinfo"):
-        monkeypatch.setattr(socket, name, network)
-
-
 def own_features(file, images):
     from torch_fidelity import FeatureExtractorInceptionV3
 
@@ -56,14 +47,10 @@ def own_features(file, images):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("offline")
-def test_kid_and_precision_equal_those_of_the_same_features(inception, tmp_path, capfd):
+def test_kid_and_precision_equal_those_of_the_same_features(inception, tmp_path):
     images, reference = noise(5, 0, (1, 8, 8)), noise(5, 1, (1, 8, 8), top=128)
-    random_state = torch.get_rng_state()
     arguments = {"metrics": ["kid", "prc"], "kid_subsets": 2, "kid_subset_size": 5, "batch": 4}
     found = inception_metrics(images, reference, inception, cache=tmp_path, seed=3, **arguments)
-    assert torch.equal(torch.get_rng_state(), random_state)
-    assert capfd.readouterr() == ("", "")
     x, y = own_features(inception, torch.cat([images, reference])).double().split(5)
     # The cache holds the features of the reference; rounding of single precision in other batches.
     [kept] = tmp_path.iterdir()
@@ -84,12 +71,10 @@ def test_kid_and_precision_equal_those_of_the_same_features(inception, tmp_path,
     reach = torch.cdist(y, y).kthvalue(4).values
     precision = float((torch.cdist(x, y) <= reach).any(1).double().mean())
     assert numbers["precision"] == pytest.approx(precision, rel=EPS32, abs=0)
-    assert (found["samples"], found["reference_samples"]) == (5, 5)
     assert not found["weights"]["published"]
     # Both subsets hold all images: their estimates differ by the order of float32 sums.
     assert found["metrics"]["kid"]["spread"] == pytest.approx(0.0, abs=4 * EPS32)
     assert found["metrics"]["kid"]["spread_is"] == "standard deviation over 2 subsets of 5"
-    json.dumps(found)
 
 
 @pytest.mark.slow
@@ -120,7 +105,6 @@ class Bomb:
         return (exit, (3,))
 
 
-@pytest.mark.usefixtures("offline")
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -139,7 +123,6 @@ def test_other_files_than_weights_are_rejected_by_name(content, message, tmp_pat
         inception_metrics(images, images, file, metrics=["fid"])
 
 
-@pytest.mark.usefixtures("offline")
 def test_missing_weights_or_libraries_are_asked_for_and_not_fetched(tmp_path, monkeypatch):
     pytest.importorskip("torch_fidelity")
     images, file = noise(10, 0, (1, 8, 8)), tmp_path / "absent.pth"
@@ -149,23 +132,3 @@ def test_missing_weights_or_libraries_are_asked_for_and_not_fetched(tmp_path, mo
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
     with pytest.raises(ImportError, match=r"torch-fidelity: pip install 'cldsde\[images\]'"):
         inception_metrics(images, images, file, metrics=["fid"])
-
-
-TWO_CHANNELS = noise(10, 0, (2, 4, 4))
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"metrics": ["kid"]}, "metrics: kid needs at least 1000 images; got 1"),
-        ({"images": TWO_CHANNELS}, "reference must have the shape of images"),
-        (
-            {"images": TWO_CHANNELS, "reference": TWO_CHANNELS},
-            "images must have 1 or 3 channels of uint8; got 2",
-        ),
-    ],
-)
-def test_wrong_arguments_are_rejected_before_the_weights_are_read(changes, message, tmp_path):
-    arguments = {"images": noise(10, 0), "reference": noise(10, 1), "metrics": ["fid"]}
-    with pytest.raises(ValueError, match=message):
-        inception_metrics(weights=tmp_path / "absent.pth", **{**arguments, **changes})
