@@ -1,6 +1,5 @@
 """Configurations of comparisons: merged, complete, and rejected by the full name of the key."""
 
-import dataclasses
 import tomllib
 
 import pytest
@@ -58,6 +57,14 @@ def test_a_tolerance_sets_both_but_those_that_options_set(options, atol):
         ({"base": {**TINY["base"], "trainig": {}}}, "base.trainig: unknown key; did you mean tr"),
         ({"rows": []}, "rows: is empty"),
         ({"rows": [EM, {**EM, "label": "euler-maruyama"}]}, "rows: labels of a model must differ"),
+        ({"rows": [EM, {**ODE, "model": "CLF"}]}, r"rows\[1\].model: must be .* did you mean CLD?"),
+        ({"rows": [{**EM, "nfe": [3, 3]}]}, r"rows\[0\].nfe: must differ"),
+        ({"rows": [{**EM, "tolerances": [0.1]}]}, r"rows\[0\].nfe: euler-maruyama needs"),
+        ({"rows": [{**ODE, "nfe": [3]}]}, r"rows\[0\].tolerances: probability-flow"),
+        (
+            {"rows": [{**ODE, "options": {"rtol": 0.1, "atol": 0.2}}]},
+            "tolerances: set nothing",
+        ),
     ],
 )
 def test_wrong_keys_and_values_are_rejected_by_name(changes, message):
@@ -73,31 +80,14 @@ def test_the_recommended_row_ends_where_sample_ends():
 
 
 @pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({**EM, "model": "CLF"}, "model: must be .* did you mean CLD?"),
-        ({**EM, "nef": [3]}, "nef: unknown key; did you mean nfe?"),
-        ({**EM, "nfe": [3, 3]}, "nfe: must differ"),
-        ({**EM, "tolerances": [0.1]}, "nfe: euler-maruyama needs"),
-        ({**EM, "solver": "probability-flow"}, "tolerances: probability-flow"),
-        ({**ODE, "solver": "torchdiffeq-rk4"}, "nfe: torchdiffeq-rk4 needs a list of nfe, and no"),
-        ({**ODE, "options": {"rtol": 0.1, "atol": 0.2}}, "tolerances: set nothing: options has"),
-    ],
-)
-def test_rows_that_make_no_sense_are_rejected_by_their_key(row, message):
-    with pytest.raises(ValueError, match=rf"rows\[1\].{message}"):
-        ComparisonConfig.from_dict(tiny(rows=[{**EM, "label": "first"}, row]))
-
-
-MICRO = {"training": {"batch": 12, "micro_batch": 5}}
-
-
-@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"rows": [{**EM, "model": "VE", "solver": "sscs"}]}, r"rows\[0\].solver: SSCS needs"),
         ({"rows": [{**EM, "solver": "sscs-midpoint", "nfe": [2]}]}, r"rows\[0\].nfe: 2 evalu"),
-        ({"models": {"CLD": {}, "VE": MICRO}}, "models.VE.training.micro_batch: must divide"),
+        (
+            {"models": {"CLD": {}, "VE": {"training": {"batch": 12, "micro_batch": 5}}}},
+            "models.VE.training.micro_batch: must divide",
+        ),
     ],
 )
 def test_a_comparison_that_cannot_be_made_is_rejected_before_any_work(changes, message):
@@ -117,17 +107,3 @@ def test_the_comparisons_of_the_package_can_be_made(name):
     config = load_comparison(PRESETS[name], ["base.data.name=digits", "base.data.options={}"])
     configs.check_comparison(config, device="cpu")
     assert len({repr(run.network) for run in config.runs.values()}) == 1
-
-
-@pytest.mark.parametrize("name", ["fashion_mnist", "quick"])
-def test_models_of_a_comparison_are_equal_but_for_their_processes(name):
-    config = load_comparison(PRESETS[name])
-    # Models of pixels are trained alike on the same images, unless their name says otherwise.
-    pixels = {
-        repr((run.data, dataclasses.replace(run.training, weighting="reweighted")))
-        for run in config.runs.values()
-        if run.latent is None
-    }
-    assert len(pixels) == 1
-    for label, run in config.runs.items():
-        assert run.training.weighting == "reweighted" or label.endswith("log-snr")

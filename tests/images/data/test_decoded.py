@@ -27,53 +27,44 @@ def photos(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def count(monkeypatch):
-    """Names of the decoded pictures."""
-    names, decode = [], decoded._decode
-
-    def noted(file, *arguments):
-        names.append(file.name)
-        return decode(file, *arguments)
-
-    monkeypatch.setattr(decoded, "_decode", noted)
-    return names
+def decode(monkeypatch):
+    """A spy on the decoder."""
+    spy = mock.Mock(wraps=decoded._decode)
+    monkeypatch.setattr(decoded, "_decode", spy)
+    return spy
 
 
 def files(folder, suffix):
     return sorted((folder.parent / "cache" / "decoded").glob(f"*.{suffix}"))
 
 
-def test_pictures_are_decoded_once_and_an_interrupted_call_resumes(
-    photos, count, monkeypatch, capsys
-):
+def test_pictures_are_decoded_once_and_an_interrupted_call_resumes(photos, decode, capsys):
     expected = whole(FolderImages(photos, size=8, cache=None))
-    decode = decoded._decode
 
-    def interrupted(file, *arguments):
+    def interrupted(file, *_):
         if file.name == "66.png":
             raise KeyboardInterrupt
-        return decode(file, *arguments)
+        return mock.DEFAULT
 
-    with monkeypatch.context() as patch:
-        patch.setattr(decoded, "_decode", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            FolderImages(photos, size=8).keep_decoded(progress=True)
+    decode.side_effect = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        FolderImages(photos, size=8).keep_decoded(progress=True)
     assert "decoding" in capsys.readouterr().err
-    count.clear()
+    decode.side_effect = None
+    decode.reset_mock()
     images = FolderImages(photos, size=8).subset(torch.arange(2, COUNT))
     assert images.decodes_once
     images.keep_decoded()
-    assert sorted(count) == [f"{i}.png" for i in range(64, COUNT)]
+    assert decode.call_count == COUNT - 64
     assert not images.decodes_once
-    count.clear()
     again = FolderImages(photos, size=8)
     assert torch.equal(whole(images), expected[2:])
     assert torch.equal(whole(again), expected)
-    assert count == []
+    assert decode.call_count == COUNT - 64
 
 
 @pytest.mark.parametrize("change", ["cut", "time", "decoder"])
-def test_what_changed_or_was_cut_off_is_decoded_again(photos, count, monkeypatch, change):
+def test_what_changed_or_was_cut_off_is_decoded_again(photos, decode, monkeypatch, change):
     FolderImages(photos, size=8).keep_decoded()
     [rows] = files(photos, "rows")
     if change == "cut":
@@ -82,10 +73,10 @@ def test_what_changed_or_was_cut_off_is_decoded_again(photos, count, monkeypatch
         os.utime(photos / "03.png", ns=(1, 1))
     else:
         monkeypatch.setattr(PIL, "__version__", "0")
-    count.clear()
+    decode.reset_mock()
     images = FolderImages(photos, size=8)
     images.keep_decoded()
-    assert len(count) == COUNT
+    assert decode.call_count == COUNT
     assert torch.equal(whole(images), whole(FolderImages(photos, size=8, cache=None)))
 
 
@@ -104,19 +95,19 @@ def test_statistics_are_kept_with_the_pictures(photos, monkeypatch, options):
     assert torch.equal(channel_statistics(images)[0], expected[0])
 
 
-def test_damaged_pictures_are_left_out_without_looking_again(photos, count):
+def test_damaged_pictures_are_left_out_without_looking_again(photos, decode):
     for name in ("05.png", "66.png"):
         (photos / name).write_bytes((photos / name).read_bytes()[:-40])
     options = {"size": 8, "skip_damaged": True}
     expected = whole(FolderImages(photos, cache=None, **options))
     FolderImages(photos, **options).keep_decoded()
-    assert len(count) == 2 * (COUNT - 2)
+    assert decode.call_count == 2 * (COUNT - 2)
     again = FolderImages(photos, **options)
     assert torch.equal(whole(again), expected)
     assert len(again) == COUNT - 2
     assert [file.name for file in again.files[4:6]] == ["04.png", "06.png"]
     assert "05.png cannot be decoded" in again.skipped[0]
-    assert len(count) == 2 * (COUNT - 2)
+    assert decode.call_count == 2 * (COUNT - 2)
     with pytest.raises(ValueError, match=r"05\.png cannot .*; nor can 1 others: .*66\.png"):
         FolderImages(photos, size=8)
 

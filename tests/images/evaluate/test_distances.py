@@ -7,8 +7,14 @@ import pytest
 import scipy.linalg
 import torch
 
-from cldsde.images.evaluate import FeatureStatistics, frechet, frechet_distance, frechet_of
-from cldsde.images.evaluate.distances import images_sha256
+from cldsde.images.evaluate import (
+    FeatureStatistics,
+    frechet,
+    frechet_distance,
+    frechet_of,
+    load_features,
+)
+from cldsde.images.evaluate.distances import check_features, feature_name, images_sha256
 from image_data import noise
 
 ROUNDING = 1e-12  # sums of some hundred numbers in float64, and roots of well-conditioned matrices
@@ -82,16 +88,6 @@ def test_result_holds_its_conditions():
     assert set(found["versions"]) == {"cldsde", "torch"}
 
 
-def test_hash_of_images_knows_their_shape_and_bytes():
-    images = noise(5000, 0, (1, 2, 2))
-    assert images_sha256(images) != images_sha256(images.reshape(5000, 1, 1, 4))
-    changed = images.clone()
-    changed[-1, 0, 1, 1] ^= 1
-    assert images_sha256(images) != images_sha256(changed)
-    # Views with other strides hold the same images.
-    assert images_sha256(images.mT.contiguous().mT) == images_sha256(images)
-
-
 def test_statistics_serve_as_a_reference_in_the_same_features_only():
     first, second = noise(40, 0), noise(50, 1)
     statistics = FeatureStatistics.of(second, flat)
@@ -115,3 +111,29 @@ def test_statistics_serve_as_a_reference_in_the_same_features_only():
 def test_networks_that_return_something_else_are_rejected(features, error, message):
     with pytest.raises(error, match=message):
         frechet(noise(5, 0), noise(5, 1), features, batch=3)
+
+
+def test_feature_networks_are_found_by_their_names():
+    assert load_features("torch:flatten") is torch.flatten
+    network = load_features("torch.nn:PReLU")
+    assert feature_name(network) == "torch.nn.modules.activation:PReLU"
+    assert not network.training
+    assert not network.weight.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("torch:flat", "has no attribute 'flat'"),
+        ("torch:pi", "must be callable.*is float"),
+        ("torch.nn:Linear", "made without arguments.*in_features"),
+    ],
+)
+def test_names_of_no_feature_network_are_rejected(name, message):
+    with pytest.raises(ValueError, match=message):
+        load_features(name)
+
+
+def test_a_function_that_returns_no_features_is_rejected():
+    with pytest.raises(ValueError, match=r"fails for images \(5, 1, 4, 4\) \(TypeError: features"):
+        check_features(torch.flatten, noise(5, 0))

@@ -10,7 +10,7 @@ import torch
 from cldsde import CLD
 from cldsde.errors import SettingError
 from cldsde.images.config import SamplingConfig
-from cldsde.images.data import to_unit
+from cldsde.images.data import FolderImages, to_unit
 from cldsde.images.model import ImageSpace
 from cldsde.images.sample import ImageSampler, ObservedImage
 from image_data import PixelScore, random_bytes, save
@@ -157,8 +157,16 @@ def test_pictures_are_read_from_files(tmp_path):
     found = ObservedImage.read(known, "gray", SPACE, noise_std=STD)
     assert found.recipe() == observed("grey").recipe()
     assert ObservedImage.read(None, None, SPACE) is None
-    with pytest.raises(SettingError, match="noise_std: needs `known` and `observe`"):
-        ObservedImage.read(None, None, SPACE, method=None, noise_std=STD)
+
+
+def test_pictures_are_cropped_and_resized_as_training_pictures_are(tmp_path):
+    known, mask = tmp_path / "photos" / "0.png", tmp_path / "mask.png"
+    save(known, random_bytes(20, 30, 3))
+    save(mask, np.tile(np.repeat(np.uint8([255, 0]), 15), (20, 1)))
+    [photo] = FolderImages(known.parent, size=4, cache=None).load(torch.tensor([0]))
+    assert torch.equal(ObservedImage.read(known, "grey", SPACE).known, photo)
+    assert torch.equal(ObservedImage.read(known, str(mask), SPACE).mask, HALF)
+    assert ObservedImage.read(known, "downsample:2", SPACE).known.shape == (3, 2, 2)
 
 
 @pytest.mark.parametrize(
@@ -194,10 +202,14 @@ def test_solvers_that_do_not_fit_the_method_are_rejected():
         sampled(exact, [0])
 
 
-def test_files_that_are_not_there_or_not_given_are_rejected(tmp_path):
-    known = tmp_path / "right.png"
-    save(known, np.zeros((4, 4, 3), np.uint8))
-    with pytest.raises(SettingError, match=r"observe: .*nothing\.png"):
-        ObservedImage.read(known, "nothing.png", SPACE)
-    with pytest.raises(SettingError, match="observe: needs `known`"):
-        ObservedImage.read(None, "grey", SPACE)
+@pytest.mark.parametrize(
+    ("known", "observe", "options", "message"),
+    [
+        ("x.png", "nothing.png", {}, r"observe: .*nothing\.png"),
+        (None, "grey", {}, "observe: needs `known`"),
+        (None, None, {"noise_std": STD}, "noise_std: needs `known` and `observe`"),
+    ],
+)
+def test_files_that_are_not_there_or_not_given_are_rejected(known, observe, options, message):
+    with pytest.raises(SettingError, match=message):
+        ObservedImage.read(known, observe, SPACE, **options)
