@@ -24,7 +24,6 @@ pytestmark = pytest.mark.usefixtures("undrawn_figures")
 # Parts of the comparison, which take less time to check.
 CLD = {"models": {"CLD": {}}, "rows": [TINY["rows"][0], TINY["rows"][2]]}
 EM = {**CLD, "rows": TINY["rows"][:1]}
-ODE = {"models": {"VP": TINY["models"]["VP"]}, "rows": TINY["rows"][1:2]}
 
 
 def compare(folder: Path, **changes) -> dict:

@@ -34,10 +34,13 @@ def test_a_written_comparison_is_read_again(tmp_path):
 
 
 def test_a_row_has_a_recipe_for_each_budget_under_the_full_name_of_its_solver():
-    row = RowConfig(model="CLD", solver="em", grid="uniform", nfe=(5, 9))
+    row = RowConfig(model="CLD", solver="em", nfe=(5, 9))
     found = [(recipe.solver, recipe.grid, recipe.nfe) for recipe in row.recipes()]
-    assert found == [("euler-maruyama", "uniform", 5), ("euler-maruyama", "uniform", 9)]
-    assert (row.solver, row.label) == ("euler-maruyama", "euler-maruyama")
+    assert found == [("euler-maruyama", "root", 5), ("euler-maruyama", "root", 9)]
+    assert (row.label, row.t_end) == ("euler-maruyama", 1e-3)
+    # The recommended solver chooses its grid and where it ends.
+    recommended = RowConfig(model="CLD", solver="recommended", nfe=(5,))
+    assert recommended.recipes() == [SamplingConfig(nfe=5)]
 
 
 @pytest.mark.parametrize(("options", "atol"), [({}, 0.1), ({"atol": 0.02}, 0.02)])
@@ -70,13 +73,6 @@ def test_a_tolerance_sets_both_but_those_that_options_set(options, atol):
 def test_wrong_keys_and_values_are_rejected_by_name(changes, message):
     with pytest.raises(ValueError, match=message):
         ComparisonConfig.from_dict(tiny(**changes))
-
-
-def test_the_recommended_row_ends_where_sample_ends():
-    recommended, named = ({"model": "CLD", "solver": x, "nfe": [5]} for x in ("recommended", "em"))
-    rows = ComparisonConfig.from_dict(tiny(rows=[recommended, named])).rows
-    assert rows[0].recipes() == [SamplingConfig(nfe=5)]
-    assert (rows[1].grid, rows[1].t_end) == ("root", 1e-3)
 
 
 @pytest.mark.parametrize(

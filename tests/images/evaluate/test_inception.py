@@ -7,9 +7,7 @@ import pytest
 import torch
 
 from cldsde.images.evaluate import inception_metrics
-from cldsde.images.evaluate.distances import images_sha256
 from cldsde.images.evaluate.inception import INCEPTION_FILE
-from cldsde.images.tensor_files import load_tensors
 from image_data import noise
 from tolerances import EPS32, rounding
 
@@ -47,18 +45,11 @@ def own_features(file, images):
 
 
 @pytest.mark.slow
-def test_kid_and_precision_equal_those_of_the_same_features(inception, tmp_path):
+def test_kid_and_precision_equal_those_of_the_same_features(inception):
     images, reference = noise(5, 0, (1, 8, 8)), noise(5, 1, (1, 8, 8), top=128)
     arguments = {"metrics": ["kid", "prc"], "kid_subsets": 2, "kid_subset_size": 5, "batch": 4}
-    found = inception_metrics(images, reference, inception, cache=tmp_path, seed=3, **arguments)
+    found = inception_metrics(images, reference, inception, seed=3, **arguments)
     x, y = own_features(inception, torch.cat([images, reference])).double().split(5)
-    # The cache holds the features of the reference; rounding of single precision in other batches.
-    [kept] = tmp_path.iterdir()
-    assert kept.name.startswith(images_sha256(reference)[:32])
-    tensors, _ = load_tensors(kept, "a set of images in the features of Inception")
-    close = {"rtol": INCEPTION, "atol": INCEPTION}
-    torch.testing.assert_close(tensors["rows"][:, :2048].double(), y, **close)
-    torch.testing.assert_close(tensors["mean"], y.mean(0), **close)
     numbers = {name: entry["value"] for name, entry in found["metrics"].items()}
     assert set(numbers) == {"kid", "precision", "recall", "f_score"}
     # All images are in each subset, so that KID is the unbiased estimate itself, in float32.
