@@ -125,6 +125,7 @@ def here(published, tmp_path, monkeypatch):
         ("compare tiny.json --out file", "file is not a folder"),
         ("tune RUN --nfe 3 --tries 10 --out new", "--tries: must be at least 33 for 3 evaluations"),
         ("tune RUN --nfe 3,5 --out new.json", "--out: must be a folder for several"),
+        ("tune RUN --nfe 3 --features nowhere:net --out new", "--features: 'nowhere:net'"),
         ("tune RUN --nfe 1 --out new", "--nfe: must be at least 2; got 1"),
         ("export RUN modules --solver em", "FOLDER: must not be there yet, or be empty"),
         ("export RUN file/x", "file is no folder"),
@@ -134,6 +135,7 @@ def here(published, tmp_path, monkeypatch):
         ("import --as cld-sgm --config x", "--config: must be one of cld_fourier"),
         ("import --as cld-sgm --set data.flip=1", "data.flip: is determined by the checkpoint"),
         ("validate --solver my_raising:Mine", "RuntimeError: no module today"),
+        (f"validate --out new --json new/{'x' * 256}", "name too long"),
         ("validate --json none/x.json", "--json: cannot be written: there is no folder none"),
         ("validate --out file", "--out: must be a folder, new or there already; file is a file"),
         ("validate --overwrite", "--overwrite: needs --out, the folder"),
@@ -161,7 +163,6 @@ def test_wrong_arguments_are_rejected_before_any_work(
     ("given", "key", "shown"),
     [
         ("--process CLDD", "process.name", "--process"),
-        ("--process-set bet=3", "process.options.bet", "--process-set bet"),
         ("--set order=7", "options.order", "--set order"),
         ("--set order=7", "options.snr", "options.snr"),  # of the run
         ("--solver em", "options", "options"),

@@ -119,6 +119,9 @@ def test_a_read_only_run_keeps_its_classifier_beside_the_results(
     assert (tmp_path / "x-reference" / "classifier.safetensors").is_file()
     message = rejected(capsys, "evaluate", run)
     assert "run cannot be made or written (Permission denied)" in message
+    (run / "classifier.safetensors").write_text("")
+    assert evaluate(run, "--out", tmp_path / "y.json") == 1  # after all checks
+    assert "classifier.safetensors is damaged" in capsys.readouterr().err
 
 
 def test_data_that_are_elsewhere_are_asked_for_by_the_option(tmp_path, capsys):

@@ -14,6 +14,7 @@ import own_solvers
 from cldsde.cli import main
 from cldsde.solvers import named_solvers
 from cldsde.validation import suite
+from cldsde.validation.report import Report
 
 QUICK = "--quick --problem CLD"
 
@@ -90,7 +91,8 @@ def unread_pipe() -> int:
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such file")
 @pytest.mark.parametrize(("place", "code"), [(unread_pipe, 0), (lambda: "/dev/full", 1)])
 def test_results_are_written_if_the_table_cannot_be_printed(here, monkeypatch, capsys, place, code):
-    with open(place(), "w") as out:
+    monkeypatch.setattr(Report, "to_text", lambda self: "W₂, which is no ASCII")
+    with open(place(), "w", encoding="ascii") as out:
         monkeypatch.setattr(sys, "stdout", out)
         assert run(f"{QUICK} --solver sscs --json report.json") == code
     assert ("the table cannot be printed: OSError" in capsys.readouterr().err) == bool(code)

@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -47,16 +48,11 @@ def folder(finished, tmp_path):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """Recipes of the images that are sampled."""
-    recipes, of = [], sampling.ImageSampler.of
-
-    def recorded(model, recipe, **options):
-        recipes.append(recipe)
-        return of(model, recipe, **options)
-
+    """A spy on the samplers of images, which are made for a model and a recipe."""
+    spy = mock.Mock(wraps=sampling.ImageSampler.of)
     for module in (evaluation, comparison):  # not of training
-        monkeypatch.setattr(module, "ImageSampler", SimpleNamespace(of=recorded))
-    return recipes
+        monkeypatch.setattr(module, "ImageSampler", SimpleNamespace(of=spy))
+    return spy
 
 
 def test_every_cell_is_filled_with_its_mean_cost(finished):
@@ -101,7 +97,7 @@ def test_added_metrics_repeats_rows_and_models_leave_the_others_as_they_are(
     rows = [*TINY["rows"], {"model": "VE", "solver": "reverse-diffusion", "nfe": [3]}]
     models = {**TINY["models"], "VE": {"process": {"name": "VESDE"}}}
     found = compare(folder, rows=rows, models=models)
-    assert {recipe.solver for recipe in drawn} == {"reverse-diffusion"}
+    assert {call.args[1].solver for call in drawn.call_args_list} == {"reverse-diffusion"}
     before = numbers(finished / RESULTS)
     assert numbers(folder / RESULTS)["rows"][:3] == before["rows"]
     assert found["rows"][3]["cells"][0]["nfe"] == 3
@@ -152,7 +148,7 @@ def test_a_comparison_that_is_killed_again_and_again_ends_with_the_same_numbers(
 def test_a_finished_comparison_samples_nothing_again(finished, folder, drawn):
     compare(folder)
     assert numbers(folder / RESULTS) == numbers(finished / RESULTS)
-    assert drawn == []
+    drawn.assert_not_called()
 
 
 @pytest.mark.slow
@@ -219,7 +215,7 @@ def test_cells_of_a_solver_with_other_defaults_are_measured_again(
     )
     found = compare(folder, **CLD)
     # One sampler for the repeats; the picture is of the same images.
-    assert [recipe.solver for recipe in drawn] == ["sscs-midpoint"]
+    assert [call.args[1].solver for call in drawn.call_args_list] == ["sscs-midpoint"]
     assert found["rows"][0] == read_comparison(finished / RESULTS)["rows"][0]
     stored = read_results(folder / "evaluations/CLD.jsonl").values()
     assert {result.solver for result in stored} == {

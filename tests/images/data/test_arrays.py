@@ -50,6 +50,8 @@ COUNT = torch.arange(3)
         (PIXELS.int(), {}, TypeError, "images must be a uint8 or float tensor on the CPU; got tor"),
         (PIXELS.float() - 1, {"levels": (0, 1)}, ValueError, "in their range, 0 to 1; got -1 to"),
         (PIXELS, {"levels": (0, 1)}, TypeError, "images must be a floating-point tensor; got"),
+        (PIXELS[:0], {}, ValueError, "images must hold at least 1 images; got 0"),
+        (PIXELS.float(), {"levels": (1, 1)}, ValueError, "levels: must .* rise from the first"),
         (PIXELS[:, 0], {}, ValueError, r"images must have shape \(N, C, H, W\)"),
         (PIXELS, {"labels": torch.zeros(3)}, TypeError, "labels must be a tensor of integers"),
         (PIXELS, {"labels": COUNT[:2]}, ValueError, r"labels must have shape \(3,\)"),

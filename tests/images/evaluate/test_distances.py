@@ -94,6 +94,8 @@ def test_statistics_serve_as_a_reference_in_the_same_features_only():
         frechet(first, statistics, halved)
     with pytest.raises(ValueError, match="of the same features"):
         frechet_of(statistics, FeatureStatistics.of(first, halved))
+    with pytest.raises(ValueError, match="reference must have the shape of images"):
+        frechet(first, noise(5, 0, (1, 5, 4)), flat)
 
 
 @pytest.mark.parametrize(

@@ -324,6 +324,9 @@ def test_folders_without_a_whole_model_are_rejected(run, tmp_path):
     (tmp_path / MODEL).write_bytes(b"junk")
     with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
         load_model(tmp_path)
+    (tmp_path / "config.json").write_text("[" * 10**5)
+    with pytest.raises(ValueError, match=r"config\.json is no configuration"):
+        load_model(tmp_path)
 
 
 def test_weights_of_another_configuration_are_rejected(run, tmp_path):
