@@ -73,7 +73,7 @@ def here(published, tmp_path, monkeypatch):
     [
         ("", "required: COMMAND"),
         ("demo --qick", "unrecognized arguments: --qick"),
-        ("demo --seed one", "--seed: must be an integer from 0 to 2^63 - 1; got 'one'"),
+        ("demo --seed -1", "--seed: must be an integer from 0 to 2^63 - 1; got '-1'"),
         ("demo --device cuda:99", "--device: must be auto or cpu"),
         ("demo --out=", "--out"),
         ("train", "required: CONFIG (see cldsde train --help)"),
