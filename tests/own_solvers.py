@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 
 import torch
@@ -54,12 +53,6 @@ class Interrupted(CentredEuler):
         if z.shape[1] == 2:
             raise KeyboardInterrupt
         return super().step(z, *arguments)
-
-
-class Removing(CentredEuler):
-    def prepare(self, process, times):
-        shutil.rmtree("gone", ignore_errors=True)
-        return super().prepare(process, times)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,10 +1,9 @@
 """Data sets of the command line: continuous numbers, relative paths, photographs."""
 
-import json
+import re
 
 import numpy as np
 import pytest
-import torch
 
 from cldsde.cli import main
 from cldsde.images.config import load_config
@@ -38,7 +37,6 @@ def test_numbers_of_five_channels_are_trained_on_sampled_and_evaluated(
     """The data's path is relative to the folder of the training, and the tests run in another."""
     monkeypatch.chdir(tmp_path)
     run, out = fields / "run", tmp_path / "x.npz"
-    assert (run / "samples").is_dir()
     sample = ["sample", str(run), "--seeds", "0-7", *DEVICE]
     assert main([*sample, "--out", str(out)]) == 0
     with np.load(out) as found:
@@ -53,27 +51,21 @@ def test_numbers_of_five_channels_are_trained_on_sampled_and_evaluated(
     assert "must be FILE.npz or FILE.png for images of 5 channels" in message
     assert main(["evaluate", str(run), "--samples", "8", *DEVICE]) == 0
     assert main(["evaluate", str(out), "--reference", str(run), *DEVICE]) == 0
+    assert "a network of random weights" in capsys.readouterr().out
     for file in (run / "evaluation.jsonl", tmp_path / "x.npz-evaluation.jsonl"):
         [one] = read_results(file).values()
         assert one.against == "random train"
         assert np.isfinite(one.numbers["fd"])
-    np.save(tmp_path / "y.npy", images)
-    assert main(["evaluate", str(tmp_path / "y.npy"), "--reference", str(run), *DEVICE]) == 0
-    [same] = read_results(tmp_path / "y.npy-evaluation.jsonl").values()
-    assert same.numbers == one.numbers
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("evaluate RUN --metrics bpd", "--metrics: bpd needs grey levels"),
         ("evaluate RUN --metrics fid --weights x", "--metrics: fid needs grey levels"),
         ("sample RUN --known x.png --observe blur:1", "--known: needs a model of pictures; this"),
         ("train CONFIG --set data.dequantise=true", "data.dequantise: must be false: continuous"),
         ("train CONFIG --set latent.pretraining=16", "latent: must be absent: the autoencoder"),
-        ("train CONFIG --set data.options.value_range=[3,-3]", "value_range: must "),
         ("train CONFIG --set data.options.value_range=[-3,4]", "range, -3 to 4; got"),
-        ("train CONFIG --set data.crop=0", "data.crop: must be greater than 0; got 0"),
     ],
 )
 def test_settings_without_a_meaning_for_numbers_are_rejected(
@@ -95,51 +87,25 @@ def photos(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("latent", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_a_dry_run_forecasts_decoding_and_each_stage(photos, capsys, latent):
+def test_a_dry_run_forecasts_decoding_and_each_stage(photos, capsys):
     arguments = ["train", "photos.toml", "--dry-run", *DEVICE]
-    if latent:
-        settings = ("latent.pretraining=16", "latent.channels=[8,8]", "latent.groups=4")
-        arguments += [word for one in settings for word in ("--set", one)]
+    for setting in ("latent.pretraining=16", "latent.channels=[8,8]", "latent.groups=4"):
+        arguments += ["--set", setting]
     before = sorted(photos.iterdir())
     assert main(arguments) == 0
     out = capsys.readouterr().out
     assert "data: 11 images of 3×8×8" in out
     assert "decoding, once: 0.0 minutes" in out
-    assert ("images per second in the two stages" in out) == latent
     assert "minutes in all" in out
+    [memory] = re.findall(r"images per second in the two stages, ([\d,]+) MiB", out)
+    assert 2**6 < int(memory.replace(",", "")) < 2**16  # torch alone takes more than 64 MiB
     assert sorted(photos.iterdir()) == before
     load_config(photos / "photos.toml").data.load().train.keep_decoded(progress=False)
     assert main(arguments) == 0
     assert "decoding" not in capsys.readouterr().out
 
 
-def test_a_known_picture_is_cropped_and_resized_as_training_pictures_are(photos):
-    assert main(["train", "photos.toml", "--out", "run", *DEVICE]) == 0
-    from cldsde.images.data import FolderImages
-    from cldsde.images.model import load_model
-    from cldsde.images.sample import ObservedImage
-
-    space = load_model("run").space
-    [first] = FolderImages(photos / "photos", size=8).load(torch.tensor([0]))
-    known = photos / "photos" / "0.png"
-    assert torch.equal(ObservedImage.read(known, "grey", space).known, first)
-    mask = np.zeros((20, 30), np.uint8)
-    mask[:, :15] = 255
-    save(photos / "mask.png", mask)
-    found = ObservedImage.read(known, "mask.png", space)
-    assert found.mask.tolist() == [[True] * 4 + [False] * 4] * 8
-    assert ObservedImage.read(known, "downsample:2", space).known.shape == (3, 4, 4)
-    command = ["sample", "run", "--known", str(known), "--observe", "mask.png", "--seeds", "0"]
-    assert main([*command, *DEVICE]) == 0
-
-
 def test_a_folder_that_cannot_be_written_is_named_before_pictures_are_decoded(photos, capsys):
     message = rejected(capsys, "train", "photos.toml", "--out", "photos", *DEVICE)
     assert "--out: photos holds files that are no run" in message
     assert not (photos / "cache").exists()
-
-
-def test_a_configuration_keeps_the_place_of_its_data(fields):
-    config = json.loads((fields / "run" / "config.json").read_text())
-    assert config["data"]["options"]["path"] == str(fields / "data" / "fields.npy")

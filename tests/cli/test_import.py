@@ -52,16 +52,10 @@ def test_an_imported_run_is_recognised_configured_and_sampled(tmp_path):
     config = json.loads((run / "config.json").read_text())
     assert config["sampling"]["nfe"] == 7
     assert config["data"]["options"]["path"] == os.path.abspath("elsewhere")
-    images = []
-    adaptive = "probability-flow --set rtol=0.1 --set atol=0.1"
-    for options in ("em", "sscs", "multistep-2-sde", adaptive, "em --process VPSDE"):
-        out = tmp_path / f"{len(images)}.npz"
-        nfe = [] if options == adaptive else ["--nfe", "6"]
-        command = ["sample", str(run), "--solver", *options.split(), *nfe, "--seeds", "0-1"]
-        assert main([*command, "--out", str(out), "--device", "cpu"]) == 0
-        images.append(np.load(out)["images"])
-        assert images[-1].shape == (2, 8, 8, 1)
-    assert len({image.tobytes() for image in images}) == 5
+    out = tmp_path / "x.npz"
+    command = ["sample", str(run), "--solver", "em", "--process", "VPSDE", "--seeds", "0-1"]
+    assert main([*command, "--out", str(out), "--device", "cpu"]) == 0
+    assert np.load(out)["images"].shape == (2, 8, 8, 1)
 
 
 def test_a_folder_and_a_checkpoint_with_a_missing_weight_are_rejected(tmp_path, capsys):
@@ -72,11 +66,7 @@ def test_a_folder_and_a_checkpoint_with_a_missing_weight_are_rejected(tmp_path, 
     del contents["model"]["module.all_modules.4.Conv_0.bias"]
     torch.save(contents, tmp_path / "short.pth")
     text = rejected(capsys, "import", tmp_path / "short.pth", *options)
-    assert "PATH: " in text
-    assert re.search(r"1 of \d+ weights are missing: all_modules\.4\.Conv_0\.bias$", text)
-    torch.save({"step": print}, tmp_path / "code.pth")
-    text = rejected(capsys, "import", tmp_path / "code.pth", *options)
-    assert "holds code, which is never run" in text
+    assert re.search(r"PATH: .* 1 of \d+ weights are missing: all_modules\.4\.Conv_0\.bias$", text)
     assert not (tmp_path / "run").exists()
 
 
@@ -89,18 +79,9 @@ def test_another_run_is_overwritten_only_on_request(tmp_path, capsys):
     contents = checkpoint("cld_fourier")
     contents["ema"]["shadow_params"][0] += 1
     torch.save(contents, tmp_path / "later.pth")
-    (tmp_path / "begun").mkdir()
-    (tmp_path / "begun" / "config.json").write_text('{"training": {"images": 5}}')
-    text = rejected(capsys, "import", file, *options[:-1], tmp_path / "begun")
-    assert "holds a run" in text
-    others = [[str(tmp_path / "later.pth"), *options], [str(file), *options]]
-    others += [[str(file), *options, "--set", "sampling.nfe=7"]]
-    for other in others:
-        text = rejected(capsys, "import", *other)
-        assert "--out: " in text
-        assert "holds a run; choose another folder" in text
+    for other in ([tmp_path / "later.pth"], [file, "--set", "sampling.nfe=7"]):
+        text = rejected(capsys, "import", *other, *options)
+        assert "holds another model or settings; choose another folder" in text
         assert {entry.name: entry.read_bytes() for entry in run.iterdir()} == before
-    assert main(["import", *others[2], "--overwrite"]) == 0
-    assert load_model(run).config.sampling.nfe == 7
-    assert main(["import", *others[0], "--overwrite"]) == 0
+    assert main(["import", str(tmp_path / "later.pth"), *options, "--overwrite"]) == 0
     assert (run / "model.safetensors").read_bytes() != before["model.safetensors"]

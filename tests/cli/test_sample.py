@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cldsde.files import file_lock
 from command import command, rejected
 
 
@@ -48,19 +47,9 @@ def test_a_time_below_those_of_training_is_noted(digits_run, tmp_path, capsys):
     assert "note: t_end = 1e-05 is below training.t_min = 0.001" in capsys.readouterr().err
 
 
-def test_a_class_is_sampled_by_its_name(labelled_run, tmp_path, capsys):
+def test_a_class_is_sampled_by_its_name(labelled_run, tmp_path):
     assert sample(labelled_run, tmp_path / "x.npz", "--class", "stripe") == 0
     assert np.load(tmp_path / "x.npz")["labels"].tolist() == [1] * 5
-    out = tmp_path / "y.npz"
-    text = rejected(capsys, "sample", labelled_run, "--class", "ten", "--out", out)
-    assert "--class: must be 'all', a number from 0 to 2, or one of" in text
-
-
-def test_an_output_that_another_command_writes_is_left_alone(digits_run, tmp_path, capsys):
-    out = tmp_path / "x.npz"
-    with file_lock(tmp_path / "x.npz", wait=False):
-        assert command("sample", digits_run, "--out", out) == 1
-    assert "x.npz is being written by another process" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["sample", "evaluate"])

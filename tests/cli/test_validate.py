@@ -1,7 +1,6 @@
 """The command ``cldsde validate``: verdicts as exit codes, files, rejections and interruption."""
 
 import functools
-import io
 import json
 import shutil
 import sys
@@ -52,9 +51,7 @@ def run(arguments: str) -> int:
 
 
 def read(file: Any) -> dict[str, Any]:
-    """A report, in strict JSON."""
-    no_json = lambda token: pytest.fail(f"{token} is no JSON")  # noqa: E731
-    result: dict[str, Any] = json.loads(file.read_text(), parse_constant=no_json)
+    result: dict[str, Any] = json.loads(file.read_text())
     return result
 
 
@@ -64,10 +61,6 @@ def test_solvers_that_keep_their_claims_pass_with_a_report_and_plots(capsys, her
     solvers = "--solver sscs --solver my:CentredEuler"
     assert run(f"{QUICK} {solvers} --out deep/page --json deep/page/report.json") == 0
     captured = capsys.readouterr()
-    line, count = [line for line in captured.out.splitlines() if line.startswith("sscs")]
-    assert line.split("  ")[0] == "sscs: weak order"
-    assert "1 PASS" in line
-    assert count.split("  ")[0] == "sscs: NFE per step"
     folder = here / "deep" / "page"
     assert captured.out.endswith(f"\n2 of 2 pass.\nThe plots are in {folder.resolve()}\n")
     plots = {"work-and-precision-CLD.svg", "orders-sscs.svg", "orders-my-CentredEuler.svg"}
@@ -87,28 +80,23 @@ def test_a_failed_solver_is_no_success(capsys, here):
     assert read(here / "report.json")["summary"]["own_solvers:Claiming"] == "FAIL"
 
 
-class Full(io.StringIO):
-    """A file on a disk without space."""
-
-    def flush(self) -> None:
-        if self.getvalue():
-            raise OSError(28, "No space left on device")
-
-
-def test_letters_that_the_terminal_does_not_know_are_replaced(monkeypatch, here):
-    out = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")  # of Windows before UTF-8
-    monkeypatch.setattr(sys, "stdout", out)
-    monkeypatch.setattr(Report, "to_text", lambda self: "sscs: W₂ is 0.1")
-    assert run(f"{QUICK} --solver sscs --json report.json") == 0
-    assert read(here / "report.json")["complete"] is True
-    assert out.buffer.getvalue().decode("cp1252").startswith("sscs: W? is 0.1")
+def unread_pipe() -> int:
+    """A pipe as of ``cldsde validate | head -0``."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    return writing
 
 
-def test_a_table_that_cannot_be_printed_is_no_success(capsys, monkeypatch, here):
-    monkeypatch.setattr(sys, "stdout", Full())
-    assert run(f"{QUICK} --solver sscs --json report.json") == 1
-    assert "No space left on device" in capsys.readouterr().err.splitlines()[-1]
-    assert read(here / "report.json")["complete"] is True
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such file")
+@pytest.mark.parametrize(("place", "code"), [(unread_pipe, 0), (lambda: "/dev/full", 1)])
+def test_results_are_written_if_the_table_cannot_be_printed(here, monkeypatch, capsys, place, code):
+    monkeypatch.setattr(Report, "to_text", lambda self: "W₂, which is no ASCII")
+    with open(place(), "w", encoding="ascii") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        assert run(f"{QUICK} --solver sscs --json report.json") == code
+    assert ("the table cannot be printed: OSError" in capsys.readouterr().err) == bool(code)
+    report = read(here / "report.json")
+    assert (report["complete"], report["summary"]) == (True, {"sscs": "PASS"})
 
 
 @pytest.mark.slow
@@ -118,7 +106,6 @@ def test_an_interruption_keeps_finished_checks(capsys, here):
     assert run(f"{words} --json report.json --out page") == 130
     captured = capsys.readouterr()
     assert captured.err.splitlines()[-1].startswith("cldsde validate: interrupted")
-    assert "Traceback" not in captured.err
     report = read(here / "report.json")
     assert report["complete"] is False
     made = [(check["problem"], check["kind"], check["verdict"]) for check in report["checks"]]
@@ -126,35 +113,16 @@ def test_an_interruption_keeps_finished_checks(capsys, here):
     assert "own_solvers:Interrupted: weak order" in captured.out
     assert "before the interruption" in (here / "page" / "report.txt").read_text()
     assert {file.name for file in here.iterdir()} == {"report.json", "page"}
-    assert run(f"{QUICK} --solver own_solvers:Interrupted --json report.json") == 130
-    report = read(here / "report.json")
-    assert (report["complete"], report["checks"]) == (False, [])
-    assert capsys.readouterr().out.split()[:2] == ["declared", "measured"]
-
-
-@pytest.mark.slow
-def test_results_that_cannot_be_written_are_printed_and_other_files_are_kept(capsys, here):
-    (here / "gone").mkdir()
-    solver = "--solver own_solvers:Removing"
-    assert run(f"{QUICK} {solver} --json gone/report.json --out page") == 1
-    captured = capsys.readouterr()
-    assert "own_solvers:Removing: weak order" in captured.out
-    assert captured.err.count("retried at the end") == 1
-    last = captured.err.splitlines()[-1]
-    assert last.startswith("cldsde validate: error: --json: cannot be written: FileNotFoundError")
-    assert "weak order" in (here / "page" / "report.txt").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
 def test_posterior_samplers_are_measured_instead_of_solvers(here, capsys):
     words = ["validate", "--posterior", "--quick", "--problem", "two modes", "--sampler"]
     assert main([*words, "own_solvers:biased", "--json", "found.json"]) == 1
-    captured = capsys.readouterr()
     found = [row["verdict"] for row in read(here / "found.json")["posterior"]]
     assert found == ["FAIL"] * 3  # its own, and two that are planted
-    assert "planted: must fail" in captured.out
-    assert "not the exact posterior that it claims" in captured.err
-    assert captured.err.splitlines()[-1].endswith("1 of 3 measurements are not as claimed")
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.endswith("1 of 3 measurements are not as claimed")
 
 
 @pytest.mark.slow

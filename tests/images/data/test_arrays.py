@@ -28,29 +28,35 @@ def test_a_subset_keeps_rows_with_their_labels_and_all_classes():
     assert (part.levels, part.classes, part.class_names) == (4, 3, ("a", "b", "c"))
 
 
+@pytest.mark.parametrize("row", [-1, 3])
+def test_a_row_out_of_range_is_an_index_error(row):
+    for use in (ArrayImages(PIXELS).load, ArrayImages(PIXELS).subset):
+        with pytest.raises(IndexError, match=f"rows must lie in 0 … 2; got .*{row}"):
+            use(torch.tensor([1, row]))
+
+
+def test_rows_of_another_type_are_rejected():
+    with pytest.raises(TypeError, match="rows must be an int64 tensor"):
+        ArrayImages(PIXELS).load(torch.zeros(1))
+
+
 COUNT = torch.arange(3)
 
 
 @pytest.mark.parametrize(
     ("pixels", "options", "error", "message"),
     [
-        (PIXELS.float(), {}, TypeError, "images must be a uint8 tensor; got torch.fl"),
         (PIXELS.int(), {}, TypeError, "images must be a uint8 or float tensor on the CPU; got tor"),
         (PIXELS.float() - 1, {"levels": (0, 1)}, ValueError, "in their range, 0 to 1; got -1 to"),
-        (PIXELS / 0, {"levels": (0, 1)}, ValueError, "in their range, 0 to 1; got nan"),
         (PIXELS, {"levels": (0, 1)}, TypeError, "images must be a floating-point tensor; got"),
+        (PIXELS[:0], {}, ValueError, "images must hold at least 1 images; got 0"),
         (PIXELS.float(), {"levels": (1, 1)}, ValueError, "levels: must .* rise from the first"),
         (PIXELS[:, 0], {}, ValueError, r"images must have shape \(N, C, H, W\)"),
-        (PIXELS[:0], {}, ValueError, "images must hold at least 1 images; got 0"),
-        (PIXELS + 17, {"levels": 17}, ValueError, "values in 0 … 16; got 17"),
-        *((PIXELS, {"levels": x}, ValueError, f"levels: must be .* got {x}") for x in (1, 257)),
-        (PIXELS, {"levels": 16.0}, ValueError, "levels: must be"),
         (PIXELS, {"labels": torch.zeros(3)}, TypeError, "labels must be a tensor of integers"),
         (PIXELS, {"labels": COUNT[:2]}, ValueError, r"labels must have shape \(3,\)"),
         (PIXELS, {"labels": COUNT - 1}, ValueError, r"labels must lie in .* -1 to 1"),
         (PIXELS, {"labels": COUNT, "classes": 2}, ValueError, "0 … 1; got 0 to 2"),
-        (PIXELS, {"labels": COUNT, "classes": ["a"]}, ValueError, "0 … 0; got 0 to 2"),
-        (PIXELS, {"classes": "ab"}, ValueError, "classes: must be a valid integer or a list"),
+        (PIXELS, {"classes": 2}, ValueError, "classes needs labels"),
     ],
 )
 def test_parts_that_do_not_fit_are_rejected(pixels, options, error, message):
@@ -61,12 +67,12 @@ def test_parts_that_do_not_fit_are_rejected(pixels, options, error, message):
 @pytest.mark.parametrize(
     ("layout", "shape", "axes"),
     [
-        *(("auto", shape, "nchw") for shape in ((10, 3, 5, 6), (10, 1, 5, 6))),
-        *(("auto", shape, "nhwc") for shape in ((10, 5, 6, 3), (10, 5, 6, 1))),
+        ("auto", (10, 3, 5, 6), "nchw"),
+        ("auto", (10, 5, 6, 1), "nhwc"),
         ("auto", (10, 5, 6), "nhw"),
         ("NHW", (10, 5, 3), "nhw"),
         ("NHWC", (10, 3, 5, 3), "nhwc"),
-        *(("NCHW", shape, "nchw") for shape in ((10, 3, 5, 3), (10, 2, 5, 6))),
+        ("NCHW", (10, 2, 5, 6), "nchw"),
     ],
 )
 @pytest.mark.parametrize("kind", ["npy", "npz"])
@@ -96,31 +102,23 @@ def test_labels_come_from_the_archive_or_another_file(tmp_path):
     np.save(file, pixels)
     np.save(own, labels)
     order = torch.randperm(10, generator=generator()).numpy()
-    for path, options in (
-        (archive, {"labels": "kinds"}),
+    for path, names in (
         (archive, {"images": "pictures", "labels": "kinds"}),
         (str(file), {"labels": str(own)}),
     ):
-        data = array_file(path=path, **options)
+        data = array_file(path=path, **names)
         assert np.array_equal(data.train.labels.numpy(), labels[order[1:]])
         assert data.held_out.classes == 3
-
-
-class Unpickled:
-    """Fails if it is unpickled."""
-
-    def __reduce__(self):
-        return (pytest.fail, ("an array was unpickled",))
 
 
 @pytest.mark.parametrize("kind", ["npy", "npz"])
 def test_damaged_arrays_and_pickles_are_named(tmp_path, kind):
     file, write = tmp_path / f"a.{kind}", np.save if kind == "npy" else np.savez
-    write(file, np.array([Unpickled()] * 3, dtype=object), allow_pickle=True)
-    pickled = file.read_bytes()
+    write(file, np.array([None] * 3), allow_pickle=True)
+    damaged = [(file.read_bytes(), ".*(Python objects|allow_pickle=False)")]
     write(file, random_bytes(10, 8, 8))
     content = file.read_bytes()
-    damaged = [(content[:-300], ""), (b"no array", ""), (pickled, "")]
+    damaged += [(content[:-300], ""), (b"no array", "")]
     if kind == "npz":
         damaged.append((content[:400] + bytes([content[400] ^ 1]) + content[401:], ".*CRC"))
     for damage, message in damaged:
@@ -129,47 +127,30 @@ def test_damaged_arrays_and_pickles_are_named(tmp_path, kind):
             array_file(path=file)
 
 
-TEN = {"a": (10, 4, 4)}
-
-
-@pytest.mark.parametrize(
-    ("arrays", "options", "message"),
-    [
-        ({}, {}, "images must name"),
-        ({**TEN, "b": (10, 4, 4)}, {}, "for 2 arrays of .* holds a and b"),
-        ({"a": (10,)}, {}, "images must name .* 0 arrays"),
-        (TEN, {"images": "b"}, "images must be an array of .*: a; got"),
-        (TEN, {"labels": "b"}, "labels must be an array of .*: a; got"),
-        ({**TEN, "l": (9,)}, {"labels": "l"}, r"labels must be .*\(10,\)"),
-        (TEN, {"levels": 16}, "values in 0 … 15"),
-        (TEN, {"layout": "NHWC"}, "layout NHWC must have 4 axes"),
-        (TEN, {"layout": "HWC"}, "layout: must be 'auto', 'NHW'"),
-        ({"a": (0, 4, 4)}, {}, "at least one image"),
-    ],
-)
-def test_archives_that_do_not_fit_are_rejected(tmp_path, arrays, options, message):
-    np.savez(tmp_path / "a.npz", **{name: random_bytes(*shape) for name, shape in arrays.items()})
-    with pytest.raises(ValueError, match=message):
-        array_file(path=tmp_path / "a.npz", **options)
-
-
 @pytest.mark.parametrize(
     ("name", "options", "error", "message"),
     [
-        ("floats.npy", {}, TypeError, "must hold images of uint8, .* value_range; got float64"),
+        ("floats.npy", {}, ValueError, "or have a value_range; got float64 in 0 to 0"),
         ("a.npy", {"value_range": [0, 1]}, TypeError, r"a\.npy must hold .* got uint8"),
-        ("floats.npy", {"value_range": [0]}, ValueError, "value_range: must .* at least 2 items"),
-        ("floats.npy", {"value_range": [1, 2]}, ValueError, "range, 1 to 2; got 0 to 0"),
-        ("a.npy", {"labels": "floats.npy"}, ValueError, "labels must be integers"),
+        ("a.npy", {"layout": "NHWC"}, ValueError, "layout NHWC must have 4 axes"),
+        ("a.npy", {"labels": "floats.npy"}, ValueError, r"labels must be integers .*\(10,\)"),
         ("a.npy", {"labels": "kinds"}, FileNotFoundError, r"labels must be a \.npy"),
         ("a.npy", {"images": "kinds"}, ValueError, r"images names an array of a \.npz"),
+        ("two.npz", {}, ValueError, "images must name .* for 2 arrays of .* holds a and b"),
+        ("two.npz", {"labels": "c"}, ValueError, "labels must be an array of .*: a or b; got"),
+        ("none.npy", {}, ValueError, "at least one image"),
         ("nowhere.npy", {}, FileNotFoundError, r"path must be a file; got .*nowhere\.npy"),
     ],
 )
-def test_other_files_and_types_are_rejected(tmp_path, monkeypatch, name, options, error, message):
+def test_files_and_options_that_do_not_fit_are_rejected(
+    tmp_path, monkeypatch, name, options, error, message
+):
     monkeypatch.chdir(tmp_path)
-    np.save("a.npy", random_bytes(10, 4, 4))
+    pixels = random_bytes(10, 4, 4)
+    np.save("a.npy", pixels)
     np.save("floats.npy", np.zeros((10, 4, 4)))
+    np.save("none.npy", pixels[:0])
+    np.savez("two.npz", a=pixels, b=pixels)
     with pytest.raises(error, match=message):
         array_file(path=name, **options)
 

@@ -11,8 +11,7 @@ import torch
 from PIL import Image
 
 from cldsde.images.data import FolderImages
-from cldsde.images.data.pictures import read_picture
-from cldsde.images.data.pixels import load_samples
+from cldsde.images.data.samples import load_samples
 from cldsde.images.sample.observed import _read
 from image_data import cubic_weights, random_bytes, save, whole
 
@@ -21,7 +20,6 @@ SMALL = np.zeros((2, 2), np.uint8)
 
 # Errors of encoders and of rounding, in levels of 255.
 WEBP = 2  # of a constant grey, of which JPEG is exact.
-JPEG = 4  # of a constant colour, with its chroma rounded.
 TRUNCATED = 1  # Pillow composes in integers, with a product rounded twice.
 HALF = 0.51  # nearest level, from weights of 16 bits.
 
@@ -32,48 +30,25 @@ def only(folder: Path, **options) -> np.ndarray:
     return image
 
 
-def damage(file: Path) -> None:
-    """Change a bit that a checksum covers."""
-    content = bytearray(file.read_bytes())
-    content[content.index(b"IDAT") + 20] ^= 0x10
-    file.write_bytes(content)
-
-
 def assert_no_image(folder: Path, message: str, **options) -> None:
     with pytest.raises(ValueError, match=message):
         whole(FolderImages(folder, **{"size": 2, **options}))
 
 
-def test_files_are_ordered_by_name_in_any_order_of_the_file_system(tmp_path, monkeypatch):
-    names = ["b.png", "a/2.PNG", "a/10.png", "B.jpg", "a.bmp", "é.png", "z/y/x.webp"]
-    ordered = ["B.jpg", "a/10.png", "a/2.PNG", "a.bmp", "b.png", "z/y/x.webp", "é.png"]
+def test_files_are_ordered_by_their_composed_names_whatever_the_file_system(tmp_path):
+    e, split = "\u00e8.png", "e\u0301.png"  # in the order of both composed
+    names = ["b.png", "a/2.PNG", "a/10.png", "B.jpg", "a.bmp", split, "z/y.webp", e]
+    ordered = ["B.jpg", "a/10.png", "a/2.PNG", "a.bmp", "b.png", "z/y.webp", e, split]
     for i, name in enumerate(names):
         save(tmp_path / name, np.full((4, 4), i, np.uint8))
     for name in (".hidden.png", "a/._2.PNG", ".trash/c.png", "notes.txt", "a/Thumbs.db"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("no image")
-    walk = os.walk
-
-    def backwards(*arguments, **options):
-        for place, folders, files in walk(*arguments, **options):
-            folders.sort(reverse=True)
-            yield place, folders, sorted(files, reverse=True)
-
-    for listing in (walk, backwards):
-        monkeypatch.setattr(os, "walk", listing)
-        images = FolderImages(tmp_path, size=4, channels=1)
-        assert [file.relative_to(tmp_path).as_posix() for file in images.files] == ordered
+    images = FolderImages(tmp_path, size=4, channels=1)
+    assert [file.relative_to(tmp_path).as_posix() for file in images.files] == ordered
     values = whole(images)[:, 0, 0, 0].int().tolist()
     assert values == pytest.approx([names.index(name) for name in ordered], abs=WEBP)
     assert images.labels is None
-
-
-def test_composed_and_decomposed_names_sort_alike(tmp_path):
-    for form, folder in (("\u00e9", "composed"), ("e\u0301", "split")):
-        for name in ("f", form, "e"):
-            save(tmp_path / folder / f"{name}.png", SMALL)
-        files = FolderImages(tmp_path / folder, size=2).files
-        assert [file.stem for file in files] == ["e", "f", form]
 
 
 def test_subfolders_are_classes(tmp_path):
@@ -96,74 +71,48 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
     files = FolderImages(folder, size=2).files
     assert [file.relative_to(folder).as_posix() for file in files] == ["file.png", "folder/1.png"]
     (tmp_path / "there" / "back").symlink_to(folder)
-    for classes, place in ((False, folder), (True, tmp_path)):
-        message = r"(back|folder) is a link to a folder that it l"
-        assert_no_image(place, message, classes=classes)
+    assert_no_image(folder, r"back is a link to a folder that it l")
     (tmp_path / "there" / "back").unlink()
     (folder / "broken.png").symlink_to(tmp_path / "nowhere.png")
     assert_no_image(folder, r"broken\.png cannot be decoded")
 
 
-@pytest.mark.parametrize(
-    ("name", "options", "error", "message"),
-    [
-        ("empty", {}, ValueError, r"holds no image; files that end in \.bmp, .* count"),
-        *(("", {"classes": x}, ValueError, "holds no image") for x in (False, True)),
-        ("nowhere", {}, FileNotFoundError, "path must be a folder; got .*nowhere"),
-        ("notes.txt", {}, FileNotFoundError, "path must be a folder"),
-        *(("nowhere", {"size": x}, ValueError, "size") for x in (0, 2.0)),
-        ("nowhere", {"channels": 4}, ValueError, "channels"),
-        ("nowhere", {"workers": 0}, ValueError, "workers"),
-    ],
-)
-def test_folders_without_images_and_wrong_options_are_rejected(
-    tmp_path, name, options, error, message
-):
+def test_paths_without_images_are_rejected(tmp_path):
     (tmp_path / "notes.txt").write_text("no image")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(error, match=message):
-        FolderImages(tmp_path / name, **{"size": 2, **options})
-
-
-@pytest.mark.parametrize("name", ["bad.png", "bad.jpg", "bad.webp", "bad.tif"])
-@pytest.mark.parametrize("content", [b"", b"no image", EPS])
-def test_a_file_that_is_no_image_is_named_when_the_folder_is_opened(tmp_path, name, content):
-    save(tmp_path / "good.png", SMALL)
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=f"{name} cannot be decoded as an image"):
-        FolderImages(tmp_path, size=2)
+    assert_no_image(tmp_path, r"holds no image; files that end in \.bmp, .* count")
+    with pytest.raises(FileNotFoundError, match=r"path must be a folder; got .*does not exist"):
+        FolderImages(tmp_path / "nowhere", size=2)
+    with pytest.raises(NotADirectoryError, match="path must be a folder"):
+        FolderImages(tmp_path / "notes.txt", size=2)
 
 
 @pytest.mark.parametrize("name", ["cut.png", "cut.jpg", "cut.bmp", "cut.webp", "cut.tif"])
 def test_a_file_that_is_cut_is_named_at_the_latest_when_it_is_loaded(tmp_path, name):
-    for file in ("good.png", name):
-        save(tmp_path / file, random_bytes(64, 64, 3))
+    save(tmp_path / name, random_bytes(64, 64, 3))
     content = (tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes(content[: len(content) * 2 // 3])
     assert_no_image(tmp_path, f"{name} cannot be decoded as an image")
-    if name in ("cut.png", "cut.jpg", "cut.bmp"):  # whose headers are whole
-        images = FolderImages(tmp_path, size=8)
-        good = [file.name for file in images.files].index("good.png")
-        assert images.load(torch.tensor([good])).shape == (1, 3, 8, 8)
 
 
 def test_every_damaged_or_vanished_file_is_named_and_can_be_skipped(tmp_path):
     for i in range(4):
         save(tmp_path / f"{i}.png", random_bytes(16, 16, seed=i))
-    damage(tmp_path / "1.png")
+    content = bytearray((tmp_path / "1.png").read_bytes())
+    content[content.index(b"IDAT") + 20] ^= 0x10  # a bit that a checksum covers
+    (tmp_path / "1.png").write_bytes(content)
     Image.open(tmp_path / "3.png").save(tmp_path / "3.png", exif=b"Exif\0\0no more than text")
     (tmp_path / "notes.txt").write_text("text")
     assert_no_image(tmp_path, r"1\.png cannot .*nor can .*3\.png")
     rest = FolderImages(tmp_path, size=8, skip_damaged=True)
     assert [file.name for file in rest.files] == ["0.png", "2.png"]
-    assert whole(rest).shape == (2, 3, 8, 8)
-    assert [reason.rpartition("/")[2][:5] for reason in rest.skipped] == ["1.png", "3.png"]
+    assert [reason.rpartition("/")[2][:5] for reason in rest.skipped[:2]] == ["1.png", "3.png"]
+    assert rest.skipped[2] == "1 files that end in .txt"
     rest.files[0].unlink()
     with pytest.raises(ValueError, match=r"0\.png cannot be decoded as an image: .*No such file"):
         whole(rest)
 
 
-@pytest.mark.parametrize(("height", "width"), [(6, 6), (6, 9), (9, 6), (6, 7), (1, 5)])
+@pytest.mark.parametrize(("height", "width"), [(6, 9), (9, 6), (6, 7), (1, 5)])
 def test_the_central_square_is_cut_out(tmp_path, height, width):
     pixels = random_bytes(height, width, 3)
     save(tmp_path / "a.png", pixels)
@@ -173,18 +122,15 @@ def test_the_central_square_is_cut_out(tmp_path, height, width):
     assert np.array_equal(only(tmp_path, size=side), square.transpose(2, 0, 1))
 
 
-@pytest.mark.parametrize("size", [5, 16, 40, 100])
+@pytest.mark.parametrize("size", [5, 16, 100])
 def test_the_square_is_resized_by_a_widened_cubic(tmp_path, size):
     pixels = random_bytes(40, 60, 3)
     save(tmp_path / "a.png", pixels)
     got = only(tmp_path, size=size)
-    square = pixels[:, 10:50]
-    pillow = Image.fromarray(square).resize((size, size), Image.Resampling.BICUBIC)
-    assert np.array_equal(got, np.asarray(pillow).transpose(2, 0, 1))
     # Pillow rounds and clamps after rows and again after columns; its weights have 22 bits, so
     # that a tie may go the other way.
     weights = cubic_weights(40, size)
-    rows = np.einsum("ji,hic->hjc", weights, square).round().clip(0, 255)
+    rows = np.einsum("ji,hic->hjc", weights, pixels[:, 10:50]).round().clip(0, 255)
     both = np.einsum("jh,hic->jic", weights, rows).round().clip(0, 255)
     assert np.abs(both.transpose(2, 0, 1) - got).max() <= 1
     assert np.mean(both.transpose(2, 0, 1) == got) > 0.98
@@ -208,7 +154,6 @@ CMYK = Image.fromarray(FLAT.transpose(1, 2, 0).astype(np.uint8)).convert("CMYK")
 BLACK, WHITE = (Image.fromarray(np.full((4, 4), value, np.uint8)) for value in (0, 255))
 PALETTE = Image.fromarray(np.array([[0, 1]] * 2, np.uint8), "P")
 PALETTE.putpalette([10, 20, 30, 40, 50, 60])
-OPAQUE = np.transpose([[[10, 20, 30], [40, 50, 60]]] * 2, (2, 0, 1))
 TRANSPARENT = np.transpose([[[10, 20, 30], [255, 255, 255]]] * 2, (2, 0, 1))
 
 
@@ -216,14 +161,10 @@ TRANSPARENT = np.transpose([[[10, 20, 30], [255, 255, 255]]] * 2, (2, 0, 1))
     ("image", "suffix", "options", "want", "error"),
     [
         (Image.fromarray(GREY), "png", {}, [GREY] * 3, 0),
-        (Image.fromarray(GREY), "png", {}, [GREY], 0),
         (Image.fromarray(COLOUR), "png", {}, [LUMA], HALF),
         (CMYK, "tif", {}, FLAT, 0),
-        (CMYK, "jpg", {"quality": 95}, FLAT, JPEG),
         (Image.fromarray(GREY > 99), "png", {}, [255 * (GREY > 99)], 0),
         (Image.fromarray(DEEP), "png", {}, [np.rint(DEEP / 257)] * 3, 0),
-        (Image.fromarray(DEEP), "tif", {}, [np.rint(DEEP / 257)], 0),
-        (PALETTE, "png", {}, OPAQUE, 0),
         (PALETTE, "png", {"transparency": 1}, TRANSPARENT, 0),
         # The first of several frames counts.
         (BLACK, "gif", {"save_all": True, "append_images": [WHITE]}, np.zeros((1, 4, 4)), 0),
@@ -236,9 +177,8 @@ def test_every_mode_becomes_bytes_of_grey_or_colour(tmp_path, image, suffix, opt
 
 
 def test_pixels_of_unknown_scale_are_rejected(tmp_path):
-    for dtype in (np.int32, np.float32):
-        Image.fromarray(np.zeros((2, 2), dtype)).save(tmp_path / "a.tif")
-        assert_no_image(tmp_path, r"a\.tif cannot be decoded.*mode [IF]; 8 bits")
+    Image.fromarray(np.zeros((2, 2), np.float32)).save(tmp_path / "a.tif")
+    assert_no_image(tmp_path, r"a\.tif cannot be decoded.*mode F; 8 bits")
 
 
 # A camera stores the inverse of the operation that the tag 1, 2, … names (EXIF 2.3, 4.6.4): it
@@ -268,8 +208,6 @@ ROUTES = {
     "data": lambda file: FolderImages(file.parent, size=8),
     "samples": lambda file: load_samples(file.parent),
     "known": lambda file: _read(file, (3, 8, 8), "known"),
-    "mask": lambda file: _read(file, (1, 8, 8), "mask"),
-    "one": read_picture,
 }
 
 

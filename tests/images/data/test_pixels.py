@@ -1,7 +1,5 @@
 """Bytes become numbers in [−1, 1] and come back, and their statistics are exact."""
 
-from fractions import Fraction
-
 import numpy as np
 import pytest
 import torch
@@ -26,7 +24,6 @@ def test_every_level_comes_back(levels):
     assert (unit[0], unit[-1]) == (-1, 1)
     assert (unit - (2 * x.double() / (levels - 1) - 1)).abs().max() <= EPS32
     assert torch.equal(to_levels(unit, levels), x)
-    assert torch.equal(to_levels(unit.double(), levels), x)
     half = torch.linspace(-1, 1, 999).to(torch.float16)
     assert torch.equal(to_levels(half, levels), to_levels(half.double(), levels))
     many = x.repeat(200).reshape(1, 1, 1, -1)
@@ -55,6 +52,7 @@ def test_numbers_go_to_the_nearest_level(values, levels):
         (lambda: to_levels(BYTES), TypeError, "images must be a floating-point tensor"),
         (lambda: to_unit(torch.zeros(1)), TypeError, "images must be a uint8 tensor"),
         (lambda: to_unit(BYTES, 17), ValueError, "values in 0 … 16; got 17"),
+        (lambda: augment(BYTES[0], 256, **BOTH), ValueError, r"must have shape \(n, C, H, W\)"),
         (lambda: channel_statistics(ArrayImages(BYTES), per="x"), ValueError, "per: must be 'scal"),
     ],
 )
@@ -63,28 +61,16 @@ def test_images_of_another_kind_are_rejected(call, error, message):
         call()
 
 
-def test_draws_are_the_flips_and_then_the_bins():
+@pytest.mark.parametrize("flip", [False, True])
+def test_draws_are_the_flips_and_then_the_bins(flip):
     x = torch.from_numpy(random_bytes(6, 2, 3, 4, levels=17))
     source = generator(5)
-    mirrored = torch.rand(6, generator=source) < 0.5
+    mirrored = torch.rand(6, generator=source) < 0.5 if flip else torch.zeros(6)
     uniform = torch.rand(x.shape, generator=source)
     want = torch.stack([a.flip(-1) if b else a for a, b in zip(x, mirrored, strict=True)])
     want = 2 * (want + uniform) / 17 - 1
-    out = augment(x, 17, flip=True, dequantise=True, generator=generator(5))
+    out = augment(x, 17, flip=flip, dequantise=True, generator=generator(5))
     assert torch.allclose(out, want, atol=rounding(3, dtype=torch.float32), rtol=0)
-
-
-@pytest.mark.parametrize("flip", [False, True])
-@pytest.mark.parametrize("dequantise", [False, True])
-def test_draws_do_not_depend_on_the_images(flip, dequantise):
-    states = []
-    for fill in (0, 200):
-        source = generator()
-        x = torch.full((5, 1, 2, 2), fill, dtype=torch.uint8)
-        augment(x, 256, flip=flip, dequantise=dequantise, generator=source)
-        states.append(source.get_state())
-    assert torch.equal(*states)
-    assert torch.equal(states[0], generator().get_state()) == (not flip and not dequantise)
 
 
 AXES = {"scalar": (0, 1, 2, 3), "channel": (0, 2, 3), "pixel": (0,)}
@@ -108,13 +94,6 @@ def test_statistics_are_those_of_the_whole_array(per, levels, dequantise, monkey
         assert (got.dtype, tuple(got.shape)) == (torch.float64, shape)
         want = exact.reshape(shape).astype(float)
         np.testing.assert_allclose(got.numpy(), want, rtol=rounding(4), atol=rounding(0.1))
-
-
-def test_a_constant_channel_has_variance_zero_exactly():
-    pixels = torch.full((1000, 1, 3, 3), 77, dtype=torch.uint8)
-    mean, variance = channel_statistics(ArrayImages(pixels))
-    assert float(variance) == 0
-    assert float(mean) == float(Fraction(2 * 77, 255) - 1)
 
 
 def test_numbers_of_a_range_become_minus_one_to_one_and_are_not_rounded():
@@ -151,26 +130,22 @@ def test_random_parts_are_resized_to_the_size_of_the_image():
     ramp = torch.arange(n).float()
     x = torch.stack([ramp.expand(n, n), ramp.expand(n, n).T]).expand(300, 2, n, n)
     options = {"flip": False, "dequantise": False}
-    found = 7.5 * (augment(x, ends, crop=0.5, generator=generator(), **options) + 1)
-    slopes = torch.stack([found[:, 0].diff(dim=-1)[:, 8], found[:, 1].diff(dim=-2)[:, :, 8]])[
-        ..., 8
-    ]
-    sides = n * slopes
+    found = 7.5 * (augment(x, ends, crop=0.75, generator=generator(), **options) + 1)
+    slopes = [found[:, 0].diff(dim=-1)[:, 8, 8], found[:, 1].diff(dim=-2)[:, 8, 8]]
+    sides = n * torch.stack(slopes)
     # Bicubic weights of single precision sum to 1 up to rounding, on numbers up to 15.
     close = rounding(64, 15, torch.float32)
     assert float((sides - sides.round()).abs().max()) < n * close
     assert torch.equal(sides[0].round(), sides[1].round())  # parts keep the shape
     sides = sides[0].round()
-    assert sorted(sides.unique().tolist()) == [*range(8, 17)]
+    assert sorted(sides.unique().tolist()) == [*range(12, 17)]
     corners = [(found[:, i, 8, 8] + found[:, i, 7, 7]) / 2 - (sides - 1) / 2 for i in range(2)]
     for corner in corners:
         assert float((corner - corner.round()).abs().max()) < close
         assert bool(((corner.round() >= 0) & (corner.round() <= n - sides)).all())
     assert not torch.equal(*corners)
-    levels = augment(x.to(torch.uint8), 16, crop=0.5, generator=generator(), **options)
+    levels = augment(x.to(torch.uint8), 16, crop=0.75, generator=generator(), **options)
     assert float((7.5 * (levels + 1) - found).abs().max()) < 0.5 + close  # rounded to levels
-    again = augment(x, ends, crop=0.5, generator=generator(), **options)
-    assert torch.equal(7.5 * (again + 1), found)
 
 
 def test_the_ends_of_a_range_are_those_of_float32():

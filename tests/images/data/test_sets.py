@@ -1,11 +1,8 @@
 """Data sets are what their sources say, split into a training and a held-out part."""
 
-import bz2
 import gzip
 import pickle
 import struct
-from inspect import signature
-from itertools import product
 
 import numpy as np
 import pytest
@@ -16,7 +13,6 @@ from sklearn.datasets import load_digits
 
 from cldsde.images import data as sets
 from cldsde.images.data import channel_statistics, digits, fashion_mnist, torchvision_set
-from cldsde.images.schema import checked_options
 from image_data import STEMS, cubic_weights, idx, random_bytes, save, whole, write_fashion
 from probes import generator
 from tolerances import rounding
@@ -38,23 +34,17 @@ def test_digits_are_scikit_learns_split_by_a_permutation():
 
 
 @pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        *[("held_out", x) for x in (-0.1, 1.5, float("nan"), float("inf"), "0.2", 1e-6, 1797)],
-        *[("seed", x) for x in (-1, 0.5)],
-    ],
+    ("key", "value"), [("held_out", -0.1), ("held_out", 1.5), ("held_out", 1e-6), ("seed", -1)]
 )
 def test_an_impossible_split_is_rejected(key, value):
     with pytest.raises(ValueError, match=key):
         digits(**{key: value})
 
 
-@pytest.mark.parametrize("zipped", [True, False])
-def test_idx_files_are_read_plain_and_compressed(tmp_path, zipped):
-    arrays = write_fashion(tmp_path, zipped=zipped)
+def test_compressed_idx_files_are_read(tmp_path):
+    arrays = write_fashion(tmp_path, zipped=True)
     for part, array in zip(fashion_mnist(path=str(tmp_path)), arrays, strict=True):
         assert_holds(part, *array)
-        assert part.classes == 10
         assert part.class_names[9] == "Ankle boot"
 
 
@@ -78,12 +68,7 @@ T10K_LABELS = f"{STEMS['t10k'][1]}.gz"
     ("name", "alter", "message"),
     [
         (TRAIN_IMAGES, lambda b: b"\0\0\x0d\x03" + b[4:], "must be an IDX file"),
-        (TRAIN_IMAGES, lambda b: b"\0\0\x08\x01" + b[4:], "must be an IDX file"),
-        (T10K_LABELS, lambda b: b"", "must be an IDX file"),
-        (TRAIN_IMAGES, lambda b: b[:4] + bytes(4) + b[8:16], "N ≥ 1 × 28 × 28 bytes; got 16 bytes"),
-        (T10K_LABELS, lambda b: b[:6], "got 6 bytes that begin"),
         (TRAIN_IMAGES, lambda b: b[:-1], "× 28 × 28 bytes; got 9423 bytes"),
-        (TRAIN_IMAGES, lambda b: b + b"\0", "× 28 × 28 bytes; got 9425 bytes"),
         (TRAIN_IMAGES, lambda b: idx(random_bytes(12, 27, 28)), "28 bytes; .* 0000000c 0000001b"),
         (TRAIN_IMAGES, None, "cannot be read: .*end-of-stream"),
     ],
@@ -97,32 +82,11 @@ def test_a_damaged_idx_file_is_named(tmp_path, name, alter, message):
         fashion_mnist(path=tmp_path)
 
 
-def test_no_byte_of_a_compressed_file_can_change_unnoticed(tmp_path):
-    write_fashion(tmp_path, zipped=True, counts=(2, 1))
-    content = (tmp_path / TRAIN_LABELS).read_bytes()
-    padded = len(content) - 9  # the last byte before checksum and size may have unused bits
-    for where, bit in product({*range(10, len(content))} - {padded}, (0, 7)):
-        changed = bytearray(content)
-        changed[where] ^= 1 << bit
-        (tmp_path / TRAIN_LABELS).write_bytes(changed)
-        with pytest.raises(ValueError, match=TRAIN_LABELS):
-            fashion_mnist(path=tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("name", "size", "error", "message"),
-    [
-        ("", 28, FileNotFoundError, "neither train-labels-idx1-ubyte nor"),
-        ("nowhere", 28, FileNotFoundError, r"path must be a folder; got .*nowhere"),
-        (TRAIN_IMAGES, 28, FileNotFoundError, "path must be a folder"),
-        ("nowhere", 64, ValueError, "size: must be 16, 28 or 32; got 64"),
-    ],
-)
-def test_other_files_and_sizes_are_rejected(tmp_path, name, size, error, message):
+def test_a_missing_file_is_named(tmp_path):
     write_fashion(tmp_path, zipped=True)
     (tmp_path / TRAIN_LABELS).unlink()
-    with pytest.raises(error, match=message):
-        fashion_mnist(path=tmp_path / name, size=size)
+    with pytest.raises(FileNotFoundError, match="neither train-labels-idx1-ubyte nor"):
+        fashion_mnist(path=tmp_path)
 
 
 def test_fashion_mnist_is_found_by_the_environment(tmp_path, monkeypatch):
@@ -166,47 +130,28 @@ def test_torchvisions_idx_files_are_the_same_images(tmp_path):
     own = fashion_mnist(path=tmp_path / "FashionMNIST" / "raw")
     for part, same, array in zip(data, own, arrays, strict=True):
         assert_holds(part, *array)
+        assert_holds(same, *array)
         assert part.class_names == same.class_names
 
 
-def source_of(monkeypatch, name, root):
-    """A data set of torchvision whose files need no published checksum, and their folder."""
-    source = getattr(torchvision.datasets, name)
-    for part in ("train_list", "test_list"):
-        monkeypatch.setattr(source, part, [[name, None] for name, _ in getattr(source, part)])
-    (root / source.base_folder).mkdir()
-    return source, root / source.base_folder
-
-
 def test_cifar10s_pickles_are_read_as_torchvision_shows_them(tmp_path, monkeypatch):
-    source, folder = source_of(monkeypatch, "CIFAR10", tmp_path)
+    source = torchvision.datasets.CIFAR10
+    folder = tmp_path / source.base_folder
+    folder.mkdir()
+    meta = {"label_names": [f"class {i}" for i in range(10)]}
+    (folder / "batches.meta").write_bytes(pickle.dumps(meta))
     for seed, (name, _) in enumerate(source.train_list + source.test_list):
         labels = random_bytes(3, levels=10, seed=seed).tolist()
         content = {"data": random_bytes(3, 3072, seed=seed), "labels": labels}
         (folder / name).write_bytes(pickle.dumps(content))
-    meta = {"label_names": [f"class {i}" for i in range(10)]}
-    (folder / "batches.meta").write_bytes(pickle.dumps(meta))
+    monkeypatch.setattr(source, "_check_integrity", lambda _: True)
     monkeypatch.setattr(source, "meta", {**source.meta, "md5": None})
-
     data = torchvision_set(name="CIFAR10", path=str(tmp_path))
     assert (len(data.train), len(data.held_out)) == (15, 3)
     assert data.train.class_names == tuple(meta["label_names"])
-    for part, train in ((data.train, True), (data.held_out, False)):
-        pictures, labels = zip(*source(str(tmp_path), train=train), strict=True)
-        assert np.array_equal(whole(part).numpy(), np.stack(pictures).transpose(0, 3, 1, 2))
-        assert part.labels.tolist() == list(labels)
-
-
-def test_stl10_keeps_channels_first_and_labels_from_zero(tmp_path, monkeypatch):
-    source, folder = source_of(monkeypatch, "STL10", tmp_path)
-    for name, _ in source.train_list + source.test_list:
-        size = (2,) if name.endswith("y.bin") else (2, 3, 96, 96)
-        pixels = random_bytes(*size, levels=9) + 1
-        (folder / name).write_bytes(pixels.tobytes())
-    data = torchvision_set(name="STL10", path=tmp_path)
-    stored = np.fromfile(folder / "train_X.bin", np.uint8).reshape(2, 3, 96, 96)  # by columns
-    assert np.array_equal(whole(data.train).numpy(), stored.swapaxes(2, 3))
-    assert np.array_equal(data.train.labels + 1, np.fromfile(folder / "train_y.bin", np.uint8))
+    pictures, labels = zip(*source(str(tmp_path)), strict=True)
+    assert np.array_equal(whole(data.train).numpy(), np.stack(pictures).transpose(0, 3, 1, 2))
+    assert data.train.labels.tolist() == list(labels)
 
 
 def test_svhns_ten_is_zero(tmp_path, monkeypatch):
@@ -234,30 +179,10 @@ def test_of_qmnists_labels_the_class_is_kept(tmp_path):
     assert_holds(train, random_bytes(4, 28, 28), details[:, 0])
 
 
-def test_usps_is_read_from_its_text(tmp_path):
-    line = "10 " + " ".join(f"{i + 1}:{-1 if i % 2 else 1}" for i in range(256)) + "\n"
-    for name in ("usps.bz2", "usps.t.bz2"):
-        (tmp_path / name).write_bytes(bz2.compress(line.encode()))
-    held_out = torchvision_set(name="USPS", path=tmp_path).held_out
-    assert whole(held_out).flatten().tolist() == [255, 0] * 128
-    assert held_out.labels.tolist() == [9]
-
-
-@pytest.mark.parametrize("name", ["CIFAR10", "CIFAR100", "MNIST", "SVHN", "STL10", "USPS"])
-def test_a_missing_set_names_folder_and_option(tmp_path, name):
-    with pytest.raises(FileNotFoundError, match=f"{name} is not in {tmp_path}.*download=True"):
-        torchvision_set(name=name, path=tmp_path)
+def test_a_missing_set_names_folder_and_option(tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"CIFAR10 is not in {tmp_path}.*download=True"):
+        torchvision_set(name="CIFAR10", path=tmp_path)
     assert not list(tmp_path.iterdir())
-
-
-def test_cut_files_and_unknown_sets_are_named(tmp_path):
-    write_fashion(tmp_path / "MNIST" / "raw", zipped=False)
-    file = tmp_path / "MNIST" / "raw" / STEMS["train"][0]
-    file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(FileNotFoundError, match=r"MNIST is not in .* or is damaged there"):
-        torchvision_set(name="MNIST", path=tmp_path)
-    with pytest.raises(ValueError, match=r"name: must be 'CIFAR10', .* or 'USPS'; got 'ImageNet'"):
-        torchvision_set(name="ImageNet", path=tmp_path)
 
 
 def test_a_folder_is_split_at_random(tmp_path):
@@ -269,12 +194,3 @@ def test_a_folder_is_split_at_random(tmp_path):
         assert torch.equal(whole(part)[:, 0, 0, 0].long(), rows)
         assert torch.equal(part.labels, rows // 5)
         assert part.classes == 2
-
-
-@pytest.mark.parametrize("make", sets.DATA_SETS.values(), ids=sets.DATA_SETS)
-def test_every_data_set_becomes_options_of_a_configuration(make):
-    given = {"path": "folder", "size": 32, "name": "MNIST"}
-    makes = (getattr(make, "options_of", make), make)
-    parameters = [p for one in makes for p in signature(one).parameters.values()]
-    options = {p.name: given.get(p.name, p.default) for p in parameters if p.kind != p.VAR_KEYWORD}
-    assert checked_options(make, options) == options

@@ -1,80 +1,56 @@
 """Fréchet distances: the closed form, statistics by batches, and any features."""
 
 import json
-from unittest import mock
 
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
 
-from cldsde.images.evaluate import FeatureStatistics, frechet, frechet_of
-from cldsde.images.evaluate.distances import images_sha256
+from cldsde.images.evaluate import (
+    FeatureStatistics,
+    frechet,
+    frechet_distance,
+    frechet_of,
+    load_features,
+)
+from cldsde.images.evaluate.distances import check_features, feature_name, images_sha256
 from image_data import noise
 
 ROUNDING = 1e-12  # sums of some hundred numbers in float64, and roots of well-conditioned matrices
 
 
-def frechet_distance(first: torch.Tensor, second: torch.Tensor) -> float:
-    """Distance between Gaussians fitted to features."""
-    both = first, second
-    return frechet_of(*(FeatureStatistics(x.mean(0), x.T.cov(), len(x), "", "") for x in both))
-
-
-def samples_with_moments(mean: list[float], covariance: list[list[float]]) -> torch.Tensor:
-    """Points whose sample mean and covariance are exactly the given ones, up to rounding."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(50, len(mean), generator=generator, dtype=torch.float64)
-    x = x - x.mean(0)
-    white = torch.linalg.solve_triangular(torch.linalg.cholesky(torch.cov(x.T)), x.T, upper=False)
-    root = torch.linalg.cholesky(torch.tensor(covariance, dtype=torch.float64))
-    return (root @ white).T + torch.tensor(mean, dtype=torch.float64)
-
-
 def test_distance_of_gaussians_has_the_closed_form():
-    first = samples_with_moments([0.0, 1.0], [[4.0, 0.0], [0.0, 1.0]])
-    second = samples_with_moments([3.0, 1.0], [[1.0, 0.0], [0.0, 9.0]])
-    # |m₁ − m₂|² + Σ (σ₁ − σ₂)² = 9 + 1 + 4.
-    assert frechet_distance(first, second) == pytest.approx(14.0, rel=ROUNDING, abs=0)
-    a, b = [[2.0, 0.5], [0.5, 1.0]], [[1.0, -0.3], [-0.3, 3.0]]
-    # tr √(AB) of a 2×2 product is √(tr AB + 2 √det AB).
-    A, B = torch.tensor(a, dtype=torch.float64), torch.tensor(b, dtype=torch.float64)
-    overlap = ((A @ B).trace() + 2 * (A.det() * B.det()).sqrt()).sqrt()
-    expected = float(A.trace() + B.trace() - 2 * overlap)
-    first, second = (samples_with_moments([0.0, 0.0], covariance) for covariance in (a, b))
-    assert frechet_distance(first, second) == pytest.approx(expected, rel=ROUNDING, abs=0)
-    assert frechet_distance(second, first) == pytest.approx(expected, rel=ROUNDING, abs=0)
-    # The root loses half of the digits if a covariance is nearly singular; here it is not.
-    assert frechet_distance(first, first) == pytest.approx(0.0, abs=ROUNDING)
+    cross = torch.tensor([[1.0, 0], [-1, 0], [0, 1], [0, -1]], dtype=torch.float64)
+    first, second = (cross @ torch.tensor(x, dtype=torch.float64).diag() for x in ([2, 1], [1, 3]))
+    # |m₁ − m₂|² + Σ (σ₁ − σ₂)²; the covariance of the cross is 2/3 of the identity.
+    expected = 9 + 2 / 3 * (1 + 4)
+    assert frechet_distance(first, second + 3 * cross[0]) == pytest.approx(
+        expected, rel=ROUNDING, abs=0
+    )
 
 
 def flat(images):
     return images.flatten(1).double() / 10
 
 
-def offset(images):
-    """Features with a large mean and a small spread, for which naive sums cancel."""
-    return images.flatten(1).double() + 1e6
-
-
-@pytest.mark.parametrize(("batch", "features"), [(1, flat), (7, offset), (64, flat), (999, offset)])
-def test_streaming_statistics_equal_direct_ones(batch, features):
+@pytest.mark.parametrize(("batch", "shift"), [(1, 0), (7, 1e5), (64, 0), (999, 1e5)])
+def test_streaming_statistics_equal_direct_ones(batch, shift):
+    """Also of features with a large mean and a small spread, for which naive sums cancel."""
     images = noise(150, 0)
-    found = FeatureStatistics.of(images, features, batch=batch)
-    x = flat(images) if features is flat else images.flatten(1).double()
-    mean = x.mean(0) if features is flat else x.mean(0) + 1e6
-    assert torch.allclose(found.mean, mean, rtol=ROUNDING, atol=0)
-    # Means of 1e6 are known to 1e-10 only, an error that comes into the covariance squared; the
-    # centred values carry it to first order, 1e-10 against a spread of 74.
+    found = FeatureStatistics.of(images, lambda x: flat(x) + shift, batch=batch)
+    x = flat(images)
+    assert torch.allclose(found.mean, x.mean(0) + shift, rtol=ROUNDING, atol=0)
+    # Means of 1e5 are known to 1e-11 only, an error that comes into the covariance squared; the
+    # centred values carry it to first order, 1e-11 against a spread of 7.4.
     scale = float(torch.cov(x.T).diagonal().max())
-    tolerance = ROUNDING if features is flat else 10 * ROUNDING
+    tolerance = 10 * ROUNDING if shift else ROUNDING
     assert torch.allclose(found.covariance, torch.cov(x.T), rtol=0, atol=tolerance * scale)
     assert found.count == 150
 
 
-@pytest.mark.parametrize("top", [256, 100])
-def test_distance_equals_the_square_root_of_the_product(top):
-    first, second = noise(120, 0), noise(90, 1, top=top)
+def test_distance_equals_the_square_root_of_the_product():
+    first, second = noise(120, 0), noise(90, 1, top=100)
     a, b = flat(first).numpy(), flat(second).numpy()
     cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
     root = scipy.linalg.sqrtm(cov_a @ cov_b)
@@ -97,33 +73,29 @@ def test_result_holds_its_conditions():
     assert set(found["versions"]) == {"cldsde", "torch"}
 
 
-def test_hash_of_images_knows_their_shape_and_bytes():
-    images = noise(5000, 0, (1, 2, 2))
-    assert images_sha256(images) == images_sha256(images.clone())
-    assert images_sha256(images) != images_sha256(images.reshape(5000, 1, 1, 4))
-    changed = images.clone()
-    changed[-1, 0, 1, 1] ^= 1
-    assert images_sha256(images) != images_sha256(changed)
-    # Views with other strides hold the same images.
-    assert images_sha256(images.mT.contiguous().mT) == images_sha256(images)
-
-
 def test_statistics_serve_as_a_reference_in_the_same_features_only():
+    def halved(images):
+        return flat(images) / 2
+
     first, second = noise(40, 0), noise(50, 1)
     statistics = FeatureStatistics.of(second, flat)
     assert frechet(first, statistics, flat) == frechet(first, second, flat)
-    with pytest.raises(ValueError, match=r"reference: must be in the features .*offset.*flat"):
-        frechet(first, statistics, offset)
+    with pytest.raises(ValueError, match=r"reference: must be in the features .*halved.*flat"):
+        frechet(first, statistics, halved)
     with pytest.raises(ValueError, match="of the same features"):
-        frechet_of(statistics, FeatureStatistics.of(first, offset))
+        frechet_of(statistics, FeatureStatistics.of(first, halved))
+    with pytest.raises(ValueError, match="reference must have the shape of images"):
+        frechet(first, noise(5, 0, (1, 5, 4)), flat)
 
 
 @pytest.mark.parametrize(
     ("features", "error", "message"),
     [
-        (lambda x: x.flatten(1), ValueError, "floating-point numbers.*uint8"),
-        (lambda x: x.float().flatten(1)[1:], ValueError, "one row per image"),
+        (lambda x: x.flatten(1), TypeError, "floating-point tensor.*uint8"),
+        (lambda x: x.float()[1:].flatten(1), ValueError, "one row per image"),
         (lambda x: x.float().flatten(1) / 0, ValueError, "finite"),
+        (lambda x: torch.ones(len(x), len(x)), ValueError, "as many features for each batch"),
+        (torch.nn.Identity, TypeError, "features must be a callable"),
     ],
 )
 def test_networks_that_return_something_else_are_rejected(features, error, message):
@@ -131,17 +103,27 @@ def test_networks_that_return_something_else_are_rejected(features, error, messa
         frechet(noise(5, 0), noise(5, 1), features, batch=3)
 
 
+def test_feature_networks_are_found_by_their_names():
+    assert load_features("torch:flatten") is torch.flatten
+    network = load_features("torch.nn:PReLU")
+    assert feature_name(network) == "torch.nn.modules.activation:PReLU"
+    assert not network.training
+    assert not network.weight.requires_grad
+
+
 @pytest.mark.parametrize(
-    ("images", "reference", "batch", "message"),
+    ("name", "message"),
     [
-        (noise(1, 0), noise(5, 0), 8, "images must hold at least 2 images; got 1"),
-        (noise(5, 0), noise(1, 0), 8, "reference must hold at least 2 images; got 1"),
-        (noise(5, 0), noise(5, 0, (1, 5, 4)), 8, "reference must have the shape of images"),
-        (noise(5, 0), noise(5, 0), 0, "batch: must be .* 1"),
+        ("torch:flat", "has no attribute 'flat'"),
+        ("torch:pi", "must be callable.*is float"),
+        ("torch.nn:Linear", "made without arguments.*in_features"),
     ],
 )
-def test_images_that_do_not_fit_are_rejected_before_any_work(images, reference, batch, message):
-    network = mock.Mock()
+def test_names_of_no_feature_network_are_rejected(name, message):
     with pytest.raises(ValueError, match=message):
-        frechet(images, reference, network, batch=batch)
-    network.assert_not_called()
+        load_features(name)
+
+
+def test_a_function_that_returns_no_features_is_rejected():
+    with pytest.raises(ValueError, match=r"fails for images \(5, 1, 4, 4\) \(TypeError: features"):
+        check_features(torch.flatten, noise(5, 0))

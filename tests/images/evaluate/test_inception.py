@@ -1,8 +1,5 @@
 """Metrics in the features of Inception: their values, and the files that they read."""
 
-import json
-import pickle
-import socket
 import sys
 from unittest import mock
 
@@ -10,9 +7,7 @@ import pytest
 import torch
 
 from cldsde.images.evaluate import inception_metrics
-from cldsde.images.evaluate.distances import images_sha256
 from cldsde.images.evaluate.inception import INCEPTION_FILE
-from cldsde.images.tensor_files import load_tensors
 from image_data import noise
 from tolerances import EPS32, rounding
 
@@ -42,13 +37,6 @@ def inception(tmp_path_factory):
     return file
 
 
-@pytest.fixture
-def offline(monkeypatch):
-    network = mock.Mock(side_effect=AssertionError("the network was used"))
-    for name in ("socket", "create_connection", "getaddrinfo"):
-        monkeypatch.setattr(socket, name, network)
-
-
 def own_features(file, images):
     from torch_fidelity import FeatureExtractorInceptionV3
 
@@ -57,22 +45,11 @@ def own_features(file, images):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("offline")
-def test_kid_and_precision_equal_those_of_the_same_features(inception, tmp_path, capfd):
+def test_kid_and_precision_equal_those_of_the_same_features(inception):
     images, reference = noise(5, 0, (1, 8, 8)), noise(5, 1, (1, 8, 8), top=128)
-    random_state = torch.get_rng_state()
     arguments = {"metrics": ["kid", "prc"], "kid_subsets": 2, "kid_subset_size": 5, "batch": 4}
-    found = inception_metrics(images, reference, inception, cache=tmp_path, seed=3, **arguments)
-    assert torch.equal(torch.get_rng_state(), random_state)
-    assert capfd.readouterr() == ("", "")
+    found = inception_metrics(images, reference, inception, seed=3, **arguments)
     x, y = own_features(inception, torch.cat([images, reference])).double().split(5)
-    # The cache holds the features of the reference; rounding of single precision in other batches.
-    [kept] = tmp_path.iterdir()
-    assert kept.name.startswith(images_sha256(reference)[:32])
-    tensors, _ = load_tensors(kept, "a set of images in the features of Inception")
-    close = {"rtol": INCEPTION, "atol": INCEPTION}
-    torch.testing.assert_close(tensors["rows"][:, :2048].double(), y, **close)
-    torch.testing.assert_close(tensors["mean"], y.mean(0), **close)
     numbers = {name: entry["value"] for name, entry in found["metrics"].items()}
     assert set(numbers) == {"kid", "precision", "recall", "f_score"}
     # All images are in each subset, so that KID is the unbiased estimate itself, in float32.
@@ -85,12 +62,10 @@ def test_kid_and_precision_equal_those_of_the_same_features(inception, tmp_path,
     reach = torch.cdist(y, y).kthvalue(4).values
     precision = float((torch.cdist(x, y) <= reach).any(1).double().mean())
     assert numbers["precision"] == pytest.approx(precision, rel=EPS32, abs=0)
-    assert (found["samples"], found["reference_samples"]) == (5, 5)
     assert not found["weights"]["published"]
     # Both subsets hold all images: their estimates differ by the order of float32 sums.
     assert found["metrics"]["kid"]["spread"] == pytest.approx(0.0, abs=4 * EPS32)
     assert found["metrics"]["kid"]["spread_is"] == "standard deviation over 2 subsets of 5"
-    json.dumps(found)
 
 
 @pytest.mark.slow
@@ -110,50 +85,25 @@ def test_fid_and_inception_score_equal_those_of_the_same_features(inception):
     assert found["metrics"]["fid"]["spread"] is None
     # Ten splits of one image each.
     assert found["metrics"]["isc"]["value"] == pytest.approx(1.0, rel=4 * EPS32, abs=0)
-    same = inception_metrics(images, images, inception, metrics=["fid"])
-    assert same["metrics"]["fid"]["value"] == pytest.approx(0.0, abs=roots)
 
 
-class Bomb:
-    """Ends the process if it is unpickled."""
-
-    def __reduce__(self):
-        return (exit, (3,))
-
-
-@pytest.mark.usefixtures("offline")
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "is damaged or has other weights"),
-        (b"<html>404</html>", "is damaged or has other weights"),
-        (pickle.dumps(Bomb(), protocol=2), "is damaged or has other weights"),
-        ({"fc.weight": Bomb()}, "is damaged or has other weights"),
-        ([torch.zeros(1)], "got <class 'list'>"),
-        ({"weight": torch.zeros(1)}, "has other weights"),
+        ({"fc.weight": print}, "damaged, or holds other things"),
+        ([torch.zeros(1)], "dictionary of tensors; got list"),
+        ({"weight": torch.zeros(1)}, "names or shapes.*Missing key"),
+        ({"weight": torch.full((1,), torch.nan)}, "NaN or infinity"),
     ],
 )
 def test_other_files_than_weights_are_rejected_by_name(content, message, tmp_path):
     file = tmp_path / "mine.pth"
-    file.write_bytes(content) if isinstance(content, bytes) else torch.save(content, file)
+    torch.save(content, file)
     images = noise(10, 0, (1, 8, 8))
     with pytest.raises(ValueError, match=rf"mine\.pth .*{message}"):
         inception_metrics(images, images, file, metrics=["fid"])
 
 
-@pytest.mark.slow
-def test_truncated_weights_and_weights_of_another_shape_are_rejected(inception, tmp_path):
-    file, images = tmp_path / "mine.pth", noise(10, 0, (1, 8, 8))
-    file.write_bytes(inception.read_bytes()[:1_000_000])
-    with pytest.raises(ValueError, match="is damaged or has other weights"):
-        inception_metrics(images, images, file, metrics=["fid"])
-    weights = torch.load(inception, weights_only=True)
-    torch.save({**weights, "fc.bias": torch.zeros(1000)}, file)
-    with pytest.raises(ValueError, match="has other weights"):
-        inception_metrics(images, images, file, metrics=["fid"])
-
-
-@pytest.mark.usefixtures("offline")
 def test_missing_weights_or_libraries_are_asked_for_and_not_fetched(tmp_path, monkeypatch):
     pytest.importorskip("torch_fidelity")
     images, file = noise(10, 0, (1, 8, 8)), tmp_path / "absent.pth"
@@ -163,25 +113,3 @@ def test_missing_weights_or_libraries_are_asked_for_and_not_fetched(tmp_path, mo
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
     with pytest.raises(ImportError, match="torch_fidelity"):
         inception_metrics(images, images, file, metrics=["fid"])
-
-
-TWO_CHANNELS = noise(10, 0, (2, 4, 4))
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"metrics": []}, "metrics: must"),
-        ({"metrics": ["kid"]}, "metrics: kid needs at least 1000 images; got 1"),
-        ({"images": TWO_CHANNELS}, "reference must have the shape of images"),
-        (
-            {"images": TWO_CHANNELS, "reference": TWO_CHANNELS},
-            "images must have 1 or 3 channels of uint8; got 2",
-        ),
-        ({"seed": 2**32}, "seed: must be"),
-    ],
-)
-def test_wrong_arguments_are_rejected_before_the_weights_are_read(changes, message, tmp_path):
-    arguments = {"images": noise(10, 0), "reference": noise(10, 1), "metrics": ["fid"]}
-    with pytest.raises(ValueError, match=message):
-        inception_metrics(weights=tmp_path / "absent.pth", **{**arguments, **changes})

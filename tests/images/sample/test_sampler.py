@@ -2,12 +2,8 @@
 
 import dataclasses
 import errno
-import itertools
 import json
 import os
-import threading
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -23,10 +19,9 @@ from cldsde.images.config import SamplingConfig
 from cldsde.images.model import KIND, MODEL, ImageSpace, load_model, model_notes
 from cldsde.images.runs import RunFolder
 from cldsde.images.sample import outputs
-from cldsde.images.sample.outputs import SampleRequest, alone, check_output, draw_to
+from cldsde.images.sample.outputs import SampleRequest, check_output, draw_to
 from cldsde.images.sample.sampler import (
     ImageSampler,
-    ahead,
     changed_recipe,
     chosen_for,
     make_plan,
@@ -85,24 +80,6 @@ def test_an_image_depends_on_its_seed_alone():
     assert not torch.equal(together[0], together[1])
 
 
-def test_inputs_are_made_one_ahead_in_their_order():
-    made = []
-    for used, item in enumerate(ahead(lambda i: made.append(i) or 2 * i, range(5))):
-        assert item == 2 * used
-        assert len(made) <= used + 2
-    assert made == list(range(5))
-    with pytest.raises(ZeroDivisionError):
-        list(ahead(lambda i: 1 / i, [1, 0]))
-
-
-@pytest.mark.parametrize("label", [None, "all"])
-def test_tables_are_computed_once_for_all_batches(request_of, tmp_path, monkeypatch, label):
-    made, prepare = [], solvers.SSCS.prepare
-    monkeypatch.setattr(solvers.SSCS, "prepare", lambda *a: made.append(1) or prepare(*a))
-    draw_to(tmp_path / "x.npz", request_of(6, label=label))
-    assert len(made) == 1
-
-
 def test_a_solve_that_fails_raises_and_does_not_warn():
     with pytest.raises(FloatingPointError, match="sscs failed: the state is not finite"):
         ImageSampler(PixelScore(CLD(), torch.inf), SPACE, FIXED).sample(range(2))
@@ -113,8 +90,10 @@ def test_a_solve_that_fails_raises_and_does_not_warn():
 @pytest.mark.parametrize(
     ("name", "nfe"),
     [
-        *[("euler-maruyama", 5), ("sscs", 12), ("stochastic-heun", 12), ("stochastic-heun", 13)],
-        *[("splitting-obab", 12), ("torchdiffeq-rk4", 15)],
+        ("euler-maruyama", 5),
+        ("stochastic-heun", 12),
+        ("stochastic-heun", 13),
+        ("torchdiffeq-rk4", 15),
     ],
 )
 def test_budgets_are_used_and_not_exceeded(name, nfe):
@@ -122,12 +101,7 @@ def test_budgets_are_used_and_not_exceeded(name, nfe):
     process, solver = ReverseProcess(CLD(), PixelScore(CLD())), make_solver(sampling)
     times = make_plan(process.score, sampling)[0].times
     found = solvers.solve(process, solver, torch.zeros(1, 2, 3, 4, 4), times, denoise=True)
-    assert found.nfev <= nfe
-    longer = dataclasses.replace(sampling, nfe=nfe + solver.facts.nfe_per_step)
-    assert len(make_plan(process.score, longer)[0].times) == len(times) + 1
-    if solver.facts.nfe_per_step > 1:
-        with pytest.raises(ValueError, match="nfe: 2 evaluations are too few"):
-            make_plan(process.score, dataclasses.replace(sampling, nfe=2))
+    assert nfe - solver.facts.nfe_per_step < found.nfev <= nfe
 
 
 def test_models_of_dequantised_levels_return_the_levels():
@@ -146,31 +120,20 @@ def test_evaluations_of_adaptive_solvers_are_counted_per_image():
     together, apart = (
         ImageSampler(PixelScore(VPSDE()), SPACE, sampling, batch=n).sample(range(6)) for n in (6, 4)
     )
-    assert together.evaluations.dtype == torch.int64
     assert torch.equal(together.evaluations, apart.evaluations)
     assert (together.evaluations > 6).all()
 
 
-def test_options_of_solvers_and_of_their_parts_are_passed_on_or_rejected():
-    def made(name, **options):
-        return make_solver(SamplingConfig(solver=name, options=options))
+def test_options_of_parts_of_solvers_are_passed_on_or_rejected():
+    def made(**options):
+        return make_solver(SamplingConfig(solver="predictor-corrector", options=options))
 
-    corrector = solvers.Langevin(snr=0.1)
-    own = solvers.PredictorCorrector(solvers.ReverseDiffusion(), corrector)
-    assert made("predictor-corrector", corrector={"snr": 0.1}) == own
-    assert made("multistep-2", stochasticity=0.5).stochasticity == 0.5
-    for name, options, message in (
-        ("sscz", {}, "one of"),
-        ("sscs", {"rtl": 0.5}, r"options\.rtl: unknown key .*score_step"),
-        ("predictor-corrector", {"corrector": {"snrr": 1}}, r"corrector\.snrr: unknown key; did y"),
-        ("predictor-corrector", {"corrector": {"snr": -1.0}}, r"corrector: snr must be finite and"),
-        *(
-            ("multistep-2", {"stochasticity": x}, r"options\.stochasticity: must be .*number")
-            for x in ("a lot", [1.0], None)
-        ),
-    ):
-        with pytest.raises(ValueError, match=message):
-            made(name, **options)
+    own = solvers.PredictorCorrector(solvers.ReverseDiffusion(), solvers.Langevin(snr=0.1))
+    assert made(corrector={"snr": 0.1}) == own
+    with pytest.raises(ValueError, match=r"corrector\.snrr: unknown key; did you mean snr"):
+        made(corrector={"snrr": 1})
+    with pytest.raises(ValueError, match="corrector: snr must be finite and"):
+        made(corrector={"snr": -1.0})
 
 
 def test_classes_of_all_images_and_of_each(run, request_of, tmp_path):
@@ -179,9 +142,7 @@ def test_classes_of_all_images_and_of_each(run, request_of, tmp_path):
     assert found["labels"].tolist() == [0, 1, 2, 0, 1]
     assert found["seeds"].tolist() == list(range(5))
     space = dataclasses.replace(run.space, always_classes=True)
-    always = ImageSampler(run.score, space, FIXED, batch=2)
-    assert always.batches(range(5)) == [(0, [0, 3]), (1, [1, 4]), (2, [2])]
-    unnamed = always.sample(range(5))
+    unnamed = ImageSampler(run.score, space, FIXED, batch=2).sample(range(5))
     assert unnamed.evaluations.tolist() == [FIXED.nfe] * 5
     for label in (0, 2):
         guided = ImageSampler.of(run, FIXED, label=label, guidance=2).sample(range(5)).images
@@ -189,38 +150,24 @@ def test_classes_of_all_images_and_of_each(run, request_of, tmp_path):
         assert np.array_equal(guided[label::3].movedim(1, -1), found["images"][label::3])
         assert torch.equal(own[label::3], unnamed.images[label::3])
     assert [space.label(x) for x in ("stripe", "1", 2, "7")] == [1, 1, 2, 2]
-    with pytest.raises(SettingError, match="must be 'all', a number from 0 to 2"):
-        space.label("²")
 
 
-def test_a_run_is_described_in_a_line_and_kept_from_diffusers_if_it_has_classes(labelled_run):
-    run = Run.load(labelled_run)
-    assert repr(run).startswith("Run(space=ImageSpace(shape=(3, 4, 4), ")
-    assert "\n" not in repr(run)
-    with pytest.raises(SettingError, match=r"network\.conditional: must be False for a pipeline"):
-        run.to_diffusers("nowhere")
-
-
-def test_an_interrupted_request_resumes_and_other_settings_start_again(
-    request_of, tmp_path, monkeypatch
-):
+def test_an_interrupted_request_resumes(request_of, tmp_path, monkeypatch):
     out, drawn, draw = tmp_path / "x.npz", [], ImageSampler.draw
-    request = request_of(9)
-    draw_to(tmp_path / "whole.npz", request)
+    draw_to(tmp_path / "whole.npz", request_of(9))
 
     def interrupted(self, seeds, *arguments):
-        if len(drawn) == 2:
-            raise KeyboardInterrupt
         drawn.append(seeds)
+        if len(drawn) == 3:
+            raise KeyboardInterrupt
         return draw(self, seeds, *arguments)
 
     monkeypatch.setattr(ImageSampler, "draw", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        draw_to(out, request)
+        draw_to(out, request_of(9))
     assert not out.exists()
-    monkeypatch.setattr(ImageSampler, "draw", lambda *a: drawn.append(a[1]) or draw(*a))
-    draw_to(out, request)
-    assert drawn[2:] == [[4, 5], [6, 7], [8]]
+    draw_to(out, request_of(9))
+    assert drawn[3:] == [[4, 5], [6, 7], [8]]
     assert out.read_bytes() == (tmp_path / "whole.npz").read_bytes()
     assert names(tmp_path) == {"x.npz", "whole.npz"}
 
@@ -228,29 +175,26 @@ def test_an_interrupted_request_resumes_and_other_settings_start_again(
 def test_finished_samples_outlast_another_batch_and_are_deleted_only_on_request(
     request_of, tmp_path, monkeypatch
 ):
-    out, drawn, draw = tmp_path / "x.npz", [], ImageSampler.draw
-    monkeypatch.setattr(ImageSampler, "draw", lambda *a: drawn.append(a[1]) or draw(*a))
+    out = tmp_path / "x.npz"
     with monkeypatch.context() as patch:
         patch.setattr(outputs, "_gather", mock.Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             draw_to(out, request_of(4, label="all"))
-    [part, *_] = tmp_path.glob("x.npz.parts-*/*.npy")
     for changes in ({"sampling": MERGED}, {"label": 0}, {"count": 5}):
         with pytest.raises(SettingError, match=r"out: .*holds finished samples for .*overwrite"):
             check_output(out, request_of(**{"count": 4, "label": "all", **changes}))
     check_output(out, request_of(4), overwrite=True)
     other = request_of(4, label="all", batch=4)
     check_output(out, other)
-    content, drawn[:] = part.read_bytes(), []
+    monkeypatch.setattr(ImageSampler, "draw", mock.Mock(side_effect=AssertionError("sampled")))
+    [part, *_] = tmp_path.glob("x.npz.parts-*/*.npy")
+    content = part.read_bytes()
     part.write_bytes(b"")
     with pytest.raises(ValueError, match=rf"{part.name} is damaged .*; delete it to have"):
         draw_to(out, other)
     part.write_bytes(content)
     draw_to(out, other)
-    assert drawn == []
-    found = np.load(out)
-    assert found["seeds"].tolist() == [0, 1, 2, 3]
-    assert found["labels"].tolist() == [0, 1, 2, 0]
+    assert np.load(out)["labels"].tolist() == [0, 1, 2, 0]
 
 
 @pytest.mark.parametrize("name", ["x.npz", "x.png", "x"])
@@ -276,27 +220,14 @@ def test_links_to_nothing_and_pipes_are_rejected(request_of, tmp_path):
     assert names(tmp_path) == {"x.npz", "y.npz"}
 
 
-def test_processes_share_the_work(request_of, tmp_path, monkeypatch):
-    request, ranks, barrier = request_of(7), itertools.count(), threading.Barrier(2, timeout=60)
-    draw_to(tmp_path / "one", request)
-    monkeypatch.setattr(outputs, "place", lambda: (next(ranks), 2))
-    monkeypatch.setattr(outputs, "of_each", lambda own: barrier.wait())
-    with ThreadPoolExecutor(2) as pool:
-        for done in [pool.submit(draw_to, tmp_path / "two", request) for _ in range(2)]:
-            done.result()
-    for file in (tmp_path / "one").iterdir():
-        assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
-
-
 def test_two_calls_do_not_write_to_one_place_at_a_time(request_of, tmp_path, monkeypatch):
     out, draw, drawn = tmp_path / "x.npz", ImageSampler.draw, []
 
     def meanwhile(self, seeds, label, start):
         drawn.append(seeds)
         if len(drawn) == 1:
-            for other in (request_of(3), request_of(5)):
-                with pytest.raises(ValueError, match=r"x\.npz is being written by another process"):
-                    draw_to(out, other)
+            with pytest.raises(ValueError, match=r"x\.npz is being written by another process"):
+                draw_to(out, request_of(5))
             draw_to(tmp_path / "y.npz", request_of(1))
         return draw(self, seeds, label, start)
 
@@ -305,8 +236,6 @@ def test_two_calls_do_not_write_to_one_place_at_a_time(request_of, tmp_path, mon
     assert drawn == [[0, 1], [0], [2]]
     assert len(np.load(out)["images"]) == 3
     assert names(tmp_path) == {"x.npz", "y.npz"}
-    with alone(out), pytest.raises(ValueError, match="is being written"), alone(out):
-        pass
 
 
 def test_a_folder_holds_the_pictures_of_one_request_after_any_interruption(
@@ -337,25 +266,18 @@ def test_a_folder_holds_the_pictures_of_one_request_after_any_interruption(
 
 
 @pytest.mark.parametrize(
-    ("out", "file"),
+    ("out", "owner", "call", "file"),
     [
-        ("x.npz", r"x\.npz\.parts-\w+/0000000000\.npy"),
-        ("x.png", r"x\.png"),
-        ("x", r"x\.parts-\w+/\.partial-whole/0\.png"),
+        ("x.npz", os, "fsync", r"x\.npz\.parts-\w+/0000000000\.npy"),
+        ("x", Image.Image, "save", r"x\.parts-\w+/\.partial-whole/0\.png"),
     ],
 )
-def test_a_full_disk_is_reported_with_the_file(request_of, tmp_path, monkeypatch, out, file):
-    def full(write):
-        def written(*arguments, **options):
-            if arguments[-1].suffix == Path(file).suffix:
-                raise OSError(errno.ENOSPC, "No space left on device")
-            return write(*arguments, **options)
-
-        return written
-
+def test_a_full_disk_is_reported_with_the_file(
+    request_of, tmp_path, monkeypatch, out, owner, call, file
+):
     with monkeypatch.context() as patch:
-        for kind, name in ((Path, "replace"), (Image.Image, "save")):
-            patch.setattr(kind, name, full(getattr(kind, name)))
+        full = OSError(errno.ENOSPC, "No space left on device")
+        patch.setattr(owner, call, mock.Mock(side_effect=full))
         message = rf"^{tmp_path}/{file} cannot be written \(No space left.*resumes"
         with pytest.raises(OSError, match=message):
             draw_to(tmp_path / out, request_of(2))
@@ -371,55 +293,40 @@ def test_parts_of_other_requests_are_dropped_and_other_folders_left_alone(reques
 
 
 @pytest.mark.parametrize(
-    ("changes", "out", "message"),
-    [
-        ({"batch": 0}, "x.npz", "batch: "),
-        ({"guidance": 2.0}, "x.npz", "guidance: needs a class"),
-        ({"guidance": float("nan"), "label": 0}, "x.npz", "guidance: must be a finite"),
-        ({}, "x.jpg", "out: must be"),
-        *(({}, out, "out: must be FILE.npz") for out in ("/", "..")),
-        ({"seeds": range(5000)}, "x.png", "a picture holds"),
-        ({"sampling": SamplingConfig(solver="nothing")}, "x.npz", "one of"),
-    ],
-)
-def test_requests_that_make_no_sense_are_rejected(request_of, tmp_path, changes, out, message):
-    with pytest.raises(ValueError, match=message):
-        check_output(tmp_path / out, request_of(**changes))
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"batch": "2"}, "batch: must be a valid integer; got '2'"),
-        ({"guidance": "2"}, "guidance: must be a valid number; got '2'"),
         ({"seeds": 5}, "seeds: must be a sequence of integers; got 5"),
+        ({"guidance": 2.0}, "guidance: needs a class"),
         ({"solver": "ddim"}, "solver: ddim is called multistep-1 here"),
         ({"t_start": 1e-3, "t_end": 1e-2}, "^t_end: "),
-        ({"precision": "fp16"}, "precision: 'fp16' needs a GPU"),
-        ({"nfe": "7"}, "nfe: must be a valid integer; got '7'"),
     ],
 )
-def test_arguments_of_wrong_types_are_named(labelled_run, changes, message):
-    run = Run.load(labelled_run)
-    sample = partial(ImageSampler.of, run, FIXED) if "precision" in changes else run.sample
+def test_arguments_that_make_no_sense_are_named(labelled_run, changes, message):
     with pytest.raises(SettingError, match=message):
-        sample(**changes)
+        Run.load(labelled_run).sample(**changes)
+
+
+def test_half_precision_needs_a_gpu_and_a_picture_holds_4096_images(run, request_of, tmp_path):
+    with pytest.raises(SettingError, match="precision: 'fp16' needs a GPU"):
+        ImageSampler.of(run, FIXED, precision="fp16")
+    with pytest.raises(SettingError, match="out: a picture holds 4096 images at most"):
+        check_output(tmp_path / "x.png", request_of(5000))
 
 
 def test_folders_without_a_whole_model_are_rejected(run, tmp_path):
-    def assert_rejected(message):
-        with pytest.raises(ValueError, match=message):
-            load_model(tmp_path)
-
     (tmp_path / "config.json").write_text(json.dumps(run.config.to_dict()))
-    assert_rejected(r"has no model\.safetensors; it has ")
+    with pytest.raises(ValueError, match=r"has no model\.safetensors; it has "):
+        load_model(tmp_path)
     (tmp_path / "models").mkdir()
-    assert_rejected(r"is of a comparison; see .*/models")
+    with pytest.raises(ValueError, match=r"is of a comparison; see .*/models"):
+        load_model(tmp_path)
     (tmp_path / MODEL).write_bytes(b"junk")
-    assert_rejected(r"model\.safetensors is damaged")
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
+        load_model(tmp_path)
     (tmp_path / "config.json").write_text("[" * 10**5)
-    assert_rejected(r"config\.json is no configuration")
+    with pytest.raises(ValueError, match=r"config\.json is no configuration"):
+        load_model(tmp_path)
 
 
 def test_weights_of_another_configuration_are_rejected(run, tmp_path):
@@ -444,6 +351,8 @@ def test_other_fields_and_options_are_kept_but_another_solver_has_its_own_defaul
     changed = changed_recipe(MERGED, {"score_step": "midpoint"}, nfe=9)
     options = {"merge": False, "score_step": "midpoint"}
     assert changed == SamplingConfig(solver="sscs", nfe=9, options=options)
+    own = SamplingConfig(solver="own_solvers:CentredEuler")  # code, which the caller names
+    assert changed_recipe(own, solver=own.solver) == own
     assert changed_recipe(MERGED, solver="em") == SamplingConfig(solver="euler-maruyama", nfe=7)
     with pytest.raises(SettingError, match="grid: probability-flow is adaptive"):
         changed_recipe(MERGED, solver="probability-flow", grid="root")
@@ -465,16 +374,6 @@ def test_the_recommended_recipe_is_that_of_sample(sde, nfe):
     assert chosen_for(score, SamplingConfig(nfe=nfe))[0] == expected.solver
 
 
-@pytest.mark.parametrize("name", ["recommended", "sscs"])
-def test_ends_that_the_settings_leave_open_are_known(name):
-    score, wanted = PixelScore(CLD()), SamplingConfig(solver=name, nfe=9)
-    times = ImageSampler(score, SPACE, wanted)._planned[0].times
-    found = chosen_for(score, wanted, SPACE.shape)[1]
-    assert (found["t_start"], found["t_end"]) == (float(times[0]), float(times[-1]))
-    given = SamplingConfig(solver="sscs", nfe=9, t_start=0.9, t_end=0.1)
-    assert chosen_for(score, given, SPACE.shape)[1] == {}
-
-
 @pytest.mark.parametrize("changes", [{"grid": "root"}, {"denoise": False}])
 def test_the_recommended_solver_leaves_no_choice(changes):
     with pytest.raises(SettingError, match=f"{next(iter(changes))}: needs a solver by name"):
@@ -493,10 +392,3 @@ def test_what_the_recommended_solver_cannot_do_names_its_setting():
     late = SamplingConfig(t_start=0.1, t_end=0.2)
     with pytest.raises(SettingError, match="t_end: the range of times"):
         make_plan(PixelScore(CLD()), late)
-
-
-def test_code_that_a_recipe_names_is_not_run_unless_the_caller_names_it():
-    recipe = SamplingConfig(solver="own_solvers:CentredEuler")
-    with pytest.raises(SettingError, match="solver: the run's own, own_solvers:CentredEuler, is"):
-        changed_recipe(recipe, nfe=9)
-    assert changed_recipe(recipe, solver=recipe.solver) == recipe
