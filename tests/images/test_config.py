@@ -26,7 +26,7 @@ VALID = {
     "score": {"reference": "channel"},
     "training": {"images": 1000, "batch": 64, "micro_batch": 32, "learning_rate": 1e-3}
     | {"decay": "cosine", "clip": 0.5, "precision": "bf16"},
-    "sampling": {"solver": "sscs", "nfe": 20, "grid": "quadratic", "t_end": 1e-3},
+    "sampling": {"solver": "em", "nfe": 20, "grid": "quadratic", "t_end": 1e-3},
 }
 
 
@@ -106,58 +106,31 @@ def test_malformed_configurations_are_rejected_naming_the_key(data):
     assert named or (error.key == section and error.reason.startswith(last)), error
 
 
-def test_the_valid_configuration_is_valid_and_goes_through_every_format(tmp_path):
+def test_a_configuration_goes_through_every_format(tmp_path):
+    """In TOML a word stands for None; short names of solvers become the full ones."""
     config = RunConfig.from_dict(VALID)
     assert config.training.steps == 16
     assert config.process.make().drift(0.5).tolist() == CLD((1.0, 7.0), 0.3).drift(0.5).tolist()
     assert RunConfig.from_dict(config.to_dict()) == config
     toml, values = config.to_toml(), config.to_dict()
-    texts = [(".toml", toml), (".json", json.dumps(values)), (".yaml", yaml.safe_dump(values))]
+    assert tomllib.loads(toml)["latent"] == "none"
+    assert values["sampling"]["solver"] == "euler-maruyama"
+    marked = "\ufeff" + toml  # by some editors, of the order of bytes
+    texts = [(".toml", marked), (".json", json.dumps(values)), (".yaml", yaml.safe_dump(values))]
     for suffix, text in texts:
         file = tmp_path / f"config{suffix}"
-        file.write_text(text)
-        assert load_config(file).to_dict() == config.to_dict()
-
-
-def test_a_byte_order_mark_is_skipped_and_yaml_that_refers_to_itself_rejected(tmp_path):
-    file = tmp_path / "config.toml"
-    file.write_text("\ufeff" + RunConfig.from_dict(VALID).to_toml(), encoding="utf-8")
-    assert load_config(file) == RunConfig.from_dict(VALID)
-    file = tmp_path / "config.yaml"
-    file.write_text("data: &all\n  options: *all\n")
-    with pytest.raises(SettingError, match=r"config\.yaml: is not valid YAML \(Circular reference"):
-        load_config(file)
-
-
-@pytest.mark.parametrize(
-    ("option", "value", "message"),
-    [("channels", [2**40], "than or equal to 16384"), ("blocks", 100_000, "than or equal to 256")],
-)
-@pytest.mark.parametrize("name", ["network", "latent"])
-def test_networks_that_no_machine_holds_are_rejected_before_any_is_made(
-    option, value, message, name
-):
-    own = {"options": {**VALID["network"]["options"], option: value}}
-    latent = {"pretraining": 1, option: value}
-    section = own if name == "network" else latent
-    with pytest.raises(SettingError, match=rf"{name}\..*{option}.*{message}"):
-        RunConfig.from_dict({**VALID, name: {**VALID.get(name, {}), **section}})
+        file.write_text(text, encoding="utf-8")
+        assert load_config(file).to_dict() == values
 
 
 CHOICES = st.fixed_dictionaries(
     {},
     optional={
         "training.clip": st.none() | st.floats(1e-300, 1e300),
-        "training.micro_batch": st.none() | st.integers(1, 64),
-        "training.precision": st.sampled_from(["fp32", "bf16"]),
-        "training.compile": st.booleans(),
-        "score": st.fixed_dictionaries({"mixing": st.none() | st.floats(-9, 9)})
-        | st.fixed_dictionaries({"inputs": st.sampled_from(["state", "estimate"])}),
+        "score": st.fixed_dictionaries({"mixing": st.none() | st.floats(-9, 9)}),
         "network.options.head_channels": st.none() | st.just(8),
         "process.options.beta": st.floats(0.1, 9)
         | st.lists(st.floats(0.1, 9), min_size=2, max_size=2),
-        "sampling.solver": st.just("probability-flow"),
-        "sampling.options.first_step": st.none() | st.floats(1e-6, 1e-3),
         "sampling.options.words": st.text(max_size=5).filter(lambda word: word != "none"),
         "seed": st.integers(0, 2**63 - 1),
     },
@@ -178,49 +151,38 @@ def test_a_written_configuration_is_read_again_as_what_it_was(tmp_path_factory, 
     assert load_config(file) == config
 
 
-def test_none_is_written_as_a_word_and_solvers_by_their_full_names():
-    values = with_value(("training", "clip"), None) | {"sampling": {"solver": "em"}}
-    written = tomllib.loads(RunConfig.from_dict(values).to_toml())
-    assert written["training"]["clip"] == "none"
-    assert written["latent"] == "none"
-    assert written["sampling"]["solver"] == "euler-maruyama"
-
-
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
 def test_the_configurations_of_the_repository_are_valid(file):
     load_config(file)
 
 
-def test_overrides_are_put_in_place_and_checked(tmp_path):
+def test_overrides_are_put_in_place(tmp_path):
     file = tmp_path / "c.toml"
     file.write_text("[training]\nimages = 100\n")
     words = ["training.batch=32", "training.clip=none", "process.options.beta=[1, 3]"]
     config = load_config(file, words)
     assert (config.training.batch, config.training.clip) == (32, None)
     assert config.process.options == {"beta": (1, 3)}
-    for words, message in (
-        (["score.inputs=estimate", "score.mixing=-3"], r"score.mixing: must be None if inputs is"),
-        (
-            ["training.optimiser=Adm"],
-            r"training\.optimiser: .*did you mean Adam\?",
-        ),
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["training.optimiser=Adm"], r"training\.optimiser: .*did you mean Adam\?"),
         (["training.optimiser_options.bets=1"], r"training\.optimiser_options: .*'bets'"),
-        (
-            ["training.optimiser_options.differentiable=true"],
-            r"training\.optimiser_options: .*leaf",
-        ),
-        (["training.btch=32"], r"training\.btch: unknown key; did you mean batch\?"),
+        (["training.optimiser_options.differentiable=true"], r"optimiser_options: .*leaf"),
         (["training.ema_decays=0.999"], r"training\.ema_decays: must be a list; got 0\.999"),
-        (
-            ["data.name=folder", "data.options={path='x', size=8, cache=''}"],
-            r"data\.options\.cache: must not be empty",
-        ),
-        (["training.batch"], "key=value"),
+        (["data.name=folder", "data.options={path='x', size=8, cache=''}"], "cache: must not be e"),
+        (["network.options.channels=[1099511627776]"], "channels.*: must be less than .* 16384"),
+        (["latent={pretraining=1, blocks=100000}"], "latent.blocks: must be less than .* 256"),
         (["seed.x=1", "seed.x.y=3"], "not a section"),
         (["seed=" + "[" * 5000], r"seed: must be a valid integer; got '\[\["),
-    ):
-        with pytest.raises(ValueError, match=message):
-            load_config(file, words)
+    ],
+)
+def test_overrides_that_do_not_fit_are_rejected(tmp_path, words, message):
+    (tmp_path / "c.json").write_text(json.dumps(VALID))
+    with pytest.raises(SettingError, match=message):
+        load_config(tmp_path / "c.json", words)
 
 
 @pytest.mark.parametrize(
@@ -228,22 +190,19 @@ def test_overrides_are_put_in_place_and_checked(tmp_path):
     [
         ("a.toml", "training = ["),
         ("a.json", "{"),
-        ("a.yaml", "a: [1"),
         ("a.yaml", "- 1\n- 2"),
         ("a.yaml", "? [1]\n: 2"),
         ("a.yaml", "training: !!python/object/apply:os.getcwd []"),
         ("a.yaml", "training: {images: 640, images: 3}"),
+        ("a.yaml", "data: &all\n  options: *all\n"),
         ("a.json", '{"training": {"images": 640, "images": 3}}'),
         ("a.txt", "seed = 1"),
-        ("a.toml", "\ufeffseed = é"),
     ],
 )
 def test_files_that_are_no_configuration_are_rejected_by_name(tmp_path, name, text):
-    (tmp_path / name).write_text(text, encoding="utf-8")
-    with pytest.raises(ValueError, match=name):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(SettingError, match=name):
         load_config(tmp_path / name)
-    with pytest.raises(ValueError, match="missing"):
-        load_config(tmp_path / "missing.toml")
 
 
 def test_the_digest_of_a_model_does_not_depend_on_training():

@@ -7,7 +7,6 @@ import sys
 import pytest
 
 from cldsde.cli import demo, main
-from cldsde.images.compare import PRESETS, load_comparison
 from command import rejected
 
 TINY = (
@@ -27,12 +26,6 @@ def distances(folder) -> dict[str, dict[int, list[float]]]:
         row["label"]: {cell["budget"]: cell["measures"]["fd"] for cell in row["cells"]}
         for row in rows
     }
-
-
-def test_a_demonstration_compares_three_solvers():
-    rows = load_comparison(PRESETS["demo"]).rows
-    assert [row.label for row in rows] == ["EM", "SSCS", "multistep"]
-    assert {row.nfe for row in rows} == {(10, 20, 50)}
 
 
 @pytest.mark.usefixtures("untrained_classifier", "undrawn_figures")

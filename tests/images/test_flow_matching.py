@@ -66,12 +66,10 @@ def test_a_trained_model_is_sampled_by_any_solver(tmp_path):
     ("section", "options", "message"),
     [
         ("process", {"name": "CLD"}, r"score.prediction: must be 'noise' .* CLD, which has 2"),
-        ("score", {"prediction": "speed"}, r"score.prediction: must be"),
         ("score", {"mixing": -3.0}, r"score.mixing: must be None if prediction is 'flow'"),
         ("training", {"conditioning": "all"}, "training.conditioning: must be 'data' if score"),
         ("training", {"times": "mode", "weighting": "likelihood"}, "'reweighted' if times is 'mo"),
         ("training", {"mode_scale": 2.0}, r"training.mode_scale: .* equal to 1.75"),
-        ("training", {"logit_std": 0.0}, r"training.logit_std: .* equal to 0.01"),
     ],
 )
 def test_settings_that_do_not_go_together_are_rejected(section, options, message):
