@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from cldsde import CLD
 from cldsde.errors import SettingError
 from cldsde.images.config import RunConfig, load_config
+from cldsde.images.schema import leaves, with_overrides
 from cldsde.images.train.loop import check_run
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
@@ -28,14 +29,6 @@ VALID = {
     | {"decay": "cosine", "clip": 0.5, "precision": "bf16"},
     "sampling": {"solver": "em", "nfe": 20, "grid": "quadratic", "t_end": 1e-3},
 }
-
-
-def leaves(values, prefix=()):
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from leaves(value, (*prefix, key))
-        else:
-            yield (*prefix, key)
 
 
 def with_value(path, value, values=VALID):
@@ -64,12 +57,10 @@ def test_runs_of_version_0_2_keep_their_digests():
 WRONG = st.sampled_from([None, {}, [], [[1.0]], "", "x", math.nan, -math.inf, -1, 2.5, True])
 # Of the values above, one may be right for a key.
 ALLOWED = {
-    "data.options.held_out": (),
     **dict.fromkeys(("data.flip", "data.dequantise", "network.conditional"), (True,)),
     **dict.fromkeys(("sampling.t_start", "sampling.t_end", "sampling.grid"), (None,)),
     "training.micro_batch": (None,),
     "training.clip": (None, 2.5),
-    "network.label_dropout": (),
     **dict.fromkeys(("process.options.mass", "process.options.beta"), (2.5,)),
     "training.learning_rate": (2.5,),
 }
@@ -79,11 +70,11 @@ ALLOWED = {
 @given(st.data())
 def test_malformed_configurations_are_rejected_naming_the_key(data):
     """One fault in a valid configuration: a wrong value, an unknown key or a missing one."""
-    path = data.draw(st.sampled_from(sorted(leaves(VALID))))
+    name = data.draw(st.sampled_from(sorted(leaves(VALID))))
+    path = name.split(".")
     fault = data.draw(st.sampled_from(["value", "unknown", "section"]))
     if fault == "value":
         value = data.draw(WRONG)
-        name = ".".join(path)
         if any(value is right or value == right for right in ALLOWED.get(name, ())):
             return
         changed, key = with_value(path, value), path[-1]
@@ -123,34 +114,6 @@ def test_a_configuration_goes_through_every_format(tmp_path):
         assert load_config(file).to_dict() == values
 
 
-CHOICES = st.fixed_dictionaries(
-    {},
-    optional={
-        "training.clip": st.none() | st.floats(1e-300, 1e300),
-        "score": st.fixed_dictionaries({"mixing": st.none() | st.floats(-9, 9)}),
-        "network.options.head_channels": st.none() | st.just(8),
-        "process.options.beta": st.floats(0.1, 9)
-        | st.lists(st.floats(0.1, 9), min_size=2, max_size=2),
-        "sampling.options.words": st.text(max_size=5).filter(lambda word: word != "none"),
-        "seed": st.integers(0, 2**63 - 1),
-    },
-)
-
-
-@given(CHOICES, st.booleans())
-def test_a_written_configuration_is_read_again_as_what_it_was(tmp_path_factory, choices, latent):
-    values = VALID
-    for path, value in choices.items():
-        values = with_value(path.split("."), value, values)
-    if latent:
-        values = with_value(("data", "dequantise"), False, values)
-        values |= {"latent": {"pretraining": 64}, "score": {"mixing": -3.0}}
-    config = RunConfig.from_dict(values)
-    file = tmp_path_factory.mktemp("configs") / "again.toml"
-    file.write_text(config.to_toml())
-    assert load_config(file) == config
-
-
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
 def test_the_configurations_of_the_repository_are_valid(file):
     load_config(file)
@@ -165,6 +128,10 @@ def test_overrides_are_put_in_place(tmp_path):
     assert config.process.options == {"beta": (1, 3)}
 
 
+FLOW = ["process={name='RectifiedFlow'}", "score.reference=scalar", "score.prediction=flow"]
+LATENT = ["data.dequantise=false", "score.reference=scalar", "latent.pretraining=64"]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -172,24 +139,39 @@ def test_overrides_are_put_in_place(tmp_path):
         (["training.optimiser_options.bets=1"], r"training\.optimiser_options: .*'bets'"),
         (["training.optimiser_options.differentiable=true"], r"optimiser_options: .*leaf"),
         (["training.ema_decays=0.999"], r"training\.ema_decays: must be a list; got 0\.999"),
+        (["training.times=mode", "training.weighting=likelihood"], "'reweighted' if times is 'mo"),
         (["data.name=folder", "data.options={path='x', size=8, cache=''}"], "cache: must not be e"),
         (["network.options.channels=[1099511627776]"], "channels.*: must be less than .* 16384"),
-        (["latent={pretraining=1, blocks=100000}"], "latent.blocks: must be less than .* 256"),
+        (["network.name=NCSNpp", "network.options={channels=[8], fur=true}"], r"options\.fur"),
+        (["network.name=NCSNpp", "network.options={channels=[8], fir=1}"], r"options\.fir"),
+        (["network.name=NCSNpp", "network.options={fir=true}"], r"options\.channels: is missing"),
+        (["training.snapshots_by=fd"], r"snapshots_by: 'fd' needs training\.measure"),
+        (["training.snapshots_by=held_out_loss", "data.options={held_out=0}"], "needs held-out im"),
         (["seed.x=1", "seed.x.y=3"], "not a section"),
         (["seed=" + "[" * 5000], r"seed: must be a valid integer; got '\[\["),
+        (["score.prediction=flow"], "score.prediction: must be 'noise' .* CLD, which has 2"),
+        ([*FLOW, "score.mixing=-3"], "score.mixing: must be None if prediction is 'flow'"),
+        ([*FLOW, "training.conditioning=all"], "training.conditioning: must be 'data' if score"),
+        (["latent.pretraining=64"], r"data\.dequantise"),
+        ([*LATENT, "score.reference=pixel"], r"score\.reference"),
+        ([*LATENT, "latent.pretraining=1000"], r"latent\.pretraining"),
+        ([*LATENT, "latent.blocks=100000"], "latent.blocks: must be less than .* 256"),
+        ([*LATENT, "latent.channel=3"], r"latent\.channel: unknown key; did you mean channels"),
+        ([*LATENT, "latent.channels=[8, 16]"], "latent: groups must divide each of the ch"),
+        ([*LATENT, "latent.channels=[16, 16, 16, 16, 16]"], r"latent: channels .* divisible"),
+        ([*LATENT, "network.options.channels=[16, 16, 16, 16]"], r"network\.options: channels"),
     ],
+    ids=lambda words: str(words[-1])[:60],
 )
-def test_overrides_that_do_not_fit_are_rejected(tmp_path, words, message):
-    (tmp_path / "c.json").write_text(json.dumps(VALID))
+def test_settings_that_do_not_fit_are_rejected_by_their_keys(words, message):
     with pytest.raises(SettingError, match=message):
-        load_config(tmp_path / "c.json", words)
+        prepare(with_overrides(VALID, words))
 
 
 @pytest.mark.parametrize(
     ("name", "text"),
     [
         ("a.toml", "training = ["),
-        ("a.json", "{"),
         ("a.yaml", "- 1\n- 2"),
         ("a.yaml", "? [1]\n: 2"),
         ("a.yaml", "training: !!python/object/apply:os.getcwd []"),

@@ -11,9 +11,7 @@ from command import rejected
 
 TINY = (
     *("samples=8", "repeats=1", "batch=8", "base.network.options.channels=[16]"),
-    *("base.training.images=32", "base.training.batch=16", "base.training.log_every=16"),
-    *("base.training.save_every=16", "base.training.sample_every=32"),
-    "base.training.held_out=8",
+    *("base.training.images=32", "base.training.batch=16", "base.training.held_out=8"),
     "models.CLD.process.name=VPSDE",  # whose plans take the least time
     "rows=[{model='CLD',label='EM',solver='euler-maruyama',nfe=[3,5]}]",
 )
@@ -33,8 +31,7 @@ def test_a_demonstration_prints_its_table(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(demo, "_QUICK", TINY)
     command = ["demo", "--quick", "--device", "cpu", "--out", str(tmp_path / "run")]
     assert main(command) == 0
-    sets = distances(tmp_path / "run")["EM"]
-    assert {budget: len(values) for budget, values in sets.items()} == {3: 1, 5: 1}
+    assert set(distances(tmp_path / "run")["EM"]) == {3, 5}
     text = capsys.readouterr().out
     assert (tmp_path / "run" / "table.md").read_text() in text
     assert (tmp_path / "run" / "models" / "CLD" / "model.safetensors").exists()
