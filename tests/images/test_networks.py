@@ -210,6 +210,7 @@ def test_recomputation_gives_the_same_gradients_and_keeps_less(name):
     [
         ("UNet", {"channels": (8, 0)}, "channels.*: must"),
         ("UNet", {"dropout": 1.0}, "dropout.* must .*; got 1.0"),
+        ("NCSNpp", {"dropout": 1.0}, "dropout.* must .*; got 1.0"),
         ("UNet", {"channels": (8, 16, 16, 16, 16, 16)}, "channels .* divisible by 32"),
         ("UNet", {"attention": (2,)}, r"heights of levels, \[8, 4\]; got \[2\]"),
         ("UNet", {"channels": (8, 12), "groups": 8}, r"groups must divide .* channels, \[8, 12\]"),

@@ -89,7 +89,7 @@ def test_a_model_of_flow_matching_is_sampled_by_any_solver(tmp_path):
     trained(tmp_path, config(**FLOW))
     run = Run.load(tmp_path)
     assert isinstance(run.process, RectifiedFlow)
-    for solver in ("multistep-2-sde", "edm-heun", "probability-flow"):
+    for solver in ("recommended", "multistep-2-sde", "edm-heun", "probability-flow"):
         found = run.sample([0, 1], solver=solver, t_end=0.04)
         assert found.images.shape == (2, 1, 4, 4)
 
