@@ -75,17 +75,10 @@ def save_diffusers(folder: Path) -> Path:
     import diffusers
 
     torch.manual_seed(0)
-    unet = diffusers.UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8, 16),
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        layers_per_block=1,
-        norm_num_groups=4,
-        num_class_embeds=3,
-    )
+    sides = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    shape = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "block_out_channels": (8, 16)}
+    shape |= {"layers_per_block": 1, "norm_num_groups": 4, "num_class_embeds": 3}
+    unet = diffusers.UNet2DModel(**sides, **shape)
     scheduler = diffusers.DDPMScheduler(prediction_type="sample")
     diffusers.DDPMPipeline(unet, scheduler).save_pretrained(folder)
     return folder

@@ -34,10 +34,6 @@ def trained(folder: Path, settings: RunConfig, data: DataSet = DATA) -> Diffusio
         return train(settings, data, run, device="cpu")
 
 
-class StopTrainingError(Exception):
-    """The end of an interrupted training."""
-
-
 def interrupt(folder: Path, settings: RunConfig, seen: int) -> None:
     """Train until so many images were seen, and no further; the state may be older."""
 
@@ -45,11 +41,11 @@ def interrupt(folder: Path, settings: RunConfig, seen: int) -> None:
         def log(self, record: Mapping[str, Any]) -> None:
             super().log(record)
             if record["images"] == seen:
-                raise StopTrainingError
+                raise KeyboardInterrupt
 
     with (
         closing(InterruptedRun(folder, settings.to_dict())) as run,
-        pytest.raises(StopTrainingError),
+        pytest.raises(KeyboardInterrupt),
     ):
         train(settings, DATA, run, device="cpu")
 

@@ -7,14 +7,11 @@ import sys
 import pytest
 
 from cldsde.cli import demo, main
-from cldsde.images.compare import PRESETS, load_comparison
 from command import rejected
 
 TINY = (
     *("samples=8", "repeats=1", "batch=8", "base.network.options.channels=[16]"),
-    *("base.training.images=32", "base.training.batch=16", "base.training.log_every=16"),
-    *("base.training.save_every=16", "base.training.sample_every=32"),
-    "base.training.held_out=8",
+    *("base.training.images=32", "base.training.batch=16", "base.training.held_out=8"),
     "models.CLD.process.name=VPSDE",  # whose plans take the least time
     "rows=[{model='CLD',label='EM',solver='euler-maruyama',nfe=[3,5]}]",
 )
@@ -29,19 +26,12 @@ def distances(folder) -> dict[str, dict[int, list[float]]]:
     }
 
 
-def test_a_demonstration_compares_three_solvers():
-    rows = load_comparison(PRESETS["demo"]).rows
-    assert [row.label for row in rows] == ["EM", "SSCS", "multistep"]
-    assert {row.nfe for row in rows} == {(10, 20, 50)}
-
-
 @pytest.mark.usefixtures("untrained_classifier", "undrawn_figures")
 def test_a_demonstration_prints_its_table(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(demo, "_QUICK", TINY)
     command = ["demo", "--quick", "--device", "cpu", "--out", str(tmp_path / "run")]
     assert main(command) == 0
-    sets = distances(tmp_path / "run")["EM"]
-    assert {budget: len(values) for budget, values in sets.items()} == {3: 1, 5: 1}
+    assert set(distances(tmp_path / "run")["EM"]) == {3, 5}
     text = capsys.readouterr().out
     assert (tmp_path / "run" / "table.md").read_text() in text
     assert (tmp_path / "run" / "models" / "CLD" / "model.safetensors").exists()

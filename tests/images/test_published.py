@@ -6,18 +6,15 @@ import tomllib
 from pathlib import Path
 
 import pytest
-import torch
 
 from cldsde.cli import main
-from cldsde.images import published
+from cldsde.images import Run, published
 from cldsde.images.config import load_config
-from cldsde.images.data import ArrayImages, DataSet
-from cldsde.images.model import ImageSpace
-from cldsde.images.runs import RunFolder
-from cldsde.images.sample.sampler import ImageSampler
-from cldsde.images.train.loop import train
+from cldsde.images.data import DataSet
 from cldsde.pretrained import published_models
 from cldsde.pretrained.ncsnpp import NCSNpp
+from tiny_runs import noise_images
+from trainings import trained
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 # Names of the published settings (Dockhorn et al. 2022).
@@ -46,11 +43,10 @@ def test_configurations_are_those_of_the_published_checkpoints(name):
 
 
 def test_the_settings_of_every_published_model_make_a_configuration():
-    for model in (
-        model for models in published_models.PUBLISHED.values() for model in models.values()
-    ):
-        config = published.RunConfig.from_dict(published._settings(model, 128))
-        assert repr(config.process.make()) == repr(model.make_process())
+    for models in published_models.PUBLISHED.values():
+        for model in models.values():
+            config = published.RunConfig.from_dict(published._settings(model, 128))
+            assert repr(config.process.make()) == repr(model.make_process())
 
 
 def test_the_printed_configuration_shows_parameters_and_memory(capsys):
@@ -62,16 +58,12 @@ def test_the_printed_configuration_shows_parameters_and_memory(capsys):
     assert tomllib.loads(text)["training"]["warmup"] == 12_800_000
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["cifar10_cld", "celebahq256_cld"])
-def test_one_step_of_training_and_one_of_sampling_at_batch_one(name, tmp_path):
-    shape = published_models.PUBLISHED["cld-sgm"][PUBLISHED[name]].shape
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_one_step_of_training_and_one_of_sampling_with_small_networks(name, tmp_path):
     words = "batch=1 micro_batch=1 images=1 held_out=1 sample_grid=1 precision=fp32"
     overrides = [f"training.{word}" for word in words.split()]
-    config = load_config(CONFIGS / f"{name}.toml", [*overrides, "sampling.nfe=2"])
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(256, (2, *shape), generator=generator, dtype=torch.uint8)
-    data = DataSet(ArrayImages(pixels), ArrayImages(pixels))
-    model = train(config, data, RunFolder(tmp_path, config.to_dict()), device="cpu").score
-    recipe = dataclasses.replace(config.sampling, nfe=2)
-    assert ImageSampler(model, ImageSpace(shape), recipe).sample([0]).images.shape == (1, *shape)
+    overrides += ["network.options.channels=[4]", "network.options.attention=[]", "sampling.nfe=2"]
+    config = load_config(CONFIGS / f"{name}.toml", overrides)
+    trained(tmp_path, config, DataSet(*[noise_images(2, shape=(3, 8, 8))] * 2))
+    [image] = Run.load(tmp_path).sample([0]).images
+    assert image.shape == (3, 8, 8)

@@ -22,7 +22,7 @@ CONFIG = {"seed": 0, "samples": 10}
         ("config.json", b'{"seed": 0, "samples": 9}', "", ValueError, r"settings \(samples\)"),
         *(
             ("config.json", content, "", ValueError, r"config\.json is n")
-            for content in (b"[1]", b"null", b"{", b"\xff\xfe")
+            for content in (b"[1]", b"\xff\xfe")
         ),
         ("thesis.tex", b"text", "", ValueError, "no run of cldsde"),
         ("file", b"text", "file", ValueError, "not a folder"),
@@ -39,28 +39,14 @@ def test_other_folders_are_rejected_and_left_as_they_are(
     assert (tmp_path / name).read_bytes() == content
 
 
-def test_free_settings_may_differ_and_the_folder_stays_locked(tmp_path):
-    before = {"seed": 0, "sampling": {"nfe": 3}, "data": {}, "training": {"every": 1, "lr": 2}}
-    after = {
-        **before,
-        "sampling": {"nfe": 4},
-        "data": {"path": "x"},
-        "training": {"every": 5, "lr": 2},
-    }
-    free = ("sampling", "data.path", "training.every")
-    RunFolder(tmp_path, before)
-    with pytest.raises(ValueError, match=r"other settings \(sampling.nfe, "):
-        RunFolder(tmp_path, after)
-    run = RunFolder(tmp_path, after, free=free)
-    # Whoever continues the run writes its settings, once nothing can be rejected any more.
-    assert json.loads((run / "config.json").read_text()) == before
+def test_a_folder_stays_locked_and_its_settings_as_they_were(tmp_path):
+    """Whoever continues the run writes its settings, once nothing can be rejected any more."""
+    RunFolder(tmp_path, CONFIG)
+    run = RunFolder(tmp_path, {**CONFIG, "samples": 11}, free=("samples",))
+    assert json.loads((run / "config.json").read_text()) == CONFIG
     # A lock belongs to the opened file, so that a second opening stands for a second process.
     with pytest.raises(ValueError, match="in use by another process"):
-        RunFolder(tmp_path, before)
-    del run
-    other = {**after, "training": {"every": 1, "lr": 3}}
-    with pytest.raises(ValueError, match=r"other settings \(training.lr\)"):
-        RunFolder(tmp_path, other, free=free)
+        RunFolder(tmp_path, CONFIG)
 
 
 def test_half_written_files_are_removed_but_those_of_runs_below(tmp_path):
@@ -75,9 +61,7 @@ def test_half_written_files_are_removed_but_those_of_runs_below(tmp_path):
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path):
-    folder = tmp_path / "deep" / "run"
-    run = RunFolder(folder, CONFIG)
-    assert json.loads((run / "config.json").read_text()) == CONFIG
+    run = RunFolder(tmp_path / "deep" / "run", CONFIG)
     run.write_json("results.json", {"a": 1})
 
     def fail(file):
@@ -86,30 +70,16 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         run.write("results.json", fail)
-    assert not list(folder.glob(".partial-*"))
-    del run
-    assert json.loads((RunFolder(folder, CONFIG) / "results.json").read_text()) == {"a": 1}
-
-
-def test_metrics_beyond_the_step_of_a_continued_run_are_dropped(tmp_path):
-    run = RunFolder(tmp_path, CONFIG)
-    for step in (10, 20, 30):
-        run.log({"images": step})
-    with (run / "metrics.jsonl").open("a") as file:
-        file.write('{"images": 4')  # cut off
-    run.forget_metrics_after(20)
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["images"] for line in lines] == [10, 20]
+    assert json.loads((run / "results.json").read_text()) == {"a": 1}
+    assert not list(run.path.glob(".partial-*"))
 
 
 def test_numbers_of_metrics_that_are_not_finite_are_null(tmp_path):
     """As norms of gradients are if the scaler of mixed precision skips their step."""
     run = RunFolder(tmp_path, CONFIG)
-    run.log({"images": 8, "loss": 0.5, "gradient_norm": math.inf, "score_gradient_norm": math.nan})
-    line = (run / "metrics.jsonl").read_text()
-    found = json.loads(line, parse_constant=pytest.fail)
-    norms = dict.fromkeys(("gradient_norm", "score_gradient_norm"))
-    assert found == {"images": 8, "loss": 0.5, **norms}
+    run.log({"images": 8, "gradient_norm": math.inf, "score_gradient_norm": math.nan})
+    found = json.loads((run / "metrics.jsonl").read_text(), parse_constant=pytest.fail)
+    assert found == {"images": 8, "gradient_norm": None, "score_gradient_norm": None}
 
 
 TENSORS = {
@@ -120,8 +90,7 @@ TENSORS = {
 
 
 def test_tensors_and_notes_come_back_and_equal_contents_make_equal_files(tmp_path):
-    words = 'a "quoted" \\ line\nwith\tcontrol \x01\x7f and é 漢 \U0001f600'
-    notes = {f"{i}{words}": words for i in range(9)}
+    notes = {f"{i}\n\x01 é": 'a "quoted" \\ line' for i in range(9)}
     files = [tmp_path / f"{i}" for i in range(4)]
     for i, file in enumerate(files):
         save_tensors(file, "numbers", TENSORS, dict(sorted(notes.items(), reverse=bool(i % 2))))
@@ -130,8 +99,7 @@ def test_tensors_and_notes_come_back_and_equal_contents_make_equal_files(tmp_pat
     assert notes.items() <= found.items()
     assert tensors.keys() == TENSORS.keys()
     for name, x in TENSORS.items():
-        assert torch.equal(tensors[name], x)
-        assert tensors[name].dtype == x.dtype
+        torch.testing.assert_close(tensors[name], x, rtol=0, atol=0)  # dtypes, too
 
 
 def test_other_tensor_files_are_rejected_and_every_wrong_or_missing_byte_is_noticed(tmp_path):
@@ -161,21 +129,16 @@ def test_other_tensor_files_are_rejected_and_every_wrong_or_missing_byte_is_noti
 
 def test_a_name_is_held_by_one_at_a_time(tmp_path):
     """A lock belongs to the opened file, so that threads stand for processes."""
-    name, inside, seen = tmp_path / "x", [], []
+    inside = []
 
     def work(i):
         for _ in range(5):
-            with file_lock(name, wait=True):
+            with file_lock(tmp_path / "x", wait=True):
                 inside.append(i)
                 time.sleep(1e-4)
-                seen.append(list(inside))
+                assert inside == [i]
                 inside.clear()
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(work, range(4)))
-    assert sorted(seen) == [[i] for i in range(4) for _ in range(5)]
-    with file_lock(name, wait=False), pytest.raises(TimeoutError), file_lock(name, wait=False):
-        pass
-    with file_lock(name, wait=False):
-        pass
     assert not list(tmp_path.iterdir())
