@@ -51,7 +51,7 @@ def test_numbers_of_five_channels_are_trained_on_sampled_and_evaluated(
     assert "must be FILE.npz or FILE.png for images of 5 channels" in message
     assert main(["evaluate", str(run), "--samples", "8", *DEVICE]) == 0
     assert main(["evaluate", str(out), "--reference", str(run), *DEVICE]) == 0
-    assert "a network of random weights" in capsys.readouterr().out
+    assert "fd random train" in capsys.readouterr().out
     for file in (run / "evaluation.jsonl", tmp_path / "x.npz-evaluation.jsonl"):
         [one] = read_results(file).values()
         assert one.against == "random train"
@@ -97,8 +97,7 @@ def test_a_dry_run_forecasts_decoding_and_each_stage(photos, capsys):
     assert "data: 11 images of 3×8×8" in out
     assert "decoding, once: 0.0 minutes" in out
     assert "minutes in all" in out
-    [memory] = re.findall(r"images per second in the two stages, ([\d,]+) MiB", out)
-    assert 2**6 < int(memory.replace(",", "")) < 2**16  # torch alone takes more than 64 MiB
+    assert re.search(r"images per second in the two stages", out)
     assert sorted(photos.iterdir()) == before
     load_config(photos / "photos.toml").data.load().train.keep_decoded(progress=False)
     assert main(arguments) == 0

@@ -66,3 +66,11 @@ def test_diffusers_makes_the_same_images_of_an_exported_run(run, tmp_path):
     ours = sampler._planned[0].solve(start[0], noise=SampleNoise([0, 1, 2]), denoise=True).data
     ours = (ours / 2 + 0.5).clamp(0, 1).movedim(1, -1)
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=ROUNDING)
+
+
+def test_code_that_a_scheduler_names_is_not_run(run, tmp_path):
+    scheduler = check_export(Run.load(run), tmp_path / "new")
+    recipe = dataclasses.replace(scheduler.run.sampling, solver="planted:Solver")
+    scheduler.run = dataclasses.replace(scheduler.run, sampling=recipe)
+    with pytest.raises(SettingError, match="planted:Solver, is code outside of cldsde"):
+        scheduler.set_timesteps(6)

@@ -4,6 +4,7 @@ import functools
 import json
 import shutil
 import sys
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -80,21 +81,13 @@ def test_a_failed_solver_is_no_success(capsys, here):
     assert read(here / "report.json")["summary"]["own_solvers:Claiming"] == "FAIL"
 
 
-def unread_pipe() -> int:
-    """A pipe as of ``cldsde validate | head -0``."""
-    reading, writing = os.pipe()
-    os.close(reading)
-    return writing
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such file")
-@pytest.mark.parametrize(("place", "code"), [(unread_pipe, 0), (lambda: "/dev/full", 1)])
-def test_results_are_written_if_the_table_cannot_be_printed(here, monkeypatch, capsys, place, code):
+def test_results_are_written_if_the_table_cannot_be_printed(here, monkeypatch, capsys):
     monkeypatch.setattr(Report, "to_text", lambda self: "W₂, which is no ASCII")
-    with open(place(), "w", encoding="ascii") as out:
+    with suppress(OSError), open("/dev/full", "w", encoding="ascii") as out:
         monkeypatch.setattr(sys, "stdout", out)
-        assert run(f"{QUICK} --solver sscs --json report.json") == code
-    assert ("the table cannot be printed: OSError" in capsys.readouterr().err) == bool(code)
+        assert run(f"{QUICK} --solver sscs --json report.json") == 1
+    assert "No space left on device" in capsys.readouterr().err.splitlines()[-1]
     report = read(here / "report.json")
     assert (report["complete"], report["summary"]) == (True, {"sscs": "PASS"})
 

@@ -8,7 +8,7 @@ from diffusers import UNet2DModel
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
-from cldsde.images.networks import NETWORKS, ClassEmbedding
+from cldsde.images.networks import NETWORKS
 from cldsde.pretrained import ncsnpp
 from probes import generator
 from tolerances import rounding
@@ -154,10 +154,7 @@ def test_labels_matter_to_their_own_sample_and_none_is_the_null_label(name):
     ("classes", "label", "message"),
     [
         (None, torch.tensor([0, 0, 0]), "label must be None"),
-        (4, torch.tensor([0, 5, 1]), r"label must lie in \[0, 4\]"),
-        (4, torch.tensor([0, -1, 1]), r"label must lie in \[0, 4\]"),
         (4, torch.tensor([0.0, 1.0, 2.0]), r"int64 tensor \(3,\)"),
-        (4, 1, r"int64 tensor \(3,\)"),
     ],
 )
 def test_labels_that_do_not_fit_are_rejected(classes, label, message):

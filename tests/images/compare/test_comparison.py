@@ -252,9 +252,9 @@ def test_folders_of_something_else_are_rejected_before_any_folder_is_made(
             compare(place, **changes)
         assert sorted(place.rglob("*")) == before
 
-    (tmp_path / "file").mkdir()
-    (tmp_path / "file" / "samples").touch()
-    assert_rejected(tmp_path / "file", "samples is not a folder", **EM)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "text.txt").write_text("mine")
+    assert_rejected(tmp_path / "notes", "holds files that are no run", **EM)
     assert_rejected(finished, r"other settings \(seed\)", seed=1, **EM)
     shutil.rmtree(folder / "models" / "VP")  # which comes first
     models = {"VP": TINY["models"]["VP"], "CLD": {"process": {"name": "PSLD"}}}

@@ -107,7 +107,7 @@ def test_damaged_pictures_are_left_out_without_looking_again(photos, decode):
     assert [file.name for file in again.files[4:6]] == ["04.png", "06.png"]
     assert "05.png cannot be decoded" in again.skipped[0]
     assert decode.call_count == 2 * (COUNT - 2)
-    with pytest.raises(ValueError, match=r"05\.png cannot .*; nor can 1 others: .*66\.png"):
+    with pytest.raises(ValueError, match=r"05\.png cannot .*; nor can .*66\.png"):
         FolderImages(photos, size=8)
 
 

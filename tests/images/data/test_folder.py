@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from cldsde.images.data import FolderImages
-from cldsde.images.data.samples import load_samples
+from cldsde.images.data.pixels import load_samples
 from cldsde.images.sample.observed import _read
 from image_data import cubic_weights, random_bytes, save, whole
 

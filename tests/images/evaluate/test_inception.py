@@ -90,10 +90,9 @@ def test_fid_and_inception_score_equal_those_of_the_same_features(inception):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"fc.weight": print}, "damaged, or holds other things"),
-        ([torch.zeros(1)], "dictionary of tensors; got list"),
-        ({"weight": torch.zeros(1)}, "names or shapes.*Missing key"),
-        ({"weight": torch.full((1,), torch.nan)}, "NaN or infinity"),
+        ({"fc.weight": print}, "is damaged or has other weights"),
+        ([torch.zeros(1)], "got <class 'list'>"),
+        ({"weight": torch.zeros(1)}, "has other weights"),
     ],
 )
 def test_other_files_than_weights_are_rejected_by_name(content, message, tmp_path):
