@@ -154,31 +154,21 @@ def test_bits_do_not_depend_on_the_order_of_reading(name, dtype):
     for ends in reversed(intervals):
         assert torch.equal(both(second, *ends), found[ends])
     assert all(torch.equal(found[ends], read) for ends, read in alone.items())
+    up = make(sde, times=GRID.flip(0), dtype=dtype)
+    assert all(torch.equal(both(up, *ends), read) for ends, read in alone.items())
 
 
-@pytest.mark.slow
-def test_a_seed_fixes_the_bits_and_a_generator_gives_one_path_after_another():
-    before = torch.random.get_rng_state(), str(np.random.get_state())  # noqa: NPY002
-    one, same, other = (make(seed=seed) for seed in (4, 4, 5))
-    for s, t in itertools.pairwise(POINTS):
-        assert torch.equal(both(one, s, t), both(same, s, t))
-        assert (both(one, s, t) != both(other, s, t)).all()
-    assert torch.equal(torch.random.get_rng_state(), before[0])
-    assert str(np.random.get_state()) == before[1]  # noqa: NPY002
+def test_a_generator_gives_one_path_after_another():
     g = generator(4)
     one, two = (BrownianPath(SDE, GRID, (5, 3), generator=g) for _ in range(2))
     assert (both(one, 0.1, 0.9) != both(two, 0.1, 0.9)).all()
-    up = BrownianPath(SDE, GRID.flip(0), (5, 3), generator=generator(4))
-    assert torch.equal(both(up, 0.1, 0.9), both(one, 0.1, 0.9))
 
 
-@pytest.mark.parametrize("axes", [(), (1, 4, 4)])
-@every_dtype
-def test_a_read_is_alone_the_same_and_belongs_to_the_reader(axes, dtype):
-    (s, t), sde, options = (GIVEN[2], GIVEN[3]), PSLD(), {"shape": (6, *axes), "dtype": dtype}
-    path, expected = make(sde, **options), both(make(sde, **options), s, t)
-    assert (expected.shape, expected.dtype) == ((6, 4, *axes), dtype)
-    assert torch.equal(make(sde, **options).integral(s, t), expected[:, 2:])
+def test_a_read_has_the_axes_of_the_data_and_belongs_to_the_reader():
+    (s, t), options = (GIVEN[2], GIVEN[3]), {"sde": PSLD(), "shape": (6, 1, 4, 4)}
+    path, expected = make(**options), both(make(**options), s, t)
+    assert expected.shape == (6, 4, 1, 4, 4)
+    assert torch.equal(make(**options).integral(s, t), expected[:, 2:])
     path.increment(s, t).zero_()
     path.integral(s, t).zero_()
     assert torch.equal(both(path, s, t), expected)
