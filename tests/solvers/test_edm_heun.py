@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import cldsde
-from cldsde import VESDE, LinearSDE, ReverseProcess, Schedule, SubVPSDE, solvers
+from cldsde import VESDE, ReverseProcess, SubVPSDE, solvers
 from cldsde.solvers import EDMHeun, RecordedNoise
 from probes import normals, start, tensor
 from references import denoised
@@ -34,11 +34,6 @@ def half(t):
 # Each process with alpha and the noise level sigma = std / alpha as functions of time.
 PROCESSES = {
     "VE": (VESDE(0.1, 5.0), np.ones_like, lambda t: 0.1 * 50.0**t),
-    "VE, from 0": (
-        LinearSDE.from_matrices([[0.0]], [[1.0]], Schedule.geometric(0.1, 5.0)),
-        np.ones_like,
-        lambda t: 0.1 * np.sqrt(np.expm1(2 * t * math.log(50.0))),
-    ),
     "VP": (cldsde.VPSDE(0.1, 8.0), half, lambda t: np.sqrt(np.expm1(clock(t)))),
     "sub-VP": (SubVPSDE(0.1, 8.0), half, lambda t: 2 * np.sinh(clock(t) / 2)),
 }

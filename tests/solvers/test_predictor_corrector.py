@@ -78,11 +78,8 @@ def test_batch_norms_are_means_of_norms_as_published():
     assert torch.equal(z, before)
 
 
-@pytest.mark.parametrize("norm", ["sample", "batch"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("size", [0.0, 1e-30])
-def test_without_a_score_the_state_stays_finite(size, dtype, norm):
-    xi = torch.randn(2, 1, 3, dtype=dtype, generator=generator())
-    s = torch.full((2, 1, 3), size, dtype=dtype)
-    found = Langevin(norm=norm).correct(torch.ones_like(xi), (0,), 1.0, s, xi)
+def test_without_a_score_the_state_stays_finite(size):
+    xi = torch.randn(2, 1, 3, generator=generator())
+    found = Langevin().correct(torch.ones_like(xi), (0,), 1.0, torch.full_like(xi, size), xi)
     assert found.isfinite().all()
