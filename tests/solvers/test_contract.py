@@ -398,20 +398,10 @@ def test_increasing_grids_and_times_off_the_grid_are_taken_as_declared(method):
             solvers.plan(process, SOLVERS[method], GRID).solve(state, t_eval=GRID[1:2] + 1e-15)
 
 
-@pytest.mark.covering
-@pytest.mark.parametrize(
-    ("value", "error", "message"),
-    [
-        (lambda z: z.repeat(1, 2, 1), ValueError, r"score must return shape \(3, 1, 2\).*got"),
-        (lambda z: z[:, :1].to("meta"), ValueError, "on the state's device, cpu; got meta"),
-        (lambda z: None, TypeError, "score must return a real floating-point tensor"),
-    ],
-    ids=["rows", "device", "none"],
-)
 @every_solver
-def test_bad_scores_are_rejected(method, value, error, message):
-    process = ReverseProcess(PROCESSES[home(method)], lambda z, t: value(z))
-    with pytest.raises(error, match=message):
+def test_bad_scores_are_rejected(method):
+    process = ReverseProcess(PROCESSES[home(method)], lambda z, t: z.repeat(1, 2, 1))
+    with pytest.raises(ValueError, match=r"score must return shape \(3, 1, 2\).*got"):
         solvers.solve(process, SOLVERS[method], start(process.sde), GRID)
 
 

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 
 from cldsde import CLD, HOLD, VPSDE, ReverseProcess, solvers
 from cldsde.solvers import SampleNoise
-from cldsde.solvers.authoring import Stages
-from probes import Own, Recorder, Smooth, generator, initial, start
+from probes import Recorder, Smooth, generator, start, tensor
 from strategies import shapes
 from tolerances import rounding, standard_error
 
@@ -18,18 +17,6 @@ SDE = CLD(1.0)
 PROCESS = ReverseProcess(SDE, Smooth(SDE))
 EM, SSCS = solvers.EulerMaruyama(), solvers.SSCS()
 GRID = solvers.root_times(1.0, 0.05, 4)
-
-
-@pytest.mark.parametrize("nothing", [None, [[[], []]] * 4], ids=["none", "columns"])
-def test_an_affine_solver_may_draw_nothing(nothing):
-    class Still(solvers.EulerMaruyama):
-        def prepare(self, process, times):
-            (stage,) = super().prepare(process, times).stages
-            return Stages.of(stage._replace(noise=nothing))
-
-    z, zero = torch.ones(3, 2, 2), Own(torch.zeros(3, 1, 2))
-    found = solvers.solve(PROCESS, Still(), z, GRID, noise=Own(None)).state
-    assert torch.equal(found, solvers.solve(PROCESS, EM, z, GRID, noise=zero).state)
 
 
 def test_fresh_noise_is_the_stream_of_its_generator():
@@ -108,7 +95,8 @@ def test_at_a_time_they_have_the_marginal_of_data_of_variance_one_that_share_a_p
     """
     sde, t, count, D = CLD(), 0.05, 2500, 50
     z = SampleNoise(range(count)).start(sde, (D,), dtype=torch.float64, t=t)
-    total = sde.marginal(t, initial(sde, 1.0)).covariance
+    initial = torch.diag(tensor([1.0, sde.initial_covariance[1, 1]]))
+    total = sde.marginal(t, initial).covariance
     own = torch.einsum("bid,bjd->ij", z, z) / (count * D)
     whole = torch.einsum("bi,bj->ij", z.sum(-1), z.sum(-1)) / (count * D)
     between = (whole - own) / (D - 1)  # the mean over all pairs of two numbers

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from scipy.integrate import quad_vec
-from scipy.linalg import expm, solve_continuous_lyapunov
 
 from cldsde import ReverseProcess, solvers
 from cldsde.solvers import EDMHeun, Splitting, TorchDiffEq, TorchSDE
@@ -179,18 +178,6 @@ def integral(f, u, t):
     return quad_vec(f, u, t, epsabs=1e-14, epsrel=1e-13)[0]
 
 
-def heun(exact, t, u):
-    h, eye = t - u, np.eye(2)
-
-    def drift(at):
-        F, Q = F_and_Q(exact, at)
-        return h * (-F + Q[:, 1:] @ pull(at)), h * Q[:, 1:] @ push(at)
-
-    (D, d), (E, e) = drift(t), drift(u)
-    jump, C = eye + E / 2, exact.clock.integral(u, t) * exact.Q
-    return eye + (D + E @ (eye + D)) / 2, (d + E @ d + e) / 2, jump @ C @ jump.T
-
-
 def exponential_euler(exact, t, u):
     def back(at):
         return np.linalg.inv(exact.psi(u, at))
@@ -198,29 +185,6 @@ def exponential_euler(exact, t, u):
     gain = integral(lambda at: back(at) @ F_and_Q(exact, at)[1], u, t)[:, 1:]
     C = integral(lambda at: back(at) @ F_and_Q(exact, at)[1] @ back(at).T, u, t)
     return back(t) + gain @ pull(t), gain @ push(t), C
-
-
-def sscs_midpoint(exact, t, u):
-    S = solve_continuous_lyapunov(exact.A, -exact.Q)
-    P, middle, eye = np.linalg.inv(S), (t + u) / 2, np.eye(2)
-    H = S @ exact.A.T @ P
-
-    def move(late, early):
-        def psi(at):
-            # A point at ``at`` has that clock left.
-            return expm(H * exact.clock.integral(early, at))
-
-        C = integral(lambda at: psi(at) @ F_and_Q(exact, at)[1] @ psi(at).T, early, late)
-        return psi(late), C
-
-    half, whole = (exact.clock.integral(early, t) * exact.Q for early in (middle, u))
-    K = half @ P + half[:, 1:] @ pull(t)
-    N = whole @ P + whole[:, 1:] @ pull(middle)
-    kick = eye + N @ (eye + K)
-    shift = N @ half[:, 1:] @ push(t) + whole[:, 1:] @ push(middle)
-    (first, noise), (last, late_noise) = move(t, middle), move(middle, u)
-    C = last @ kick @ noise @ kick.T @ last.T + late_noise
-    return last @ kick @ first, last @ shift, C
 
 
 def data_prediction(exact, t):
@@ -239,9 +203,7 @@ def reverse_diffusion(exact, t, u):
 
 
 MAPS = {
-    "Heun": heun,
     "exponential Euler": exponential_euler,
-    "SSCS, midpoint": sscs_midpoint,
     "reverse diffusion": reverse_diffusion,
 }
 

@@ -114,12 +114,10 @@ def test_a_plan_follows_a_model_whose_state_is_loaded(name):
 
 
 @pytest.mark.one_in(3)
-@pytest.mark.parametrize("score", ["mixture", "mixed"])
 @few_solvers
-def test_a_plan_from_inference_mode_serves_with_gradients(name, score):
+def test_a_plan_from_inference_mode_serves_with_gradients(name):
     sde = sde_for(name)
-    process = ReverseProcess(sde, SCORES[score](sde))
-    options = {"denoise": True, "t_eval": GRID[1:]}
+    process, options = ReverseProcess(sde, mixed(sde)), {"denoise": True, "t_eval": GRID[1:]}
 
     def gradient(sampler):
         z = start(sde).requires_grad_()
@@ -129,6 +127,4 @@ def test_a_plan_from_inference_mode_serves_with_gradients(name, score):
     with torch.inference_mode():
         sampler = solvers.plan(process, SOLVERS[name], GRID.clone())
         sampler.solve(start(sde), generator=generator(), **options)
-    expected = gradient(solvers.plan(process, SOLVERS[name], GRID))
-    assert torch.equal(gradient(sampler), expected)
-    assert expected.isfinite().all()
+    assert torch.equal(gradient(sampler), gradient(solvers.plan(process, SOLVERS[name], GRID)))

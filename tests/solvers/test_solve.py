@@ -1,4 +1,4 @@
-"""`solve` along the way: requested states, callbacks, failures, last steps, gradients, tracing."""
+"""`solve` along the way: requested states, callbacks, failures, last steps, gradients."""
 
 import dataclasses
 import math
@@ -9,9 +9,8 @@ import torch
 
 from cldsde import CLD, PSLD, VPSDE, ReverseProcess, solvers
 from cldsde.solvers import SampleNoise
-from cldsde.solvers.authoring import GridSolver
 from gaussian_data import PROCESSES, moments
-from probes import Recording, Smooth, named_solvers, noting, start, untouchable
+from probes import Recording, Smooth, named_solvers, noting, start
 from tolerances import rounding
 
 SOLVERS = named_solvers() | {
@@ -191,32 +190,3 @@ def test_states_on_the_way_have_gradients_that_no_lost_sample_spoils(method):
     assert torch.equal(first, torch.ones_like(first))
     assert second.isfinite().all()
     assert (second != 0).any()
-
-
-# One solver of each class, and further forms of its step.
-TRACED = {type(x): name for name, x in SOLVERS.items() if isinstance(x, GridSolver)}
-TRACED = {kind: name for kind, name in TRACED.items() if kind is not solvers.TorchSDE}
-
-
-@pytest.mark.one_in(4)
-@pytest.mark.parametrize("method", [*TRACED.values(), "sscs", "multistep-2-sde", "multistep-3"])
-def test_steps_are_one_graph_of_the_same_bits(method):
-    sde = VPSDE() if method.startswith("edm") else SDE
-    solver, times, driven = SOLVERS[method], GRID[[0, 2, 5]], list(sde.driven)
-    tables = solver.prepare(ReverseProcess(sde, untouchable), times)
-
-    def score(z, i):
-        return -(z[:, driven] + 0.1 * z[:, driven].sin())
-
-    def through(z):
-        memory = ()
-        for i in range(len(times) - 1):
-            z, memory = solver.step(z, memory, tables, i, score, solvers.FreshNoise())
-        return z
-
-    torch._dynamo.reset()
-    traced, z = torch.compile(through, backend="eager", fullgraph=True), start(sde)
-    torch.manual_seed(0)
-    found = traced(z)
-    torch.manual_seed(0)
-    assert torch.equal(found, through(z))
