@@ -70,10 +70,13 @@ def of_the_solver(noise, per_step):
 @pytest.mark.one_in(3)
 @pytest.mark.parametrize(("family", "name"), PAIRS)
 def test_the_known_part_has_its_distribution_and_the_rest_has_the_solver_s_bits(family, name):
-    sde, noise, (solver, per_step) = PROCESSES[family], Recorder(), SOLVERS[name]
-    found = sample(Imputation(solver, KNOWN, MASK), sde, noise=noise, denoise=True)
-    expected = noisy(sde, GRID[-1], noise.draws[-1])
-    close(found.state[..., MASK], expected[..., MASK])
+    sde, noise, (solver, per_step), calls = PROCESSES[family], Recorder(), SOLVERS[name], []
+    imputation, options = Imputation(solver, KNOWN, MASK), {"callback": noting(calls)}
+    found = sample(imputation, sde, noise=noise, denoise=True, **options)
+    for t, (_, _, z), xi in zip(
+        GRID[1:], calls, noise.draws[per_step + 1 :: per_step + 1], strict=True
+    ):
+        close(z[..., MASK], noisy(sde, t, xi)[..., MASK])
     own = of_the_solver(noise, per_step)
     alone = sample(solver.on_grid(), sde, noise=own, denoise=True)
     assert torch.equal(found.data[:, ~MASK], alone.data[:, ~MASK])
@@ -94,15 +97,6 @@ def test_known_data_come_back_exactly_if_the_grid_ends_at_the_data(name, known, 
     assert torch.equal(imposed, torch.where(mask, known, -data).float())
     assert torch.equal(data[mask], known[mask])
     assert (data[~mask] != known[~mask]).all()
-
-
-def test_the_start_and_each_state_are_replaced_before_they_are_used():
-    calls, noise, score = [], Recorder(), Recording(pull)
-    imputation = Imputation(EulerMaruyama(), KNOWN, MASK)
-    sample(imputation, score=score, noise=noise, callback=noting(calls))
-    assert torch.equal(score.states[0][..., ~MASK], prior(CRITICAL)[..., ~MASK])
-    for i, state in enumerate([score.states[0], *(z for _, _, z in calls)]):
-        close(state[..., MASK], noisy(CRITICAL, GRID[i], noise.draws[2 * i])[..., MASK])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -76,12 +76,3 @@ def test_posterior_samples_count_the_network():
         process, SEEN, times, particles=4, seeds=[1, 2], method="pigdm", shape=(2,)
     )
     assert network.samples == 8 * found.nfev
-
-
-def test_a_solve_without_data_prediction_may_end_at_the_data():
-    """Nothing of the score is asked at the end, which it may not allow."""
-    sde, network = CLD(), Counting()
-    process = ReverseProcess(sde, conditional(network, sde))
-    state, times = sde.prior.sample((BATCH, 2), generator=generator()), GRID - GRID[-1]
-    found = solvers.solve(process, SOLVERS["sscs"], state, times, generator=generator())
-    assert network.samples == BATCH * found.nfev

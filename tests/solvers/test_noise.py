@@ -7,16 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cldsde import CLD, HOLD, VPSDE, ReverseProcess, solvers
+from cldsde import CLD, HOLD, VPSDE, solvers
 from cldsde.solvers import SampleNoise
-from probes import Recorder, Smooth, generator, start, tensor
+from probes import generator, tensor
 from strategies import shapes
 from tolerances import rounding, standard_error
-
-SDE = CLD(1.0)
-PROCESS = ReverseProcess(SDE, Smooth(SDE))
-EM, SSCS = solvers.EulerMaruyama(), solvers.SSCS()
-GRID = solvers.root_times(1.0, 0.05, 4)
 
 
 def test_fresh_noise_is_the_stream_of_its_generator():
@@ -24,18 +19,6 @@ def test_fresh_noise_is_the_stream_of_its_generator():
     for z, rows in ((torch.zeros(4, 2, 3), 1), (torch.zeros(5, 1, 2, 2), 2)):
         expected = torch.randn(rows, len(z), *z.shape[2:], generator=g).transpose(0, 1)
         assert torch.equal(noise.normal(z, rows), expected)
-
-
-# EM draws for the driven component, SSCS for all and once more than it steps.
-@pytest.mark.parametrize(("solver", "shape", "number"), [(EM, (3, 1, 2), 4), (SSCS, (3, 2, 2), 5)])
-def test_recorded_noise_replays_fresh_noise(solver, shape, number):
-    z, record = start(SDE), Recorder(solvers.FreshNoise(generator()))
-    first = solvers.solve(PROCESS, solver, z, GRID, noise=record).state
-    fresh = solvers.solve(PROCESS, solver, z, GRID, generator=generator()).state
-    noise = solvers.RecordedNoise(record.draws)
-    assert torch.equal(first, fresh)
-    assert torch.equal(first, solvers.solve(PROCESS, solver, z, GRID, noise=noise).state)
-    assert [draw.shape for draw in record.draws] == [shape] * number
 
 
 @given(st.lists(st.integers(1, 9000), min_size=1, max_size=6), st.sampled_from([None, 0, 2**40]))

@@ -92,13 +92,6 @@ FACTS = [
     (TorchSDE(method="srk"), 3, 2, 1.5, None),
     (TorchSDE(method="heun"), 2, 2, 1, None),
     *((TorchSDE(method=x), n, 1, 1, None) for x, n in (("euler_heun", 1), ("midpoint", 2))),
-    *((TorchDiffEq(method=x), n, None, None, n) for x, n in (("euler", 1), ("heun3", 3))),
-    *((TorchDiffEq(method=x), 2, None, None, 2) for x in ("midpoint", "heun2", "fehlberg2")),
-    (TorchDiffEq(method="adaptive_heun"), 1, None, None, 2),
-    *(
-        (TorchDiffEq(method=x), n, None, None, p)
-        for x, n, p in (("bosh3", 3, 3), ("dopri8", 13, 8))
-    ),
     (EDMHeun(noise_scale=0.9), 2, None, None, 2),  # there is no noise to scale
     (EDMHeun(churn=5.0, noise_scale=1.0000001), 2, None, None, None),
 ]

@@ -99,20 +99,6 @@ def test_hooks_of_a_model_change_samples_as_they_change_calls(name):
     assert not torch.equal(found, sample(untouched))
 
 
-@few_solvers
-def test_a_plan_follows_a_model_whose_state_is_loaded(name):
-    sde = sde_for(name)
-    model, state = mixed(sde), start(sde)
-    other = MixedScore(Network(sde), sde, torch.tensor(-0.1), torch.tensor(1.5))
-    sampler = solvers.plan(ReverseProcess(sde, model), SOLVERS[name], GRID)
-    before = sampler.solve(state, generator=generator()).state
-    model.load_state_dict(other.state_dict())
-    after = sampler.solve(state, generator=generator()).state
-    expected = sampler.with_score(other).solve(state, generator=generator()).state
-    assert torch.equal(after, expected)
-    assert not torch.equal(after, before)
-
-
 @pytest.mark.one_in(3)
 @few_solvers
 def test_a_plan_from_inference_mode_serves_with_gradients(name):

@@ -11,7 +11,6 @@ from probes import Recording, generator, normals, start, tensor
 from score import cases
 from tolerances import KERNEL, rounding
 
-GRID = solvers.quadratic_times(1.0, 1e-2, 5)
 FEW = rounding(100)  # sums of a dozen numbers of size 1
 
 
@@ -62,3 +61,15 @@ def test_without_a_score_the_state_stays_finite(size):
     xi = torch.randn(2, 1, 3, generator=generator())
     found = Langevin().correct(torch.ones_like(xi), (0,), 1.0, torch.full_like(xi, size), xi)
     assert found.isfinite().all()
+
+
+def test_reverse_diffusion_is_the_published_step_for_ve():
+    sde, (t, u) = cases.FAMILIES["VE"], (0.6, 0.4)
+    score, z, xi = cases.mixture().score(sde), start(sde), normals(0, 3, 1, 2)
+    times, noise = tensor([t, u]), solvers.RecordedNoise([xi])
+    found = solvers.solve(
+        ReverseProcess(sde, score), solvers.ReverseDiffusion(), z, times, noise=noise
+    )
+    late, early = ((0.05 * 400**x) ** 2 for x in (t, u))
+    expected = z + (late - early) * score(z, t) + math.sqrt(late - early) * xi
+    assert torch.allclose(found.state, expected, rtol=100 * KERNEL, atol=100 * KERNEL)

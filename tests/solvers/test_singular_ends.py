@@ -1,24 +1,18 @@
 """Interpolants without signal at t = 1: which solvers sample from there, and the others' errors."""
 
-import math
-
 import pytest
 import torch
 
 import cldsde
 from cldsde import CosineVP, RectifiedFlow, ReverseProcess, solvers
-from cldsde.solvers import ExponentialMultistep as Multistep
 from probes import generator, named_solvers
 from score.cases import LINE as DATA
-from tolerances import rounding
 
 FLOW = RectifiedFlow()
 ALPHAS = [*torch.linspace(0.01, 1.5, 39, dtype=torch.float64).cos().square().tolist(), 0.0]
 PROCESSES = {"rectified flow": FLOW, "cosine": CosineVP()}
 PROCESSES["table to zero"] = cldsde.VPSDE.from_alphas_cumprod(ALPHAS)
-every_process = pytest.mark.parametrize("name", list(PROCESSES))
 SOLVERS = named_solvers(0.5)
-PREDICTIONS = rounding(32, math.exp(10))  # from the score at `regular_until`
 
 
 def states(n=50, dtype=torch.float64):
@@ -65,13 +59,3 @@ def test_a_start_between_the_latest_and_the_end_is_rejected(solver):
     # Times that were float32 once are not exactly the latest.
     times = solvers.root_times(FLOW.regular_until, 0.05, 20)
     solvers.plan(process(), solver, times.float().double())
-
-
-def test_a_score_without_a_data_prediction_says_where_to_start():
-    reverse = ReverseProcess(FLOW, DATA.score(FLOW).__call__)
-    with pytest.raises(ValueError, match=r"without a data prediction of its own.*regular_until"):
-        solvers.plan(reverse, Multistep(), solvers.root_times(1.0, 0.05, 20))
-    times = solvers.root_times(FLOW.regular_until, 0.05, 20)
-    late = solvers.solve(reverse, Multistep(), states(), times).state
-    whole = solvers.solve(process(), Multistep(), states(), times).state
-    assert torch.allclose(late, whole, rtol=0, atol=PREDICTIONS)
