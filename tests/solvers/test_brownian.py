@@ -13,7 +13,7 @@ import pytest
 import torch
 from scipy.linalg import block_diag
 
-from cldsde import CLD, PSLD, LinearSDE, ReverseProcess, solvers
+from cldsde import CLD, LinearSDE, ReverseProcess, solvers
 from cldsde.solvers import BrownianPath
 from gaussian_data import EVERY, PROCESSES
 from probes import check_normal, generator, normals, start, untouchable
@@ -140,16 +140,6 @@ def test_a_generator_gives_one_path_after_another():
     assert (both(one, 0.1, 0.9) != both(two, 0.1, 0.9)).all()
 
 
-def test_a_read_has_the_axes_of_the_data_and_belongs_to_the_reader():
-    (s, t), options = (GIVEN[2], GIVEN[3]), {"sde": PSLD(), "shape": (6, 1, 4, 4)}
-    path, expected = make(**options), both(make(**options), s, t)
-    assert expected.shape == (6, 4, 1, 4, 4)
-    assert torch.equal(make(**options).integral(s, t), expected[:, 2:])
-    path.increment(s, t).zero_()
-    path.integral(s, t).zero_()
-    assert torch.equal(both(path, s, t), expected)
-
-
 INCREMENTS = {x: solvers.TorchSDE(method=x) for x in ("euler", "milstein", "heun", "euler_heun")}
 INCREMENTS |= {"EM": solvers.EulerMaruyama(), "midpoint": solvers.TorchSDE(method="midpoint")}
 INTEGRALS = {"exponential": solvers.ExponentialEuler(), "reverse": solvers.ReverseDiffusion()}
@@ -194,9 +184,9 @@ def test_integrals_are_the_noise_of_these_solvers(name, method):
 @pytest.mark.parametrize("name", [x for x in solvers.named_solvers() if x[:3] != "edm"])
 def test_solvers_follow_a_path_or_say_that_they_do_not(name):
     process = ReverseProcess(SDE, lambda z, t: torch.zeros_like(z[:, 1:]))
-    arguments = process, solvers.named_solvers()[name], start(SDE, (5, 3)), GRID
+    arguments = process, solvers.named_solvers()[name], start(SDE, (5, 1, 3)), GRID
     if name in FOLLOWING:
-        assert solvers.solve(*arguments, noise=make()).success
+        assert solvers.solve(*arguments, noise=make(shape=(5, 1, 3))).success
     else:
         with pytest.raises(ValueError, match=r"^noise must not be a BrownianPath"):
             solvers.solve(*arguments, noise=make())

@@ -97,7 +97,6 @@ def seeded(place, seed=0):
 
 NOISES = {
     "fresh": lambda sde, times, place: solvers.FreshNoise(seeded(place)),
-    "fresh, of the CPU": lambda sde, times, place: solvers.FreshNoise(seeded("cpu")),
     "samples": lambda sde, times, place: solvers.SampleNoise([3, 4, 5]),
     "path": lambda sde, times, place: solvers.BrownianPath(
         sde, times, (3, 2), generator=seeded("cpu"), device=place

@@ -1,4 +1,4 @@
-"""Noise sources: streams of samples, recorded draws, and sources of users."""
+"""Noise sources: streams of a generator and of samples, and the states that these start from."""
 
 import math
 

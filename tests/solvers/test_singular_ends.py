@@ -23,19 +23,9 @@ def process(name="rectified flow"):
     return ReverseProcess(PROCESSES[name], DATA.score(PROCESSES[name]))
 
 
-# An adaptive solver takes many steps at each of the table's entries.
-SLOW = ("gotta-go-fast", "torchdiffeq-dopri5", "probability-flow-dopri8")
-CASES = [
-    pytest.param(
-        name, solver, marks=[pytest.mark.slow] * (name == "table to zero" and solver in SLOW)
-    )
-    for name in PROCESSES
-    for solver in SOLVERS
-]
-
-
 @pytest.mark.one_in(5)
-@pytest.mark.parametrize(("name", "solver"), CASES)
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("name", PROCESSES)
 def test_a_solver_samples_from_the_end_or_names_the_latest_start(name, solver):
     sampler, times = SOLVERS[solver], solvers.root_times(1.0, 0.05, 20)
     if "multistep" in solver and not solver.endswith("noise"):

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from cldsde import CLD, PSLD, VPSDE, GaussianMixture, Observation, ReverseProcess, solvers
+from cldsde.solvers.twisted import _systematic
 from probes import generator
 from references import wide_mixture
-from tolerances import rounding, standard_error, standard_error_of_variance
+from tolerances import order_of, rounding, standard_error, standard_error_of_variance
 
 BATCHES = 1e-9  # matrix products of other batch sizes round otherwise; it grows along the steps
 
@@ -101,6 +102,14 @@ def test_resampled_particles_have_equal_weights():
     # most. Independent draws would have a standard error of 1 / sqrt(4000) = 0.016.
     error = (drawn.mean(0) - found.weights @ found.samples) / found.samples.std(0)
     assert error.abs().max() < standard_error(0.5, 400) * 400 / 4000
+
+
+def test_systematic_resampling_has_no_bias():
+    weights, counts = torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64), torch.zeros(3)
+    for u in torch.linspace(0.005, 0.995, 100, dtype=torch.float64):
+        counts += torch.bincount(_systematic(weights, u.reshape(1, 1), 4)[0], minlength=3)
+    # The integral over u by a sum of 100, whose jumps are half an interval off.
+    assert (counts / 400 - weights[0]).abs().max() <= order_of(1 / 100, 1, 0.5)
 
 
 @pytest.mark.parametrize(
