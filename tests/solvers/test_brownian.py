@@ -204,6 +204,14 @@ def same(found, wanted):
     return all(torch.equal(x, y) for x, y in zip(found, wanted, strict=True))
 
 
+def test_autocast_changes_nothing():
+    wanted = walked(make(times=WALK, dtype=torch.float32))
+    with torch.autocast("cpu"):
+        found = walked(make(times=WALK, dtype=torch.float32))
+    for x, y in zip(found, wanted, strict=True):
+        assert (x - y).abs().max() <= SUMS[torch.float32] * float(y.abs().max())
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
 def test_reads_stay_and_copies_are_the_same_path_also_from_inference_mode(copied):
     path = make(shape=(300, 3), times=WALK)

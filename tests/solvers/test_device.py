@@ -24,20 +24,21 @@ pytestmark = needs_simulation if SIMULATED else []
 
 PROCESSES = {"VP": cldsde.VPSDE, "CLD": cldsde.CLD, "PSLD": cldsde.PSLD}
 SOLVERS = named_solvers(0.5)
-# torchsde and torchdiffeq read values back in each step and take times in float64.
-OWN = {name: solver for name, solver in SOLVERS.items() if not name.startswith("torch")}
 # Known data and mask are on the CPU.
 SOLVERS["imputation"] = solvers.Imputation(
     SOLVERS["sscs"], torch.tensor([0.5, 0.1]), torch.tensor([True, False])
 )
+# torchsde and torchdiffeq read values back in each step and take times in float64.
+OWN = {name: solver for name, solver in SOLVERS.items() if not name.startswith("torch")}
 HOME = [(name, "VP" if name.startswith("edm") else "CLD") for name in OWN]
 # One solver of each class, every third of them with a score of the package, and some on other
 # processes.
 CLASSES = list({type(OWN[name]): (name, process) for name, process in HOME}.values())
 CASES = [("multistep-2-sde", "PSLD", "function"), ("reverse-diffusion", "VP", "mixture")]
 CASES += [(*case, "function" if i % 3 else "mixture") for i, case in enumerate(CLASSES)]
-CASES += [("imputation", "CLD", "function"), ("multistep-2-sde", "CLD", "posterior")]
-CASES += [("multistep-2-sde", "CLD", score) for score in ("guided", "of another process")]
+COMPOSED = ["posterior", "guided", "of another process"]
+CASES += [("multistep-2-sde", "CLD", score) for score in COMPOSED]
+CASES += [(name, "CLD", "function") for name in SOLVERS if name.startswith("torch")]
 CASES += [pytest.param(*case, "function", marks=pytest.mark.slow) for case in HOME]
 
 
@@ -152,8 +153,12 @@ def test_solvers_give_the_bits_of_the_cpu_and_steps_wait_for_nothing(name, proce
     on_cpu = expected(process, name, score)
     with the_device() as device:
         few, found = spent(device, reverse(process, score), SOLVERS[name])
+        if name not in OWN:
+            device.reset()
         check_same(found, on_cpu, device)
         assert (found.nfev, found.message) == (on_cpu.nfev, on_cpu.message)
+        if name not in OWN:
+            return
         if SOLVERS[name].facts.adaptive:
             # One wait and one copy for each attempt, and for the first and the last state. A flow
             # finds its first step with two more. A mixture copies coefficients as often.
@@ -168,15 +173,6 @@ def test_solvers_give_the_bits_of_the_cpu_and_steps_wait_for_nothing(name, proce
     assert many.selections == 0
     if score != "posterior":  # whose linear equations are solved on the CPU
         assert many.waits == few.waits <= 2
-
-
-@pytest.mark.parametrize("name", [name for name in SOLVERS if name.startswith("torch")])
-def test_solvers_of_other_libraries_give_the_bits_of_the_cpu(name):
-    on_cpu = expected("CLD", name, "function")
-    with the_device() as device:
-        found = solved(reverse("CLD", "function"), SOLVERS[name], DEVICE)
-        device.reset()  # their times are in double precision
-        check_same(found, on_cpu, device)
 
 
 @pytest.mark.parametrize(

@@ -96,8 +96,6 @@ def test_resampled_particles_have_equal_weights():
     found = sample(*wide_mixture(), particles=400, seeds=[0])
     drawn = found.resample(4000, generator=generator())
     assert drawn.shape == (4000, 8)
-    with pytest.raises(TypeError, match=r"must be a torch\.Generator or None"):
-        found.resample(4, generator=[torch.Generator()])
     # Systematic resampling rounds the share of each particle up or down, with a variance of 1/4 at
     # most. Independent draws would have a standard error of 1 / sqrt(4000) = 0.016.
     error = (drawn.mean(0) - found.weights @ found.samples) / found.samples.std(0)
