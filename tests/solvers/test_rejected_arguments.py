@@ -101,6 +101,7 @@ CASES += [
 OBLIQUE = -0.5 * np.diag([2.0, 1.0]) @ np.linalg.inv([[1.0, 0.5], [0.5, 1.0]])
 CORRELATED = r"independent noises .* correlated ones\. Use SSCS"
 NOT_LEVELS = [lambda t: -t, lambda t: t / 0, lambda t: t[:-1]]
+CLOSE = torch.tensor([1.0, 1.0 - EPS / 2, 0.1], dtype=torch.float64)
 SNR_STEPS, ONE = Multistep(variable="log_snr"), solvers.root_times(1.0, 0.05, 7)
 ANCESTRAL, CHURNED = solvers.Ancestral(), PredictorCorrector(solvers.EDMHeun(churn=1.5))
 NOISY = Multistep(prediction="noise")
@@ -124,6 +125,7 @@ def made(result):
 
 CASES += [
     (lambda: plan(SNR_STEPS, cldsde.CosineVP(), ONE), V, "reach t = 1 with variable='log_snr'"),
+    (lambda: plan(SNR_STEPS, VPSDE(0.01, 0.02), CLOSE), V, "variable must be 'time' for this grid"),
     (lambda: split([[0, 1], [0, 0]], [[0], [1]]), V, r"2 components .* Use StochasticHeun$"),
     (lambda: split([[-1, 0], [0, -1]], [[0], [1]]), V, "2 components and no such distribution"),
     # Independent noises with a stationary covariance [[1, 1/2], [1/2, 1]].
@@ -210,7 +212,6 @@ CASES += [
         r"got \(2, 3\) for states.*wrap it: DenoiserScore",
     ),
     (lambda: sample(score=None), T, "score must be a callable"),
-    (lambda: sample(3), T, "sde"),
     # The reason of the solver that was to be taken, for a flow that cannot start at t = 1.
     (lambda: sample(FLOW, times=LATE), V, "without a data prediction of its own"),
     (lambda: sample(score=lambda z, t: z * NAN, nfe=4), FloatingPointError, "not finite"),
@@ -255,7 +256,6 @@ CASES += [
     *bad(V, "log_snr must be increasing", lambda x: solvers.LevelNoise(x, x), (0.0, 0.0), ()),
     (lambda: solvers.LevelNoise((0.0, 1.0), (1.0,)), V, "must be one finite λ ≥ 0 for each of 2 κ"),
     (lambda: fit(ReverseProcess(UNDERDAMPED, untouchable), nfe=20), V, "is sampled by SSCS"),
-    (lambda: fit(distance="fd"), T, "distance must be a function of samples; got 'fd'"),
     (lambda: fit(budget=40), V, "budget must be at least 240, for 30 tries of 8 network"),
 ]
 
