@@ -142,6 +142,8 @@ CASES += [
     (lambda: plan(CHURNED, VPSDE(), TO_ZERO), V, "takes 19 evaluations in 10 steps. A grid"),
     (lambda: solve(ANCESTRAL, VPSDE(), times=TO_ZERO, log_prob=True), V, "to 0 adds no noise"),
     (lambda: made(lambda z: (z[:1], ())), V, r"Made\.step must return .*; got .*\(1, 2, 2\)"),
+    (lambda: solve(score=lambda z, t: None), T, "score must return a real floating-point tensor"),
+    (lambda: solve(score=lambda z, t: z[:, :1].to("meta")), V, "device, cpu; got meta"),
     (lambda: made(lambda z: z), T, r"Made\.step must .*; got Tensor"),
 ]
 
@@ -201,7 +203,6 @@ CASES += [
     *bad(V, r"shape must be \(B, \*D\)", lambda x: sample(shape=x), (3,), 3),
     (lambda: sample(shape=(0, 2)), V, "shape must be at least 1"),
     (lambda: sample(nfe=1), V, "too few for a step.*increase nfe to at least 2"),
-    (lambda: sample(seed=-1), V, "seed must be at least 0"),
     (lambda: sample(dtype=torch.int64), T, "dtype must be a floating-point type"),
     *bad(V, "device must be one that", lambda x: sample(device=x), "cuda:99", "gpu"),
     (lambda: sample(solver=solvers.SSCS), T, "solver must be a solver"),
@@ -217,7 +218,6 @@ CASES += [
     (lambda: sample(score=lambda z, t: z * NAN, nfe=4), FloatingPointError, "not finite"),
     # HOLD reaches σ = 22 only.
     (lambda: sample(HOLD(), IDENTITY), V, "range of times .* is empty"),
-    (lambda: posterior(particles=0), V, "particles must be at least 1"),
     (lambda: posterior(threshold=1.5), V, "threshold must lie in"),
     (lambda: posterior(method="dps"), V, "method must be one of"),
     (lambda: posterior(seeds=[1], generator=torch.Generator()), V, "alternatives"),
