@@ -60,13 +60,6 @@ def start(
     return sde.prior.sample(shape, generator=generator(9), dtype=dtype)
 
 
-def initial(sde: LinearSDE, variance: float = 0.25) -> torch.Tensor:
-    """Covariance of z_0 for data of the given variance."""
-    covariance = sde.initial_covariance.clone()
-    covariance[0, 0] += variance
-    return covariance
-
-
 def check_normal(z: torch.Tensor, covariance: torch.Tensor, mean: Any = 0.0) -> None:
     """Samples ``(n, k)`` have the moments of a normal distribution, within 5 standard errors.
 

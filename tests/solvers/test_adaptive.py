@@ -38,34 +38,28 @@ def cost(name):
     return 0 if name.startswith("Gotta") else 2, SOLVERS[name].facts.nfe_per_step
 
 
-def run(name, score=smooth, dtype=torch.float64, state=None, **options):
-    score, state = Recording(score), start(SDE, dtype=dtype) if state is None else state
+def run(name, score=smooth, state=None, **options):
+    score, state = Recording(score), start(SDE) if state is None else state
     solver = dataclasses.replace(SOLVERS[name], **options)
     found = solve(ReverseProcess(SDE, score), solver, state, ENDS, generator=generator())
     assert found.state.isfinite().all()
-    assert torch.equal(found.data, found.state[:, 0])
     assert (found.status == 0) == found.success
     return found, score
 
 
-@pytest.mark.parametrize("most", [2, 3, 50])
-def test_too_few_evaluations_are_reported(name, most):
-    found, score = run(name, rtol=1e-12, atol=1e-12, max_nfev=most)
-    assert not found.success
-    assert f"max_nfev: {most}" in found.message
-    assert most - cost(name)[1] < score.calls == found.nfev <= most
-    assert found.y.isnan().all()
-
-
 @pytest.mark.one_in(3)
-def test_as_many_evaluations_as_needed_are_enough(name):
+def test_as_many_evaluations_as_needed_are_enough_and_fewer_are_reported(name):
     needed, _ = run(name)
     before, attempt = cost(name)
     assert (needed.nfev - before) % attempt == 0
     again, _ = run(name, max_nfev=needed.nfev)
     assert again.success
     assert torch.equal(again.state, needed.state)
-    assert not run(name, max_nfev=needed.nfev - 1)[0].success
+    for most in (2, needed.nfev - 1):
+        found, score = run(name, max_nfev=most)
+        assert f"max_nfev: {most}" in found.message
+        assert most - attempt < score.calls == found.nfev <= most
+        assert found.y[0, ~found.stats["success"]].isnan().all()
 
 
 @pytest.mark.one_in(5)
@@ -84,16 +78,6 @@ def test_a_score_that_is_not_finite_is_reported_soon(name, value, since):
     healthy = [float(t) > since for t in score.times]
     first = healthy.index(False) if False in healthy else len(healthy)
     assert len(healthy) - first <= 84 * cost(name)[1]
-
-
-@pytest.mark.one_in(3)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("tolerance", [1e-300, 1e-17])
-def test_tolerances_out_of_reach_end(name, dtype, tolerance):
-    found, _ = run(name, dtype=dtype, rtol=tolerance, atol=tolerance, max_nfev=300)
-    assert not found.success
-    assert any(x in found.message for x in ("max_nfev", "cannot be met", "underflow"))
-    assert found.nfev <= 300
 
 
 @pytest.mark.one_in(3)

@@ -1,20 +1,17 @@
-"""Gotta Go Fast: its Brownian path, its formulas, and how it ends."""
+"""Gotta Go Fast: its formulas, and how it ends."""
 
 import math
 
 import pytest
 import torch
-from scipy.stats import kstest
 
 from cldsde import CLD, ReverseProcess
 from cldsde.solvers import FreshNoise, GottaGoFast, RecordedNoise, solve
-from cldsde.solvers.gotta_go_fast import _Path
 from probes import Recording, generator, start, tensor
 from score import cases
-from tolerances import rounding, standard_error, standard_error_of_variance
+from tolerances import rounding
 
 RERUN = 1e-9  # rounding, 1e-16, that grows along some hundred steps whose lengths feel it
-RARE = 1e-4  # chance of a p-value that is rejected
 
 
 def run(sde, score, state, end=0.1, *, noise=None, **options):
@@ -22,42 +19,6 @@ def run(sde, score, state, end=0.1, *, noise=None, **options):
     solver = GottaGoFast(**{"rtol": 0.1, "atol": 0.05, **options})
     times, noise = tensor([1.0, end]), FreshNoise(generator()) if noise is None else noise
     return solve(ReverseProcess(sde, score), solver, state, times, noise=noise)
-
-
-def test_increments_are_independent_normals_whatever_is_rejected():
-    # Over four quarters, walked by samples that reject steps with large noise.
-    n, g = 1500, generator(3)
-    path = _Path(torch.zeros(n, 1, dtype=torch.float64), 2, FreshNoise(g))
-    at = torch.zeros(n, dtype=torch.float64)
-    cells = torch.zeros(n, 4, 2, dtype=torch.float64)
-    alive = torch.arange(n)
-    while len(alive):
-        exponent = torch.randint(0, 6, (len(alive),), generator=g)
-        h = 2.0 ** -exponent.double()
-        increment = path.increment(path.weights(h))
-        cell = (4 * at).floor()
-        small = (increment.abs().amax(1) < 0.8 * h.sqrt()) | (exponent == 5)
-        accept = (at + h <= (cell + 1) / 4) & small
-        cells[alive, cell.long()] += increment * accept.unsqueeze(1)
-        at = torch.where(accept, at + h, at)
-        path.settle(accept, keep_rejected=True)
-        # Two pieces per attempt; a piece lasts as long as rejections in a row do.
-        assert path.pieces.shape[1] == path._lengths.shape[1] <= 40
-        stays = at < 1
-        alive, at = alive[stays], at[stays]
-        path.keep(stays.nonzero().flatten())
-        path.alive, path.pieces = path.alive[stays], path.pieces[stays]
-    increments, eye = 2 * cells.flatten(1), torch.eye(8, dtype=torch.float64)
-    # The largest of some sixty.
-    most, variance = standard_error(1.0, n, 4.5), standard_error_of_variance(1.0, n, 4.5)
-    error = (increments.T @ increments / n - eye).abs()
-    assert (error - error.diagonal().diag()).max() <= most
-    assert error.diagonal().max() <= variance
-    assert increments.mean(0).abs().max() <= most
-    assert min(kstest(column, "norm").pvalue for column in increments.T.numpy()) > RARE
-    # Squares are uncorrelated, too: the size of an increment does not depend on the others.
-    squares = (increments.square() - 1) / math.sqrt(2)
-    assert (squares.T @ squares / n)[~eye.bool()].abs().max() <= most
 
 
 def ten_bits(h):

@@ -1,4 +1,4 @@
-"""Noise sources: streams of samples, recorded draws, and sources of users."""
+"""Noise sources: streams of a generator and of samples, and the states that these start from."""
 
 import math
 
@@ -7,29 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cldsde import CLD, HOLD, VPSDE, ReverseProcess, solvers
+from cldsde import CLD, HOLD, VPSDE, solvers
 from cldsde.solvers import SampleNoise
-from cldsde.solvers.authoring import Stages
-from probes import Own, Recorder, Smooth, generator, initial, start
+from probes import generator, tensor
 from strategies import shapes
 from tolerances import rounding, standard_error
-
-SDE = CLD(1.0)
-PROCESS = ReverseProcess(SDE, Smooth(SDE))
-EM, SSCS = solvers.EulerMaruyama(), solvers.SSCS()
-GRID = solvers.root_times(1.0, 0.05, 4)
-
-
-@pytest.mark.parametrize("nothing", [None, [[[], []]] * 4], ids=["none", "columns"])
-def test_an_affine_solver_may_draw_nothing(nothing):
-    class Still(solvers.EulerMaruyama):
-        def prepare(self, process, times):
-            (stage,) = super().prepare(process, times).stages
-            return Stages.of(stage._replace(noise=nothing))
-
-    z, zero = torch.ones(3, 2, 2), Own(torch.zeros(3, 1, 2))
-    found = solvers.solve(PROCESS, Still(), z, GRID, noise=Own(None)).state
-    assert torch.equal(found, solvers.solve(PROCESS, EM, z, GRID, noise=zero).state)
 
 
 def test_fresh_noise_is_the_stream_of_its_generator():
@@ -37,18 +19,6 @@ def test_fresh_noise_is_the_stream_of_its_generator():
     for z, rows in ((torch.zeros(4, 2, 3), 1), (torch.zeros(5, 1, 2, 2), 2)):
         expected = torch.randn(rows, len(z), *z.shape[2:], generator=g).transpose(0, 1)
         assert torch.equal(noise.normal(z, rows), expected)
-
-
-# EM draws for the driven component, SSCS for all and once more than it steps.
-@pytest.mark.parametrize(("solver", "shape", "number"), [(EM, (3, 1, 2), 4), (SSCS, (3, 2, 2), 5)])
-def test_recorded_noise_replays_fresh_noise(solver, shape, number):
-    z, record = start(SDE), Recorder(solvers.FreshNoise(generator()))
-    first = solvers.solve(PROCESS, solver, z, GRID, noise=record).state
-    fresh = solvers.solve(PROCESS, solver, z, GRID, generator=generator()).state
-    noise = solvers.RecordedNoise(record.draws)
-    assert torch.equal(first, fresh)
-    assert torch.equal(first, solvers.solve(PROCESS, solver, z, GRID, noise=noise).state)
-    assert [draw.shape for draw in record.draws] == [shape] * number
 
 
 @given(st.lists(st.integers(1, 9000), min_size=1, max_size=6), st.sampled_from([None, 0, 2**40]))
@@ -89,21 +59,16 @@ def test_draws_are_not_shared_and_the_start_is_the_first():
 
 
 @pytest.mark.usefixtures("defaults")
-@pytest.mark.parametrize(("axes", "dtype"), [((), torch.float32), ((1, 8, 8), torch.float64)])
-def test_starts_are_of_the_kind_asked_for_whatever_the_default_dtype(axes, dtype):
-    before, starts = torch.random.get_rng_state(), []
-    for default in (torch.float64, torch.float32):
-        torch.set_default_dtype(default)
-        starts.append(SampleNoise([1, 2]).start(HOLD(), axes, dtype=dtype))
-    assert (starts[0].shape, starts[0].dtype) == ((2, 3, *axes), dtype)
-    assert torch.equal(*starts)
-    assert torch.equal(torch.random.get_rng_state(), before)
-
-
-def test_starts_have_the_prior():
-    sde, normals = HOLD(), SampleNoise([1]).normal(torch.zeros(1, 3, 4, dtype=torch.float64), 3)
-    found = SampleNoise([1]).start(sde, (4,), dtype=torch.float64)
-    assert (found - sde.prior.root @ normals).abs().max() <= rounding(32, 10.0)
+@pytest.mark.parametrize("axes", [(), (1, 8, 8)])
+def test_starts_have_the_prior_whatever_the_default_dtype(axes):
+    like, sde = torch.zeros(2, 3, *axes, dtype=torch.float64), HOLD()
+    torch.set_default_dtype(torch.float64)
+    found = SampleNoise([1, 2]).start(sde, axes, dtype=torch.float64)
+    torch.set_default_dtype(torch.float32)
+    normals = SampleNoise([1, 2]).normal(like, 3)
+    assert (found.shape, found.dtype) == (like.shape, like.dtype)
+    expected = (sde.prior.root @ normals.reshape(2, 3, -1)).reshape(like.shape)
+    assert (found - expected).abs().max() <= rounding(32, 10.0)
 
 
 def test_at_a_time_they_have_the_marginal_of_data_of_variance_one_that_share_a_part():
@@ -113,7 +78,8 @@ def test_at_a_time_they_have_the_marginal_of_data_of_variance_one_that_share_a_p
     """
     sde, t, count, D = CLD(), 0.05, 2500, 50
     z = SampleNoise(range(count)).start(sde, (D,), dtype=torch.float64, t=t)
-    total = sde.marginal(t, initial(sde, 1.0)).covariance
+    initial = torch.diag(tensor([1.0, sde.initial_covariance[1, 1]]))
+    total = sde.marginal(t, initial).covariance
     own = torch.einsum("bid,bjd->ij", z, z) / (count * D)
     whole = torch.einsum("bi,bj->ij", z.sum(-1), z.sum(-1)) / (count * D)
     between = (whole - own) / (D - 1)  # the mean over all pairs of two numbers

@@ -1,4 +1,4 @@
-"""Orders of the fixed-grid solvers, from exact moments, and their one-step maps written anew.
+"""Orders of the fixed-grid solvers, from exact moments.
 
 The reference uses none of the package's kernels. Both the reverse SDE and the probability flow
 carry p_T to p_t, so that the moments of z_t are the exact answer for either.
@@ -7,19 +7,16 @@ carry p_T to p_t, so that the moments of z_t are the exact answer for either.
 import functools
 import math
 
-import numpy as np
 import pytest
 import torch
-from scipy.integrate import quad_vec
-from scipy.linalg import expm, solve_continuous_lyapunov
+from scipy.integrate import solve_ivp
 
 from cldsde import ReverseProcess, solvers
 from cldsde.solvers import EDMHeun, Splitting, TorchDiffEq, TorchSDE
 from cldsde.solvers import ExponentialMultistep as Multistep
-from cldsde.validation import propagate_moments
 from gaussian_data import EVERY, PROCESSES, SLOPE, flow, moments_error, reverse
 from probes import PUBLISHED, WORDS, start, tensor
-from tolerances import KERNEL
+from tolerances import EPS, KERNEL
 
 GRIDS = {"uniform": solvers.uniform_times, "root": solvers.root_times}
 
@@ -41,7 +38,8 @@ def declared(solver):
     return facts.weak_order if facts.ode_order is None else facts.ode_order
 
 
-LATE = {"scheme": "OBAB", "score_time": "end"}
+NAMED = solvers.named_solvers()
+SDE, LATE = {"stochasticity": 1.0}, {"scheme": "OBAB", "score_time": "end"}
 # Solvers, and the processes on which the slope is the declared one.
 TABLE = {
     "Euler-Maruyama": (solvers.EulerMaruyama(), EVERY),
@@ -57,109 +55,69 @@ TABLE = {
     "3": (Multistep(order=3), ["CLD"]),
     "1 corrected": (Multistep(order=1, corrector=True), ["VE", "CLD"]),
     "2 corrected": (Multistep(order=2, corrector=True), ["VE", "CLD, linear"]),
-    "3 corrected": (Multistep(order=3, corrector=True), []),
     "noise, 1": (Multistep(order=1, prediction="noise"), ["CLD"]),
     "noise, 2": (Multistep(order=2, prediction="noise"), ["VE", "CLD", "HOLD"]),
-    "noise, 3": (Multistep(order=3, prediction="noise"), []),
     "log-SNR, 2": (Multistep(order=2, variable="log_snr"), ["VP", "CLD"]),
     "VP's time, 2": (Multistep(order=2, variable="vp_time"), ["VP", "CLD"]),
-    "log-SNR, 2 corrected": (Multistep(order=2, variable="log_snr", corrector=True), ["CLD"]),
-    "log-SNR, 2 with noise": (Multistep(order=2, variable="log_snr", stochasticity=1.0), ["CLD"]),
-    "published, 1": (Multistep(order=1, **PUBLISHED), ["CLD"]),
-    "published, 2": (Multistep(order=2, **PUBLISHED), ["VP", "CLD"]),
     "published, 2 corrected": (Multistep(order=2, corrector=True, **PUBLISHED), ["VP", "CLD"]),
-    "published, 2 with noise": (Multistep(order=2, stochasticity=1.0, **PUBLISHED), ["CLD"]),
     "2 at falling noise": (Multistep(order=2, stochasticity=lambda t: t), ["VP", "CLD"]),
-    "1 at 1": (Multistep(order=1, stochasticity=1.0), ["VP", "VE"]),
+    "1 at 1": (Multistep(order=1, **SDE), ["VP", "VE"]),
     "1 at 0.5": (Multistep(order=1, stochasticity=0.5), ["VP", "CLD"]),
-    "1 corrected at 1": (Multistep(order=1, stochasticity=1.0, corrector=True), ["VP", "CLD"]),
-    "2 at 0.5": (Multistep(order=2, stochasticity=0.5), ["CLD"]),
-    "2 at 1": (Multistep(order=2, stochasticity=1.0), ["VP", "VE", "CLD, linear", "HOLD"]),
-    "2 corrected at 1": (Multistep(order=2, stochasticity=1.0, corrector=True), []),
-    "3 at 1": (Multistep(order=3, stochasticity=1.0), []),
-    "3 corrected at 1": (Multistep(order=3, stochasticity=1.0, corrector=True), []),
+    "1 corrected at 1": (Multistep(order=1, corrector=True, **SDE), ["VP", "CLD"]),
+    "2 at 1": (Multistep(order=2, **SDE), ["VP", "VE", "CLD, linear", "HOLD"]),
     "EDM": (EDMHeun(), ["VP", "VE"]),
-    **{f"EDM, churn {x}": (EDMHeun(churn=x), ["VE"]) for x in (10.0, 20.0)},
+    "EDM, churn": (EDMHeun(churn=10.0), ["VE"]),
     "EDM, churn in a range": (EDMHeun(churn=5.0, churn_range=(0.3, 3.0)), ["VP", "VE"]),
     **{word: (Splitting(scheme=word), ["CLD"]) for word in WORDS},
     "OBAB, shared": (Splitting(scheme="OBAB", shared_score=True), ["CLD", "PSLD"]),
     "OBAB, at the end": (Splitting(**LATE), ["CLD", "PSLD"]),
-    "OBAB, shared at the end": (Splitting(shared_score=True, **LATE), ["CLD", "PSLD"]),
     "torchsde, euler": (TorchSDE(method="euler"), ["VE", "HOLD"]),
     "torchsde, srk": (TorchSDE(method="srk"), ["VE", "HOLD"]),
     "torchsde, heun": (TorchSDE(method="heun"), ["CLD, linear"]),
     "torchsde, euler_heun": (TorchSDE(method="euler_heun"), ["HOLD"]),
-    "torchsde, midpoint": (TorchSDE(method="midpoint"), []),
 }
 SOLVERS = {method: solver for method, (solver, _) in TABLE.items()}
 # At 40 steps the second term of these errors, d h / (2 log 2), is above a quarter.
-LATE_ROWS = {
+FINE = {
     *(("exponential Euler", "HOLD"), ("reverse diffusion", "CLD, linear"), ("SSCS", "HOLD")),
     *(("2", "PSLD"), ("2 at falling noise", "VP"), ("2 at falling noise", "CLD")),
-    *(("1 corrected at 1", "CLD"), ("EDM, churn 20.0", "VE"), ("BOAOB", "CLD")),
+    *(("1 corrected at 1", "CLD"), ("BOAOB", "CLD")),
 }
-# At 20 steps the second term of these is below a fifth already.
-EARLY = {"Heun", "SSCS, midpoint", "SSCS, wrong slope", "1", "noise, 1", "log-SNR, 2"}
-EARLY |= {"2 corrected", "log-SNR, 2 with noise", "published, 1", "published, 2", "1 at 1"}
-EARLY |= {"published, 2 with noise", "1 at 0.5", "EDM", "EDM, churn in a range", "OBAB", "BAOAB"}
-EARLY |= {"OABAO", "ABOBAOB", "OBAB, at the end", "torchsde, heun"}
-
-
-# Fast tests of their formulas exist in test_splitting.py (letters written again), test_multistep.py
-# (diffusers), test_with_torchsde.py (sdeint) and test_edm_heun.py.
-SLOW = {"BAOAB", "OABAO", "BOAOB", "OBAB, shared at the end", "published, 2", "2 at 0.5"}
-SLOW |= {"torchsde, srk", "EDM, churn 20.0"}
 
 
 @pytest.mark.covering
 @pytest.mark.parametrize(
-    ("method", "name"),
-    [
-        pytest.param(method, name, marks=[pytest.mark.slow] * (method in SLOW))
-        for method in TABLE
-        for name in TABLE[method][1]
-    ],
+    ("method", "name"), [(method, name) for method, (_, names) in TABLE.items() for name in names]
 )
 def test_the_order_is_the_declared_one(method, name):
-    coarse = 80 if (method, name) in LATE_ROWS else 20 if method in EARLY else 40
-    slope = order(SOLVERS[method], name, coarse)
+    slope = order(SOLVERS[method], name, 80 if (method, name) in FINE else 40)
     assert abs(slope - declared(SOLVERS[method])) < SLOPE
 
 
-TRUE = solvers.SSCS(score_step="gaussian", data_variance=0.25)
 AWAY = {"coarse": 320, "grid": "uniform", "T": 0.5, "end": 0.2}
 FEW, ANY = {"coarse": 20, "factor": 8, "end": 0.2}, math.inf
 # Solvers, their declared order, a process, the least slope there, and how far it may be above.
 SPECIAL = [
-    # With the true slope the frozen part vanishes: the kick is off by the middle time of its
-    # coefficients alone.
-    *[(TRUE, 1, name, 2, SLOPE, {}) for name in ("VP", "CLD, linear")],
-    # The inner stage of torchsde's "midpoint" has half the variance of its time. That costs
-    # nonlinear scores an order, but not those of Gaussian data.
-    (SOLVERS["torchsde, midpoint"], 1, "VE", 2, SLOPE, {}),
     # With noise every higher order ends at two. The polynomial's error, h^3 or smaller, hides the
     # error of the noise, h^2 with a small constant, until the steps are short: on VP, away from
     # the data, it shows. With a velocity the constant is smaller still: over a factor of eight the
     # slope is between the declared order and the polynomial's order.
-    *[(SOLVERS[x], 2, "VP", 2, SLOPE, AWAY) for x in ("2 corrected at 1", "3 at 1")],
-    *[(SOLVERS[f"{x} at 1"], 2, "CLD", 2, ANY, FEW) for x in ("2 corrected", "3", "3 corrected")],
+    (Multistep(order=2, corrector=True, **SDE), 2, "VP", 2, SLOPE, AWAY),
+    (Multistep(order=3, **SDE), 2, "VP", 2, SLOPE, AWAY),
+    (Multistep(order=3, **SDE), 2, "CLD", 2, ANY, FEW),
     # A first step of order q errs by h^(q+1), once. Near the limit from above.
-    *[(SOLVERS[x], 3, "VE", 3, 2 * SLOPE, {"coarse": 320}) for x in ("3", "3 corrected")],
-    (SOLVERS["noise, 3"], 2, "VE", 2, 2 * SLOPE, {"coarse": 320}),
+    (Multistep(order=3, corrector=True), 3, "VE", 3, 2 * SLOPE, {"coarse": 320}),
+    (Multistep(order=3, prediction="noise"), 2, "VE", 2, 2 * SLOPE, {"coarse": 320}),
     # The data prediction hardly moves at T if there is a velocity, which hides the first steps.
-    (SOLVERS["3 corrected"], 3, "CLD", 4, ANY, {}),
-    (SOLVERS["noise, 3"], 2, "CLD", 3, ANY, {}),
+    (Multistep(order=3, corrector=True), 3, "CLD", 4, ANY, {}),
+    (Multistep(order=3, prediction="noise"), 2, "CLD", 3, ANY, {}),
     (TorchDiffEq(method="rk4"), 4, "VP", 4, SLOPE, {"coarse": 20}),
 ]
-REST = [row for row in SPECIAL if row[5].get("coarse") == 320 or row[0] == SPECIAL[-1][0]]
-REST += [row for row in SPECIAL if row[5] == FEW and row[0] == SOLVERS["2 corrected at 1"]]
 
 
 @pytest.mark.parametrize(
     ("solver", "claim", "name", "least", "above", "options"),
-    # Of each solver the rows with fewer steps.
-    # Steps of rk4 are compared with the textbook's in test_with_torchdiffeq.py.
-    [pytest.param(*x, marks=[pytest.mark.slow] * (x in REST)) for x in SPECIAL],
+    [pytest.param(*x, marks=[pytest.mark.slow] * (x[5].get("coarse") == 320)) for x in SPECIAL],
     ids=str,
 )
 def test_special_orders(solver, claim, name, least, above, options):
@@ -167,7 +125,6 @@ def test_special_orders(solver, claim, name, least, above, options):
     assert least - SLOPE < order(solver, name, **options) < least + above
 
 
-NAMED = solvers.named_solvers()
 FLOWS = [name for name, x in NAMED.items() if x.facts.adaptive and x.facts.ode_order]
 
 
@@ -194,129 +151,17 @@ def test_orders_in_names_are_those_of_the_solvers():
     assert {name: NAMED[name].order for name in orders} == orders != {}
 
 
-# One step, z' = X z + b + noise of covariance C, for a score of the velocity that is affine and has
-# nothing to do with any data. Each function is the formula of a method, and returns X, b and C.
+def test_exponential_euler_is_exact_for_a_constant_score():
+    sde, exact = PROCESSES["CLD, linear"]
+    process, z = ReverseProcess(sde, lambda z, t: torch.ones_like(z[:, 1:])), start(sde)
+    noise = solvers.RecordedNoise([torch.zeros_like(z)])
+    times = tensor([1.0, 0.7])
+    found = solvers.solve(process, solvers.ExponentialEuler(), z, times, noise=noise).state
 
+    def slope(t, flat):
+        F, Q = exact.clock.rate(t) * exact.A, exact.clock.rate(t) * exact.Q
+        return (F @ flat.reshape(3, 2, 2) - Q[:, 1:]).ravel()
 
-def pull(t):
-    return np.array([[math.sin(3 * t), -2.0 - math.cos(5 * t)]])
-
-
-def push(t):
-    return np.array([0.3 + t])
-
-
-def made_up(z, t):
-    linear = torch.einsum("ij,bjd->bid", torch.from_numpy(pull(float(t[0]))), z)
-    return linear + torch.from_numpy(push(float(t[0])))[:, None]
-
-
-def F_and_Q(exact, t):  # noqa: N802
-    return exact.clock.rate(t) * exact.A, exact.clock.rate(t) * exact.Q
-
-
-def integral(f, u, t):
-    return quad_vec(f, u, t, epsabs=1e-14, epsrel=1e-13)[0]
-
-
-def euler_maruyama(exact, t, u):
-    h, (F, Q) = t - u, F_and_Q(exact, t)
-    return np.eye(2) + h * (-F + Q[:, 1:] @ pull(t)), h * Q[:, 1:] @ push(t), h * Q
-
-
-def heun(exact, t, u):
-    h, eye = t - u, np.eye(2)
-
-    def drift(at):
-        F, Q = F_and_Q(exact, at)
-        return h * (-F + Q[:, 1:] @ pull(at)), h * Q[:, 1:] @ push(at)
-
-    (D, d), (E, e) = drift(t), drift(u)
-    jump, C = eye + E / 2, exact.clock.integral(u, t) * exact.Q
-    return eye + (D + E @ (eye + D)) / 2, (d + E @ d + e) / 2, jump @ C @ jump.T
-
-
-def exponential_euler(exact, t, u):
-    def back(at):
-        return np.linalg.inv(exact.psi(u, at))
-
-    gain = integral(lambda at: back(at) @ F_and_Q(exact, at)[1], u, t)[:, 1:]
-    C = integral(lambda at: back(at) @ F_and_Q(exact, at)[1] @ back(at).T, u, t)
-    return back(t) + gain @ pull(t), gain @ push(t), C
-
-
-def sscs_midpoint(exact, t, u):
-    S = solve_continuous_lyapunov(exact.A, -exact.Q)
-    P, middle, eye = np.linalg.inv(S), (t + u) / 2, np.eye(2)
-    H = S @ exact.A.T @ P
-
-    def move(late, early):
-        def psi(at):
-            # A point at ``at`` has that clock left.
-            return expm(H * exact.clock.integral(early, at))
-
-        C = integral(lambda at: psi(at) @ F_and_Q(exact, at)[1] @ psi(at).T, early, late)
-        return psi(late), C
-
-    half, whole = (exact.clock.integral(early, t) * exact.Q for early in (middle, u))
-    K = half @ P + half[:, 1:] @ pull(t)
-    N = whole @ P + whole[:, 1:] @ pull(middle)
-    kick = eye + N @ (eye + K)
-    shift = N @ half[:, 1:] @ push(t) + whole[:, 1:] @ push(middle)
-    (first, noise), (last, late_noise) = move(t, middle), move(middle, u)
-    C = last @ kick @ noise @ kick.T @ last.T + late_noise
-    return last @ kick @ first, last @ shift, C
-
-
-def data_prediction(exact, t):
-    """x0 = row z + shift: (Sigma s)_all = -(z - psi x0), of which the velocity's score is given."""
-    precision = np.linalg.inv(exact.given(t))
-    weight = precision @ exact.psi(0.0, t)[:, 0]
-    return (pull(t)[0] + precision[1]) / weight[1], push(t) / weight[1]
-
-
-def reverse_diffusion(exact, t, u):
-    precision, psi = np.linalg.inv(exact.given(t)), exact.psi(0.0, t)[:, :1]
-    row, shift = data_prediction(exact, t)
-    full = -precision @ (np.eye(2) - psi @ row[None])
-    Q = integral(lambda at: exact.psi(at, t) @ F_and_Q(exact, at)[1] @ exact.psi(at, t).T, u, t)
-    return 2 * np.eye(2) - exact.psi(u, t) + Q @ full, Q @ precision @ psi @ shift, Q
-
-
-def ancestral(exact, t, u):
-    before, after = exact.given(t), exact.given(u)
-    K = after @ exact.psi(u, t).T @ np.linalg.inv(before)
-    row, shift = data_prediction(exact, t)
-    B = exact.psi(0.0, u)[:, :1] - K @ exact.psi(0.0, t)[:, :1]
-    return K + B @ row[None], B @ shift, after - K @ before @ K.T
-
-
-MAPS = {
-    "Euler-Maruyama": euler_maruyama,
-    "Heun": heun,
-    "exponential Euler": exponential_euler,
-    "SSCS, midpoint": sscs_midpoint,
-    "reverse diffusion": reverse_diffusion,
-    "ancestral": ancestral,
-}
-
-
-@pytest.mark.parametrize(
-    ("name", "ends"),
-    [("CLD", (0.3, 0.05)), ("CLD, linear", (1.0, 0.7)), ("CLD, linear", (0.3, 0.05))],
-)
-@pytest.mark.parametrize("method", MAPS)
-def test_a_step_is_its_formula(method, name, ends):
-    sde, exact = PROCESSES[name]
-    process, times = ReverseProcess(sde, made_up), torch.tensor(ends, dtype=torch.float64)
-
-    def step(start):
-        mean = torch.tensor(start, dtype=torch.float64)[:, None]
-        m, C = propagate_moments(process, SOLVERS[method], times, mean, torch.zeros(2, 2))
-        return m[:, 0].numpy(), C.numpy()
-
-    b, C = step([0.0, 0.0])
-    X = np.stack([step(unit)[0] - b for unit in ([1.0, 0.0], [0.0, 1.0])], axis=1)
-    for found, expected in zip((X, b, C), MAPS[method](exact, *ends), strict=True):
-        # The references lose two digits of the kernels' at t = 0.05 to subtraction.
-        assert abs(found - expected).max() <= 100 * KERNEL * max(1.0, abs(expected).max())
+    options = {"method": "DOP853", "rtol": 1e2 * EPS, "atol": 1e2 * EPS}
+    expected = solve_ivp(slope, (1.0, 0.7), z.numpy().ravel(), **options).y[:, -1]
+    assert abs(found.numpy().ravel() - expected).max() <= 1e2 * KERNEL

@@ -111,9 +111,7 @@ def test_a_path_from_the_singular_end_has_a_density():
     assert (found.log_probs[0] - first).abs().max() <= rounding(32, 10.0)
 
 
-def test_there_is_no_density_without_the_option_and_for_a_failed_sample():
-    found = solved(VPSDE(), EulerMaruyama(), log_prob=False)
-    assert found.log_prob is found.log_probs is None
+def test_a_failed_sample_has_no_density():
     factors = torch.tensor([1.0, math.nan, 1.0])[:, None, None]
     found = solved(CLD(), EulerMaruyama(), lambda z, t: z[:, 1:] * factors, warn=False)
     assert found.log_prob.isnan().tolist() == [False, True, False]

@@ -37,8 +37,8 @@ def sde_for(name):
     return VPSDE(0.5, 5.0) if name.startswith("edm") else CLD(1.0)
 
 
-def mixed(sde, kind=MixedScore):
-    return kind(Network(sde), sde, torch.tensor(0.3), torch.tensor(0.5))
+def mixed(sde):
+    return MixedScore(Network(sde), sde, torch.tensor(0.3), torch.tensor(0.5))
 
 
 SCORES = {"mixture": lambda sde: cases.mixture().score(sde), "mixed": mixed, "plain": Smooth}
@@ -55,7 +55,6 @@ TABLES = [(LinearSDE, name) for name in (*TABLES, "diffusion", "log_snr")] + [(C
 def test_a_second_solve_computes_no_tables(name, score, monkeypatch):
     sde = sde_for(name)
     sampler = solvers.plan(ReverseProcess(sde, SCORES[score](sde)), SOLVERS[name], GRID)
-    assert torch.equal(sampler.times, GRID)
     wanted = [{}, {"denoise": True}, {"denoise": "step"}]
     wanted += [{"t_eval": GRID[1:]}, {"callback": lambda *_: None}]
     states = [start(sde, (batch, 2), torch.float32) for batch in (3, 5)]
@@ -79,38 +78,12 @@ def test_a_score_checks_all_times_at_which_it_is_evaluated(name):
     assert checked[1].tolist() == GRID[-1:].tolist()
 
 
-class Guided(MixedScore):
-    """A subclass with a forward of its own."""
-
-    def forward(self, z, t, **options):
-        return 1.2 * super().forward(z, t, **options) - 0.1 * z[:, list(self.sde.driven)]
-
-
-def hooked(sde):
-    model = mixed(sde)
-    model.register_forward_pre_hook(lambda module, args: (1.05 * args[0], 0.9 * args[1]))
-    return model
-
-
-# Each change, and its effect on the score of an untouched model.
-CHANGES = {
-    "subclass": (
-        lambda sde: mixed(sde, Guided),
-        lambda model, z, t, **at: 1.2 * model(z, t, **at) - 0.1 * z[:, list(model.sde.driven)],
-    ),
-    "hook on state and time": (hooked, lambda model, z, t, **at: model(1.05 * z, 0.9 * t)),
-}
-
-
 @pytest.mark.one_in(5)
-@pytest.mark.parametrize(
-    ("name", "change"),
-    [(name, "subclass") for name in SOLVERS]
-    + [(name, "hook on state and time") for name in FEW[:3]],
-)
-def test_changes_of_a_model_change_samples_as_they_change_calls(name, change):
-    sde, (make, meaning) = sde_for(name), CHANGES[change]
-    model, untouched = make(sde), mixed(sde)
+@pytest.mark.parametrize("name", SOLVERS)
+def test_hooks_of_a_model_change_samples_as_they_change_calls(name):
+    sde = sde_for(name)
+    model, untouched = mixed(sde), mixed(sde)
+    model.register_forward_pre_hook(lambda module, args: (1.05 * args[0], 0.9 * args[1]))
 
     def sample(score):
         process, options = ReverseProcess(sde, score), {"generator": generator(), "denoise": True}
@@ -118,34 +91,18 @@ def test_changes_of_a_model_change_samples_as_they_change_calls(name, change):
 
     class Meaning(Score):
         def forward(self, z, t, **options):
-            return meaning(untouched, z, t, **options)
+            return untouched(1.05 * z, 0.9 * t, **options)
 
     found = sample(model)
     assert torch.equal(found, sample(Meaning()))
     assert not torch.equal(found, sample(untouched))
 
 
-@few_solvers
-def test_a_plan_follows_a_model_whose_state_is_loaded(name):
-    sde = sde_for(name)
-    model, state = mixed(sde), start(sde)
-    other = MixedScore(Network(sde), sde, torch.tensor(-0.1), torch.tensor(1.5))
-    sampler = solvers.plan(ReverseProcess(sde, model), SOLVERS[name], GRID)
-    before = sampler.solve(state, generator=generator()).state
-    model.load_state_dict(other.state_dict())
-    after = sampler.solve(state, generator=generator()).state
-    expected = sampler.with_score(other).solve(state, generator=generator()).state
-    assert torch.equal(after, expected)
-    assert not torch.equal(after, before)
-
-
 @pytest.mark.one_in(3)
-@pytest.mark.parametrize("score", ["mixture", "mixed"])
 @few_solvers
-def test_a_plan_from_inference_mode_serves_with_gradients(name, score):
+def test_a_plan_from_inference_mode_serves_with_gradients(name):
     sde = sde_for(name)
-    process = ReverseProcess(sde, SCORES[score](sde))
-    options = {"denoise": True, "t_eval": GRID[1:]}
+    process, options = ReverseProcess(sde, mixed(sde)), {"denoise": True, "t_eval": GRID[1:]}
 
     def gradient(sampler):
         z = start(sde).requires_grad_()
@@ -155,6 +112,4 @@ def test_a_plan_from_inference_mode_serves_with_gradients(name, score):
     with torch.inference_mode():
         sampler = solvers.plan(process, SOLVERS[name], GRID.clone())
         sampler.solve(start(sde), generator=generator(), **options)
-    expected = gradient(solvers.plan(process, SOLVERS[name], GRID))
-    assert torch.equal(gradient(sampler), expected)
-    assert expected.isfinite().all()
+    assert torch.equal(gradient(sampler), gradient(solvers.plan(process, SOLVERS[name], GRID)))

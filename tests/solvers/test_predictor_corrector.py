@@ -5,13 +5,12 @@ import math
 import pytest
 import torch
 
-from cldsde import CLD, VPSDE, ReverseProcess, solvers
+from cldsde import ReverseProcess, solvers
 from cldsde.solvers import Langevin, PredictorCorrector
 from probes import Recording, generator, normals, start, tensor
 from score import cases
 from tolerances import KERNEL, rounding
 
-GRID = solvers.quadratic_times(1.0, 1e-2, 5)
 FEW = rounding(100)  # sums of a dozen numbers of size 1
 
 
@@ -24,44 +23,23 @@ def by_hand(z, s, xi, alpha, snr):
     return torch.stack(rows)
 
 
-# With their evaluations per step.
-PREDICTORS = [(solvers.EulerMaruyama(), 1), (solvers.StochasticHeun(), 2), (solvers.EDMHeun(), 2)]
-PREDICTORS += [(solvers.ExponentialMultistep(order=2), 1)]
-
-
-@pytest.mark.parametrize("corrections", [1, 3])
-@pytest.mark.parametrize(("predictor", "stages"), PREDICTORS, ids=str)
-def test_corrections_come_before_each_step(predictor, stages, corrections):
-    sde = VPSDE() if isinstance(predictor, solvers.EDMHeun) else CLD()
-    score, state = Recording(cases.mixture().score(sde)), start(sde)
-    process = ReverseProcess(sde, score)
-    solver = PredictorCorrector(predictor, Langevin(steps=corrections))
-    found = solvers.solve(process, solver, state, GRID, generator=generator())
-    assert solver.facts.nfe_per_step == corrections + stages
-    assert found.nfev == score.calls == 5 * (corrections + stages)
-    expected = []
-    for t, u in zip(GRID.tolist(), GRID.tolist()[1:], strict=False):
-        expected += [t] * corrections + [t, u][:stages]
-    assert [t[0].item() for t in score.times] == expected
-    assert solver.evaluation_times(process, GRID).tolist() == expected
-    assert torch.equal(score.states[0], state)
-
-
 @pytest.mark.parametrize("name", ["VP", "VE", "CLD", "HOLD", "CLD, position noise"])
 def test_the_correction_is_the_formula_on_the_driven_components_alone(name):
     sde, snr = cases.FAMILIES[name], 0.3
     times, driven = tensor([0.9, 0.6, 0.2]), list(sde.driven)
-    score, draws = Recording(cases.mixture().score(sde)), normals(0, 4, 3, len(driven), 2)
-    solver = PredictorCorrector(solvers.EulerMaruyama(), Langevin(snr=snr))
+    score, draws = Recording(cases.mixture().score(sde)), normals(0, 6, 3, len(driven), 2)
+    solver = PredictorCorrector(solvers.EulerMaruyama(), Langevin(snr=snr, steps=2))
     noise = solvers.RecordedNoise(list(draws))
     solvers.solve(ReverseProcess(sde, score), solver, start(sde), times, noise=noise)
+    assert [t[0].item() for t in score.times] == [0.9] * 3 + [0.6] * 3
     # The clock of VP, its alpha_t^2 / alpha_u^2 = 1 - b.
     clock = 0.1 * times + 0.5 * 19.9 * times**2
-    # The corrector and the predictor take turns at evaluating the score and drawing.
-    for i, (z, found) in enumerate(zip(score.states[::2], score.states[1::2], strict=True)):
+    # Two corrections come before each step of the predictor.
+    for n in (0, 1, 3, 4):
+        i, (z, found) = n // 3, score.states[n : n + 2]
         alpha = math.exp(-float(clock[i] - clock[i + 1])) if name == "VP" else 1.0
         s, expected = score.score(z, times[i]), z.clone()
-        expected[:, driven] = by_hand(z[:, driven], s, draws[2 * i], alpha, snr)
+        expected[:, driven] = by_hand(z[:, driven], s, draws[n], alpha, snr)
         # Two scores with the accuracy of kernels.
         assert torch.allclose(found, expected, rtol=100 * KERNEL, atol=100 * KERNEL)
         still = [j for j in range(sde.components) if j not in driven]
@@ -78,11 +56,20 @@ def test_batch_norms_are_means_of_norms_as_published():
     assert torch.equal(z, before)
 
 
-@pytest.mark.parametrize("norm", ["sample", "batch"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("size", [0.0, 1e-30])
-def test_without_a_score_the_state_stays_finite(size, dtype, norm):
-    xi = torch.randn(2, 1, 3, dtype=dtype, generator=generator())
-    s = torch.full((2, 1, 3), size, dtype=dtype)
-    found = Langevin(norm=norm).correct(torch.ones_like(xi), (0,), 1.0, s, xi)
+def test_without_a_score_the_state_stays_finite(size):
+    xi = torch.randn(2, 1, 3, generator=generator())
+    found = Langevin().correct(torch.ones_like(xi), (0,), 1.0, torch.full_like(xi, size), xi)
     assert found.isfinite().all()
+
+
+def test_reverse_diffusion_is_the_published_step_for_ve():
+    sde, (t, u) = cases.FAMILIES["VE"], (0.6, 0.4)
+    score, z, xi = cases.mixture().score(sde), start(sde), normals(0, 3, 1, 2)
+    times, noise = tensor([t, u]), solvers.RecordedNoise([xi])
+    found = solvers.solve(
+        ReverseProcess(sde, score), solvers.ReverseDiffusion(), z, times, noise=noise
+    )
+    late, early = ((0.05 * 400**x) ** 2 for x in (t, u))
+    expected = z + (late - early) * score(z, t) + math.sqrt(late - early) * xi
+    assert torch.allclose(found.state, expected, rtol=100 * KERNEL, atol=100 * KERNEL)

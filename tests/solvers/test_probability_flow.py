@@ -28,19 +28,6 @@ def linear(z, t):
     return -4 * z[:, 1:]
 
 
-@pytest.mark.one_in(5)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
-@pytest.mark.parametrize("name", ["VP", "VE", "CLD", "PSLD", "HOLD"])
-def test_it_is_the_flow_of_gaussian_data(name, dtype, tolerance):
-    sde = PROCESSES[name][0]
-    state, score = start(sde, (3, 1), dtype), DATA.score(sde)
-    found = run(sde, score, state, method="dopri8", rtol=tolerance, atol=tolerance)
-    assert found.success
-    assert found.state.dtype == dtype
-    # Rounding in single precision is far below the tolerance.
-    check_flow(found.state, state, name, END, found.stats["attempts"], tolerance)
-
-
 # Many steps of order eight, whose number shows the weights of the two error estimates.
 TIGHT = 1e-10
 STEPS = [("CLD", "dopri8", "sample", 1, TIGHT, TIGHT)] + [
@@ -94,15 +81,15 @@ def test_fixed_steps_have_their_length_and_callbacks_get_the_time_of_each_sample
     assert [t.tolist() for _, t, _ in calls] == [[t] * 3 for t in (0.75, 0.5, 0.25, END)]
 
 
-@pytest.mark.parametrize("order", [2, 4, 7])
+@pytest.mark.parametrize("order", [2, 7])
 def test_steps_grow_by_the_root_of_the_error(order):
     errors = torch.tensor([2.0 ** -(order + 1), 3.0 ** (order + 1), 0.9, 0.0, 1e30, math.nan])
-    growth = _growth(errors, order, after_rejection=torch.zeros(6, dtype=torch.bool))
     # Hairer, Nørsett and Wanner (1993), (II.4.13), with factor 0.9 and limits 0.2 and 10.
     expected = torch.tensor([1.8, 0.3, 0.9 * 0.9 ** (-1 / (order + 1)), 10.0, 0.2, 0.2])
-    torch.testing.assert_close(growth, expected, rtol=4 * EPS32, atol=0)
-    after = _growth(errors, order, after_rejection=torch.ones(6, dtype=torch.bool))
-    torch.testing.assert_close(after, expected.clamp_max(1.0), rtol=4 * EPS32, atol=0)
+    for rejected in (False, True):
+        growth = _growth(errors, order, after_rejection=torch.full((6,), rejected))
+        wanted = expected.clamp_max(1.0) if rejected else expected
+        torch.testing.assert_close(growth, wanted, rtol=4 * EPS32, atol=0)
 
 
 @pytest.mark.filterwarnings("ignore:the solve failed")
@@ -117,23 +104,14 @@ def test_a_sample_that_fails_takes_its_batch_with_it_unless_steps_are_its_own():
     assert alone.stats["success"].tolist() == [False, True, True]
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_times_have_the_type_of_the_state_or_single_precision(dtype):
-    score, state = Recording(linear), start(CRITICAL).to(dtype)
-    found = run(CRITICAL, score, state, rtol=0.05, atol=0.05, pace="sample")
-    assert found.state.dtype == dtype
-    expected = torch.float32 if dtype == torch.bfloat16 else dtype
-    assert {t.dtype for t in score.times} == {expected}
-    assert min(t.min() for t in score.times) == tensor(END).to(expected)
-
-
 @every_pace
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_errors_far_above_the_tolerance_do_not_overflow_half_precision(dtype, pace):
-    score = GaussianMixture([1.0], [[0.3]], [[[0.25]]]).score(CRITICAL)
+    score = Recording(GaussianMixture([1.0], [[0.3]], [[[0.25]]]).score(CRITICAL))
     z = CRITICAL.prior.sample((500, 1), generator=generator()).to(dtype)
     found = run(CRITICAL, score, z, rtol=1e-2, atol=1e-2, pace=pace)
     assert found.success
+    assert {t.dtype for t in score.times} == {torch.float32}  # at least single precision
     # Standard errors of the mean, and two roundings of the state.
     error = standard_error(0.5, 500, number=5) + 2 * torch.finfo(dtype).eps
     assert float(found.data.float().mean()) == pytest.approx(0.3, abs=error)

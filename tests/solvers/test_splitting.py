@@ -25,38 +25,22 @@ from references import cld, dense, psld
 from references.kernels import Clock
 from tolerances import KERNEL
 
-WAVE = Clock(
-    lambda t: 1 + 6 * np.sin(3 * t) ** 2,
-    lambda s, t: 4 * (t - s) - (np.sin(6 * t) - np.sin(6 * s)) / 2,
+# PSLD with a rate of 1 up to t = 0.62, and of 0 from there on.
+JUMP = 0.62
+JUMPING = Schedule(
+    lambda t: torch.where(t < JUMP, 1.0, 0.0).to(t),
+    lambda s, t: t.clamp_max(JUMP) - s.clamp_max(JUMP),
 )
-
-
-def jumping(at, late=9.0):
-    """PSLD with a rate of 1 up to a time, and another from there on, and its reference."""
-    schedule = Schedule(
-        lambda t: torch.where(t < at, 1.0, late).to(t),
-        lambda s, t: (t - s) + (late - 1) * (t.clamp_min(at) - s.clamp_min(at)),
-    )
-    clock = Clock(
-        lambda t: np.where(t < at, 1.0, late),
-        lambda s, t: (t - s) + (late - 1) * (np.maximum(t, at) - np.maximum(s, at)),
-    )
-    return PSLD(schedule, 0.7), dense(psld(gamma=0.7))._replace(clock=clock)
-
-
+STEPWISE = Clock(
+    lambda t: np.where(t < JUMP, 1.0, 0.0), lambda s, t: np.minimum(t, JUMP) - np.minimum(s, JUMP)
+)
 GENERAL = {"beta": (1.0, 14.0), "gamma": 0.7, "nu": 3.0, "mass": 0.4}
 PROCESSES = {
     "CLD, linear": (CLD((0.5, 7.5), 0.4, 1.7), dense(cld((0.5, 7.5), 0.4, 1.7))),
-    "CLD, wave": (
-        CLD(Schedule(lambda t: 1 + 6 * torch.sin(3 * t) ** 2)),
-        dense(cld())._replace(clock=WAVE),
-    ),
     "PSLD, linear": (PSLD(**GENERAL), dense(psld(**GENERAL))),
     "PSLD, noise in the data": (PSLD(gamma=4.0, nu=0.0), dense(psld(gamma=4.0, nu=0.0))),
+    "jump": (PSLD(JUMPING, 0.7), dense(psld(gamma=0.7))._replace(clock=STEPWISE)),
 }
-# Jumps divide the part of the step of each letter once.
-PROCESSES |= {f"jump at {at}": jumping(at) for at in (0.2, 0.37, 0.62, 0.95)}
-PROCESSES["jump to a rate of 0"] = jumping(0.62, 0.0)
 
 
 def parts(word, t, u):
