@@ -49,6 +49,8 @@ def test_samples_at_times_of_their_own_are_guided_one_by_one():
     sde = CLD()
     guided = GuidedScore(*pair(sde, Counting()), 2.0, interval=(0.2, 2.0))
     z, t = start(sde, SHAPE), torch.linspace(0.05, 0.9, 6, dtype=torch.float64)
+    # If one of them is guided, both scores are evaluated for all.
+    assert guided.evaluations(t.unsqueeze(0)).tolist() == [[2] * 6]
     apart = torch.cat([guided(z[i : i + 1], t[i : i + 1]) for i in range(6)])
     torch.testing.assert_close(guided(z, t), apart, rtol=CLOSE, atol=CLOSE)
 
