@@ -30,9 +30,6 @@ FAMILIES: dict[str, LinearSDE] = {
 }
 # Driven components that are not the last ones.
 REORDERED: dict[str, LinearSDE] = {
-    "first of two driven": LinearSDE.from_matrices(
-        [[-8.0, -4.0], [4.0, 0.0]], [[4.0], [0.0]], initial_covariance=[[0.0, 0.0], [0.0, 0.04]]
-    ),
     "middle of three driven": LinearSDE.from_matrices(
         [[0.0, 1.0, 0.0], [-1.0, -2.0, 0.0], [0.0, 1.0, -1.0]], [[0.0], [2.0], [0.0]], 4.0
     ),
@@ -56,7 +53,6 @@ UNDERDAMPED = LinearSDE.from_matrices(
 )
 PROCESSES = {**FAMILIES, **REORDERED}
 COMMON = {name: FAMILIES[name] for name in ("VP", "VE", "CLD", "PSLD", "HOLD")}
-AUXILIARY = [name for name, sde in FAMILIES.items() if sde.components > 1]
 
 # Two modes and three in the plane, and three on the line.
 TWO = GaussianMixture(
@@ -119,12 +115,6 @@ def known(*times: float) -> KnownTimes:
 def called(score: Any, z: Any, at: PlannedTime, **options: Any) -> Any:
     """The score at a planned time, as solvers call it."""
     return score(z, at.argument, planned=at, **options)
-
-
-def at_a_known_time(score: Any, t: float) -> Any:
-    """The score of states at one time, which it knows before it is called."""
-    time = known(t)
-    return lambda z: called(score, z, time.arguments(z)[0])
 
 
 def normal_denoiser(u: torch.Tensor, sigma: Any, variance: torch.Tensor) -> torch.Tensor:

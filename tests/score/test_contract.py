@@ -25,7 +25,7 @@ def functions(sde, size):
     process = score.ReverseProcess(sde, exact)
     seen = score.Observation(lambda x: x.flatten(1)[:, :1], torch.ones(1), 0.1)
 
-    def converted(source, target, given=exact):
+    def converted(source, target, given):
         return lambda z, t: score.Conversion.at(sde, t, source, target)(z, given(z, t))
 
     return {
@@ -37,11 +37,8 @@ def functions(sde, size):
         "probability flow": process.probability_flow,
         "data prediction": process.data_prediction,
         "full score from the driven rows": process.full_score,
-        "noise from a score": converted("score", "noise"),
-        "data from a score": converted("score", "data"),
-        "full score from a noise": converted("noise", "full_score"),
-        "score from a full score": converted("full_score", "score", all_rows),
-        "noise from data": converted("data", "noise", lambda z, t: z[:, 0]),
+        "noise from a score": converted("score", "noise", exact),
+        "full score from a noise": converted("noise", "full_score", exact),
         "mixed score": score.MixedScore(Constant(sde, 0.7), sde, 0.2, 0.5),
         "guided score": score.GuidedScore(exact, data.score(sde), 2.0),
         "posterior score": score.PosteriorScore(exact, seen, sde=sde),

@@ -7,10 +7,10 @@ import mpmath as mp
 import pytest
 import torch
 
-from cldsde import CLD, VESDE, LinearSDE, ReverseProcess
+from cldsde import CLD, VESDE, CosineVP, LinearSDE, RectifiedFlow
 from cldsde.score import Conversion
-from cldsde.score.conversion import Conditioning, Prediction
-from probes import hidden_times, normals, tensor, untouchable
+from cldsde.score.conversion import Conditioning
+from probes import hidden_times, normals, tensor
 from references.kernels import matrix
 from references.mixtures import MIXTURE_DIGITS
 from score.cases import PROCESSES, condition, inverted, mixture, states
@@ -18,6 +18,7 @@ from tolerances import rounding
 
 # Driven scores of an underdamped process do not determine x_0 at some times.
 DETERMINED = {name: sde for name, sde in PROCESSES.items() if name != "CLD, underdamped"}
+DETERMINED |= {"rectified flow": RectifiedFlow(), "cosine": CosineVP()}
 UNDERDAMPED = {
     "0.2": CLD(friction=0.2),
     "0.6": CLD(friction=0.6),
@@ -25,9 +26,6 @@ UNDERDAMPED = {
         [[-1.0, -4.0], [4.0, 0.0]], [[8**0.5], [0.0]], 4.0, initial_covariance=[[0, 0], [0, 0.04]]
     ),
 }
-# Velocity and flow, which need one component, are tested with interpolants.
-KINDS = tuple(kind for kind in get_args(Prediction) if kind not in ("velocity", "flow"))
-PAIRS = list(itertools.product(KINDS, repeat=2))
 every_process = pytest.mark.parametrize("name", DETERMINED)
 every_conditioning = pytest.mark.parametrize("conditioning", get_args(Conditioning))
 TIMES = tensor([1e-3, 0.05, 0.4, 1.0])
@@ -53,7 +51,19 @@ def representations(sde, t, z, x0, conditioning):
         score, noise = (
             tensor([[float(x) for x in row] for row in m.tolist()]) for m in (scores, noises)
         )
-    return {"score": score[driven], "noise": noise, "data": x0, "full_score": score}
+    values = {"score": score[driven], "noise": noise, "data": x0, "full_score": score}
+    if sde.components == 1:
+        alpha, sigma, alpha_rate, sigma_rate = rates(sde, t)
+        n = -sigma * score
+        values |= {"velocity": alpha * n - sigma * x0, "flow": alpha_rate * x0 + sigma_rate * n}
+    return values
+
+
+def rates(sde, t):
+    """α and σ of x_t = α x_0 + σ n, and their derivatives F α and F σ + G²/2σ."""
+    kernel = sde.marginal(t)
+    alpha, sigma, F, G = map(float, (kernel.mean, kernel.root, sde.drift(t), sde.diffusion(t)))
+    return alpha, sigma, F * alpha, F * sigma + G**2 / (2 * sigma)
 
 
 def tolerances(sde, t, z, x0, conditioning):
@@ -74,16 +84,17 @@ def tolerances(sde, t, z, x0, conditioning):
     W = float((inverse.abs() @ z[order].abs() + c.abs()[:, None] * x0.abs()).max())
     amplification = float(c.norm() / c[len(rest) :].norm())
     with mp.workdps(MIXTURE_DIGITS):
-        data, given = (driven_noise_root(sde, t, how) for how in ("data", conditioning))
-        ratio = float(mp.norm(mp.inverse(given) * data))
+        own, given = (driven_noise_root(sde, t, how) for how in ("data", conditioning))
+        ratio = float(mp.norm(mp.inverse(given) * own))
     noise = rounding(32, condition(root) * W * ratio * amplification)
     stretch = float(torch.linalg.matrix_norm(inverse, 2))
-    return {
-        "noise": noise,
-        "data": noise / float(c.norm()),
-        "score": noise * stretch,
-        "full_score": noise * stretch,
-    }
+    data = noise / float(c.norm())
+    errors = {"noise": noise, "data": data, "score": noise * stretch, "full_score": noise * stretch}
+    if sde.components == 1:
+        alpha, sigma, *slopes = rates(sde, t)
+        errors["velocity"] = alpha * noise + sigma * data
+        errors["flow"] = abs(slopes[0]) * data + abs(slopes[1]) * noise
+    return errors
 
 
 @pytest.mark.one_in(5)
@@ -91,20 +102,20 @@ def tolerances(sde, t, z, x0, conditioning):
 @every_process
 def test_every_form_follows_from_every_other(name, conditioning):
     sde = DETERMINED[name]
-    z = states(sde, mixture(), TIMES)
-    x0 = normals(11, 4, 2)
-    cases = list(zip(TIMES.tolist(), z, x0, strict=True))
+    times = TIMES.clamp(max=0.99 * sde.regular_until) if sde.regular_until < 1 else TIMES
+    z, x0 = states(sde, mixture(), times), normals(11, 4, 2)
+    cases = list(zip(times.tolist(), z, x0, strict=True))
     forms = [representations(sde, *case, conditioning) for case in cases]
     allowed = [tolerances(sde, *case, conditioning) for case in cases]
-    values = {kind: torch.stack([form[kind] for form in forms]) for kind in KINDS}
-    for source, target in PAIRS:
-        convert = Conversion.at(sde, TIMES, source, target, conditioning=conditioning)
+    values = {kind: torch.stack([form[kind] for form in forms]) for kind in forms[0]}
+    for source, target in itertools.product(values, repeat=2):
+        convert = Conversion.at(sde, times, source, target, conditioning=conditioning)
         assert (convert.source, convert.target) == (source, target)
         found = convert(z, values[source])
         assert found.shape == values[target].shape
         for i, tolerance in enumerate(allowed):
             error = float((found[i] - values[target][i]).abs().max())
-            assert error <= tolerance[target], (source, target, TIMES[i])
+            assert error <= tolerance[target], (source, target, times[i])
 
 
 @pytest.mark.parametrize("source", ["score", "noise", "full_score"])
@@ -132,42 +143,34 @@ def test_the_data_explain_the_prediction_best(name, source):
     assert error <= tolerance * float(right.abs().max() / b.norm())
 
 
-class TestUndetermined:
-    """Times at which the driven score does not determine the data."""
+# Times at which the driven score does not determine the data
 
-    @pytest.mark.parametrize("name", UNDERDAMPED)
-    def test_an_underdamped_process_is_rejected_near_the_zeros(self, name):
-        for t in hidden_times(UNDERDAMPED[name]):
-            for source, target in itertools.product(["score", "noise"], ["data", "full_score"]):
-                with pytest.raises(ValueError, match=r"not determine x_0 at .*critical damping"):
-                    Conversion.at(UNDERDAMPED[name], t, source, target)
 
-    @every_conditioning
-    @pytest.mark.parametrize("name", UNDERDAMPED)
-    def test_other_conversions_do_not_need_the_driven_rows(self, name, conditioning):
-        sde, x0 = UNDERDAMPED[name], tensor([0.3, -1.2])
-        t = hidden_times(sde)[0]
-        z = states(sde, mixture(), t, n=1)[0]
-        values, allowed = (f(sde, t, z, x0, conditioning) for f in (representations, tolerances))
-        for source, target in PAIRS:
-            if source in ("score", "noise") and target in ("data", "full_score"):
-                continue
-            convert = Conversion.at(sde, t, source, target, conditioning=conditioning)
-            found = convert(z.unsqueeze(0), values[source].unsqueeze(0))[0]
-            size = max(1.0, float(values[target].abs().max()))
-            error = (found - values[target]).abs().max()
-            assert error <= min(EXACT, allowed[target]) * size
+@pytest.mark.parametrize("name", UNDERDAMPED)
+def test_an_underdamped_process_is_rejected_near_the_zeros(name):
+    for t in hidden_times(UNDERDAMPED[name]):
+        for source, target in itertools.product(["score", "noise"], ["data", "full_score"]):
+            with pytest.raises(ValueError, match=r"not determine x_0 at .*critical damping"):
+                Conversion.at(UNDERDAMPED[name], t, source, target)
 
-    def test_a_critically_damped_process_has_no_zeros(self):
-        assert all(map(hidden_times, UNDERDAMPED.values()))
-        assert not hidden_times(CLD())
-        Conversion.at(CLD(), torch.logspace(-3, 0, 50, dtype=torch.float64), "score", "data")
 
-    def test_the_error_comes_before_the_score_is_evaluated(self):
-        process = ReverseProcess(UNDERDAMPED["0.6"], untouchable)
-        for method in (process.data_prediction, process.full_score):
-            with pytest.raises(ValueError, match="does not determine"):
-                method(torch.zeros(1, 2, 1), hidden_times(process.sde)[0])
+@pytest.mark.parametrize("name", UNDERDAMPED)
+def test_other_conversions_do_not_need_the_driven_rows(name):
+    sde, x0 = UNDERDAMPED[name], tensor([0.3, -1.2])
+    t = hidden_times(sde)[0]
+    z = states(sde, mixture(), t, n=1)
+    values = representations(sde, t, z[0], x0, "data")
+    for source, target in (("score", "noise"), ("data", "noise"), ("full_score", "data")):
+        convert = Conversion.at(sde, t, source, target)
+        found = convert(z, values[source].unsqueeze(0))[0]
+        size = max(1.0, float(values[target].abs().max()))
+        assert (found - values[target]).abs().max() <= EXACT * size
+
+
+def test_a_critically_damped_process_has_no_zeros():
+    assert all(map(hidden_times, UNDERDAMPED.values()))
+    assert not hidden_times(CLD())
+    Conversion.at(CLD(), torch.logspace(-3, 0, 50, dtype=torch.float64), "score", "data")
 
 
 def test_a_process_with_initial_noise_converts_at_the_start():

@@ -21,11 +21,10 @@ ALPHAS_CUMPROD = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cum
 KINDS = ("noise", "data", "velocity", "flow", "score")
 
 
-def network(alpha, sigma, predicts, seen):
+def network(alpha, sigma, predicts):
     """Output of an ideal network for x = α(t) x_0 + σ(t) n."""
 
     def called(x, t):
-        seen.append(t)
         at = t.double().unsqueeze(1)
         a, s = alpha(at), sigma(at)
         data = exact(x / a, (s / a).squeeze(1))
@@ -74,10 +73,9 @@ CONVENTIONS = [(path, kind) for path in PATHS for kind in KINDS]
 CONVENTIONS.remove(("table", "flow"))
 
 
-def denoiser(path, predicts, seen=None):
+def denoiser(path, predicts):
     noise_path, *functions = PATHS[path]
-    ideal = network(*functions, predicts, [] if seen is None else seen)
-    return PredictionDenoiser(ideal, noise_path, predicts)
+    return PredictionDenoiser(network(*functions, predicts), noise_path, predicts)
 
 
 @pytest.mark.one_in(2)
@@ -98,67 +96,21 @@ def test_every_convention_gives_the_exact_score(process, convention):
         assert (error <= lost * expected[rows].abs().amax((1, 2))).all()
 
 
-class TestNoisePath:
-    @pytest.mark.parametrize("path", PATHS)
-    def test_the_time_of_a_level(self, path):
-        """Errors of a time are multiplied by at most 1e3."""
-        noise_path, alpha, sigma = PATHS[path]
-        kappa = tensor([-3.0, 0.0, 4.0])
-        t = noise_path.time(kappa)
-        found = (alpha(t) / sigma(t)).log()
-        torch.testing.assert_close(found, kappa, rtol=0, atol=rounding(100, 1e3))
-
-    def test_levels_of_a_table_are_its_entries(self):
-        path = PATHS["table"][0]
-        index = tensor([0.0, 17.0, 998.0, 999.0])
-        table = ALPHAS_CUMPROD[index.long()]
-        torch.testing.assert_close(path.signal(index), table.sqrt(), rtol=rounding(), atol=0)
-        noise = (1 - table).sqrt()
-        torch.testing.assert_close(path.noise(index), noise, rtol=rounding(100), atol=0)
-        kappa = 0.5 * table.logit()
-        torch.testing.assert_close(path.time(kappa), index, rtol=0, atol=rounding(100, 1e4))
-
-    def test_a_table_is_one_path_for_networks_and_processes(self):
-        index = tensor([0.0, 0.5, 17.3, 998.9, 999.0])
-        path, process = PATHS["table"][0], VPSDE.from_alphas_cumprod(ALPHAS_CUMPROD)
-        kappa = (path.signal(index) / path.noise(index)).log()
-        found = process.log_snr((index + 1) / 1000)
-        # Its slope is at most 400 per unit of the process's time.
-        torch.testing.assert_close(found, kappa, rtol=0, atol=rounding(10, 400))
-
-
-class TestClocks:
-    @pytest.mark.parametrize(
-        ("clock", "expected"),
-        [
-            ("time", lambda s: s / (1 + s)),
-            ("sigma", lambda s: s),
-            ("log_sigma/4", lambda s: s.log() / 4),
-            ("log_snr", lambda s: -2 * s.log()),
-            (lambda t: 1000 * t, lambda s: 1000 * s / (1 + s)),
-        ],
-    )
-    def test_clocks_by_name_and_by_function(self, clock, expected):
-        sigma, seen = tensor([2.0, 0.1]), []
-        told = PredictionDenoiser(lambda x, t: seen.append(t) or x, NoisePath.linear(), clock=clock)
-        told(torch.zeros(2, 3).double(), sigma)
-        torch.testing.assert_close(seen[0], expected(sigma), rtol=rounding(), atol=rounding())
-
-    def test_the_clock_of_a_table_is_the_nearest_index(self):
-        (path, *_), seen, t = PATHS["table"], [], tensor([17.3, 17.7])
-        told = PredictionDenoiser(lambda x, t: seen.append(t) or x, path, clock="index")
-        told(torch.zeros(2, 3).double(), path.noise(t) / path.signal(t))
-        assert seen[0].tolist() == [17, 18]
-
-    def test_single_precision_keeps_the_times_of_a_grid(self):
-        """Levels of a solver's times reach the path in double precision."""
-        seen = []
-        process = ReverseProcess(VP, DenoiserScore(denoiser("linear", "noise", seen), VP))
-        times = solvers.root_times(0.8, 0.01, 5)
-        solvers.solve(process, solvers.EulerMaruyama(), torch.zeros(2, 1, 2), times)
-        sigma = (-VP.log_snr(times[:-1])).exp()
-        wanted = (sigma / (1 + sigma)).float()
-        assert torch.equal(torch.stack([t[0] for t in seen]), wanted)
+@pytest.mark.parametrize(
+    ("clock", "expected"),
+    [
+        ("time", lambda s: s / (1 + s)),
+        ("sigma", lambda s: s),
+        ("log_sigma/4", lambda s: s.log() / 4),
+        ("log_snr", lambda s: -2 * s.log()),
+        (lambda t: 1000 * t, lambda s: 1000 * s / (1 + s)),
+    ],
+)
+def test_clocks_by_name_and_by_function(clock, expected):
+    sigma, seen = tensor([2.0, 0.1]), []
+    told = PredictionDenoiser(lambda x, t: seen.append(t) or x, NoisePath.linear(), clock=clock)
+    told(torch.zeros(2, 3).double(), sigma)
+    torch.testing.assert_close(seen[0], expected(sigma), rtol=rounding(), atol=rounding())
 
 
 def test_nothing_is_evaluated_outside_the_trained_levels():
@@ -173,39 +125,29 @@ def test_nothing_is_evaluated_outside_the_trained_levels():
         solvers.solve(process, solvers.ProbabilityFlow(), start, torch.tensor([0.8, 0.5, 1e-6]))
 
 
-def test_gradients_of_the_state():
-    """Through the network and its coefficients, against the mixture's own score."""
-    sde, gradients = PROCESSES["PSLD"], []
-    z = states(sde, DATA, 0.4).requires_grad_()
-    for score in (DenoiserScore(denoiser("linear", "noise"), sde), DATA.score(sde)):
-        gradients += torch.autograd.grad(score(z, 0.4).sum(), z)
-    lost = score_rounding(sde, 0.4)
-    torch.testing.assert_close(*gradients, rtol=lost, atol=lost)
+@pytest.mark.parametrize("process", PROCESSES)
+def test_a_score_denoiser_is_the_denoiser_of_an_exact_score(process):
+    """At any state of the right estimate, whatever fills it up."""
+    sde = PROCESSES[process]
+    sigma = tensor([0.1, 1.0, 5.0])
+    u = normals(0, 3, 2)
+    lost = score_rounding(sde, solvers.times_of_log_snr(sde, -sigma.log()))
+    for options in ({}, {"fill": False}, {"seed": 1}):
+        denoise = ScoreDenoiser(DATA.score(sde), **options)
+        denoise(u.float(), sigma)  # noise in single precision is not used again
+        torch.testing.assert_close(denoise(u, sigma), exact(u, sigma), rtol=lost, atol=lost)
 
 
-class TestScoreDenoiser:
-    @pytest.mark.parametrize("process", PROCESSES)
-    def test_the_denoiser_of_an_exact_score(self, process):
-        """At any state of the right estimate, whatever fills it up."""
-        sde = PROCESSES[process]
-        sigma = tensor([0.1, 1.0, 5.0])
-        u = normals(0, 3, 2)
-        lost = score_rounding(sde, solvers.times_of_log_snr(sde, -sigma.log()))
-        for options in ({}, {"fill": False}, {"seed": 1}):
-            denoise = ScoreDenoiser(DATA.score(sde), **options)
-            denoise(u.float(), sigma)  # noise in single precision is not used again
-            torch.testing.assert_close(denoise(u, sigma), exact(u, sigma), rtol=lost, atol=lost)
-
-    def test_states_that_are_filled_up_look_like_states(self):
-        """The covariance of z given x_0, if u has the noise of its level: 20,000 states."""
-        sigma, seen = 0.8, []
-        score = lambda z, t: seen.extend((z, t[0])) or z[:, 1:]  # noqa: E731
-        noise = normals(0, 20_000, 1)
-        ScoreDenoiser(score, CRITICAL)(0.3 + sigma * noise, sigma)
-        z, kernel = seen[0], CRITICAL.marginal(seen[1])
-        off = z[..., 0] - 0.3 * kernel.mean[:, 0]
-        found = off.mT @ off / len(off)
-        # A product of two normals has a standard deviation of at most √2 of its scale.
-        scale = kernel.covariance.diagonal().sqrt()
-        tolerance = standard_error_of_variance(1.0, len(off)) * scale[:, None] * scale
-        assert ((found - kernel.covariance).abs() <= tolerance).all()
+def test_states_that_are_filled_up_look_like_states():
+    """The covariance of z given x_0, if u has the noise of its level: 20,000 states."""
+    sigma, seen = 0.8, []
+    score = lambda z, t: seen.extend((z, t[0])) or z[:, 1:]  # noqa: E731
+    noise = normals(0, 20_000, 1)
+    ScoreDenoiser(score, CRITICAL)(0.3 + sigma * noise, sigma)
+    z, kernel = seen[0], CRITICAL.marginal(seen[1])
+    off = z[..., 0] - 0.3 * kernel.mean[:, 0]
+    found = off.mT @ off / len(off)
+    # A product of two normals has a standard deviation of at most √2 of its scale.
+    scale = kernel.covariance.diagonal().sqrt()
+    tolerance = standard_error_of_variance(1.0, len(off)) * scale[:, None] * scale
+    assert ((found - kernel.covariance).abs() <= tolerance).all()

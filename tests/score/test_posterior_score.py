@@ -70,33 +70,21 @@ def test_pigdm_and_dps_are_their_formulas(sde):
             torch.testing.assert_close(found, D + step, rtol=lost, atol=lost)
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_a_solve_gives_the_same_in_every_gradient_mode(mode):
     guided = PosteriorScore(DATA.score(CLD()), SEEN)
     start = CLD().prior.sample((4, 8), generator=generator(0))
     times = solvers.root_times(1.0, 1e-2, 5)
 
-    def results():
+    def result():
         process, solver = ReverseProcess(CLD(), guided), solvers.ExponentialMultistep(order=2)
-        found = solvers.solve(process, solver, start.clone(), times).state
-        return found, guided(start.clone(), torch.tensor(0.5).expand(4))
+        return solvers.solve(process, solver, start.clone(), times).state
 
-    expected = results()
+    expected = result()
     with mode():
-        assert all(map(torch.equal, results(), expected))
-
-
-def test_each_sample_may_have_its_own_observation_and_time():
-    sde = VPSDE()
-    z = sde.prior.sample((3, 8), dtype=torch.float64, generator=generator())
-    ys = SEEN.y + torch.arange(3.0).unsqueeze(1)
-    ts = torch.tensor([0.2, 0.5, 0.8])
-    together = PosteriorScore(DATA.score(sde), Observation(SEEN.forward, ys, 0.1))(z, ts)
-    for i, y in enumerate(ys):
-        alone = PosteriorScore(DATA.score(sde), Observation(SEEN.forward, y, 0.1))
-        expected = alone(z[i : i + 1], ts[i : i + 1])
-        lost = solved(sde, z[i : i + 1], ts[i])
-        torch.testing.assert_close(together[i : i + 1], expected, rtol=lost, atol=lost)
+        assert torch.equal(result(), expected)
+        score = guided(start.clone(), torch.tensor(0.5).expand(4))
+    assert torch.equal(score, guided(start, 0.5))
 
 
 def test_conjugate_gradients_survive_a_jacobian_that_is_not_positive():
@@ -138,11 +126,13 @@ def test_a_jacobian_that_couples_what_it_does_not_see_throws_nothing_far_off():
     psi, variance = float(kernel.mean), float(kernel.covariance)
 
     def score(z, t):
-        # D of y's number does not move with it, D of the other number does by 5: no covariance.
+        # D of y's number moves with the other number alone, by 5: no covariance.
         x = z / psi
-        data = torch.stack([0 * x[..., 0], 5 * x[..., 0] + 0 * x[..., 1]], -1)
+        data = torch.stack([5 * x[..., 1], 0 * x[..., 0]], -1)
         return -(z - psi * data) / variance
 
     seen = Observation.mask(torch.tensor([True, False]), torch.tensor([0.5, 0.0]), 1e-3)
-    # Unguarded, the step is the residual over s², 1e6 times; ΠGDM's is at most it over r² + s².
-    assert PosteriorScore(score, seen, sde=sde).data_prediction(z, t).abs().max() < 50
+    # Unguarded, a step is the residual over s², 1e6 times. ΠGDM's is at most the residual over r²,
+    # which is σ² in 1 % here, so that 5 σ² makes it at most 5 residuals.
+    residual = (0.5 - 5 * z[..., 1] / psi).abs().max()
+    assert PosteriorScore(score, seen, sde=sde).data_prediction(z, t).abs().max() <= 6 * residual

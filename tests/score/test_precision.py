@@ -1,9 +1,9 @@
-"""Scores of states in half and single precision: the error of a few roundings of the state's type.
+"""Scores at times that solvers know, of states in double, single and half precision.
 
 A score multiplies the residual z − ψ x̂₀ by an inverse covariance, which amplifies rounding by about
 e^κ. Scores therefore compute in single precision at least and round their result once, which leaves
-one rounding of a half-precision type: half an eps, the unit roundoff. In single precision the
-arithmetic has the amplified error of its own precision (`score_rounding`), for every type.
+one rounding of a half-precision type: half an eps, the unit roundoff. The arithmetic has the
+amplified error of its own precision (`score_rounding`).
 """
 
 from functools import partial
@@ -14,7 +14,6 @@ import torch
 from cldsde import DenoiserScore, GuidedScore, MixedScore, Observation, RectifiedFlow
 from cldsde.linear.log_snr import times_of_log_snr
 from cldsde.linear.paths import NoisePath
-from cldsde.pretrained.published_score import Parameterisation, PublishedScore
 from cldsde.score import ConditionalScore, PosteriorScore, PredictionDenoiser, ScoreDenoiser
 from cldsde.score.times import KnownTimes
 from probes import generator
@@ -36,13 +35,6 @@ class Network(torch.nn.Module):
 
     def forward(self, z, clock):
         return 0.3 * torch.sin(z[:, : 2 * self.share] + 0.1 * clock.reshape(-1, 1))
-
-
-class Wide(torch.nn.Module):
-    """A network of images with one driven component."""
-
-    def forward(self, z, clock):
-        return 0.3 * torch.sin(z[:, :2] + 0.1 * clock.reshape(-1, *(1,) * (z.ndim - 1)))
 
 
 def network_denoiser():
@@ -73,19 +65,13 @@ SCORES = {
     "another process": lambda sde: DenoiserScore(
         ScoreDenoiser(MODES.score(COMMON["CLD"]), fill=False, start=1e-4), sde
     ),
-    "published": lambda sde: PublishedScore(
-        Wide(), sde, Parameterisation(code="cld-sgm", mixed=True, numerical_eps=1e-9)
-    ),
-    "conditional": lambda sde: ConditionalScore(
-        DenoiserScore(denoiser, sde), variance=QUARTER.expand(3)
-    ),
     "guided": guided,
     "posterior": posterior,
 }
 
 
-@pytest.mark.one_in(19)
-@pytest.mark.parametrize("kappa", [-5.0, -3.0, 0.0, 3.0, 5.0])
+@pytest.mark.one_in(11)
+@pytest.mark.parametrize("kappa", [-4.5, 0.0, 5.0])
 @pytest.mark.parametrize("name", SCORES)
 @pytest.mark.parametrize("process", PROCESSES)
 def test_the_error_is_a_few_roundings_of_the_states_type(process, name, kappa):
@@ -93,23 +79,19 @@ def test_the_error_is_a_few_roundings_of_the_states_type(process, name, kappa):
     t = times_of_log_snr(sde, torch.tensor([kappa], dtype=torch.float64))
     if abs(float(sde.log_snr(t)) - kappa) > 1e-6:
         pytest.skip("the process does not reach this level")
-    if name == "another process" and not kappa > -4.9:
-        pytest.skip("the score of CLD does not reach this level")
-    if name == "published" and len(sde.driven) > 1:
-        pytest.skip("published networks have one driven component")
     score = SCORES[name](sde)
     x = MODES.sample(3, generator=generator(), dtype=torch.float64)
     z = sde.perturb(x, t[0], generator=generator(1))[0]
-    amplified = score_rounding(sde, t[0]) * rounding(1, dtype=torch.float32) / rounding(1)
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         rounded = z.to(dtype)
         if not bool(rounded.isfinite().all()):
             continue  # a large state of VE in half precision
         found = called(score, rounded, KnownTimes(t).arguments(rounded)[0])
-        exact = rounded.to(torch.float64)
-        expected = called(score, exact, KnownTimes(t).arguments(exact)[0])
+        expected = score(rounded.to(torch.float64), t[0])
         assert found.dtype == dtype
         error = (found.to(torch.float64) - expected).abs().max() / expected.abs().max()
+        inside = torch.promote_types(dtype, torch.float32)
+        amplified = score_rounding(sde, t[0]) * rounding(1, dtype=inside) / rounding(1)
         assert error <= rounding(UNIT, dtype=dtype) + amplified, dtype
 
 
@@ -122,6 +104,5 @@ def test_a_denoiser_of_a_network_rounds_once(sigma, dtype):
     found, expected = made(u, sigma).double(), made(u.double(), sigma)
     # The estimate u − σ n cancels by less than a factor of 1 + σ in single precision.
     lost = rounding(8, 1 + sigma, torch.float32)
-    assert (found - expected).abs().max() / expected.abs().max() <= rounding(
-        UNIT, dtype=dtype
-    ) + lost
+    error = (found - expected).abs().max() / expected.abs().max()
+    assert error <= rounding(UNIT, dtype=dtype) + lost
