@@ -12,12 +12,6 @@ the CPU's bits.
 
 `conftest.py` imports this module before any test: autograd starts one thread per device at the
 first backward pass, and the device has to exist by then. Mark the tests with `needs_simulation`.
-
-    with simulated_device() as device:
-        z = torch.ones(3).to("sim")
-        before = device.traffic()
-        z.sum().item()
-        assert (device.traffic() - before).read_backs == 1
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from simulated_device import Generator, Traffic, needs_simulation, simulated_dev
 
 pytestmark = needs_simulation
 
+VALUES = torch.tensor([0.5, -1.0, 2.0])
 CPU_MASK, CPU_ROWS = torch.tensor([True, False, True]), torch.tensor([2, 0])
 
 COSTS = {
@@ -26,7 +27,6 @@ COSTS = {
 
 MIXTURES = {
     "sum": lambda x, cpu: x + cpu,
-    "cat": lambda x, cpu: torch.cat([x, cpu]),
     "out": lambda x, cpu: torch.add(x, 1.0, out=cpu),
     "indices of the device": lambda x, cpu: cpu[x.argsort()],
     "CPU's generator": lambda x, cpu: x.normal_(generator=torch.Generator()),
@@ -40,14 +40,10 @@ def device():
         yield device
 
 
-def values():
-    return torch.tensor([0.5, -1.0, 2.0])
-
-
 @pytest.mark.parametrize("case", COSTS)
 def test_every_event_is_counted(case, device):
     operation, cost = COSTS[case]
-    x = values().to("sim")
+    x = VALUES.to("sim")
     device.reset()
     operation(x)
     assert device.traffic() == cost
@@ -56,7 +52,7 @@ def test_every_event_is_counted(case, device):
 @pytest.mark.parametrize("case", MIXTURES)
 def test_mixing_devices_raises(case):
     with pytest.raises(RuntimeError, match=r"Expected .* (device|generator)"):
-        MIXTURES[case](values().to("sim"), values())
+        MIXTURES[case](VALUES.to("sim"), VALUES.clone())
 
 
 def test_the_default_device_may_be_the_simulated_one():

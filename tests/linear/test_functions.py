@@ -57,6 +57,15 @@ def test_units_of_components_only_scale_a_kernel():
         assert torch.equal(root(units), units.T * root(tensor([[1.0, 1.0]])))
 
 
+def test_panels_follow_parameters_that_change():
+    rate = tensor(1.0)
+    sde = LinearSDE.from_functions(lambda t: [[-rate * (1 + t)]], lambda t: [[1.0]])
+    rate.fill_(200.0)
+    # The condition number of the exponential is its argument.
+    expected = math.exp(-300.0)
+    assert sde.transition(0.0, 1.0).mean.item() == pytest.approx(expected, rel=300 * KERNEL, abs=0)
+
+
 # Interpolants ----------------------------------------------------------------------------------
 
 SINGULAR = ["rectified flow", "cosine", "linear functions", "uncertain start", "table to zero"]

@@ -16,6 +16,7 @@ import references
 import strategies
 from cldsde import CLD, HOLD, PSLD, VESDE, VPSDE, CosineVP, LinearSDE, RectifiedFlow, SubVPSDE
 from cldsde.linear import Schedule
+from cldsde.linear.increments import increment_roots
 from probes import generator, norm, normals, tensor
 from references import Homogeneous, Polynomial, Reference, initial_covariance
 from references.interpolants import INTERPOLANTS
@@ -60,12 +61,6 @@ def assert_marginals(sde, exact, initial, bound=KERNEL, times=GAPS):
     sigma = initial_covariance(initial, sde.components)
     kernel = sde.marginal(tensor(times), initial_covariance=sigma)
     assert_agrees(kernel, [exact.marginal(t, sigma) for t in times], times, bound)
-
-
-def assert_kernels(sde, exact):
-    assert_transitions(sde, exact)
-    for initial in ("own", "zero", "full", "data"):
-        assert_marginals(sde, exact, initial)
 
 
 def declared(process: Any, reference: Any, *variants: dict[str, Any]) -> list[tuple[str, Case]]:
@@ -139,7 +134,10 @@ def test_every_published_process_has_a_reference():
 
 @pytest.mark.parametrize("name", list(CASES))
 def test_kernels_agree_with_the_reference(name):
-    assert_kernels(*CASES[name]())
+    sde, exact = CASES[name]()
+    assert_transitions(sde, exact)
+    for initial in ("own", "zero", "full", "data"):
+        assert_marginals(sde, exact, initial)
 
 
 ACCUMULATED = [f"{name}({{}})" for name in ("SubVPSDE", "VESDE", "PSLD", "HOLD")]
@@ -184,6 +182,15 @@ def test_one_noise_on_coupled_components_agrees_with_the_reference(k):
     for initial in ("zero", "auxiliary", "last", "full"):
         assert_marginals(sde, exact, initial, times=[gap for gap in GAPS if gap * rate <= 0.5])
         assert_marginals(sde, exact, initial, bound)
+
+
+def test_increments_over_a_long_interval_agree_with_their_integrals():
+    """Psi falls by e^-100 in each of four panels, which are the fewest; more are needed."""
+    stiff = LinearSDE.from_matrices([[-400.0]], [[1.0]])
+    root = increment_roots(stiff, tensor([0.0]), tensor([1.0]), integrals=True)[0]
+    expected = tensor([[1.0, 1 / 400], [1 / 400, 1 / 800]])  # less e^-400
+    units = expected.diagonal().sqrt()
+    assert norm((root @ root.mT - expected) / units / units[:, None]) <= KERNEL
 
 
 @pytest.mark.parametrize("name", list(CASES))
@@ -318,12 +325,10 @@ def test_a_draw_is_the_mean_plus_the_root_times_the_noise():
 
 
 def test_one_component_has_roots_whose_squares_overflow_or_vanish():
-    def growing(initial):
-        return LinearSDE.from_matrices([[100.0]], [[1.0]], 5.0, initial_covariance=[[initial]])
-
+    growing = LinearSDE.from_matrices([[100.0]], [[1.0]], 5.0)
     # Ψ = e^500 and Q = (e^1000 − 1)/200; the exponent is rounded.
-    for initial, expected in ((1.0, math.sqrt(1 + 1 / 200)), (0.0, math.sqrt(1 / 200))):
-        root = float(growing(initial).marginal(1.0).root)
+    for initial, expected in (([[1.0]], math.sqrt(1 + 1 / 200)), ([[0.0]], math.sqrt(1 / 200))):
+        root = float(growing.marginal(1.0, initial).root)
         assert math.log(root) - 500 == pytest.approx(math.log(expected), abs=500 * KERNEL)
     for size in (1e160, 1e-165):
         still = LinearSDE.from_matrices([[0.0]], [[3 * size, 4 * size]])

@@ -28,7 +28,6 @@ PARAMETERS: dict[str, tuple[Any, str, tuple[float, ...]]] = {
     "PSLD": (PSLD, "beta gamma nu mass velocity_scale", (7.7, 0.1, 4.3, 0.3, 0.07)),
     "HOLD": (HOLD, "beta coupling friction inverse_mass", (3.3, 2.7, 5.1, 1.3)),
     "HOLD, auxiliary": (HOLD, "auxiliary_scale", (0.07,)),
-    "constant": (Schedule.constant, "beta", (3.3,)),
     "linear": (Schedule.linear, "start end", (0.3, 15.1)),
     "cosine": (Schedule.cosine, "offset stop", (0.013, 0.93)),
     "geometric": (Schedule.geometric, "sigma_min sigma_max", (0.03, 33.3)),
@@ -213,8 +212,7 @@ PROCESSES = [
 def test_constants_that_inference_mode_computed_first_serve_training(make):
     def total(x):
         sde = make(x)
-        posterior = sde.posterior(0.2, 0.5, stochasticity=0.5)
-        parts = [*kernels(sde), posterior.root, sde.transition(0.1, 0.9 * x).root]
+        parts = [*kernels(sde), sde.transition(0.1, 0.9 * x).root, sde.probability_flow_root(0.5)]
         return sum(part.sum() for part in parts)
 
     for module in (panels, schedule, series):

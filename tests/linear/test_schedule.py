@@ -17,15 +17,12 @@ PAIRS = [(s, s + gap) for s in (0.0, 1e-4, 0.3) for gap in (1e-12, 1e-8, 1e-3, 0
 PAIRS += [(1 - gap, 1.0) for gap in (1e-12, 1e-8, 0.1)] + [(0.0, 1.0), (0.3, 0.3)]
 
 
-def cosine_mean(offset: float, stop: float, t: Any) -> Any:
-    """cos theta(t) / cos theta(0) with theta(t) = (stop t + offset) / (1 + offset) pi / 2."""
-    quarter = mp.pi / 2 / (1 + mp.mpf(offset))
-    return mp.cos(quarter * (stop * t + offset)) / mp.cos(quarter * offset)
-
-
 def cosine(offset: float, stop: float) -> tuple[Schedule, Any, float]:
+    """The mean is cos theta(t) / cos theta(0), theta(t) = (stop t + offset) / (1 + offset) pi/2."""
+
     def integral(s, t):
-        first, last = (cosine_mean(offset, mp.mpf(stop), u) for u in (s, t))
+        quarter = mp.pi / 2 / (1 + mp.mpf(offset))
+        first, last = (mp.cos(quarter * (mp.mpf(stop) * u + offset)) for u in (s, t))
         return 2 * mp.log(first / last)
 
     # The angle is good to eps, and the rate there has a relative slope of 1 / cos(angle) at most:
