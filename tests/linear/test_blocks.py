@@ -1,9 +1,9 @@
-"""Triangular factors, and eliminations, of rows that are zero or parallel."""
+"""Triangular factors and eliminations of rows that are zero or parallel, and exponentials."""
 
 import pytest
 import torch
 
-from cldsde.linear.blocks import lower_factor
+from cldsde.linear.blocks import block_exp, lower_factor
 from cldsde.linear.series import eliminate
 from tolerances import rounding
 
@@ -21,6 +21,13 @@ def test_zero_and_parallel_rows_of_any_size_have_a_factor(rows, scale):
     assert not factor[:, factor.diagonal() == 0].any()  # a column without variance stays zero
     # Entries up to 25, a handful of operations.
     assert (factor @ factor.mT - root @ root.mT).abs().max() <= rounding(32, 25)
+
+
+def test_the_exponential_of_a_turn_is_a_rotation():
+    turn, angle = torch.tensor([[0.0, -1.0], [1.0, 0.0]]).double(), torch.tensor(100.0).double()
+    expected = angle.cos() * torch.eye(2).double() + angle.sin() * turn
+    # Twenty terms, whose rounding the squarings multiply by the angle.
+    assert (block_exp(angle * turn) - expected).abs().max() <= rounding(20, float(angle))
 
 
 def test_elimination_of_zeros_has_finite_gradients():

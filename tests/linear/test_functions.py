@@ -7,7 +7,7 @@ import mpmath as mp
 import pytest
 import torch
 
-from cldsde import VPSDE, CosineVP, LinearSDE, RectifiedFlow
+from cldsde import LinearSDE, RectifiedFlow
 from probes import tensor
 from references.interpolants import INTERPOLANTS, SignalNoise
 from tolerances import KERNEL, rounding
@@ -136,11 +136,3 @@ def test_ends_that_are_regular_or_almost_so():
     # It is what 1 - 1e-12 leaves of 1, to its rounding.
     mean = float(sde.transition(0.5, 1.0).mean)
     assert mean == pytest.approx(2e-12, rel=rounding(4, 1e12), abs=0)
-
-
-def test_interpolants_have_priors():
-    table = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
-    for sde in (CosineVP(), VPSDE.from_alphas_cumprod(table)):
-        assert float(sde.prior.covariance) == float(sde.stationary_covariance) == 1.0
-    assert RectifiedFlow().stationary_covariance is None
-    assert float(RectifiedFlow().prior.covariance) == 1.0

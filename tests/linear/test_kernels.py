@@ -313,7 +313,7 @@ def test_a_draw_is_the_mean_plus_the_root_times_the_noise():
     # Sums of six products of numbers below 10.
     assert (drawn - kernel.mean @ z - kernel.root @ noise).abs().max() <= rounding(8, 10)
     assert torch.equal(kernel.sample(z, generator=generator(0)), drawn)
-    prior = HOLD().prior
+    prior = HOLD(inverse_mass=4.0).prior
     drawn = prior.sample((5, 2), generator=generator(0), dtype=torch.float64)
     assert (drawn - prior.root @ normals(0, 5, 3, 2)).abs().max() <= rounding(8, 10)
     for axes in ((), (1, 8, 8)):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 
-from cldsde import CLD, HOLD, PSLD, VESDE, VPSDE, LinearSDE, SubVPSDE
+from cldsde import CLD, HOLD, PSLD, VESDE, VPSDE, CosineVP, LinearSDE, RectifiedFlow, SubVPSDE
 from probes import check_normal, generator, norm, tensor
 from strategies import intervals, schedules, stable_processes
 from tolerances import rounding
@@ -23,11 +23,13 @@ def test_without_a_stationary_distribution_the_prior_is_the_marginal_at_the_end(
     k = len(A)
     sde = LinearSDE.from_matrices(A, torch.eye(k), 2.0, initial_covariance=torch.eye(k))
     assert torch.equal(sde.prior.covariance, sde.marginal(1.0).covariance)
-    for process in (sde, VESDE(), SubVPSDE()):
+    for process in (sde, VESDE(), SubVPSDE(), RectifiedFlow()):
         assert process.stationary_covariance is process.stationary_reversal is None
     # A square root and its square.
     assert float(VESDE(0.1, 3.0).prior.covariance) == pytest.approx(9.0, rel=rounding(4), abs=0)
-    assert float(SubVPSDE().prior.covariance) == 1.0
+    for process in (SubVPSDE(), RectifiedFlow(), CosineVP()):
+        assert float(process.prior.covariance) == 1.0
+    assert float(CosineVP().stationary_covariance) == 1.0
     # Noise never reaches the first component, whose stationary variance is zero.
     singular = LinearSDE.from_matrices([[-1.0, 0.0], [0.0, -1.0]], [[0.0], [1.0]])
     assert singular.stationary_reversal is None
