@@ -4,7 +4,7 @@ Code runs "on a GPU" without one, with real numbers:
 
 - Mixing devices raises, as on a GPU; 0-dimensional CPU tensors are allowed as on a GPU.
 - A generator of another device raises.
-- `Traffic` counts copies, read-backs, boolean selections, float64 tensors and kernels.
+- `Traffic` counts copies, read-backs, boolean selections and float64 tensors.
 
 PyTorch sees a wrapper subclass on the device of its PrivateUse1 backend, so that autograd and
 modules work as usual. ``__torch_dispatch__`` runs each operation on the CPU, below autograd, with
@@ -12,21 +12,14 @@ the CPU's bits.
 
 `conftest.py` imports this module before any test: autograd starts one thread per device at the
 first backward pass, and the device has to exist by then. Mark the tests with `needs_simulation`.
-
-    with simulated_device() as device:
-        z = torch.ones(3).to("sim")
-        before = device.traffic()
-        z.sum().item()
-        assert (device.traffic() - before).read_backs == 1
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -44,8 +37,6 @@ needs_simulation = pytest.mark.skipif(
 
 aten = torch.ops.aten
 INDEXING = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}
-NO_KERNEL = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty"}
-NO_KERNEL |= {"aten::new_empty_strided", "aten::_unsafe_view", "aten::_local_scalar_dense"}
 # Operations that PyTorch does not tag with an output that depends on data, but which wait for it.
 WAITING = {"aten::equal", "aten::_linalg_check_errors"}
 DATA_DEPENDENT = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
@@ -53,31 +44,14 @@ DATA_DEPENDENT = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shap
 _counts: Counter[str] = Counter()
 
 
-@dataclasses.dataclass(frozen=True)
-class Traffic:
-    """Numbers of events on the device, since a reset or between two moments.
+class Traffic(NamedTuple):
+    """Numbers of events on the device, since a reset or between two moments."""
 
-    Attributes
-    ----------
-    to_device, to_cpu
-        Copies of tensors between the CPU and the device.
-    read_backs
-        Waits for a value or a size: ``item``, ``bool``, ``nonzero``, ``equal``, ``unique``, …,
-        and selections by a mask on the device.
-    selections
-        Boolean selections, reading or writing.
-    float64
-        Tensors of double precision on the device, views included.
-    kernels
-        Operations other than views, allocations and copies between devices.
-    """
-
-    to_device: int = 0
+    to_device: int = 0  # copies of tensors
     to_cpu: int = 0
-    read_backs: int = 0
-    selections: int = 0
-    float64: int = 0
-    kernels: int = 0
+    read_backs: int = 0  # waits for a value or a size, as `item` and selections by a mask do
+    selections: int = 0  # boolean, reading or writing
+    float64: int = 0  # tensors of double precision, views included
 
     @property
     def waits(self) -> int:
@@ -85,8 +59,7 @@ class Traffic:
         return self.to_cpu + self.read_backs
 
     def __sub__(self, earlier: Traffic) -> Traffic:
-        mine, theirs = dataclasses.astuple(self), dataclasses.astuple(earlier)
-        return Traffic(*(a - b for a, b in zip(mine, theirs, strict=True)))
+        return Traffic(*(a - b for a, b in zip(self, earlier, strict=True)))
 
 
 class SimulatedDevice:
@@ -144,9 +117,6 @@ class SimulatedTensor(torch.Tensor):
     def tolist(self) -> Any:
         return self.cpu().tolist()
 
-    def __repr__(self, **options: Any) -> str:
-        return f"SimulatedTensor({self.inner!r})"
-
 
 class _Dispatch(TorchDispatchMode):
     """Runs operations that name the device but have no tensor on it, such as ``torch.zeros``."""
@@ -165,7 +135,7 @@ class _GeneratorCheck(TorchFunctionMode):
     ) -> Any:
         result, generator = function(*args, **(kwargs or {})), (kwargs or {}).get("generator")
         for x in tree_leaves(result) if generator is not None else ():
-            if _is_tensor(x) and x.device.type != generator.device.type:
+            if isinstance(x, Tensor) and x.device.type != generator.device.type:
                 msg = f"Expected a {x.device.type!r} generator; found {generator.device.type!r}"
                 raise RuntimeError(msg)
         return result
@@ -192,16 +162,9 @@ def _run(function: Any, args: Any, kwargs: Any) -> Any:
         source = _here(args[name == "aten::copy_"])
         _counts["to_device"] += lands and not source
         _counts["to_cpu"] += source and not lands
-        launches = source and lands
-    else:
-        launches = lands and not _is_view(function) and name not in NO_KERNEL
-        if present:
-            _count_waits(function, name, args)
-            _check_devices(function, name, args, kwargs)
-    _counts["kernels"] += launches
-    if torch.Tag.inplace_view in function.tags:
-        with torch._C._DisableTorchDispatch():
-            function(*args, **kwargs)  # changes the shape of the wrapper
+    elif present:
+        _count_waits(function, name, args)
+        _check_devices(name, args, kwargs)
     wrappers = {id(x.inner): x for x in tensors if _here(x)}
     args = _mapped(lambda x: x.inner if _here(x) else x, args)
     kwargs = {key: _mapped(lambda x: x.inner if _here(x) else x, x) for key, x in kwargs.items()}
@@ -224,22 +187,13 @@ def _mapped(change: Callable[[Tensor], Tensor], x: Any) -> Any:
     return type(x)(_mapped(change, y) for y in x) if isinstance(x, list | tuple) else x
 
 
-def _is_tensor(x: object) -> bool:
-    return isinstance(x, Tensor)
-
-
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
     """The tensors among arguments and in lists of them; pytrees would take most of the time."""
     for x in values:
         if isinstance(x, Tensor):
             yield x
         elif isinstance(x, list | tuple):
-            yield from filter(_is_tensor, x)
-
-
-def _is_view(function: Any) -> bool:
-    aliases = [value.alias_info for value in function._schema.returns]
-    return any(alias is not None and not alias.is_write for alias in aliases)
+            yield from (y for y in x if isinstance(y, Tensor))
 
 
 def _count_waits(function: Any, name: str, args: Any) -> None:
@@ -255,22 +209,12 @@ def _count_waits(function: Any, name: str, args: Any) -> None:
         _counts["read_backs"] += name in WAITING or not DATA_DEPENDENT.isdisjoint(function.tags)
 
 
-def _check_devices(function: Any, name: str, args: Any, kwargs: Any) -> None:
+def _check_devices(name: str, args: Any, kwargs: Any) -> None:
     """Raise for CPU tensors, but for numbers and for indices, which a device takes."""
-    whole = [args[0]] if name in INDEXING else []
-    whole += [
-        value
-        for argument, value in zip(function._schema.arguments, args, strict=False)
-        if argument.alias_info is not None and argument.alias_info.is_write
-    ]
-    whole += [value for key, value in kwargs.items() if key.startswith("out")]
     checked = (args[0], *args[2:]) if name in INDEXING else (*args, *kwargs.values())
-    for x in _tensors(checked):
-        if not _here(x) and (
-            x.ndim or name in {"aten::cat", "aten::stack"} or any(x is y for y in whole)
-        ):
-            msg = f"Expected all tensors on one device, but found sim:0 and cpu, in {name}"
-            raise RuntimeError(msg)
+    if any(x.ndim and not _here(x) for x in _tensors(checked)):
+        msg = f"Expected all tensors on one device, but found sim:0 and cpu, in {name}"
+        raise RuntimeError(msg)
 
 
 if AVAILABLE:

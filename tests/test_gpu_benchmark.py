@@ -25,31 +25,10 @@ def test_everything_is_measured_on_the_cpu_with_a_tiny_network(tmp_path, capsys)
     assert "all checks passed" in capsys.readouterr().err
     found = json.loads(results.read_text())
     assert set(gpu.SECTIONS) <= set(found)
-    assert found["device"]["torch"] == torch.__version__
     assert found["tests"]["passed"] > 0
-    assert "share_outside_network" not in results.read_text()
     # Both solves are on the CPU.
     assert set(found["agreement"]["largest_difference"].values()) == {0.0}
     assert found["processes"]["gloo"] < REDUCED
     speeds = [row["images_per_second"] for row in found["sampling"].values() if row]
     assert len(speeds) == 3  # fp32, bf16, channels last
     assert min(speeds) > 0
-
-
-def test_a_difference_that_is_too_large_fails_and_an_interruption_keeps_what_was_measured(
-    tmp_path, monkeypatch
-):
-    def interrupted(setting, found):
-        found["gain"] = 2.0
-        raise KeyboardInterrupt
-
-    arguments = [str(tmp_path / "gpu.json"), "--device", "cpu", "--small"]
-    sections = {"first": lambda _, found: found["failed"].append("x")}
-    monkeypatch.setattr(gpu, "SECTIONS", sections)
-    assert gpu.main(arguments) == 1
-    sections["second"] = interrupted
-    with pytest.raises(KeyboardInterrupt):
-        gpu.main(arguments)
-    found = json.loads((tmp_path / "gpu.json").read_text())
-    assert found["first"] == {"failed": ["x"]}
-    assert found["second"] == {"failed": [], "gain": 2.0}

@@ -3,7 +3,6 @@
 import ast
 import doctest
 import importlib
-import inspect
 import json
 import re
 import subprocess
@@ -15,7 +14,6 @@ from statistics import fmean
 import pytest
 
 import cldsde
-from cldsde.solvers import authoring
 
 ROOT = Path(__file__).resolve().parents[1]
 # Modules that every layer may import, and that import none.
@@ -39,12 +37,6 @@ def test_the_image_layer_without_its_extra_says_how_to_install_it(monkeypatch):
         importlib.import_module("cldsde.images.data")
 
 
-def test_the_files_that_contributing_names_are_there():
-    named = re.findall(r"^\d+\. `(\S+\.py)`", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
-    assert len(named) > 10
-    assert [name for name in named if not (ROOT / name).is_file()] == []
-
-
 def test_layers_import_only_the_layers_below():
     layers = ["linear", "score", "solvers", "validation", "pretrained", "images", "cli"]
     package = Path(cldsde.__file__).parent
@@ -59,31 +51,10 @@ def test_layers_import_only_the_layers_below():
             named = re.findall(r"^\s*from cldsde import (.+)$", text, re.MULTILINE)
             used |= {name.strip() for line in named for name in line.split(",")} & set(layers)
             assert used <= allowed, f"{file} imports {used - allowed}"
-    for name in SHARED:
-        text = (package / f"{name}.py").read_text()
-        assert not re.search(r"^\s*(from|import) cldsde", text, re.MULTILINE)
 
 
-@pytest.mark.parametrize(
-    "module", [cldsde, cldsde.solvers, authoring], ids=["cldsde", "solvers", "authoring"]
-)
-def test_every_published_name_exists_and_has_a_docstring(module):
-    assert sorted(set(module.__all__)) == sorted(module.__all__)
-    for name in module.__all__:
-        found = getattr(module, name)
-        # A type alias has no docstring of its own.
-        assert found.__doc__ or not (inspect.isclass(found) or inspect.isfunction(found)), name
-
-
-def test_names_for_authors_of_solvers_are_apart_from_those_for_users():
-    # Users pass a source of noise, and authors derive from it.
-    assert set(cldsde.solvers.__all__) & set(authoring.__all__) == {"NoiseSource"}
-
-
-FACTORIES = re.split(r"\s+", """
-    arange empty eye full linspace logspace normal ones rand randint randn randperm range tensor
-    tril_indices triu_indices zeros
-""")  # fmt: skip
+NEW = "arange empty eye full linspace ones rand randint randn tensor zeros"
+FACTORIES = {f"torch.{name}" for name in NEW.split()}
 
 
 @pytest.mark.parametrize(
@@ -91,15 +62,11 @@ FACTORIES = re.split(r"\s+", """
 )
 def test_every_new_tensor_names_its_device(folder):
     """Without one it would be on torch's default device, and meet tensors on others."""
-    found = []
     for file in (ROOT / folder).glob("**/*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            match node:
-                case ast.Call(
-                    func=ast.Attribute(value=ast.Name(id="torch"), attr=name), keywords=keywords
-                ) if name in FACTORIES and "device" not in {word.arg for word in keywords}:
-                    found.append(f"{file}:{node.lineno}: torch.{name}")
-    assert not found
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in FACTORIES:
+                named = {word.arg for word in node.keywords}
+                assert "device" in named, f"{file}:{node.lineno}: {ast.unparse(node)}"
 
 
 def readme_blocks(language: str) -> list[str]:
@@ -126,29 +93,20 @@ def test_every_folder_of_the_package_is_installed():
     assert set(listed) == found | {"cldsde.solvers", "cldsde.validation"}
 
 
-def test_ci_calls_the_readme_test_command():
-    command = next(block for block in readme_blocks("bash") if block.rstrip().endswith("tox -p"))
-    assert command.strip().splitlines()[-1] in (ROOT / ".ci" / "run").read_text().splitlines()
-
-
 def test_the_readme_compares_as_the_measurements_do():
-    def measured(network):
-        """Distances of `sample` under VP, and of the best scheduler, with five evaluations."""
-        file = ROOT / f"docs/data/beside-diffusers-{network}.json"
+    """Fréchet distances of `sample` under VP, and of the best scheduler, with five evaluations."""
+    measured = []
+    for network in ("fashion", "large"):
+        text = (ROOT / f"docs/data/beside-diffusers-{network}.json").read_text()
         distances = {
             name: min(fmean(row["5"]["distances"]) for row in rows.values())
-            for name, rows in json.loads(file.read_text())["samplers"].items()
+            for name, rows in json.loads(text)["samplers"].items()
         }
         theirs = min(x for name, x in distances.items() if not name.startswith("cldsde"))
-        return distances["cldsde.sample, VP"], theirs
-
+        measured += [distances["cldsde.sample, VP"], theirs]
     text = " ".join((ROOT / "README.md").read_text().split())
-    (own, theirs), large = measured("fashion"), measured("large")
-    assert f"Fréchet distance of {own:.1f} with 5 evaluations" in text
-    assert f"samplers of diffusers has {theirs:.1f}" in text
-    assert (
-        "has {:.1f} and the better of two samplers of diffusers has {:.1f}".format(*large) in text
-    )
+    pattern = "distance of {:.1f} with 5 .* has {:.1f}.* has {:.1f} and the better of .* has {:.1f}"
+    assert re.search(pattern.format(*measured), text)
 
 
 @pytest.mark.parametrize("code", readme_blocks("python"))

@@ -14,10 +14,6 @@ from references.kernels import Clock, Homogeneous
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
-def transposed(x: Array) -> Array:
-    return np.swapaxes(x, -1, -2)
-
-
 class Dense(NamedTuple):
     """F = beta A, G = sqrt(beta) Q_root; ``auxiliary``: covariance of z_0 given the data."""
 
@@ -95,8 +91,8 @@ class Dense(NamedTuple):
         eye = np.broadcast_to(np.eye(r), (*u.shape, r, r))
         columns = np.concatenate([eye, integrand], axis=-2)
         columns = columns * np.sqrt((t - s) * weights / 2)[..., None, None]
-        rows = transposed(columns).reshape(*u.shape[:-1], -1, columns.shape[-2])
-        root: Array = transposed(np.linalg.qr(rows).R)
+        rows = columns.swapaxes(-1, -2).reshape(*u.shape[:-1], -1, columns.shape[-2])
+        root: Array = np.linalg.qr(rows).R.swapaxes(-1, -2)
         return root
 
 

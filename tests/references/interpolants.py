@@ -50,14 +50,6 @@ def of_table(table: list[float]) -> SignalNoise:
     return SignalNoise(signal, lambda t: mp.sin(angle(t)))
 
 
-def vp_signal(t: torch.Tensor) -> torch.Tensor:
-    return torch.exp(-2 * t**2 - t)
-
-
-def vp_noise(t: torch.Tensor) -> torch.Tensor:
-    return torch.sqrt(-torch.expm1(-4 * t**2 - 2 * t))
-
-
 LINEAR = SignalNoise(lambda t: 1 - t, lambda t: t)
 SINE = SignalNoise(lambda t: mp.sin(mp.pi * (1 - t) / 2), lambda t: mp.sin(mp.pi * t / 2))
 VP = SignalNoise(lambda t: mp.exp(-2 * t**2 - t), lambda t: mp.sqrt(1 - mp.exp(-4 * t**2 - 2 * t)))
@@ -65,7 +57,13 @@ INTERPOLANTS: dict[str, tuple[LinearSDE, SignalNoise]] = {
     "rectified flow": (RectifiedFlow(), LINEAR),
     "cosine": (CosineVP(), SINE),
     "linear functions": (LinearSDE.from_signal_noise(lambda t: 1 - t, lambda t: 1 * t), LINEAR),
-    "VP functions": (LinearSDE.from_signal_noise(vp_signal, vp_noise), VP),
+    "VP functions": (
+        LinearSDE.from_signal_noise(
+            lambda t: torch.exp(-2 * t**2 - t),
+            lambda t: torch.sqrt(-torch.expm1(-4 * t**2 - 2 * t)),
+        ),
+        VP,
+    ),
     "uncertain start": (
         LinearSDE.from_signal_noise(lambda t: (1 - t) ** 2, lambda t: torch.sqrt(0.04 + 2 * t)),
         SignalNoise(lambda t: (1 - t) ** 2, lambda t: mp.sqrt(mp.mpf(0.04) + 2 * t)),

@@ -1,8 +1,8 @@
 """Kernels of linear SDEs to more than fifty digits, with mpmath.
 
-Nothing here shares an algorithm with the package.  The package builds the Cholesky factor directly,
-by quadrature and doubling in float64; this module forms the covariance itself, with so many digits
-that cancellation does not matter, and factorises it afterwards.  Parameters are the exact values of
+The package builds the Cholesky factor directly, from short steps and their doublings in float64.
+This module sums the power series of the covariance over the whole interval, with so many digits
+that cancellation does not matter, and factorises it afterwards. Parameters are the exact values of
 the float64 numbers given.
 """
 
@@ -66,6 +66,11 @@ def array(values: Matrix) -> Any:
     return np.array(values.tolist(), dtype=object)
 
 
+def rows(values: Matrix) -> tuple[tuple[Any, ...], ...]:
+    """The rows of a matrix, which can be hashed."""
+    return tuple(map(tuple, values.tolist()))
+
+
 def cholesky(sigma: Matrix) -> Matrix:
     """Lower factor of a positive semi-definite matrix; a column without variance stays zero."""
     k = sigma.rows
@@ -88,8 +93,9 @@ class Clock(NamedTuple):
     integral: Callable[[Any, Any], Any]
 
 
-def linear_clock(first: float, last: float) -> Clock:
-    """Rate first (1 - t) + last t."""
+def clock_of(schedule: float | tuple[float, float]) -> Clock:
+    """The clock of a number (constant rate) or of a pair of end values (linear rate)."""
+    first, last = schedule if isinstance(schedule, tuple) else (schedule, schedule)
 
     def rate(t: Any) -> Any:
         return first * (1 - t) + last * t
@@ -108,24 +114,16 @@ def variance_clock(low: float, high: float) -> Clock:
     )
 
 
-def clock_of(schedule: float | tuple[float, float]) -> Clock:
-    """The clock of a number (constant rate) or of a pair of end values (linear rate)."""
-    return linear_clock(*(schedule if isinstance(schedule, tuple) else (schedule, schedule)))
-
-
 class Reference:
-    """A process known exactly; subclasses give `moments`, everything else follows from them."""
+    """A process known exactly.
+
+    Subclasses give ``own``, the covariance of z_0 given the data, ``moments(s, t)``, Psi and the
+    noise covariance over [s, t], and ``slopes(t)``, F and G G^T.
+    """
 
     own: Matrix
-    """Covariance of z_0 given the data."""
-
-    def moments(self, s: Any, t: Any) -> tuple[Matrix, Matrix]:
-        """Psi and the noise covariance over [s, t]."""
-        raise NotImplementedError
-
-    def slopes(self, t: Any) -> tuple[Matrix, Matrix]:
-        """F and G G^T."""
-        raise NotImplementedError
+    moments: Callable[[Any, Any], tuple[Matrix, Matrix]]
+    slopes: Callable[[Any], tuple[Matrix, Matrix]]
 
     def transition(self, s: float, t: float) -> Kernel:
         """Kernel of z_t given z_s."""
@@ -156,44 +154,8 @@ class Homogeneous(Reference):
         return self.A * self.clock.rate(t), self.Q * self.clock.rate(t)
 
     def moments(self, s: Any, t: Any) -> tuple[Matrix, Matrix]:
-        rows = [tuple(map(tuple, m.tolist())) for m in (self.A, self.Q)]
-        return van_loan(*rows, self.clock.integral(s, t))
-
-
-@functools.cache
-def van_loan(drift: Any, noise: Any, clock: Any) -> tuple[Matrix, Matrix]:
-    """exp(A B) and the integral of exp(A u) Q exp(A u)^T over [0, B] (Van Loan 1978)."""
-    a, q = mp.matrix(drift), mp.matrix(noise)
-    k = a.rows
-    # exp(-A B) grows as fast as exp(A B) decays: their product needs 2 |A| B / ln 10 more digits.
-    growth = mp.mnorm(a, "f") * clock
-    with mp.workdps(DIGITS + int(4 * growth / math.log(10)) + 60):
-        block = mp.zeros(2 * k, 2 * k)
-        block[:k, :k], block[:k, k:], block[k:, k:] = -a * clock, q * clock, a.T * clock
-        result = exponential(block)
-        psi = result[k:, k:].T
-        sigma = psi * result[:k, k:]
-        return psi, (sigma + sigma.T) / 2
-
-
-def exponential(x: Matrix) -> Matrix:
-    """exp(x): the Taylor series of x / 2^m, squared m times, in integers of units of 2^-precision.
-
-    `mp.expm` takes ten times as long. Rounding adds a few units per product, which the squarings
-    multiply by the norms of their factors.
-    """
-    bits, half = mp.mp.prec, 1 << (mp.mp.prec - 1)
-    whole = np.array([[int(mp.ldexp(v, bits)) for v in row] for row in x.tolist()], dtype=object)
-    m = max(0, int(abs(whole).sum(1).max()).bit_length() - bits) + 12
-    small, n = whole >> m, 0
-    result = term = np.array([[int(i == j) << bits for i in range(len(x))] for j in range(len(x))])
-    while term.any():
-        n += 1
-        term = (term @ small + n * half) // (n << bits)
-        result = result + term
-    for _ in range(m):
-        result = (result @ result + half) >> bits
-    return mp.matrix([[mp.ldexp(mp.mpf(v), -bits) for v in row] for row in result.tolist()])
+        clock = self.clock.integral(s, t)
+        return power_series((rows(self.A * clock),), (rows(self.Q * clock),))
 
 
 class SubVP(Reference):
@@ -234,30 +196,42 @@ class Polynomial(Reference):
         return first, second
 
     def moments(self, s: Any, t: Any) -> tuple[Matrix, Matrix]:
-        # The terms rise to e^{|F| h} before they fall: that many more digits are carried.
-        size = mp.fsum(mp.mnorm(m, 1) for m in self.drift) * (t - s)
-        with mp.workdps(DIGITS + int(2 * size) + 10):
-            return self.series(s, t - s)
+        h = t - s
+        drift, noise = (
+            tuple(rows(m * h) for m in recentred(cs, s, h)) for cs in (self.drift, self.noise)
+        )
+        return power_series(drift, noise)
 
-    def series(self, s: Any, h: Any) -> tuple[Matrix, Matrix]:
-        # x = (u - s) / h runs over [0, 1]; the sums of the coefficients in x are the values at t.
-        drift = [array(m * h) for m in recentred(self.drift, s, h)]
-        noise = [array(m * h) for m in recentred(self.noise, s, h)]
-        zeros = 0 * drift[0]
-        psi, cov = [zeros + np.eye(len(zeros), dtype=int)], [zeros]
-        quiet = 0
-        while quiet <= len(drift) + len(noise):
-            n = len(psi) - 1
-            rate, gain = zeros, noise[n] if n < len(noise) else zeros
-            for j, f in enumerate(drift[: n + 1]):
-                rate = rate + f @ psi[n - j]
-                half = f @ cov[n - j]
-                gain = gain + half + half.T
-            psi.append(rate / (n + 1))
-            cov.append(gain / (n + 1))
-            last = abs(psi[-1]).max() + abs(cov[-1]).max()
-            quiet = quiet + 1 if last < mp.mpf(10) ** (-2 * DIGITS) else 0
-        return matrix(sum(psi[1:], psi[0]).tolist()), matrix(sum(cov[1:], cov[0]).tolist())
+
+@functools.cache
+def power_series(drift: Any, noise: Any) -> tuple[Matrix, Matrix]:
+    """Psi(1) and Sigma(1) of Psi' = F Psi and Sigma' = F Sigma + Sigma F^T + Q.
+
+    F = sum F_i x^i and Q = sum Q_i x^i, given as tuples of rows. In integers of units of 2^-bits:
+    products of mpmath's matrices take ten times as long.
+    """
+    # The terms rise to e^|F| before they fall, and Psi may be as small as e^-|F|.
+    size = int(mp.fsum(abs(v) for m in drift for row in m for v in row))
+    with mp.workdps(DIGITS + size + 60):
+        bits, half = mp.mp.prec, 1 << (mp.mp.prec - 1)
+        F, Q = (
+            [np.array([[int(mp.ldexp(v, bits)) for v in row] for row in m], object) for m in ms]
+            for ms in (drift, noise)
+        )
+        psi, cov = [np.diag(np.full(len(F[0]), 1 << bits, object))], [0 * F[0]]
+        n = quiet = 0
+        while quiet <= len(F) + len(Q):
+            rate = sum(f @ psi[n - j] for j, f in enumerate(F[: n + 1]))
+            half_gain = sum(f @ cov[n - j] for j, f in enumerate(F[: n + 1]))
+            gain = half_gain + half_gain.T + ((Q[n] << bits) if n < len(Q) else 0)
+            n += 1
+            psi.append((rate + n * half) // (n << bits))
+            cov.append((gain + n * half) // (n << bits))
+            quiet = 0 if psi[-1].any() or cov[-1].any() else quiet + 1
+        return tuple(
+            mp.matrix([[mp.ldexp(mp.mpf(v), -bits) for v in row] for row in sum(terms).tolist()])
+            for terms in (psi, cov)
+        )
 
 
 def recentred(coefficients: Sequence[Matrix], s: Any, h: Any) -> list[Matrix]:
@@ -271,12 +245,12 @@ def recentred(coefficients: Sequence[Matrix], s: Any, h: Any) -> list[Matrix]:
 
 def vp(beta_min=0.1, beta_max=20.0):
     """dx = -beta/2 x dt + sqrt(beta) dw, beta linear."""
-    return Homogeneous([[-0.5]], [[1.0]], linear_clock(beta_min, beta_max))
+    return Homogeneous([[-0.5]], [[1.0]], clock_of((beta_min, beta_max)))
 
 
 def sub_vp(beta_min=0.1, beta_max=20.0):
     """The drift of VP, with g^2 = beta (1 - exp(-2 B(0, t)))."""
-    return SubVP(linear_clock(beta_min, beta_max))
+    return SubVP(clock_of((beta_min, beta_max)))
 
 
 def ve(sigma_min=0.01, sigma_max=50.0):

@@ -67,12 +67,11 @@ def kron(a: Any, b: Any) -> Any:
 
 def denoised(data: GaussianMixture, u: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
     """E[x_0 | x_0 + σ n = u], by dense matrices; ``(B, D)`` for levels ``(B,)``."""
-    noise = sigma.double().reshape(-1, 1, 1, 1).square() * torch.eye(data.dimension).double()
-    total = (data.covariances + noise).expand(len(u), -1, -1, -1)
-    off = (u.double().unsqueeze(1) - data.means).unsqueeze(-1)
-    solved = torch.linalg.solve(total, off)
-    log_weights = data.weights.log() - 0.5 * ((off.mT @ solved)[..., 0, 0] + torch.logdet(total))
-    each = data.means + (data.covariances @ solved)[..., 0]
+    C, w = data.covariances, data.weights
+    total = C + sigma.double().reshape(-1, 1, 1, 1).square() * torch.eye(data.dimension).double()
+    off = u.double().unsqueeze(1) - data.means
+    log_weights = w.log() + MultivariateNormal(torch.zeros_like(off), total).log_prob(off)
+    each = data.means + (C @ torch.linalg.solve(total, off.unsqueeze(-1)))[..., 0]
     return (log_weights.softmax(1).unsqueeze(-1) * each).sum(1).to(u.dtype)
 
 
