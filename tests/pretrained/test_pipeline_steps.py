@@ -42,11 +42,11 @@ def network(x, t):
 
 
 @torch.no_grad()
-def run(scheduler, n=8, change=None, seed=0, first=0, **options):
+def run(scheduler, n=8, change=None, seed=0, **options):
     """Latents that a pipeline would make; ``options`` are those of ``step``."""
     scheduler.set_timesteps(n)
     x = latents(seed) * getattr(scheduler, "init_noise_sigma", 1.0)
-    for i, t in enumerate(scheduler.timesteps[first:]):
+    for i, t in enumerate(scheduler.timesteps):
         seen = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
         x = scheduler.step(network(seen, t), t, x, **options).prev_sample
         x = x if change is None else change(i, x)
@@ -75,6 +75,9 @@ DDIMS = {
 }
 EULERS = [{}, {"use_karras_sigmas": True}, {"timestep_spacing": "leading", "steps_offset": 1}]
 OF_FLOWS = {"use_flow_sigmas": True, "flow_shift": 2.0, "prediction_type": "flow_prediction"}
+UNCLIPPED = diffusers.DPMSolverMultistepScheduler.from_config(
+    DDIM(**TABLE, clip_sample=True).config, lower_order_final=False
+)
 REPLACED = {
     **{
         f"DDIM, {name}": (DDIM(**{**TABLE, "clip_sample": False, **options}), FIRST)
@@ -86,6 +89,9 @@ REPLACED = {
     "DPM-Solver, order 1": (multistep(**TABLE, solver_order=1), FIRST),
     "DPM-Solver++": (multistep(**TABLE), SECOND),
     "DPM-Solver++, to its least level": (multistep(**TABLE, final_sigmas_type="sigma_min"), SECOND),
+    "DPM-Solver++, thresholded": (multistep(**TABLE, thresholding=True), SECOND),
+    # The configuration keeps DDIM's key, which the class does not know.
+    "DPM-Solver++, not clipped": (UNCLIPPED, SECOND),
     "flow": (FLOW(shift=3.0), FIRST),
     "flow, DPM-Solver++": (multistep(**OF_FLOWS, solver_order=1), FIRST),
 }
@@ -126,12 +132,7 @@ def test_n_steps_are_n_evaluations_from_the_noisiest_level_to_the_data(process, 
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("process", "scheduler"),
-    [
-        ("VPSDE", FLOW()),
-        ("CLD", DDIM(clip_sample=False)),
-        pytest.param("VPSDE", DDIM(clip_sample=False), marks=pytest.mark.slow),
-        pytest.param("CLD", FLOW(), marks=pytest.mark.slow),
-    ],
+    [("VPSDE", FLOW()), ("CLD", DDIM(clip_sample=False))],
 )
 def test_the_brightness_of_large_images_is_kept(process, scheduler):
     """Normal images of 64 × 64 with a brightness of standard deviation 0.5, exactly denoised."""
@@ -152,70 +153,34 @@ def test_the_brightness_of_large_images_is_kept(process, scheduler):
     assert abs(float(x.mean((1, 2, 3)).std()) / 0.5 - 1) <= 3 / math.sqrt(2 * count) + 0.03
 
 
-def test_the_last_step_returns_the_data_prediction():
-    found = made(PLAIN, "CLD")
-    found.set_timesteps(4)
-    x = latents()
-    for t in found.timesteps:
-        result = found.step(network(x, t), t, x)
-        x = result.prev_sample
-    assert torch.equal(result.prev_sample, result.pred_original_sample)
-
-
-CLIPPED = {
-    "DDPM": DDPM(clip_sample=True, clip_sample_range=0.5),
-    "DDIM": DDIM(thresholding=True, sample_max_value=1.5),
-    "DPM-Solver": multistep(thresholding=True, algorithm_type="dpmsolver++"),
-    # The configuration keeps DDIM's key, which the class does not know.
-    "not": diffusers.DPMSolverMultistepScheduler.from_config(DDIM(clip_sample=True).config),
-}
-
-
-@pytest.mark.parametrize("name", CLIPPED)
-def test_data_predictions_are_clipped_as_by_the_replaced_scheduler(name):
-    scheduler = CLIPPED[name]
+def test_data_predictions_are_clipped_as_by_ddpm():
+    """DDPM's latents have noise; its data prediction has not."""
+    scheduler, x = DDPM(clip_sample=True, clip_sample_range=0.5), latents()
     found = made(scheduler, "CLD", grid="scheduler")
     for each in (found, scheduler):
         each.set_timesteps(5)
-    x, t = latents(), scheduler.timesteps[1]
-    data = found.step(network(x, t), t, x).pred_original_sample
-    if isinstance(scheduler, diffusers.DPMSolverMultistepScheduler):
-        scheduler.set_begin_index(1)
-        scheduler._step_index = 1
-        expected = scheduler.convert_model_output(network(x, t), sample=x)
-    else:
-        expected = scheduler.step(network(x, t), t, x).pred_original_sample
+    t = scheduler.timesteps[1]
+    data, expected = (
+        each.step(network(x, t), t, x).pred_original_sample for each in (found, scheduler)
+    )
     assert far(data, expected) <= CLOSE
 
 
-@pytest.mark.parametrize("given", [None, "one", "several"])
-def test_noise_comes_from_the_generators_or_from_the_latents(given):
-    def source(seed):
-        if given is None:
-            return {}
-        if given == "one":
-            return {"generator": generator(seed)}
-        return {"generator": [generator(seed + i) for i in range(3)]}
+SOURCES = {
+    "latents": lambda seed: {},
+    "one": lambda seed: {"generator": generator(seed)},
+    "several": lambda seed: {"generator": [generator(seed + i) for i in range(3)]},
+}
 
-    found = made(PLAIN, "CLD")
+
+@pytest.mark.parametrize("given", SOURCES)
+def test_noise_comes_from_the_generators_or_from_the_latents(given):
+    found, source = made(PLAIN, "CLD"), SOURCES[given]
     first = run(found, **source(5))
     assert torch.equal(run(found, **source(5)), first)
-    if given is not None:
-        assert not torch.equal(run(found, **source(50)), first)
+    assert torch.equal(run(found, **source(50)), first) is (given == "latents")
     # Other latents have other noise: differences of the results are not those of the latents.
     assert not torch.equal(run(found, seed=1, **source(5)), first)
-
-
-def test_streams_of_the_latents_belong_to_the_samples():
-    found = made(PLAIN, "CLD", MULTISTEP(stochasticity=1.0))
-    together, alone = run(found), []
-    for i in range(3):
-        found.set_timesteps(8)
-        x = latents()[i : i + 1]
-        for t in found.timesteps:
-            x = found.step(network(x, t), t, x).prev_sample
-        alone.append(x)
-    assert far(torch.cat(alone), together) <= CLOSE
 
 
 @pytest.mark.parametrize(
@@ -233,19 +198,6 @@ def test_latents_that_are_only_copied_change_nothing(process, solver):
     assert torch.equal(run(scheduler, change=lambda i, x: x.clone()), plain)
 
 
-def test_a_start_in_the_middle_follows_from_the_latents():
-    found = made(PLAIN, "CLD", MULTISTEP(order=2))
-    for use_index in (False, True):
-        found.set_timesteps(8)
-        if use_index:
-            found.set_begin_index(4)
-        x = latents()
-        for t in found.timesteps[4:]:
-            x = found.step(network(x, t), t, x).prev_sample
-        assert bool(x.isfinite().all())
-        assert found.step_index == 8
-
-
 def test_pipelines_repeat_a_step_and_start_again_by_the_index_of_the_step():
     found, x = made(PLAIN, "VPSDE", FIRST), latents()
     found.set_timesteps(8)
@@ -261,22 +213,19 @@ def test_pipelines_repeat_a_step_and_start_again_by_the_index_of_the_step():
     assert far(found.step(network(x, first), first, x).prev_sample, start) <= CLOSE
 
 
-@pytest.mark.parametrize("scheduler", [PLAIN, FLOW(shift=2.0)])
-@pytest.mark.parametrize("grid", ["root_times", "scheduler"])
-def test_noise_is_added_at_the_levels_of_the_scheduler(scheduler, grid):
-    found, noise = made(scheduler, grid=grid), latents(1)
-    found.set_timesteps(5)
-    scheduler.set_timesteps(5)
-    times = scheduler.timesteps[[1, 2, 4]]
-    if isinstance(scheduler, FLOW):
-        expected = scheduler.scale_noise(latents(), times, noise)
-        assert far(found.scale_noise(latents(), times, noise), expected) <= CLOSE
-    else:
-        expected = scheduler.add_noise(latents(), noise, times)
-        assert far(found.add_noise(latents(), noise, times), expected) <= CLOSE
+def test_noise_is_added_at_the_levels_of_the_scheduler():
+    table, flow, given, noise = DDIM(**TABLE), FLOW(shift=2.0), latents(), latents(1)
+    for scheduler in (table, flow):
+        scheduler.set_timesteps(5)
+    times = table.timesteps[[1, 2, 4]]
+    found = made(table).add_noise(given, noise, times)
+    assert far(found, table.add_noise(given, noise, times)) <= CLOSE
+    times = flow.timesteps[[1, 2, 4]]
+    found = made(flow).scale_noise(given, times, noise)
+    assert far(found, flow.scale_noise(given, times, noise)) <= CLOSE
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_latents_keep_their_precision(dtype):
     def made_in(dtype):
         found, noise, x = made(PLAIN, "CLD"), generator(3), latents().to(torch.bfloat16).to(dtype)
@@ -286,9 +235,6 @@ def test_latents_keep_their_precision(dtype):
             assert x.dtype == dtype
         return x.float()
 
-    if dtype == torch.float64:  # normals of a generator depend on the precision
-        assert bool(made_in(dtype).isfinite().all())
-        return
     # Each of four evaluations sees latents that are rounded, and is rounded; by half an eps each.
     # Data predictions multiply the errors by up to σ/α = 15 at first, which later steps forget.
     assert far(made_in(dtype), made_in(torch.float32)) <= 4 * torch.finfo(dtype).eps
@@ -371,19 +317,14 @@ def test_a_bare_configuration_is_rejected():
 NO_SIGNAL = DDIM(**TABLE, rescale_betas_zero_snr=True, timestep_spacing="trailing")
 BAD = [
     ((3,), {}, TypeError, "scheduler must be the pipeline's scheduler, .*; got int"),
-    ((diffusers.EDMEulerScheduler(),), {}, ValueError, "levels and prediction of EDMEulerSchedu"),
     ((PLAIN, "CDL"), {}, ValueError, "process must be one of CLD, CosineVP, .*; got 'CDL'"),
     ((PLAIN, 3), {}, TypeError, "process must be a LinearSDE, the name .*; got 3"),
     ((PLAIN, CLD), {}, TypeError, "process must be a LinearSDE, .*write it with parentheses"),
     ((PLAIN, {"name": "CLD", "options": {"b": 1}}), {}, ValueError, "process: CLD does not take"),
     ((PLAIN, "CLD", solvers.SSCS()), {}, ValueError, r"solver must evaluate .*; SSCS\(.* does not"),
-    ((PLAIN, "CLD", "sscs"), {}, ValueError, "solver must be one of Ancestral, .*; got 'sscs'"),
-    ((PLAIN, "CLD", solvers.StochasticHeun()), {}, ValueError, r"StochasticHeun\(\) does not"),
-    ((PLAIN, "CLD", solvers.ProbabilityFlow()), {}, ValueError, r"ProbabilityFlow\(.*does not"),
     ((PLAIN,), {"grid": "uniform"}, ValueError, "grid must be one of 'root_times', 'scheduler'"),
     ((PLAIN,), {"grid": "scheduler", "end": 0.1}, ValueError, "end must be None with grid='sche"),
     ((PLAIN,), {"start": 1.5}, ValueError, r"start must be a time of CLD\(.*\) at which the .*1.5"),
-    ((PLAIN,), {"start": 0.9}, ValueError, r"start must be a time of CLD\(.*; got 0.9"),
     ((PLAIN,), {"end": 1e-5}, ValueError, r"end must be a time of CLD\(.*; got 1e-05"),
     ((PLAIN,), {"start": 0.1, "end": 0.2}, ValueError, "end must be below start, 0.1; got 0.2"),
 ]
