@@ -6,8 +6,7 @@ import math
 import pytest
 import torch
 
-import probes
-from cldsde import CLD, HOLD, PSLD, VESDE, VPSDE, DenoiserScore, ReverseProcess, solvers
+from cldsde import CLD, HOLD, PSLD, VPSDE, DenoiserScore, ReverseProcess, solvers
 from cldsde.pretrained.stepping import PathSteps, recommended_steps
 from cldsde.solvers import RecordedNoise
 from probes import check_normal, generator
@@ -172,14 +171,6 @@ def test_noisier_levels_are_left_by_deterministic_steps():
     assert torch.allclose(found, scales[0][2] * data + scales[1][2] * x, rtol=0, atol=EXACT)
 
 
-def test_levels_below_all_of_the_process_are_rejected():
-    levels = torch.tensor([0.0, 6.0, math.inf], dtype=torch.float64)
-    with pytest.raises(
-        ValueError, match=r"noise levels down to σ = 0.002479; VESDE\(.*\) has none"
-    ):
-        PathSteps(VESDE(0.01, 50.0), MULTISTEP(), levels, levels, levels)
-
-
 def test_a_sample_of_another_shape_is_rejected():
     steps, scales, _ = made(CLD(), MULTISTEP())
     x = advanced(steps, scales, start(), Cut(draws()), range(1))
@@ -187,31 +178,21 @@ def test_a_sample_of_another_shape_is_rejected():
         steps.step(1, x[:2], x[:2], Cut(draws()))
 
 
-@pytest.mark.one_in(4)
-@pytest.mark.parametrize("method", probes.named_solvers())
-def test_only_solvers_that_evaluate_at_the_start_are_accepted(method):
-    solver = probes.named_solvers()[method]
-    sde = VPSDE() if method.startswith("edm") else CLD()
-    if solver.facts.score_at_start:
-        assert made(sde, solver)[0].solver is solver
-    else:
-        with pytest.raises(ValueError, match=r"solver must evaluate the score only at the start"):
-            made(sde, solver)
-
-
 @pytest.mark.parametrize(
-    ("name", "first", "n", "order", "stochasticity", "variable"),
+    ("name", "first", "n", "last", "order", "stochasticity", "variable"),
     [
-        ("VP", -3.0, 8, 3, 0.5, "vp_time"),
-        ("VP", -3.0, 9, 2, 1.0, "vp_time"),
-        ("CLD", -3.0, 4, 3, 1.0, "vp_time"),
-        ("CLD", -3.0, 5, 3, 1.0, "time"),
-        ("VP", -1.0, 4, 2, 1.0, "vp_time"),  # a part of a sampling
+        ("VP", -3.0, 8, math.inf, 3, 0.5, "vp_time"),
+        ("VP", -3.0, 9, math.inf, 2, 1.0, "vp_time"),
+        ("CLD", -3.0, 4, math.inf, 3, 1.0, "vp_time"),
+        ("CLD", -3.0, 5, math.inf, 3, 1.0, "time"),
+        # Parts of a sampling.
+        ("VP", -1.0, 4, math.inf, 2, 1.0, "vp_time"),
+        ("VP", -3.0, 4, 3.5, 2, 1.0, "vp_time"),
     ],
 )
-def test_order_and_noise_between_given_levels(name, first, n, order, stochasticity, variable):
+def test_order_and_noise_between_given_levels(name, first, n, last, order, stochasticity, variable):
     levels = torch.linspace(first, 3.0, n + 1, dtype=torch.float64)
-    levels = torch.cat([levels, torch.tensor([math.inf])])
+    levels = torch.cat([levels, torch.tensor([last])])
     scales = torch.sigmoid(2 * levels).sqrt(), torch.sigmoid(-2 * levels).sqrt()
     found = recommended_steps(PROCESSES[name], None, levels, *scales).solver
     assert (found.order, found.stochasticity) == (order, stochasticity)
