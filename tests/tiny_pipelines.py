@@ -70,13 +70,13 @@ def _unet(**options):
     return diffusers.UNet2DConditionModel(**{**blocks, **shape, **options}).eval()
 
 
-def _sd(kind="StableDiffusionPipeline", unet=None, **scheduler):
+def _sd(kind="StableDiffusionPipeline", **unet):
     return getattr(diffusers, kind)(
         vae=_vae(),
         text_encoder=_clip(),
         tokenizer=_tokenizer(),
-        unet=_unet(**(unet or {})),
-        scheduler=diffusers.DDIMScheduler(**SD_TABLE, **scheduler),
+        unet=_unet(**unet),
+        scheduler=diffusers.DDIMScheduler(**SD_TABLE),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -256,7 +256,7 @@ def _guided(make, arguments=_LATENT, per_sample=_TEXT, network="unet"):
 
 
 def _inpainting(channels):
-    make = functools.partial(_sd, "StableDiffusionInpaintPipeline", {"in_channels": channels})
+    make = functools.partial(_sd, "StableDiffusionInpaintPipeline", in_channels=channels)
     return _guided(make, {**_LATENT, **_SIZE}, _INPAINT)
 
 
@@ -271,7 +271,6 @@ CASES = {
         conditional_first=True,
     ),
     "SD": _guided(_sd),
-    "SD-v": _guided(functools.partial(_sd, prediction_type="v_prediction")),
     "SD-img2img": _guided(
         functools.partial(_sd, "StableDiffusionImg2ImgPipeline"),
         _PART,

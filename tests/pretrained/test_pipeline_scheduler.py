@@ -8,15 +8,7 @@ import math
 import pytest
 import torch
 
-from cldsde import (
-    CLD,
-    VESDE,
-    VPSDE,
-    DenoiserScore,
-    ReverseProcess,
-    pretrained,
-    solvers,
-)
+from cldsde import CLD, VESDE, VPSDE, DenoiserScore, ReverseProcess, pretrained, solvers
 from probes import generator
 from tolerances import rounding
 
@@ -36,10 +28,6 @@ PIPELINES = [pytest.param(name, marks=[pytest.mark.slow] * (name not in FEW)) fo
 every_pipeline = pytest.mark.parametrize("name", PIPELINES)
 
 
-def Scheduler(*args, **options):  # noqa: N802 -- diffusers is imported when it is called
-    return pretrained.PipelineScheduler(*args, **options)
-
-
 @functools.cache
 def built(name):
     return tiny_pipelines.make(name)
@@ -48,7 +36,7 @@ def built(name):
 def pipeline(name, *args, **options):
     """A pipeline with the scheduler; its networks are shared by the tests."""
     pipe = copy.copy(built(name))
-    pipe.scheduler = Scheduler(pipe.scheduler, *args, **options)
+    pipe.scheduler = pretrained.PipelineScheduler(pipe.scheduler, *args, **options)
     return pipe
 
 
@@ -176,7 +164,7 @@ def test_fitted_settings_are_read_from_a_file_and_saved_with_the_pipeline(tmp_pa
 def test_steps_with_settings_are_those_of_sample():
     pipe, sde = built("DDPM"), VPSDE()
     settings = dataclasses.replace(SETTINGS, stochasticity=(0, 0, 0), process=repr(sde))
-    scheduler = Scheduler(pipe.scheduler, sde, settings=settings)
+    scheduler = pretrained.PipelineScheduler(pipe.scheduler, sde, settings=settings)
     scheduler.set_timesteps(4)
     x = torch.randn(2, 3, 8, 8, generator=generator())
     process = ReverseProcess(sde, DenoiserScore(pretrained.from_diffusers(pipe), sde))

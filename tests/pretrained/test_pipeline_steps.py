@@ -1,6 +1,5 @@
 """The scheduler for pipelines, called as pipelines call it, with a network that costs nothing."""
 
-import functools
 import math
 
 import pytest
@@ -71,7 +70,6 @@ DDIMS = {
     "cosine": {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "sample", **TRAILING},
     "v": V,
     "no signal": {**V, "rescale_betas_zero_snr": True, **TRAILING},
-    "data": {"prediction_type": "sample"},
 }
 EULERS = [{}, {"use_karras_sigmas": True}, {"timestep_spacing": "leading", "steps_offset": 1}]
 OF_FLOWS = {"use_flow_sigmas": True, "flow_shift": 2.0, "prediction_type": "flow_prediction"}
@@ -86,7 +84,6 @@ REPLACED = {
     # It has the option to clip, and does not read it.
     "CogVideoX": (diffusers.CogVideoXDDIMScheduler(prediction_type="v_prediction"), FIRST),
     **{f"Euler{x}": (diffusers.EulerDiscreteScheduler(**TABLE, **x), FIRST) for x in EULERS},
-    "DPM-Solver, order 1": (multistep(**TABLE, solver_order=1), FIRST),
     "DPM-Solver++": (multistep(**TABLE), SECOND),
     "DPM-Solver++, to its least level": (multistep(**TABLE, final_sigmas_type="sigma_min"), SECOND),
     "DPM-Solver++, thresholded": (multistep(**TABLE, thresholding=True), SECOND),
@@ -110,20 +107,16 @@ def test_repeated_levels_are_left_out():
     assert bool(run(found, 10).isfinite().all())
 
 
-@functools.cache
-def shared(name, process):
-    return made({"DDIM": DDIM(), "flow": FLOW()}[name], process)
-
-
 @pytest.mark.covering
 @pytest.mark.parametrize("process", ["CLD", "VPSDE", "HOLD", "RectifiedFlow"])
-@pytest.mark.parametrize("scheduler", ["DDIM", "flow"])
+@pytest.mark.parametrize(("scheduler", "noisiest"), [(DDIM(), 999.0), (FLOW(), 1000.0)])
 @pytest.mark.parametrize("n", [4, 1, 2])
-def test_n_steps_are_n_evaluations_from_the_noisiest_level_to_the_data(process, scheduler, n):
-    found = shared(scheduler, process)
+def test_n_steps_are_n_evaluations_from_the_noisiest_level_to_the_data(
+    process, scheduler, noisiest, n
+):
+    found = made(scheduler, process)
     found.set_timesteps(n)
     assert len(found.timesteps) == found.num_inference_steps == n
-    noisiest = 1000.0 if scheduler == "flow" else 999.0
     assert float(found.timesteps[0]) == pytest.approx(noisiest, rel=NEAR, abs=0)
     assert bool((found.timesteps.diff() < 0).all())
     assert bool(run(found, n).isfinite().all())
@@ -131,8 +124,7 @@ def test_n_steps_are_n_evaluations_from_the_noisiest_level_to_the_data(process, 
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("process", "scheduler"),
-    [("VPSDE", FLOW()), ("CLD", DDIM(clip_sample=False))],
+    ("process", "scheduler"), [("VPSDE", FLOW()), ("CLD", DDIM(clip_sample=False))]
 )
 def test_the_brightness_of_large_images_is_kept(process, scheduler):
     """Normal images of 64 × 64 with a brightness of standard deviation 0.5, exactly denoised."""
@@ -155,15 +147,12 @@ def test_the_brightness_of_large_images_is_kept(process, scheduler):
 
 def test_data_predictions_are_clipped_as_by_ddpm():
     """DDPM's latents have noise; its data prediction has not."""
-    scheduler, x = DDPM(clip_sample=True, clip_sample_range=0.5), latents()
-    found = made(scheduler, "CLD", grid="scheduler")
-    for each in (found, scheduler):
-        each.set_timesteps(5)
-    t = scheduler.timesteps[1]
-    data, expected = (
-        each.step(network(x, t), t, x).pred_original_sample for each in (found, scheduler)
-    )
-    assert far(data, expected) <= CLOSE
+    theirs, x, data = DDPM(clip_sample=True, clip_sample_range=0.5), latents(), []
+    for scheduler in (theirs, made(theirs, "CLD", grid="scheduler")):
+        scheduler.set_timesteps(5)
+        t = scheduler.timesteps[1]
+        data.append(scheduler.step(network(x, t), t, x).pred_original_sample)
+    assert far(data[1], data[0]) <= CLOSE
 
 
 SOURCES = {
@@ -178,22 +167,14 @@ def test_noise_comes_from_the_generators_or_from_the_latents(given):
     found, source = made(PLAIN, "CLD"), SOURCES[given]
     first = run(found, **source(5))
     assert torch.equal(run(found, **source(5)), first)
-    assert torch.equal(run(found, **source(50)), first) is (given == "latents")
+    assert torch.equal(run(found, **source(50)), first) == (given == "latents")
     # Other latents have other noise: differences of the results are not those of the latents.
     assert not torch.equal(run(found, seed=1, **source(5)), first)
 
 
-@pytest.mark.parametrize(
-    ("process", "solver"),
-    [
-        ("CLD", None),
-        ("VPSDE", FIRST),
-        ("CLD", MULTISTEP(order=3)),
-        ("CLD", MULTISTEP(corrector=True)),
-    ],
-)
-def test_latents_that_are_only_copied_change_nothing(process, solver):
-    scheduler = made(PLAIN, process, solver)
+@pytest.mark.parametrize("solver", [None, MULTISTEP(order=3)])
+def test_latents_that_are_only_copied_change_nothing(solver):
+    scheduler = made(PLAIN, "CLD", solver)
     plain = run(scheduler)
     assert torch.equal(run(scheduler, change=lambda i, x: x.clone()), plain)
 
@@ -213,16 +194,14 @@ def test_pipelines_repeat_a_step_and_start_again_by_the_index_of_the_step():
     assert far(found.step(network(x, first), first, x).prev_sample, start) <= CLOSE
 
 
-def test_noise_is_added_at_the_levels_of_the_scheduler():
-    table, flow, given, noise = DDIM(**TABLE), FLOW(shift=2.0), latents(), latents(1)
-    for scheduler in (table, flow):
-        scheduler.set_timesteps(5)
-    times = table.timesteps[[1, 2, 4]]
-    found = made(table).add_noise(given, noise, times)
-    assert far(found, table.add_noise(given, noise, times)) <= CLOSE
-    times = flow.timesteps[[1, 2, 4]]
-    found = made(flow).scale_noise(given, times, noise)
-    assert far(found, flow.scale_noise(given, times, noise)) <= CLOSE
+@pytest.mark.parametrize("scheduler", [DDIM(**TABLE), FLOW(shift=2.0)])
+def test_noise_is_added_at_the_levels_of_the_scheduler(scheduler):
+    scheduler.set_timesteps(5)
+    given, times, noise = latents(), scheduler.timesteps[[1, 2, 4]], latents(1)
+    name = "scale_noise" if isinstance(scheduler, FLOW) else "add_noise"
+    order = (given, times, noise) if isinstance(scheduler, FLOW) else (given, noise, times)
+    expected, found = (getattr(each, name)(*order) for each in (scheduler, made(scheduler)))
+    assert far(found, expected) <= CLOSE
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -254,11 +233,6 @@ def test_a_learnt_variance_is_left_out():
 # Saving
 
 
-def saved(scheduler, folder):
-    scheduler.save_pretrained(folder)
-    return pretrained.PipelineScheduler.from_pretrained(folder)
-
-
 @pytest.mark.parametrize(
     "scheduler",
     [
@@ -268,7 +242,8 @@ def saved(scheduler, folder):
     ],
 )
 def test_a_scheduler_is_saved_and_loaded(scheduler, tmp_path):
-    loaded = saved(scheduler, tmp_path)
+    scheduler.save_pretrained(tmp_path)
+    loaded = pretrained.PipelineScheduler.from_pretrained(tmp_path)
     assert repr(loaded.sde) == repr(scheduler.sde)
     assert loaded.solver == scheduler.solver
     assert type(loaded.replaced) is type(scheduler.replaced)
@@ -286,6 +261,8 @@ def test_the_configuration_is_that_of_the_replaced_scheduler_and_more():
     assert type(made(made(PLAIN, "HOLD")).replaced) is DDIM
     other = pretrained.PipelineScheduler.from_config(found.config, process="HOLD")
     assert type(other.sde).__name__ == "HOLD"
+    with pytest.raises(ValueError, match=r"config must come from a PipelineScheduler; got the"):
+        pretrained.PipelineScheduler.from_config(PLAIN.config)
 
 
 class Other(DDIM):
@@ -306,11 +283,6 @@ def test_parts_without_a_name_cannot_be_saved(scheduler, message, tmp_path):
         scheduler.save_pretrained(tmp_path)
 
 
-def test_a_bare_configuration_is_rejected():
-    with pytest.raises(ValueError, match=r"config must come from a PipelineScheduler; got the"):
-        pretrained.PipelineScheduler.from_config(PLAIN.config)
-
-
 # Errors
 
 
@@ -318,11 +290,9 @@ NO_SIGNAL = DDIM(**TABLE, rescale_betas_zero_snr=True, timestep_spacing="trailin
 BAD = [
     ((3,), {}, TypeError, "scheduler must be the pipeline's scheduler, .*; got int"),
     ((PLAIN, "CDL"), {}, ValueError, "process must be one of CLD, CosineVP, .*; got 'CDL'"),
-    ((PLAIN, 3), {}, TypeError, "process must be a LinearSDE, the name .*; got 3"),
     ((PLAIN, CLD), {}, TypeError, "process must be a LinearSDE, .*write it with parentheses"),
     ((PLAIN, {"name": "CLD", "options": {"b": 1}}), {}, ValueError, "process: CLD does not take"),
     ((PLAIN, "CLD", solvers.SSCS()), {}, ValueError, r"solver must evaluate .*; SSCS\(.* does not"),
-    ((PLAIN,), {"grid": "uniform"}, ValueError, "grid must be one of 'root_times', 'scheduler'"),
     ((PLAIN,), {"grid": "scheduler", "end": 0.1}, ValueError, "end must be None with grid='sche"),
     ((PLAIN,), {"start": 1.5}, ValueError, r"start must be a time of CLD\(.*\) at which the .*1.5"),
     ((PLAIN,), {"end": 1e-5}, ValueError, r"end must be a time of CLD\(.*; got 1e-05"),
@@ -340,7 +310,6 @@ KEPT = {"grid": "scheduler"}
 UNEVEN = {"timesteps": [999, 500, 10]}
 BAD_STEPS = [
     (PLAIN, {}, {}, TypeError, "num_inference_steps must be an integer; got None"),
-    (PLAIN, {}, {"num_inference_steps": 0}, ValueError, "num_inference_steps must be at least 1"),
     (PLAIN, {}, UNEVEN, ValueError, "timesteps must be evenly spaced with grid='root_times'"),
     (FLOW(), {}, {"sigmas": [0.0, 0.5, 1.0]}, ValueError, "sigmas must decrease, from the noise"),
     (PLAIN, KEPT, UNEVEN, ValueError, "timesteps must be None for DDIMScheduler, which does not"),
@@ -384,13 +353,9 @@ def test_arguments_of_other_schedulers_are_ignored_or_rejected():
     known = {"eta": 0.0, "use_clipped_model_output": True, "prev_timestep": second}
     assert bool(found.step(x, first, x, **known).prev_sample.isfinite().all())
     for name, value in {"eta": 1.0, "per_token_timesteps": x}.items():
-        with pytest.raises(
-            TypeError, match=f"does not take {name} in step; the pipeline needs UnCLIPSch"
-        ):
+        with pytest.raises(TypeError, match=f"does not take {name} in step; the pipeline needs"):
             found.step(x, second, x, **{name: value})
-    with pytest.raises(
-        ValueError, match=r"must be latents \(B, \*D\); got the shape \(\)\. The pipel"
-    ):
+    with pytest.raises(ValueError, match=r"must be latents \(B, \*D\); got the shape \(\)"):
         found.scale_model_input(found.sigmas[0], second)
 
 
@@ -398,12 +363,6 @@ def test_given_times_of_pipelines_count_steps():
     found = made(FLOW(), "CLD")
     found.set_timesteps(sigmas=torch.linspace(1.0, 0.2, 5).tolist(), mu=0.7)
     assert len(found.timesteps) == 5
-    kept = made(FLOW(use_dynamic_shifting=True), "CLD", grid="scheduler")
-    kept.set_timesteps(sigmas=[1.0, 0.8, 0.3], mu=0.7)
-    theirs = FLOW(use_dynamic_shifting=True)
-    theirs.set_timesteps(sigmas=[1.0, 0.8, 0.3], mu=0.7)
-    assert torch.equal(kept.timesteps, theirs.timesteps)
-    assert torch.equal(kept.sigmas, theirs.sigmas)
 
 
 # Speed and devices
