@@ -1,6 +1,5 @@
 """Steps from data predictions that a caller brings are those of `solve`."""
 
-import functools
 import math
 
 import pytest
@@ -8,12 +7,11 @@ import torch
 
 from cldsde import CLD, HOLD, PSLD, VPSDE, DenoiserScore, ReverseProcess, solvers
 from cldsde.pretrained.stepping import PathSteps, recommended_steps
-from cldsde.solvers import RecordedNoise
 from probes import check_normal, generator
 from tolerances import rounding
 
 MULTISTEP = solvers.ExponentialMultistep
-PROCESSES = {"VP": VPSDE(), "CLD": CLD(), "PSLD": PSLD(), "HOLD": HOLD()}
+PROCESSES = {"CLD": CLD(), "VP": VPSDE(), "PSLD": PSLD(), "HOLD": HOLD()}
 SOLVERS = {"noise": MULTISTEP(order=2, stochasticity=1.0), "order 3": MULTISTEP(order=3)}
 SOLVERS |= {"corrector": MULTISTEP(order=2, corrector=True), "euler": solvers.EulerMaruyama()}
 SOLVERS |= {"exponential": solvers.ExponentialEuler(), "ancestral": solvers.Ancestral()}
@@ -34,61 +32,33 @@ def made(sde, solver, times=None):
     return PathSteps(sde, solver, levels, *scales), scales, times
 
 
-def advanced(steps, scales, x, noise, indices, change=None):
-    """x after the steps with the given indices, with a change of it before each."""
+def advanced(steps, scales, x, noise, indices):
+    """x after the steps with the given indices."""
     for i in indices:
-        x = x if change is None else change(i, x)
         signal, spread = (scale[i] for scale in scales)
         data = denoiser(x / signal, (spread / signal).expand(len(x)))
         x = steps.step(i, x, data, noise)
     return x
 
 
-def draws():
-    return [torch.randn(3, 3, *SHAPE[1:], generator=generator(i)).double() for i in range(9)]
-
-
-class Cut(RecordedNoise):
-    """Recorded normals, of which a draw takes as many rows as it needs."""
-
-    def normal(self, z, rows):
-        return super().normal(z, rows)[:, :rows]
+def fresh():
+    """Normals that are the same in each call."""
+    return solvers.FreshNoise(generator(5))
 
 
 def start():
     return torch.randn(SHAPE, generator=generator(7)).double()
 
 
-# Every process and every solver, and those pairs that differ from others in their tables.
-PAIRS = [("CLD", method) for method in SOLVERS] + [(name, "noise") for name in PROCESSES]
-PAIRS += [("VP", "order 3"), ("HOLD", "corrector")]
-ALL = [(name, method) for name in PROCESSES for method in SOLVERS]
-pairs = pytest.mark.parametrize(
-    ("name", "method"),
-    [pytest.param(*x, marks=[] if x in PAIRS else pytest.mark.slow) for x in ALL],
-)
-
-
-@functools.cache
-def tables(name, method):
-    return made(PROCESSES[name], SOLVERS[method])
-
-
-def shared(name, method):
-    """Steps with the tables of other tests, and without the states that these left."""
-    steps, scales, times = tables(name, method)
-    steps.reset()
-    return steps, scales, times
-
-
-@pytest.mark.one_in(3)
-@pairs
+@pytest.mark.covering
+@pytest.mark.parametrize("name", PROCESSES)
+@pytest.mark.parametrize("method", SOLVERS)
 @pytest.mark.parametrize("first", [0, 2])
 def test_steps_are_those_of_solve_from_any_level(name, method, first):
     sde, solver = PROCESSES[name], SOLVERS[method]
-    steps, scales, times = shared(name, method)
-    found = advanced(steps, scales, start(), Cut(draws()), range(first, N + 1))
-    again = Cut(draws())
+    steps, scales, times = made(sde, solver)
+    found = advanced(steps, scales, start(), fresh(), range(first, N + 1))
+    again = fresh()
     state = steps._started(first, start().unsqueeze(1), again)
     process = ReverseProcess(sde, DenoiserScore(denoiser, sde))
     expected = solvers.solve(process, solver, state, times[first:], noise=again, denoise=True)
@@ -106,11 +76,13 @@ def test_a_start_has_the_distribution_of_the_process(name):
     check_normal(z, sde.marginal(times[0]).covariance)
 
 
-@pairs
+@pytest.mark.covering
+@pytest.mark.parametrize("name", PROCESSES)
+@pytest.mark.parametrize("method", SOLVERS)
 def test_a_changed_x_is_the_x_of_the_state(name, method):
     """The state after a change shows the new x, and w is as before."""
-    steps, scales, _ = shared(name, method)
-    x = advanced(steps, scales, start(), Cut(draws()), range(2))
+    steps, scales, _ = made(PROCESSES[name], SOLVERS[method])
+    x = advanced(steps, scales, start(), fresh(), range(2))
     before, shift = steps._state, torch.linspace(-1, 1, x.numel()).double().reshape(x.shape)
     after = steps._changed(2, x + shift)
     blocks = steps._blocks
@@ -127,17 +99,12 @@ def test_a_changed_x_is_the_x_of_the_state(name, method):
 def test_solvers_that_correct_start_again_from_a_changed_state(in_place):
     sde, solver = CLD(), MULTISTEP(order=3)
     steps, scales, times = made(sde, solver)
-    states = []
-
-    def change(i, x):
-        if i != 2:
-            return x
-        states.append(steps._changed(2, x + 1))
-        return x.add_(1) if in_place else x + 1
-
-    found = advanced(steps, scales, start(), Cut(draws()), range(N + 1), change)
+    x = advanced(steps, scales, start(), fresh(), range(2))
+    state = steps._changed(2, x + 1)
+    x = x.add_(1) if in_place else x + 1
+    found = advanced(steps, scales, x, fresh(), range(2, N + 1))
     process = ReverseProcess(sde, DenoiserScore(denoiser, sde))
-    expected = solvers.solve(process, solver, states[0], times[2:], denoise=True)
+    expected = solvers.solve(process, solver, state, times[2:], denoise=True)
     assert torch.allclose(found, expected.data, rtol=0, atol=EXACT)
 
 
@@ -167,15 +134,15 @@ def test_noisier_levels_are_left_by_deterministic_steps():
     steps = PathSteps(sde, MULTISTEP(), levels, *scales)
     assert steps.first == 2
     x, data = start(), torch.full(SHAPE, 0.5, dtype=torch.float64)
-    found = steps.step(1, steps.step(0, x, data, Cut(draws())), data, Cut(draws()))
+    found = steps.step(1, steps.step(0, x, data, fresh()), data, fresh())
     assert torch.allclose(found, scales[0][2] * data + scales[1][2] * x, rtol=0, atol=EXACT)
 
 
 def test_a_sample_of_another_shape_is_rejected():
     steps, scales, _ = made(CLD(), MULTISTEP())
-    x = advanced(steps, scales, start(), Cut(draws()), range(1))
+    x = advanced(steps, scales, start(), fresh(), range(1))
     with pytest.raises(ValueError, match="sample must keep its shape"):
-        steps.step(1, x[:2], x[:2], Cut(draws()))
+        steps.step(1, x[:2], x[:2], fresh())
 
 
 @pytest.mark.parametrize(
