@@ -86,13 +86,13 @@ def test_a_changed_x_is_the_x_of_the_state(name, method):
     before, shift = steps._state, torch.linspace(-1, 1, x.numel()).double().reshape(x.shape)
     after = steps._changed(2, x + shift)
     blocks = steps._blocks
+    close = rounding(64, float(after.abs().max()))  # products of a few numbers of this size
     seen = torch.tensor(blocks.seen[2], dtype=torch.float64)
-    assert torch.allclose(
-        (seen @ after.flatten(2))[:, 0], (x + shift).flatten(1), rtol=0, atol=EXACT
-    )
+    found = (seen @ after.flatten(2))[:, 0]
+    assert torch.allclose(found, (x + shift).flatten(1), rtol=0, atol=close)
     change = (after - before).flatten(2)
     expected = torch.tensor(blocks.of_x[2], dtype=torch.float64) @ shift.flatten(1).unsqueeze(1)
-    assert torch.allclose(change, expected, rtol=0, atol=EXACT)
+    assert torch.allclose(change, expected, rtol=0, atol=close)
 
 
 @pytest.mark.parametrize("in_place", [False, True])

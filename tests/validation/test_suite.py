@@ -221,10 +221,10 @@ CHECKS: list[Any] = [
     # Noise that is redrawn after a rejection is biased, and a Brownian bridge is not.
     (solvers.GottaGoFast(noise_on_reject="fresh"), POINTS, FAIL, "E|x| is 1.0"),
     (solvers.GottaGoFast(noise_on_reject="bridge"), POINTS, PASS, "E|x| is "),
-    # Reverse diffusion with 32 steps has twice the variances.
-    (solvers.ReverseDiffusion(), "CLD, ring", PASS, "128 evaluations"),
     (off_at_the_end(math.nan), STIFF, FAIL, ""),
     (off_at_the_end(1.0), STIFF, None, ""),
+    # Reverse diffusion with 32 steps has twice the variances.
+    (solvers.ReverseDiffusion(), "CLD, ring", PASS, "128 evaluations"),
     (altered(SSCS, weak_order=None, strong_order=3)(), VP, INCONCLUSIVE, NO_PATH),
     (altered(EulerMaruyama, tables=raising(ValueError))(), CLD, FAIL, f"but rejects it: {RAISED}"),
 ]
