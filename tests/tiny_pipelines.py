@@ -1,7 +1,7 @@
 """Pipelines of diffusers with random weights, a few thousand parameters each.
 
-    make("SD")             a pipeline
-    latents_of(pipe, …)    its latents for given first latents, with guidance
+    make("SD")                            a pipeline
+    CASES["SD"].call(pipe, [0, 1])        its latents for samples with these numbers
 
 Text encoders and tokenizers come from configurations, too: nothing is fetched.
 """
@@ -9,6 +9,7 @@ Text encoders and tokenizers come from configurations, too: nothing is fetched.
 import functools
 import inspect
 from dataclasses import dataclass, field
+from unittest import mock
 
 import diffusers
 import torch
@@ -23,13 +24,11 @@ SD_TABLE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_l
 SD_TABLE |= {"clip_sample": False, "steps_offset": 1}
 
 
-def _tokenizer(length=8):
+def _tokenizer():
     found = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, "<unk>"))
     found.pre_tokenizer = pre_tokenizers.Whitespace()
     names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=found, model_max_length=length, **names
-    )
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=found, model_max_length=8, **names)
 
 
 def _clip(projection=False):
@@ -40,10 +39,10 @@ def _clip(projection=False):
     return kind(CLIPTextConfig(**shape, **tokens)).eval()
 
 
-def _t5(kind="T5EncoderModel", width=WIDTH):
+def _t5(width=WIDTH):
     shape = {"d_model": width, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
     config = T5Config(**shape, vocab_size=len(WORDS), pad_token_id=0, eos_token_id=2)
-    return getattr(transformers, kind)(config).eval()
+    return transformers.T5EncoderModel(config).eval()
 
 
 def _transformer(kind, **options):
@@ -55,11 +54,11 @@ def _transformer(kind, **options):
     return kind(**{**{name: x for name, x in shape.items() if name in taken}, **options}).eval()
 
 
-def _vae(channels=4, **options):
+def _vae(**options):
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2}
     blocks |= {"up_block_types": ("UpDecoderBlock2D",) * 2, "block_out_channels": (4, 4)}
     shape = {"norm_num_groups": 2, "layers_per_block": 1, "sample_size": 16}
-    return diffusers.AutoencoderKL(**blocks, **shape, latent_channels=channels, **options).eval()
+    return diffusers.AutoencoderKL(**blocks, **shape, latent_channels=4, **options).eval()
 
 
 def _unet(**options):
@@ -71,13 +70,13 @@ def _unet(**options):
     return diffusers.UNet2DConditionModel(**{**blocks, **shape, **options}).eval()
 
 
-def _sd(kind="StableDiffusionPipeline", unet=None, **scheduler):
+def _sd(kind="StableDiffusionPipeline", **unet):
     return getattr(diffusers, kind)(
         vae=_vae(),
         text_encoder=_clip(),
         tokenizer=_tokenizer(),
-        unet=_unet(**(unet or {})),
-        scheduler=diffusers.DDIMScheduler(**SD_TABLE, **scheduler),
+        unet=_unet(**unet),
+        scheduler=diffusers.DDIMScheduler(**SD_TABLE),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -141,23 +140,6 @@ def _flux():
     )
 
 
-def _auraflow():
-    return diffusers.AuraFlowPipeline(
-        transformer=_transformer(
-            "AuraFlowTransformer2DModel",
-            num_mmdit_layers=1,
-            num_single_dit_layers=1,
-            joint_attention_dim=WIDTH,
-            caption_projection_dim=16,
-            pos_embed_max_size=16,
-        ),
-        tokenizer=_tokenizer(),
-        text_encoder=_t5("UMT5EncoderModel"),
-        vae=_vae(),
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=1.73),
-    )
-
-
 def _pixart():
     return diffusers.PixArtAlphaPipeline(
         transformer=_transformer(
@@ -201,18 +183,34 @@ class Case:
     network: str = "unet"
     conditional_first: bool = False
 
-    def call(self, pipe, samples, seed=0, **options):
-        """Last latents of the scheduler for samples with these numbers; each has its seeds."""
-        return self.recorded(pipe, samples, seed, **options).latents[-1]
+    def call(self, pipe, samples, **options):
+        """Last latents of the scheduler for samples with these numbers; each has its seed."""
+        return self.recorded(pipe, samples, **options)[1]
 
-    def recorded(self, pipe, samples, seed=0, **options):
-        """Inputs and results of the scheduler's steps for samples with these numbers."""
+    def recorded(self, pipe, samples, **options):
+        """Latents before each step of the scheduler, last latents, and the network's conditions."""
+        step, seen, latents, conditions = pipe.scheduler.step, [], [], {}
+
+        @functools.wraps(step)
+        def noted(output, timestep, sample, *args, **given):
+            seen.append(sample.clone())
+            found = step(output, timestep, sample, *args, **given)
+            latents.append(found[0].clone())
+            return found
+
+        def note(module, args, given):
+            own = ("hidden_states", "timestep", "return_dict")
+            conditions.update({name: x for name, x in given.items() if name not in own})
+
         given = {name: make(samples) for name, make in self.per_sample.items()}
-        given["generator"] = [torch.Generator().manual_seed(100 * seed + i) for i in samples]
-        record = Recorder(pipe.scheduler, getattr(pipe, self.network))
-        with record:
+        given["generator"] = [torch.Generator().manual_seed(i) for i in samples]
+        network = getattr(pipe, self.network)
+        with (
+            network.register_forward_pre_hook(note, with_kwargs=True),
+            mock.patch.object(pipe.scheduler, "step", noted),
+        ):
             pipe(**self.arguments, **given, **options)
-        return record
+        return seen, latents[-1], conditions
 
     def guided(self, denoiser, conditions):
         """Guided denoiser for the conditions of a call of the pipeline's network."""
@@ -227,46 +225,13 @@ class Case:
         return found
 
 
-class Recorder:
-    """Record a scheduler's steps, and conditions of the network, while the context is open."""
-
-    def __init__(self, scheduler, network):
-        self.scheduler, self.network, self.step = scheduler, network, scheduler.step
-        self.inputs, self.outputs, self.latents, self.times = [], [], [], []
-        self.conditions, self.positional = {}, ()
-
-    def __enter__(self):
-        @functools.wraps(self.step)
-        def step(model_output, timestep, sample, *args, **options):
-            found = self.step(model_output, timestep, sample, *args, **options)
-            self.inputs.append(sample.clone())
-            self.outputs.append(model_output.clone())
-            self.times.append(timestep)
-            latents = found[0] if isinstance(found, tuple) else found.prev_sample
-            self.latents.append(latents.clone())
-            return found
-
-        def note(module, args, kwargs):
-            own = ("hidden_states", "timestep", "return_dict")
-            self.conditions = {name: x for name, x in kwargs.items() if name not in own}
-            self.positional = args
-
-        self.scheduler.step = step
-        self.hook = self.network.register_forward_pre_hook(note, with_kwargs=True)
-        return self
-
-    def __exit__(self, *_):
-        del self.scheduler.step
-        self.hook.remove()
-
-
 def _images(samples):
     """Images as tensors in [0, 1]."""
     rows = [torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(i)) for i in samples]
     return torch.stack(rows)
 
 
-def masks(samples):
+def _masks(samples):
     """Masks of the left half: 1 is to be made anew."""
     found = torch.zeros(len(samples), 1, 16, 16)
     found[..., :8] = 1
@@ -278,7 +243,7 @@ def _prompts(samples):
 
 
 _TEXT = {"prompt": _prompts, "negative_prompt": lambda samples: ["a"] * len(samples)}
-_INPAINT = {**_TEXT, "image": _images, "mask_image": masks}
+_INPAINT = {**_TEXT, "image": _images, "mask_image": _masks}
 _SIZE = {"height": 16, "width": 16}
 _PLAIN = {"num_inference_steps": 4, "output_type": "np"}
 _LATENT = {"num_inference_steps": 4, "output_type": "latent", "guidance_scale": 3.0}
@@ -291,7 +256,7 @@ def _guided(make, arguments=_LATENT, per_sample=_TEXT, network="unet"):
 
 
 def _inpainting(channels):
-    make = functools.partial(_sd, "StableDiffusionInpaintPipeline", {"in_channels": channels})
+    make = functools.partial(_sd, "StableDiffusionInpaintPipeline", in_channels=channels)
     return _guided(make, {**_LATENT, **_SIZE}, _INPAINT)
 
 
@@ -306,7 +271,6 @@ CASES = {
         conditional_first=True,
     ),
     "SD": _guided(_sd),
-    "SD-v": _guided(functools.partial(_sd, prediction_type="v_prediction")),
     "SD-img2img": _guided(
         functools.partial(_sd, "StableDiffusionImg2ImgPipeline"),
         _PART,
@@ -323,7 +287,6 @@ CASES = {
         network="transformer",
     ),
     "PixArt": _guided(_pixart, {**_LATENT, **_SIZE, **_CLEAN}, network="transformer"),
-    "AuraFlow": _guided(_auraflow, {**_LATENT, **_SIZE}, network="transformer"),
 }
 
 

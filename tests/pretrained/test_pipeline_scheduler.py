@@ -3,25 +3,13 @@
 import copy
 import dataclasses
 import functools
+import math
 
 import pytest
 import torch
 
-from cldsde import (
-    CLD,
-    VESDE,
-    VPSDE,
-    DenoiserScore,
-    PredictionDenoiser,
-    ReverseProcess,
-    pretrained,
-    solvers,
-)
-from cldsde.pretrained.conventions import Convention
-from cldsde.pretrained.stepping import PathSteps
-from cldsde.score.reverse import KnownScore
-from cldsde.score.times import KnownTimes
-from probes import Recorder, generator
+from cldsde import CLD, VESDE, VPSDE, DenoiserScore, ReverseProcess, pretrained, solvers
+from probes import generator
 from tolerances import rounding
 
 diffusers = pytest.importorskip("diffusers")
@@ -31,30 +19,13 @@ import tiny_pipelines  # noqa: E402 -- needs both libraries
 from tiny_pipelines import CASES  # noqa: E402
 
 FIRST = solvers.ExponentialMultistep(order=1)
-SECOND = solvers.ExponentialMultistep(order=2, stochasticity=1.0)
 # Networks, guidance and a few steps in float32, of numbers up to the largest latent.
 CLOSE = 1e-5
 # Of each of these kinds of pipelines the others differ by the network or its prediction.
 FEW = ("DDPM", "DiT", "SD", "SD-img2img", "SD-inpaint-4", "SD3")
-
-
-def of_pipelines(left_out):
-    """Parameters of a test: pipelines but for some."""
-    return pytest.mark.parametrize(
-        "name",
-        [
-            pytest.param(name, marks=[pytest.mark.slow] * (name not in FEW))
-            for name in CASES
-            if name not in left_out
-        ],
-    )
-
-
-every_pipeline = of_pipelines(["AuraFlow"])
-
-
-def Scheduler(*args, **options):  # noqa: N802 -- diffusers is imported when it is called
-    return pretrained.PipelineScheduler(*args, **options)
+FLOWS = ("SD3", "Flux")
+PIPELINES = [pytest.param(name, marks=[pytest.mark.slow] * (name not in FEW)) for name in CASES]
+every_pipeline = pytest.mark.parametrize("name", PIPELINES)
 
 
 @functools.cache
@@ -65,7 +36,7 @@ def built(name):
 def pipeline(name, *args, **options):
     """A pipeline with the scheduler; its networks are shared by the tests."""
     pipe = copy.copy(built(name))
-    pipe.scheduler = Scheduler(pipe.scheduler, *args, **options)
+    pipe.scheduler = pretrained.PipelineScheduler(pipe.scheduler, *args, **options)
     return pipe
 
 
@@ -93,86 +64,32 @@ def test_order_1_without_noise_gives_the_latents_of_the_replaced_scheduler(name)
     assert far(CASES[name].call(pipe, [0]), CASES[name].call(built(name), [0])) <= CLOSE
 
 
-def denoiser_of(name, pipe, record):
-    """The guided denoiser of a call of a pipeline."""
-    if name == "SD-inpaint-9":  # mask and masked image follow the latents
-        rest = record.positional[0][:, 4:]
-        network = lambda x, t, **given: pipe.unet(torch.cat([x, rest], 1), t, **given).sample  # noqa: E731
-        path = pretrained.from_diffusers(built("SD")).path
-        denoiser = PredictionDenoiser(network, path)
-    else:
-        denoiser = pretrained.from_diffusers(pipe)
-    return CASES[name].guided(denoiser, record.conditions)
-
-
-@functools.cache
-def recorded(name):
-    """Pipeline, recorded call, first level of its process, state there, and normals."""
-    pipe, states, draws = pipeline(name, "CLD", SECOND), [], []
-    started, step = PathSteps._started, PathSteps.step
-
-    def noted_start(self, j, x, noise):
-        states.append((j, started(self, j, x, noise)))
-        return states[-1][1].clone()
-
-    def noted_step(self, i, x, data, noise):
-        return step(self, i, x, data, Recorder(noise, draws))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PathSteps, "_started", noted_start)
-        patch.setattr(PathSteps, "step", noted_step)
-        record = CASES[name].recorded(pipe, [0, 1])
-    ((first, state),) = states
-    return pipe, record, first, state, draws
-
-
-@of_pipelines(["AuraFlow", "SD-inpaint-4"])
+# Pipelines for inpainting change the latents, or give the network more than them.
+@pytest.mark.parametrize("name", [x for x in PIPELINES if "inpaint" not in x.values[0]])
 def test_latents_are_those_of_solve_on_the_guided_prediction(name):
-    """From the state and with the normals of the scheduler, which are recorded."""
-    pipe, record, first, state, draws = recorded(name)
+    solver = solvers.ExponentialMultistep(order=2)
+    pipe = pipeline(name, "VPSDE", solver)
+    seen, latents, conditions = CASES[name].recorded(pipe, [0, 1])
     steps = pipe.scheduler.steps
-    score = DenoiserScore(denoiser_of(name, pipe, record), steps.sde)
-    noise = solvers.RecordedNoise([draw[:2] for draw in draws[1:]])  # DiT has both halves
-    process = ReverseProcess(steps.sde, score)
-    times = steps.times[first:]
-    found = solvers.solve(process, SECOND, state[:2], times, noise=noise, denoise=True)
-    assert far(found.data, record.latents[-1][:2]) <= CLOSE
+    times = steps.times[-len(seen) :]  # image-to-image starts later
+    x = seen[-len(times)]  # SD3 has a step before, from noise alone
+    denoiser = CASES[name].guided(pretrained.from_diffusers(pipe), conditions)
+    process = ReverseProcess(steps.sde, DenoiserScore(denoiser, steps.sde))
+    # VP has α² + σ² = 1, and a flow α + σ = 1.
+    kappa = float(steps.sde.log_snr(times[0]))
+    units = math.hypot(1, math.exp(kappa)) / (1 + math.exp(kappa)) if name in FLOWS else 1.0
+    state = x[:2].unsqueeze(1) / units  # DiT has both halves
+    found = solvers.solve(process, solver, state, times, denoise=True)
+    assert far(found.data, latents[:2]) <= CLOSE
 
 
-@torch.no_grad()
-def test_latents_that_a_mask_changes_are_those_of_the_solver_on_changed_states():
-    """Inpainting with 4 channels sets x after each step; z = ψ x/α + … changes by ψ Δx/α."""
-    pipe, record, first, z, draws = recorded("SD-inpaint-4")
-    sde, times = pipe.scheduler.steps.sde, pipe.scheduler.steps.times[first:]
-    score = DenoiserScore(denoiser_of("SD-inpaint-4", pipe, record), sde)
-    process, noise = ReverseProcess(sde, score), solvers.RecordedNoise(draws[1:])
-    tables, memory = SECOND.prepare(process, times), ()
-    known = KnownScore(process, KnownTimes(times), z)
-    psi = sde.marginal(times).mean[:, :, 0]
-    alpha = Convention.of(built("SD-inpaint-4").scheduler).scales(sde.log_snr(times))[0]
-    for i in range(len(times) - 1):
-        z, memory = SECOND.step(z, memory, tables, i, known, noise)
-        change = record.inputs[i + 1] - record.latents[i]
-        assert float(change.abs().max()) > CLOSE
-        shift = (psi[i + 1] / alpha[i + 1]).float().reshape(1, -1, 1, 1, 1)
-        z = z + shift * change.unsqueeze(1)
-    assert far(score.data_prediction(z, times[-1]), record.latents[-1]) <= CLOSE
-
-
-@of_pipelines(["SD-inpaint-9"])
-@torch.no_grad()
-def test_from_diffusers_agrees_with_each_guided_call(name):
-    (pipe, record, *_), convention = recorded(name), Convention.of(built(name).scheduler)
-    denoiser = denoiser_of(name, pipe, record)
-    for x, output, t in zip(record.inputs, record.outputs, record.times, strict=True):
-        log_snr = convention.log_snr(t.double().reshape(1))
-        signal, noise = (float(scale) for scale in convention.scales(log_snr))
-        if signal < 1e-6:  # SD3 and its like start at infinite noise
-            continue
-        of_x, of_output = convention.estimate(signal, noise)
-        expected = (of_x * x + of_output * output)[:2]
-        found = denoiser(x[:2] / signal, torch.full((2,), noise / signal))
-        assert far(found, expected) <= CLOSE
+@pytest.mark.parametrize(
+    ("name", "classes"), [("DiT", 1000), pytest.param("PixArt", None, marks=pytest.mark.slow)]
+)
+def test_only_networks_of_classes_have_classes(name, classes):
+    """PixArt's configuration has a number of them, too."""
+    denoiser = pretrained.from_diffusers(built(name))
+    assert denoiser.classes == denoiser.null_class == classes
 
 
 @every_pipeline
@@ -218,43 +135,17 @@ def test_two_pipelines_share_the_steps_of_one(grid):
     assert far(found, expected) <= CLOSE
 
 
-def test_callbacks_change_latents():
-    case, seen = CASES["SD"], []
-
-    def copied(pipe, i, t, given):
-        seen.append(float(t))
-        return {"latents": given["latents"].clone()}
-
-    def changed(pipe, i, t, given):
-        return {"latents": given["latents"] * (1.5 if i == 1 else 1.0)}
-
-    plain = case.call(pipeline("SD"), [0])
-    same, other = (
-        case.call(pipeline("SD"), [0], callback_on_step_end=each) for each in (copied, changed)
-    )
-    assert torch.equal(same, plain)
-    assert bool(other.isfinite().all())
-    assert far(other, plain) > CLOSE
-    assert len(seen) == 4
-
-
 SETTINGS = solvers.SamplerSettings(
     log_snr=(-2.2, -0.9, 0.4, 2.3), stochasticity=(0.3, 1.2, 0.9), process=repr(CLD()), order=3
 )
 
 
-@pytest.mark.parametrize(
-    "name", ["DDPM", "SD-img2img", pytest.param("SD", marks=pytest.mark.slow), "SD3"]
-)
+@pytest.mark.parametrize("name", ["SD", "SD3"])
 def test_fitted_settings_are_the_steps(name):
-    case, settings = CASES[name], SETTINGS
-    case = dataclasses.replace(case, arguments=case.arguments | {"num_inference_steps": 4})
-    if name == "SD3":  # one step more, from noise alone
-        settings = dataclasses.replace(SETTINGS, log_snr=(-2.2, 0.4, 2.3), stochasticity=(0.3, 1.2))
-    pipe = pipeline(name, settings=settings)
-    assert bool(case.call(pipe, [0, 1]).isfinite().all())
-    kappa = pipe.scheduler.sde.log_snr(pipe.scheduler.steps.times)
-    levels = torch.tensor(settings.log_snr, dtype=torch.float64)
+    scheduler = pipeline(name, settings=SETTINGS).scheduler
+    scheduler.set_timesteps(5 if name == "SD3" else 4)  # one step more, from noise alone
+    kappa = scheduler.sde.log_snr(scheduler.steps.times)
+    levels = torch.tensor(SETTINGS.log_snr, dtype=torch.float64)
     torch.testing.assert_close(kappa, levels, rtol=0, atol=rounding(2**12))
 
 
@@ -273,7 +164,7 @@ def test_fitted_settings_are_read_from_a_file_and_saved_with_the_pipeline(tmp_pa
 def test_steps_with_settings_are_those_of_sample():
     pipe, sde = built("DDPM"), VPSDE()
     settings = dataclasses.replace(SETTINGS, stochasticity=(0, 0, 0), process=repr(sde))
-    scheduler = Scheduler(pipe.scheduler, sde, settings=settings)
+    scheduler = pretrained.PipelineScheduler(pipe.scheduler, sde, settings=settings)
     scheduler.set_timesteps(4)
     x = torch.randn(2, 3, 8, 8, generator=generator())
     process = ReverseProcess(sde, DenoiserScore(pretrained.from_diffusers(pipe), sde))
@@ -300,25 +191,22 @@ def test_options_that_contradict_settings_are_rejected(options, message):
         pipeline("SD", **{"settings": SETTINGS} | options)
 
 
-def test_settings_for_other_steps_or_levels_are_rejected():
-    scheduler = pipeline("SD", settings=SETTINGS).scheduler
-    with pytest.raises(
-        ValueError, match=r"num_inference_steps must be 4, the number of levels .*; got 5"
-    ):
-        scheduler.set_timesteps(5)
-    flow = pipeline("SD3", settings=SETTINGS).scheduler
-    with pytest.raises(ValueError, match=r"must be 5, .* in the settings and 1; got 4"):
-        flow.set_timesteps(4)
-    noisy = dataclasses.replace(SETTINGS, log_snr=(-4.5, -0.9, 0.4, 2.3))
-    with pytest.raises(ValueError, match=r"levels that the network knows, from -2\.\d+ to"):
-        pipeline("SD", settings=noisy).scheduler.set_timesteps(4)
-    late = dataclasses.replace(SETTINGS, log_snr=(-0.5, -0.1, 0.4, 2.3))
-    with pytest.raises(ValueError, match=r"must start at -2 or less, because latents"):
-        pipeline("SD", settings=late).scheduler.set_timesteps(4)
+@pytest.mark.parametrize(
+    ("name", "n", "log_snr", "message"),
+    [
+        ("SD", 5, SETTINGS.log_snr, "must be 4, the number of levels in the settings; got 5"),
+        ("SD3", 4, SETTINGS.log_snr, "must be 5, .* in the settings and 1; got 4"),
+        ("SD", 4, (-4.5, -0.9, 0.4, 2.3), r"levels that the network knows, from -2\.\d+ to"),
+        ("SD", 4, (-0.5, -0.1, 0.4, 2.3), "must start at -2 or less, because latents"),
+    ],
+)
+def test_settings_for_other_steps_or_levels_are_rejected(name, n, log_snr, message):
+    settings = dataclasses.replace(SETTINGS, log_snr=log_snr)
+    scheduler = pipeline(name, settings=settings).scheduler
+    with pytest.raises(ValueError, match=message):
+        scheduler.set_timesteps(n)
 
 
-def test_processes_and_schedulers_that_cannot_sample_are_rejected():
+def test_a_process_without_the_least_noise_of_the_network_is_rejected():
     with pytest.raises(ValueError, match=r"down to σ = 0\.03\d+; VESDE.* has none below σ = 1\."):
         pipeline("SD", VESDE(1.0, 50.0))
-    with pytest.raises(ValueError, match="DDIMInverseScheduler adds noise"):
-        Scheduler(diffusers.DDIMInverseScheduler())

@@ -1,6 +1,5 @@
 """The scheduler for pipelines, called as pipelines call it, with a network that costs nothing."""
 
-import functools
 import math
 
 import pytest
@@ -42,11 +41,11 @@ def network(x, t):
 
 
 @torch.no_grad()
-def run(scheduler, n=8, change=None, seed=0, first=0, **options):
+def run(scheduler, n=8, change=None, seed=0, **options):
     """Latents that a pipeline would make; ``options`` are those of ``step``."""
     scheduler.set_timesteps(n)
     x = latents(seed) * getattr(scheduler, "init_noise_sigma", 1.0)
-    for i, t in enumerate(scheduler.timesteps[first:]):
+    for i, t in enumerate(scheduler.timesteps):
         seen = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
         x = scheduler.step(network(seen, t), t, x, **options).prev_sample
         x = x if change is None else change(i, x)
@@ -71,10 +70,12 @@ DDIMS = {
     "cosine": {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "sample", **TRAILING},
     "v": V,
     "no signal": {**V, "rescale_betas_zero_snr": True, **TRAILING},
-    "data": {"prediction_type": "sample"},
 }
 EULERS = [{}, {"use_karras_sigmas": True}, {"timestep_spacing": "leading", "steps_offset": 1}]
 OF_FLOWS = {"use_flow_sigmas": True, "flow_shift": 2.0, "prediction_type": "flow_prediction"}
+UNCLIPPED = diffusers.DPMSolverMultistepScheduler.from_config(
+    DDIM(**TABLE, clip_sample=True).config, lower_order_final=False
+)
 REPLACED = {
     **{
         f"DDIM, {name}": (DDIM(**{**TABLE, "clip_sample": False, **options}), FIRST)
@@ -83,9 +84,11 @@ REPLACED = {
     # It has the option to clip, and does not read it.
     "CogVideoX": (diffusers.CogVideoXDDIMScheduler(prediction_type="v_prediction"), FIRST),
     **{f"Euler{x}": (diffusers.EulerDiscreteScheduler(**TABLE, **x), FIRST) for x in EULERS},
-    "DPM-Solver, order 1": (multistep(**TABLE, solver_order=1), FIRST),
     "DPM-Solver++": (multistep(**TABLE), SECOND),
     "DPM-Solver++, to its least level": (multistep(**TABLE, final_sigmas_type="sigma_min"), SECOND),
+    "DPM-Solver++, thresholded": (multistep(**TABLE, thresholding=True), SECOND),
+    # The configuration keeps DDIM's key, which the class does not know.
+    "DPM-Solver++, not clipped": (UNCLIPPED, SECOND),
     "flow": (FLOW(shift=3.0), FIRST),
     "flow, DPM-Solver++": (multistep(**OF_FLOWS, solver_order=1), FIRST),
 }
@@ -104,20 +107,16 @@ def test_repeated_levels_are_left_out():
     assert bool(run(found, 10).isfinite().all())
 
 
-@functools.cache
-def shared(name, process):
-    return made({"DDIM": DDIM(), "flow": FLOW()}[name], process)
-
-
 @pytest.mark.covering
 @pytest.mark.parametrize("process", ["CLD", "VPSDE", "HOLD", "RectifiedFlow"])
-@pytest.mark.parametrize("scheduler", ["DDIM", "flow"])
+@pytest.mark.parametrize(("scheduler", "noisiest"), [(DDIM(), 999.0), (FLOW(), 1000.0)])
 @pytest.mark.parametrize("n", [4, 1, 2])
-def test_n_steps_are_n_evaluations_from_the_noisiest_level_to_the_data(process, scheduler, n):
-    found = shared(scheduler, process)
+def test_n_steps_are_n_evaluations_from_the_noisiest_level_to_the_data(
+    process, scheduler, noisiest, n
+):
+    found = made(scheduler, process)
     found.set_timesteps(n)
     assert len(found.timesteps) == found.num_inference_steps == n
-    noisiest = 1000.0 if scheduler == "flow" else 999.0
     assert float(found.timesteps[0]) == pytest.approx(noisiest, rel=NEAR, abs=0)
     assert bool((found.timesteps.diff() < 0).all())
     assert bool(run(found, n).isfinite().all())
@@ -125,13 +124,7 @@ def test_n_steps_are_n_evaluations_from_the_noisiest_level_to_the_data(process, 
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("process", "scheduler"),
-    [
-        ("VPSDE", FLOW()),
-        ("CLD", DDIM(clip_sample=False)),
-        pytest.param("VPSDE", DDIM(clip_sample=False), marks=pytest.mark.slow),
-        pytest.param("CLD", FLOW(), marks=pytest.mark.slow),
-    ],
+    ("process", "scheduler"), [("VPSDE", FLOW()), ("CLD", DDIM(clip_sample=False))]
 )
 def test_the_brightness_of_large_images_is_kept(process, scheduler):
     """Normal images of 64 × 64 with a brightness of standard deviation 0.5, exactly denoised."""
@@ -152,98 +145,38 @@ def test_the_brightness_of_large_images_is_kept(process, scheduler):
     assert abs(float(x.mean((1, 2, 3)).std()) / 0.5 - 1) <= 3 / math.sqrt(2 * count) + 0.03
 
 
-def test_the_last_step_returns_the_data_prediction():
-    found = made(PLAIN, "CLD")
-    found.set_timesteps(4)
-    x = latents()
-    for t in found.timesteps:
-        result = found.step(network(x, t), t, x)
-        x = result.prev_sample
-    assert torch.equal(result.prev_sample, result.pred_original_sample)
+def test_data_predictions_are_clipped_as_by_ddpm():
+    """DDPM's latents have noise; its data prediction has not."""
+    theirs, x, data = DDPM(clip_sample=True, clip_sample_range=0.5), latents(), []
+    for scheduler in (theirs, made(theirs, "CLD", grid="scheduler")):
+        scheduler.set_timesteps(5)
+        t = scheduler.timesteps[1]
+        data.append(scheduler.step(network(x, t), t, x).pred_original_sample)
+    assert far(data[1], data[0]) <= CLOSE
 
 
-CLIPPED = {
-    "DDPM": DDPM(clip_sample=True, clip_sample_range=0.5),
-    "DDIM": DDIM(thresholding=True, sample_max_value=1.5),
-    "DPM-Solver": multistep(thresholding=True, algorithm_type="dpmsolver++"),
-    # The configuration keeps DDIM's key, which the class does not know.
-    "not": diffusers.DPMSolverMultistepScheduler.from_config(DDIM(clip_sample=True).config),
+SOURCES = {
+    "latents": lambda seed: {},
+    "one": lambda seed: {"generator": generator(seed)},
+    "several": lambda seed: {"generator": [generator(seed + i) for i in range(3)]},
 }
 
 
-@pytest.mark.parametrize("name", CLIPPED)
-def test_data_predictions_are_clipped_as_by_the_replaced_scheduler(name):
-    scheduler = CLIPPED[name]
-    found = made(scheduler, "CLD", grid="scheduler")
-    for each in (found, scheduler):
-        each.set_timesteps(5)
-    x, t = latents(), scheduler.timesteps[1]
-    data = found.step(network(x, t), t, x).pred_original_sample
-    if isinstance(scheduler, diffusers.DPMSolverMultistepScheduler):
-        scheduler.set_begin_index(1)
-        scheduler._step_index = 1
-        expected = scheduler.convert_model_output(network(x, t), sample=x)
-    else:
-        expected = scheduler.step(network(x, t), t, x).pred_original_sample
-    assert far(data, expected) <= CLOSE
-
-
-@pytest.mark.parametrize("given", [None, "one", "several"])
+@pytest.mark.parametrize("given", SOURCES)
 def test_noise_comes_from_the_generators_or_from_the_latents(given):
-    def source(seed):
-        if given is None:
-            return {}
-        if given == "one":
-            return {"generator": generator(seed)}
-        return {"generator": [generator(seed + i) for i in range(3)]}
-
-    found = made(PLAIN, "CLD")
+    found, source = made(PLAIN, "CLD"), SOURCES[given]
     first = run(found, **source(5))
     assert torch.equal(run(found, **source(5)), first)
-    if given is not None:
-        assert not torch.equal(run(found, **source(50)), first)
+    assert torch.equal(run(found, **source(50)), first) == (given == "latents")
     # Other latents have other noise: differences of the results are not those of the latents.
     assert not torch.equal(run(found, seed=1, **source(5)), first)
 
 
-def test_streams_of_the_latents_belong_to_the_samples():
-    found = made(PLAIN, "CLD", MULTISTEP(stochasticity=1.0))
-    together, alone = run(found), []
-    for i in range(3):
-        found.set_timesteps(8)
-        x = latents()[i : i + 1]
-        for t in found.timesteps:
-            x = found.step(network(x, t), t, x).prev_sample
-        alone.append(x)
-    assert far(torch.cat(alone), together) <= CLOSE
-
-
-@pytest.mark.parametrize(
-    ("process", "solver"),
-    [
-        ("CLD", None),
-        ("VPSDE", FIRST),
-        ("CLD", MULTISTEP(order=3)),
-        ("CLD", MULTISTEP(corrector=True)),
-    ],
-)
-def test_latents_that_are_only_copied_change_nothing(process, solver):
-    scheduler = made(PLAIN, process, solver)
+@pytest.mark.parametrize("solver", [None, MULTISTEP(order=3)])
+def test_latents_that_are_only_copied_change_nothing(solver):
+    scheduler = made(PLAIN, "CLD", solver)
     plain = run(scheduler)
     assert torch.equal(run(scheduler, change=lambda i, x: x.clone()), plain)
-
-
-def test_a_start_in_the_middle_follows_from_the_latents():
-    found = made(PLAIN, "CLD", MULTISTEP(order=2))
-    for use_index in (False, True):
-        found.set_timesteps(8)
-        if use_index:
-            found.set_begin_index(4)
-        x = latents()
-        for t in found.timesteps[4:]:
-            x = found.step(network(x, t), t, x).prev_sample
-        assert bool(x.isfinite().all())
-        assert found.step_index == 8
 
 
 def test_pipelines_repeat_a_step_and_start_again_by_the_index_of_the_step():
@@ -261,22 +194,17 @@ def test_pipelines_repeat_a_step_and_start_again_by_the_index_of_the_step():
     assert far(found.step(network(x, first), first, x).prev_sample, start) <= CLOSE
 
 
-@pytest.mark.parametrize("scheduler", [PLAIN, FLOW(shift=2.0)])
-@pytest.mark.parametrize("grid", ["root_times", "scheduler"])
-def test_noise_is_added_at_the_levels_of_the_scheduler(scheduler, grid):
-    found, noise = made(scheduler, grid=grid), latents(1)
-    found.set_timesteps(5)
+@pytest.mark.parametrize("scheduler", [DDIM(**TABLE), FLOW(shift=2.0)])
+def test_noise_is_added_at_the_levels_of_the_scheduler(scheduler):
     scheduler.set_timesteps(5)
-    times = scheduler.timesteps[[1, 2, 4]]
-    if isinstance(scheduler, FLOW):
-        expected = scheduler.scale_noise(latents(), times, noise)
-        assert far(found.scale_noise(latents(), times, noise), expected) <= CLOSE
-    else:
-        expected = scheduler.add_noise(latents(), noise, times)
-        assert far(found.add_noise(latents(), noise, times), expected) <= CLOSE
+    given, times, noise = latents(), scheduler.timesteps[[1, 2, 4]], latents(1)
+    name = "scale_noise" if isinstance(scheduler, FLOW) else "add_noise"
+    order = (given, times, noise) if isinstance(scheduler, FLOW) else (given, noise, times)
+    expected, found = (getattr(each, name)(*order) for each in (scheduler, made(scheduler)))
+    assert far(found, expected) <= CLOSE
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_latents_keep_their_precision(dtype):
     def made_in(dtype):
         found, noise, x = made(PLAIN, "CLD"), generator(3), latents().to(torch.bfloat16).to(dtype)
@@ -286,9 +214,6 @@ def test_latents_keep_their_precision(dtype):
             assert x.dtype == dtype
         return x.float()
 
-    if dtype == torch.float64:  # normals of a generator depend on the precision
-        assert bool(made_in(dtype).isfinite().all())
-        return
     # Each of four evaluations sees latents that are rounded, and is rounded; by half an eps each.
     # Data predictions multiply the errors by up to σ/α = 15 at first, which later steps forget.
     assert far(made_in(dtype), made_in(torch.float32)) <= 4 * torch.finfo(dtype).eps
@@ -308,11 +233,6 @@ def test_a_learnt_variance_is_left_out():
 # Saving
 
 
-def saved(scheduler, folder):
-    scheduler.save_pretrained(folder)
-    return pretrained.PipelineScheduler.from_pretrained(folder)
-
-
 @pytest.mark.parametrize(
     "scheduler",
     [
@@ -322,7 +242,8 @@ def saved(scheduler, folder):
     ],
 )
 def test_a_scheduler_is_saved_and_loaded(scheduler, tmp_path):
-    loaded = saved(scheduler, tmp_path)
+    scheduler.save_pretrained(tmp_path)
+    loaded = pretrained.PipelineScheduler.from_pretrained(tmp_path)
     assert repr(loaded.sde) == repr(scheduler.sde)
     assert loaded.solver == scheduler.solver
     assert type(loaded.replaced) is type(scheduler.replaced)
@@ -340,6 +261,8 @@ def test_the_configuration_is_that_of_the_replaced_scheduler_and_more():
     assert type(made(made(PLAIN, "HOLD")).replaced) is DDIM
     other = pretrained.PipelineScheduler.from_config(found.config, process="HOLD")
     assert type(other.sde).__name__ == "HOLD"
+    with pytest.raises(ValueError, match=r"config must come from a PipelineScheduler; got the"):
+        pretrained.PipelineScheduler.from_config(PLAIN.config)
 
 
 class Other(DDIM):
@@ -360,30 +283,18 @@ def test_parts_without_a_name_cannot_be_saved(scheduler, message, tmp_path):
         scheduler.save_pretrained(tmp_path)
 
 
-def test_a_bare_configuration_is_rejected():
-    with pytest.raises(ValueError, match=r"config must come from a PipelineScheduler; got the"):
-        pretrained.PipelineScheduler.from_config(PLAIN.config)
-
-
 # Errors
 
 
 NO_SIGNAL = DDIM(**TABLE, rescale_betas_zero_snr=True, timestep_spacing="trailing")
 BAD = [
     ((3,), {}, TypeError, "scheduler must be the pipeline's scheduler, .*; got int"),
-    ((diffusers.EDMEulerScheduler(),), {}, ValueError, "levels and prediction of EDMEulerSchedu"),
     ((PLAIN, "CDL"), {}, ValueError, "process must be one of CLD, CosineVP, .*; got 'CDL'"),
-    ((PLAIN, 3), {}, TypeError, "process must be a LinearSDE, the name .*; got 3"),
     ((PLAIN, CLD), {}, TypeError, "process must be a LinearSDE, .*write it with parentheses"),
     ((PLAIN, {"name": "CLD", "options": {"b": 1}}), {}, ValueError, "process: CLD does not take"),
     ((PLAIN, "CLD", solvers.SSCS()), {}, ValueError, r"solver must evaluate .*; SSCS\(.* does not"),
-    ((PLAIN, "CLD", "sscs"), {}, ValueError, "solver must be one of Ancestral, .*; got 'sscs'"),
-    ((PLAIN, "CLD", solvers.StochasticHeun()), {}, ValueError, r"StochasticHeun\(\) does not"),
-    ((PLAIN, "CLD", solvers.ProbabilityFlow()), {}, ValueError, r"ProbabilityFlow\(.*does not"),
-    ((PLAIN,), {"grid": "uniform"}, ValueError, "grid must be one of 'root_times', 'scheduler'"),
     ((PLAIN,), {"grid": "scheduler", "end": 0.1}, ValueError, "end must be None with grid='sche"),
     ((PLAIN,), {"start": 1.5}, ValueError, r"start must be a time of CLD\(.*\) at which the .*1.5"),
-    ((PLAIN,), {"start": 0.9}, ValueError, r"start must be a time of CLD\(.*; got 0.9"),
     ((PLAIN,), {"end": 1e-5}, ValueError, r"end must be a time of CLD\(.*; got 1e-05"),
     ((PLAIN,), {"start": 0.1, "end": 0.2}, ValueError, "end must be below start, 0.1; got 0.2"),
 ]
@@ -399,7 +310,6 @@ KEPT = {"grid": "scheduler"}
 UNEVEN = {"timesteps": [999, 500, 10]}
 BAD_STEPS = [
     (PLAIN, {}, {}, TypeError, "num_inference_steps must be an integer; got None"),
-    (PLAIN, {}, {"num_inference_steps": 0}, ValueError, "num_inference_steps must be at least 1"),
     (PLAIN, {}, UNEVEN, ValueError, "timesteps must be evenly spaced with grid='root_times'"),
     (FLOW(), {}, {"sigmas": [0.0, 0.5, 1.0]}, ValueError, "sigmas must decrease, from the noise"),
     (PLAIN, KEPT, UNEVEN, ValueError, "timesteps must be None for DDIMScheduler, which does not"),
@@ -443,13 +353,9 @@ def test_arguments_of_other_schedulers_are_ignored_or_rejected():
     known = {"eta": 0.0, "use_clipped_model_output": True, "prev_timestep": second}
     assert bool(found.step(x, first, x, **known).prev_sample.isfinite().all())
     for name, value in {"eta": 1.0, "per_token_timesteps": x}.items():
-        with pytest.raises(
-            TypeError, match=f"does not take {name} in step; the pipeline needs UnCLIPSch"
-        ):
+        with pytest.raises(TypeError, match=f"does not take {name} in step; the pipeline needs"):
             found.step(x, second, x, **{name: value})
-    with pytest.raises(
-        ValueError, match=r"must be latents \(B, \*D\); got the shape \(\)\. The pipel"
-    ):
+    with pytest.raises(ValueError, match=r"must be latents \(B, \*D\); got the shape \(\)"):
         found.scale_model_input(found.sigmas[0], second)
 
 
@@ -457,12 +363,6 @@ def test_given_times_of_pipelines_count_steps():
     found = made(FLOW(), "CLD")
     found.set_timesteps(sigmas=torch.linspace(1.0, 0.2, 5).tolist(), mu=0.7)
     assert len(found.timesteps) == 5
-    kept = made(FLOW(use_dynamic_shifting=True), "CLD", grid="scheduler")
-    kept.set_timesteps(sigmas=[1.0, 0.8, 0.3], mu=0.7)
-    theirs = FLOW(use_dynamic_shifting=True)
-    theirs.set_timesteps(sigmas=[1.0, 0.8, 0.3], mu=0.7)
-    assert torch.equal(kept.timesteps, theirs.timesteps)
-    assert torch.equal(kept.sigmas, theirs.sigmas)
 
 
 # Speed and devices

@@ -6,8 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from cldsde.validation.order_estimate import OrderEstimate, Verdict, estimate_order
 from tolerances import EPS, rounding
@@ -34,7 +32,6 @@ def random_curve(rng: np.random.Generator, kind: str) -> tuple[float, OrderEstim
     h = 1 / rng.choice([8, 16]) * 2.0 ** -np.arange(rng.integers(5, 9))
     error = 10 ** rng.uniform(-3, 2) * h**p * (1 + a * h)
     noise = {
-        "exact": 0 * error,
         "relative": error * 10 ** rng.uniform(-3, math.log10(0.03)),
         # Between 0.3 and 4^p of the finest error: up to three levels drown.
         "constant": error[-1] * rng.uniform(0.3, 1) * 4 ** (p * rng.uniform()) + 0 * error,
@@ -51,7 +48,6 @@ def random_curve(rng: np.random.Generator, kind: str) -> tuple[float, OrderEstim
 @pytest.mark.parametrize(
     ("kind", "narrow", "median"),
     [
-        pytest.param("exact", 0.95, 0.05, marks=pytest.mark.slow),
         pytest.param("relative", 0.95, 0.1, marks=pytest.mark.slow),
         ("constant", 0.4, TOLERANCE),
     ],
@@ -68,19 +64,6 @@ def test_intervals_cover_the_true_order_and_are_narrow(kind, narrow, median):
     assert np.mean([found.verdict is Verdict.FAIL for _, found in curves]) <= 0.05
     too_high = [found.low >= order + TOLERANCE for order, found in known]
     assert np.sum(too_high & (widths <= TOLERANCE)) <= 0.05 * CURVES
-
-
-# Corrections other than 1 + a h: in half powers, in even powers, in all powers.
-CORRECTIONS = [lambda x, a=a, q=q: 1 + a * x**q for a in (-0.5, 0.5) for q in (0.5, 2.0)]
-
-
-@pytest.mark.parametrize("correction", [*CORRECTIONS, np.exp, lambda x: 1 / (1 + x)])
-@pytest.mark.parametrize("order", ORDERS)
-def test_exact_curves_with_other_corrections_are_covered(order, correction):
-    errors = 0.3 * STEPS**order * correction(STEPS / STEPS[0])
-    estimate = estimate_order(STEPS, errors, expected=order)
-    assert estimate.low <= order <= estimate.high
-    assert estimate.verdict is Verdict.PASS
 
 
 # The ranges of a in 1 + a h^q that the notes of `estimate_order` state, for numbers of levels.
@@ -128,52 +111,25 @@ def test_standard_errors_widen_the_interval_as_a_regression_does():
     assert high / low == pytest.approx(quantiles[1] / quantiles[0], rel=REGRESSION, abs=0)
 
 
-@given(
-    errors=st.lists(st.floats(1e-12, 1e3), min_size=6, max_size=6),
-    noise=st.lists(st.floats(0, 0.4), min_size=6, max_size=6),
-    expected=st.floats(0.1, 6),
-    tolerance=st.floats(0.01, 1),
-)
-def test_a_verdict_says_where_the_interval_lies(errors, noise, expected, tolerance):
-    options = {"expected": expected, "tolerance": tolerance}
-    estimate = estimate_order(STEPS, errors, np.array(errors) * noise, **options)
-    kept = sum(level.kept for level in estimate.levels)
-    assert math.isnan(estimate.order) == (kept < 3)
-    assert all(level.kept == (not level.reason) for level in estimate.levels)
-    assert len(estimate.local_orders) == max(kept - 1, 0)
-    assert estimate.low <= estimate.order <= estimate.high or math.isnan(estimate.order)
-    least = expected - tolerance
-    if any(words in estimate.message for words in ("stop decreasing", "errors grow")):
-        assert estimate.verdict is Verdict.FAIL
-    else:
-        narrow = half_width(estimate) <= tolerance
-        assert (estimate.verdict is Verdict.FAIL) == (estimate.high < least)
-        assert (estimate.verdict is Verdict.PASS) == (estimate.low >= least and narrow)
-    assert not (estimate.exceeds and estimate.high < least)
-
-
 FINE = 2.0 ** -np.arange(3, 13)
 DIVERGING = np.array([math.nan, math.inf, 1e30, *STEPS[3:]])
 LATE = 2.0 ** -np.arange(10)
 NOISY, ROUNDED, INFINITE = "below 3 standard errors", "below rounding", ["not finite"] * 2
 DISAGREES = "disagrees with finer levels"
-# Steps, errors, options, reasons why levels are dropped (None: of the first alone), order.
+# Steps, errors, options, reasons why levels are dropped, order.
 DROPPED: list[Any] = [
     (FINE, 0.01 * FINE**4 + EPS / FINE, {}, [""] * 6 + [ROUNDED] * 4, 4),
     (STEPS, [*STEPS[:-1], 0.0], {"rounding": 0.0}, [""] * 5 + [ROUNDED], 1),
     (STEPS, STEPS**2, {"standard_errors": STEPS[-2] ** 2 / 2}, [""] * 4 + [NOISY] * 2, 2),
     (STEPS, DIVERGING, {"standard_errors": DIVERGING / 1e3}, [*INFINITE, DISAGREES, *[""] * 3], 1),
-    *((LATE, (LATE / (1 + 8 * LATE)) ** p, {}, None, p) for p in (1.0, 2.0)),
+    (LATE, LATE / (1 + 8 * LATE), {}, [DISAGREES] * 4 + [""] * 6, 1),
 ]
 
 
 @pytest.mark.parametrize(("steps", "errors", "options", "dropped", "order"), DROPPED)
 def test_levels_that_say_nothing_are_dropped(steps, errors, options, dropped, order):
     estimate = estimate_order(steps, errors, expected=order, **options)
-    if dropped is None:
-        assert reasons(estimate)[0] == DISAGREES
-    else:
-        assert reasons(estimate) == dropped
+    assert reasons(estimate) == dropped
     assert estimate.low <= order <= estimate.high
     assert estimate.verdict is Verdict.PASS
 
@@ -182,7 +138,8 @@ GROWING = np.array([1.0, 1.1, 1.05, 1.2])
 # Errors, options, declared order, verdict, and words of the message.
 VERDICTS: list[Any] = [
     (STEPS**2, {}, 1, Verdict.PASS, "above the declared"),
-    (STEPS, {}, 1.25, Verdict.INCONCLUSIVE, ""),
+    (STEPS, {}, 1.25, Verdict.INCONCLUSIVE, "may be more than 0.25 below"),
+    (STEPS, {"tolerance": 0.5}, 1.25, Verdict.PASS, "at most 0.5 below the declared 1.25"),
     (0.3 * STEPS * (1 + STEPS), {}, 1.5, Verdict.FAIL, "below the declared"),
     (STEPS**2, {"standard_errors": 0.3 * STEPS**2}, 0.5, Verdict.INCONCLUSIVE, "uncertain"),
     (GROWING, {"standard_errors": 1e-3 * GROWING}, 0.5, Verdict.FAIL, "errors grow"),
@@ -193,6 +150,8 @@ VERDICTS: list[Any] = [
     # Errors that go up and down do not stop falling; with the same last order a smooth curve does.
     (STEPS * [1, 1, 1, 1, 1, 1.3 / 0.7], {}, 1, Verdict.FAIL, "stop decreasing"),
     (STEPS * [1, 0.8, 1.2, 0.9, 0.7, 1.3], {}, 1, Verdict.INCONCLUSIVE, ""),
+    # Residuals of six levels: with the quantile of a normal distribution this would pass.
+    (STEPS * [1, 1.007, 0.993, 1.014, 0.986, 1], {}, 1, Verdict.INCONCLUSIVE, "uncertain"),
     ([0.1, 0.05], {}, 1, Verdict.INCONCLUSIVE, "An order needs 3 levels"),
 ]
 

@@ -19,7 +19,7 @@ from cldsde.validation.report import Report
 from cldsde.validation.suite import checks
 from faulty_solvers import altered
 from probes import generator, tensor
-from tolerances import rounding, standard_error_of_variance
+from tolerances import standard_error_of_variance
 
 PASS, FAIL, INCONCLUSIVE = Verdict.PASS, Verdict.FAIL, Verdict.INCONCLUSIVE
 PROBLEMS = problems()
@@ -42,19 +42,15 @@ def coarse(monkeypatch):
         monkeypatch.setitem(suite._FINEST_QUICK, kind, 128)
 
 
-def run(chosen, names, **options):
+def run(chosen, names):
     """The quick checks of solvers on problems."""
     cases = {p: PROBLEMS[p] for p in names}
-    return list(checks(chosen, cases, kernels=False, **({"quick": True} | options)))
+    return list(checks(chosen, cases, kernels=False, quick=True))
 
 
 def measured(solver, names):
     """The same for one solver and without counts of evaluations, which have tests of their own."""
     return [check for check in run({"it": solver}, names) if check.kind != COUNT]
-
-
-def verdicts(found):
-    return {(check.kind, check.problem, check.verdict) for check in found}
 
 
 # Declares no order, and ends at 0.
@@ -68,22 +64,11 @@ def noise_by_length(tables, times):
     return tables._replace(stages=(stage._replace(noise=noise),))
 
 
-def wrong_shares(tables, times):
-    """The second weight is 10 % too large and the first makes up for it: still of order 1."""
-    wrong = []
-    for blocks in tables.weights:
-        first, *others = (tensor(block) for block in blocks)
-        moved = 0.1 * others[0] if others else 0 * first
-        new = [first - moved, *(b + moved if i == 0 else b for i, b in enumerate(others))]
-        wrong.append([block.tolist() for block in new])
-    return tables._replace(weights=wrong)
-
-
 # Solver with a fault, without it, kinds of orders, and the problem that shows the fault.
 FAULTS: list[Any] = [
     (altered(EulerMaruyama, tables=noise_by_length)(), EulerMaruyama(), [WEAK, STRONG], VP),
     (altered(SSCS, weak_order=2)(), SSCS(), [WEAK], CLD),
-    (altered(ExponentialMultistep, tables=wrong_shares)(), ExponentialMultistep(), [ODE], CLD),
+    (altered(ExponentialMultistep, ode_order=3)(), ExponentialMultistep(), [ODE], CLD),
 ]
 
 
@@ -94,22 +79,19 @@ def test_a_planted_fault_fails_and_the_healthy_solver_passes(faulty, healthy, ki
     for solver, verdict in ((faulty, FAIL), (healthy, PASS)):
         found = measured(solver, [problem])
         assert Report(found).summary() == {"it": verdict}
-        assert verdicts(found) == {(kind, problem, verdict) for kind in kinds}
+        assert [(check.kind, check.verdict) for check in found] == [(x, verdict) for x in kinds]
 
 
-TWICE_TOO_LARGE = 2e-10
-# Process, factors of its mean and of the rows of its root.
+# Process, factors of its mean and of the rows of its root, and the verdict; 1e-10 is allowed.
 KERNELS: list[Any] = [
-    ("VP", 1 - TWICE_TOO_LARGE, [1.0], FAIL),
-    ("VP", 1 + TWICE_TOO_LARGE / 4, [1.0], PASS),
-    ("VP", 1.0, [1 + 5e-7], FAIL),  # 1e-6 of the covariance
-    *(("VP", mean, [root], FAIL) for mean, root in ((math.nan, 1), (1, math.nan), (math.inf, 1))),
+    ("VP", 1 - 2e-10, [1.0], FAIL),
+    ("VP", 1 + 5e-11, [1.0], PASS),
+    ("VP", 1.0, [math.nan], FAIL),
     # Over a short time CLD's position has a tiny variance.
     ("CLD, critical", 1.0, [1 + 1e-6, 1.0], FAIL),
 ]
 
 
-@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("process", "mean", "root", "verdict"), KERNELS)
 def test_a_kernel_with_a_small_error_fails(monkeypatch, process, mean, root, verdict):
     class Perturbed(forward_processes()[process]):
@@ -121,9 +103,6 @@ def test_a_kernel_with_a_small_error_fails(monkeypatch, process, mean, root, ver
     (found,) = checks({}, {})
     assert (found.kind, found.subject, found.verdict) == ("kernel", "perturbed", verdict)
     assert Report([found]).summary() == {"kernels": verdict}
-    if len(root) == 2:
-        # A difference of covariances is rounded.
-        assert found.measured == pytest.approx(root[0] ** 2 - 1, rel=rounding(64, 1e6), abs=0)
 
 
 def raising(kind):
@@ -139,11 +118,10 @@ RAISED = "no such step in two lines"
 BROKEN: list[tuple[str, Any, str]] = [
     ("step", lambda z, *_: z * math.nan, ""),
     ("step", lambda z, *_: z * 3, ""),
-    ("step", lambda z, *_: z + 0.1 * torch.randn_like(z), TWICE),
-    ("step", raising(ValueError), RAISED),
-    ("step", raising(SystemExit), RAISED),
-    ("tables", raising(TypeError), RAISED),
     ("path", raising(TypeError), RAISED),
+    ("step", lambda z, *_: z + 0.1 * torch.randn_like(z), TWICE),
+    ("tables", raising(TypeError), RAISED),
+    ("step", raising(SystemExit), RAISED),
 ]
 
 
@@ -163,11 +141,6 @@ def test_a_solver_that_breaks_fails_and_the_others_are_measured(where, how, word
     json.dumps(Report(found).to_dict(), allow_nan=False)
 
 
-def test_an_interruption_is_no_failure_of_a_solver():
-    with pytest.raises(KeyboardInterrupt):
-        measured(altered(EulerMaruyama, step=raising(KeyboardInterrupt))(), [VP])
-
-
 class Unreadable(EulerMaruyama):
     facts = property(raising(RuntimeError))  # type: ignore[assignment]
 
@@ -175,7 +148,6 @@ class Unreadable(EulerMaruyama):
 BAD_FACTS = [
     (Unreadable(), "facts cannot be read: RuntimeError: no such step"),
     (altered(EulerMaruyama, weak_order="1")(), "facts.weak_order must be a positive number"),
-    (altered(EulerMaruyama, strong_order=math.nan)(), "facts.strong_order must be"),
     (altered(EulerMaruyama, nfe_per_step=1.5)(), "facts.nfe_per_step must be a positive integer"),
 ]
 
@@ -188,18 +160,6 @@ def test_facts_that_cannot_be_used_fail_once_by_name(broken, words):
     kinds = [(c.kind, c.subject, c.verdict) for c in found]
     assert kinds == [("facts", "broken", FAIL), (COUNT, "healthy", PASS)]
     assert found[0].message.startswith(words)
-
-
-@pytest.mark.usefixtures("coarse")
-def test_a_solver_is_not_measured_on_problems_that_it_rejects():
-    found = measured(SSCS(), ["VE", VP])
-    rejected = found[0]
-    assert (rejected.kind, rejected.problem, rejected.verdict) == ("not applicable", "VE", None)
-    assert "SSCS needs" in rejected.message
-    assert Report([rejected]).summary() == {}
-    assert {c.problem for c in found[1:]} == {VP}
-    report = Report(found, solvers={"it": SSCS()})
-    assert report.rejections(["it"]) == [f"it is not measured on VE: {rejected.message}"]
 
 
 # Distributions of two-dimensional data ---------------------------------------------------------
@@ -248,37 +208,30 @@ class NoTolerance(ProbabilityFlow):
     rtol = property()  # type: ignore[assignment]
 
 
-# A solver, and the kind, the problem, the verdict and words of its only check.
+# A solver, and the problem, the verdict and words of its only check.
 CHECKS: list[Any] = [
     (SharedAmongDimensions(), "VP, ring", FAIL, OTHER),
     (EulerMaruyama(), "VP, ring", PASS, ""),
-    (straightened(SSCS)(), "CLD, ring", FAIL, OTHER),
-    (SSCS(), "CLD, ring", PASS, ""),
     (straightened(ExponentialMultistep)(**SDE), "VP, ring", FAIL, OTHER),
     (ExponentialMultistep(**SDE), "VP, ring", PASS, ""),
     (Kicked(), "VP, ring", FAIL, "errors grow as steps shrink"),
     # Of an order of 1/10 nearly 14 times the difference of two grids is left.
     (altered(EulerMaruyama, weak_order=0.1)(), "VP, ring", INCONCLUSIVE, SIMILAR),
-    # Reverse diffusion with 32 steps has twice the variances.
-    (solvers.ReverseDiffusion(), "CLD, ring", PASS, "128 evaluations"),
-    (altered(EulerMaruyama, weak_order=None)(), "VP, ring", PASS, ""),
-    (straightened(EulerMaruyama, weak_order=None)(), "VP, ring", FAIL, ""),
     (object.__new__(NoTolerance), "VP, ring", FAIL, "rtol and atol"),
     # Noise that is redrawn after a rejection is biased, and a Brownian bridge is not.
     (solvers.GottaGoFast(noise_on_reject="fresh"), POINTS, FAIL, "E|x| is 1.0"),
-    pytest.param(
-        *(solvers.GottaGoFast(noise_on_reject="bridge"), POINTS, PASS, "E|x| is "),
-        marks=pytest.mark.slow,
-    ),
-    *((off_at_the_end(x), STIFF, verdict, "") for x, verdict in ((math.nan, FAIL), (3.0, FAIL))),
+    (solvers.GottaGoFast(noise_on_reject="bridge"), POINTS, PASS, "E|x| is "),
+    (off_at_the_end(math.nan), STIFF, FAIL, ""),
     (off_at_the_end(1.0), STIFF, None, ""),
+    # Reverse diffusion with 32 steps has twice the variances.
+    (solvers.ReverseDiffusion(), "CLD, ring", PASS, "128 evaluations"),
     (altered(SSCS, weak_order=None, strong_order=3)(), VP, INCONCLUSIVE, NO_PATH),
     (altered(EulerMaruyama, tables=raising(ValueError))(), CLD, FAIL, f"but rejects it: {RAISED}"),
 ]
 KINDS = {POINTS: "bias", STIFF: "error at 100 steps", VP: STRONG, CLD: "not applicable"}
 
 
-@pytest.mark.one_in(5)
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("solver", "problem", "verdict", "words"), CHECKS)
 def test_the_verdict_and_the_reason_of_a_single_check(solver, problem, verdict, words):
     (found,) = measured(solver, [problem])
@@ -287,8 +240,6 @@ def test_the_verdict_and_the_reason_of_a_single_check(solver, problem, verdict, 
     assert Report([found]).summary() == {"it": verdict or INCONCLUSIVE}
     if problem == POINTS:  # too little noise, so that points stay further out
         assert (found.measured > 1.005) is (verdict is FAIL)
-    elif found.kind == "distribution":  # as a part of the allowed error
-        assert found.measured < 1 if verdict is PASS else words != OTHER or found.measured > 1
 
 
 def test_a_solver_that_declares_no_order_is_judged_by_the_distribution_as_a_whole():
