@@ -290,6 +290,7 @@ class Replaced:
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         items = {item.nodeid: item for item in session.items}
+        gc.unfreeze()  # tests/conftest.py hides what was imported before
         functions = [f for f in gc.get_objects() if type(f) is FunctionType]
         gc.freeze()  # forked processes share the pages of all objects that they don't change
 
