@@ -80,10 +80,9 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
 def test_paths_without_images_are_rejected(tmp_path):
     (tmp_path / "notes.txt").write_text("no image")
     assert_no_image(tmp_path, r"holds no image; files that end in \.bmp, .* count")
-    with pytest.raises(FileNotFoundError, match=r"path must be a folder; got .*does not exist"):
-        FolderImages(tmp_path / "nowhere", size=2)
-    with pytest.raises(NotADirectoryError, match="path must be a folder"):
-        FolderImages(tmp_path / "notes.txt", size=2)
+    for name in ("nowhere", "notes.txt"):
+        with pytest.raises(FileNotFoundError, match=rf"path must be a folder; got .*{name}"):
+            FolderImages(tmp_path / name, size=2)
 
 
 @pytest.mark.parametrize("name", ["cut.png", "cut.jpg", "cut.bmp", "cut.webp", "cut.tif"])
@@ -105,8 +104,7 @@ def test_every_damaged_or_vanished_file_is_named_and_can_be_skipped(tmp_path):
     assert_no_image(tmp_path, r"1\.png cannot .*nor can .*3\.png")
     rest = FolderImages(tmp_path, size=8, skip_damaged=True)
     assert [file.name for file in rest.files] == ["0.png", "2.png"]
-    assert [reason.rpartition("/")[2][:5] for reason in rest.skipped[:2]] == ["1.png", "3.png"]
-    assert rest.skipped[2] == "1 files that end in .txt"
+    assert [reason.rpartition("/")[2][:5] for reason in rest.skipped] == ["1.png", "3.png"]
     rest.files[0].unlink()
     with pytest.raises(ValueError, match=r"0\.png cannot be decoded as an image: .*No such file"):
         whole(rest)

@@ -91,17 +91,15 @@ def test_statistics_serve_as_a_reference_in_the_same_features_only():
 
 
 @pytest.mark.parametrize(
-    ("features", "error", "message"),
+    ("features", "message"),
     [
-        (lambda x: x.flatten(1), TypeError, "floating-point tensor.*uint8"),
-        (lambda x: x.float()[1:].flatten(1), ValueError, "one row per image"),
-        (lambda x: x.float().flatten(1) / 0, ValueError, "finite"),
-        (lambda x: torch.ones(len(x), len(x)), ValueError, "as many features for each batch"),
-        (torch.nn.Identity, TypeError, "features must be a callable"),
+        (lambda x: x.flatten(1), "floating-point numbers.*uint8"),
+        (lambda x: x.float()[1:].flatten(1), "one row per image"),
+        (lambda x: x.float().flatten(1) / 0, "finite"),
     ],
 )
-def test_networks_that_return_something_else_are_rejected(features, error, message):
-    with pytest.raises(error, match=message):
+def test_networks_that_return_something_else_are_rejected(features, message):
+    with pytest.raises(ValueError, match=message):
         frechet(noise(5, 0), noise(5, 1), features, batch=3)
 
 
