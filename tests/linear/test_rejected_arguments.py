@@ -146,7 +146,7 @@ TIMES: list[Row] = [
         for function in TWO_TIMES
         for message, *times in (
             (r"t must lie in \[0, 1\]", 0.0, 2.0),
-            (r"s must lie in \[0, 1\]", -1.0, 1.0),
+            (r"s must lie in \[0, 1\]; got NaN", NAN, 1.0),
             (r"s = 0\.5, t = 0\.2\. Pass the earlier time", 0.5, 0.2),
             (r"broadcast; .*\(2,\) and \(3,\)", torch.zeros(2), torch.ones(3)),
         )

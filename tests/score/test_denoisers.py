@@ -96,6 +96,15 @@ def test_every_convention_gives_the_exact_score(process, convention):
         assert (error <= lost * expected[rows].abs().amax((1, 2))).all()
 
 
+def test_levels_of_a_table_are_its_entries():
+    path, index = PATHS["table"][0], tensor([0.0, 17.0, 998.0, 999.0])
+    table = ALPHAS_CUMPROD[index.long()]
+    torch.testing.assert_close(path.signal(index), table.sqrt(), rtol=rounding(), atol=0)
+    torch.testing.assert_close(path.noise(index), (1 - table).sqrt(), rtol=rounding(100), atol=0)
+    found = path.time(0.5 * table.logit())
+    torch.testing.assert_close(found, index, rtol=0, atol=rounding(100, 1e4))
+
+
 @pytest.mark.parametrize(
     ("clock", "expected"),
     [
