@@ -3,12 +3,13 @@
 import copy
 import dataclasses
 import functools
-import math
+from unittest import mock
 
 import pytest
 import torch
 
 from cldsde import CLD, VESDE, VPSDE, DenoiserScore, ReverseProcess, pretrained, solvers
+from cldsde.pretrained.stepping import PathSteps
 from probes import generator
 from tolerances import rounding
 
@@ -23,7 +24,6 @@ FIRST = solvers.ExponentialMultistep(order=1)
 CLOSE = 1e-5
 # Of each of these kinds of pipelines the others differ by the network or its prediction.
 FEW = ("DDPM", "DiT", "SD", "SD-img2img", "SD-inpaint-4", "SD3")
-FLOWS = ("SD3", "Flux")
 PIPELINES = [pytest.param(name, marks=[pytest.mark.slow] * (name not in FEW)) for name in CASES]
 every_pipeline = pytest.mark.parametrize("name", PIPELINES)
 
@@ -67,19 +67,21 @@ def test_order_1_without_noise_gives_the_latents_of_the_replaced_scheduler(name)
 # Pipelines for inpainting change the latents, or give the network more than them.
 @pytest.mark.parametrize("name", [x for x in PIPELINES if "inpaint" not in x.values[0]])
 def test_latents_are_those_of_solve_on_the_guided_prediction(name):
+    """From the state of CLD at which the scheduler starts."""
     solver = solvers.ExponentialMultistep(order=2)
-    pipe = pipeline(name, "VPSDE", solver)
-    seen, latents, conditions = CASES[name].recorded(pipe, [0, 1])
-    steps = pipe.scheduler.steps
-    times = steps.times[-len(seen) :]  # image-to-image starts later
-    x = seen[-len(times)]  # SD3 has a step before, from noise alone
+    pipe, states, started = pipeline(name, "CLD", solver), [], PathSteps._started
+
+    def noted(steps, first, *arguments):
+        states.append((first, started(steps, first, *arguments)))
+        return states[-1][1].clone()
+
+    with mock.patch.object(PathSteps, "_started", noted):
+        _, latents, conditions = CASES[name].recorded(pipe, [0, 1])
+    ((first, state),), steps = states, pipe.scheduler.steps
     denoiser = CASES[name].guided(pretrained.from_diffusers(pipe), conditions)
     process = ReverseProcess(steps.sde, DenoiserScore(denoiser, steps.sde))
-    # VP has α² + σ² = 1, and a flow α + σ = 1.
-    kappa = float(steps.sde.log_snr(times[0]))
-    units = math.hypot(1, math.exp(kappa)) / (1 + math.exp(kappa)) if name in FLOWS else 1.0
-    state = x[:2].unsqueeze(1) / units  # DiT has both halves
-    found = solvers.solve(process, solver, state, times, denoise=True)
+    # DiT has both halves of a guided batch.
+    found = solvers.solve(process, solver, state[:2], steps.times[first:], denoise=True)
     assert far(found.data, latents[:2]) <= CLOSE
 
 
