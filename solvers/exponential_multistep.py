@@ -239,17 +239,18 @@ class ExponentialMultistep(GridSolver):
         x = [_VARIABLES[self.variable](sde, t) for t in (times, steps.nodes)]
         blocks = zip(as_blocks(state), undetermined.tolist(), strict=True)
         weights = self._weights(steps, x, offset=0)
-        corrections = []
+        corrections: list[list[Block]] = []
         if self._corrects(1):
-            pairs = zip(self._weights(steps, x, offset=1), weights, strict=True)
-            corrections = [torch.cat([later[:1], later[1:] - first]) for later, first in pairs]
+            corrected = self._weights(steps, x, offset=1)
+            corrected[:, 1:] -= weights
+            corrections = corrected.tolist()
         return _Tables(
             [None if own_prediction else block for block, own_prediction in blocks],
             as_blocks(score),
             as_blocks(steps.move),
             as_blocks(steps.noise),
-            [weight.tolist() for weight in weights],
-            [correction.tolist() for correction in corrections],
+            weights.tolist(),
+            corrections,
         )
 
     def evaluation_times(self, process: ReverseProcess, times: Tensor) -> Tensor:
@@ -333,14 +334,14 @@ class ExponentialMultistep(GridSolver):
             )
         return levels
 
-    def _weights(self, steps: Steps, variable: Sequence[Tensor], *, offset: int) -> list[Tensor]:
-        """Weights ``(c, k, m)`` of each step i: of predictions at times i + offset and before it.
+    def _weights(self, steps: Steps, variable: Sequence[Tensor], *, offset: int) -> Tensor:
+        """Weights ``(n, order + offset, k, m)`` of predictions at times i + offset and before it.
 
         ``variable`` are the values of the polynomials' variable at the times and at the nodes.
         """
         x, nodes = variable
         n = len(x) - 1
-        weights: list[Tensor] = []
+        weights = steps.total.new_zeros(n, self.order + offset, *steps.total.shape[1:])
         # Group steps by the length of their history: one group with the full one, and short ones.
         counts = [min(self.order, i + 1) + offset for i in range(n)]
         for count in sorted(set(counts)):
@@ -361,5 +362,5 @@ class ExponentialMultistep(GridSolver):
                 parts = list(torch.einsum("nqj,nqkm->jnkm", basis, steps.slope[which]))
                 # The weights add up to the weights of a constant, which need no quadrature.
                 parts[0] = total - sum(parts[1:], torch.zeros_like(total))
-            weights += torch.stack(parts, dim=1)
+            weights[which, :count] = torch.stack(parts, dim=1)
         return weights

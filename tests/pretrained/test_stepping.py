@@ -32,7 +32,7 @@ def made(sde, solver, times=None):
     return PathSteps(sde, solver, levels, *scales), scales, times
 
 
-def advanced(steps, scales, x, noise, indices):
+def advanced(steps, scales, x, noise, indices, denoiser=denoiser):
     """x after the steps with the given indices."""
     for i in indices:
         signal, spread = (scale[i] for scale in scales)
@@ -96,16 +96,19 @@ def test_a_changed_x_is_the_x_of_the_state(name, method):
 
 
 @pytest.mark.parametrize("in_place", [False, True])
-def test_solvers_that_correct_start_again_from_a_changed_state(in_place):
-    sde, solver = CLD(), MULTISTEP(order=3)
-    steps, scales, times = made(sde, solver)
-    x = advanced(steps, scales, start(), fresh(), range(2))
-    state = steps._changed(2, x + 1)
-    x = x.add_(1) if in_place else x + 1
-    found = advanced(steps, scales, x, fresh(), range(2, N + 1))
-    process = ReverseProcess(sde, DenoiserScore(denoiser, sde))
-    expected = solvers.solve(process, solver, state, times[2:], denoise=True)
-    assert torch.allclose(found, expected.data, rtol=0, atol=EXACT)
+@pytest.mark.parametrize("solver", [MULTISTEP(order=3), MULTISTEP(order=2, corrector=True)])
+def test_a_correction_keeps_a_change_and_leaves_other_entries_as_they_were(solver, in_place):
+    def end(solver, shift, data=denoiser):
+        steps, scales, _ = made(CLD(), solver)
+        x = advanced(steps, scales, start(), fresh(), range(2), data)
+        x = x if in_place else x.clone()
+        x[..., 0] += shift
+        return advanced(steps, scales, x, fresh(), range(2, N), data)
+
+    assert torch.equal(end(solver, 1.0)[..., 1:], end(solver, 0.0)[..., 1:])
+    # Without data all steps are exact, those of order 1 without a correction, too.
+    found, expected = (end(x, 1.0, lambda u, _: 0 * u) for x in (solver, MULTISTEP(order=1)))
+    assert torch.allclose(found, expected, rtol=0, atol=EXACT)
 
 
 def test_marginals_stay_right_if_known_parts_are_replaced():

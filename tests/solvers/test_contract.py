@@ -7,11 +7,14 @@ callbacks and failures in test_solve.py, orders in test_orders.py.
 import copy
 import functools
 import math
+import weakref
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import probes
 from cldsde import CLD, HOLD, PSLD, VESDE, VPSDE, ReverseProcess, solvers
@@ -297,6 +300,52 @@ def test_paths_have_a_density_if_steps_are_gaussian_and_otherwise_it_is_rejected
     else:
         with pytest.raises(ValueError, match=r"log_prob must be False for .* whose steps"):
             density(state)
+
+
+class Memory(TorchDispatchMode):
+    """Bytes of all tensors that are made while it is entered: now, and at the peak."""
+
+    now = peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        known = {x.untyped_storage().data_ptr() for x in given}
+        result = func(*args, **(kwargs or {}))
+        for made in tree_leaves(result):
+            if isinstance(made, torch.Tensor) and made.untyped_storage().data_ptr() not in known:
+                storage = made.untyped_storage()
+                self._add(storage.nbytes())
+                weakref.finalize(storage, self._add, -storage.nbytes())
+        return result
+
+    def _add(self, size):
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
+# The state, a stage or the prediction before, and the next state; Heun's method in EDM holds two
+# slopes, and multistep methods of order 3 with corrector or with noise prediction more predictions.
+# A flow holds its slopes and eight states. The number of Gotta Go Fast is measured: it holds the
+# increments of steps that it rejected.
+STATES = {"multistep-3-corrector": 4, "multistep-2-noise": 4}
+STATES |= {"edm-heun": 4, "edm-heun-churn": 4, "gotta-go-fast": 14}
+STATES |= {"probability-flow-bosh3": 12, "probability-flow": 15, "probability-flow-dopri8": 21}
+
+
+@pytest.mark.one_in(3)
+@pytest.mark.parametrize("method", [name for name in SOLVERS if not name.startswith("torch")])
+def test_a_solve_holds_few_states(method):
+    sde = PROCESSES[home(method)]
+    rows = len(sde.driven)
+    process = ReverseProcess(sde, lambda z, t: z.new_zeros(len(z), rows, *z.shape[2:]))
+    state = torch.zeros(8, sde.components, 8000)
+    for steps in (3, 6):
+        plan = solvers.plan(process, SOLVERS[method], solvers.root_times(1.0, 1e-3, steps))
+        with Memory() as memory:
+            plan.solve(state, generator=generator())
+        # Besides the score's result. Tables and numbers per sample are a hundredth of a state.
+        states = memory.peak / (state.numel() * 4) - rows / sde.components
+        assert states <= STATES.get(method, 3) + 0.01
 
 
 # Ten times the errors of third derivatives, h² = 1e-10, and of rounding over h, 1e-16 / 1e-7.
