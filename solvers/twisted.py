@@ -32,7 +32,7 @@ from cldsde.score.posterior_score import Guided
 from cldsde.score.reverse import check_reverse_process
 from cldsde.score.times import KnownTimes, PlannedTime, score_argument
 
-from .combine import Block, as_blocks, combine
+from .combine import Block, combine
 from .exponential_multistep import ExponentialMultistep
 from .noise import checked_seeds, start_root
 from .planning import plan
@@ -230,11 +230,12 @@ def sample_posterior(
 
 def _tilts(tables: Any) -> list[list[Block]]:
     """L⁻¹Bⱼ of each step, which map shifts D_y − D to q."""
-    roots = triangular_inverse(torch.tensor(tables.noise, dtype=torch.float64, device="cpu"))
-    return [
-        as_blocks(root @ torch.tensor(blocks, dtype=torch.float64, device="cpu"))
-        for root, blocks in zip(roots, tables.weights, strict=True)
-    ]
+    roots, weights = (
+        torch.tensor(blocks, dtype=torch.float64, device="cpu")
+        for blocks in (tables.noise, tables.weights)
+    )
+    tilts: list[list[Block]] = (triangular_inverse(roots).unsqueeze(1) @ weights).tolist()
+    return tilts
 
 
 def _guide_in_chunks(
@@ -259,8 +260,9 @@ def _step(
     """State after step i, and the change of the log-weights by its proposal."""
     shifts = [past.shift.unsqueeze(1) for past in history]
     predictions = [past.data.unsqueeze(1) + past.shift.unsqueeze(1) for past in history]
-    q = combine(*zip(tilts, shifts, strict=True))
-    moved = zip(tables.weights[i], predictions, strict=True)
+    # The first step has fewer predictions than weights.
+    q = combine(*zip(tilts, shifts, strict=False))
+    moved = zip(tables.weights[i], predictions, strict=False)
     z = combine((tables.move[i], z), *moved, (tables.noise[i], noise))
     return z, -(q * (noise + q / 2)).flatten(1).sum(1)
 
