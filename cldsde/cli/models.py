@@ -73,7 +73,7 @@ def data_of(path: Path | None, source: Path) -> DataSet:
             data = dataclasses.replace(data, options={**data.options, "path": str(path)})
         return data.load()
     except SettingError as error:
-        raise SettingError("data", str(error)) from error
+        raise SettingError("data", str(error).removeprefix("data.options: ")) from error
 
 
 def process_config(options: Namespace) -> ProcessConfig:

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from cldsde.cli.options import SEED, flag, option, reject, several
 from cldsde.errors import SettingError
+from cldsde.messages import brief
 from cldsde.validation.files import AnyReport, ReportFiles
 from cldsde.validation.posterior_suite import posterior_reports
 from cldsde.validation.suite import reports
@@ -80,5 +81,9 @@ def _finish(report: AnyReport, files: ReportFiles, out: Path | None) -> list[str
     failed, text = files.finish(report), report.to_text()
     if out is not None and all(error.key != "out" for error in failed):
         text += f"\nThe plots are in {out.resolve()}"
-    print(text, flush=True)
-    return [f"--{error}" for error in failed]
+    errors = [f"--{error}" for error in failed]
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        errors.append(f"the table cannot be printed: {brief(error)}")
+    return errors

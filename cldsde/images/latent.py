@@ -61,13 +61,6 @@ class DiscretisedLogistic:
     ----------
     D. P. Kingma et al., *Improving variational inference with inverse autoregressive flow*, 2016.
     T. Salimans et al., *PixelCNN++*, 2017, eq. 2, of which this is a single component.
-
-    Examples
-    --------
-    >>> pixels = DiscretisedLogistic(levels=3)
-    >>> x = torch.tensor([-1.0, 0.0, 1.0]).reshape(3, 1, 1, 1)
-    >>> pixels.log_likelihood(torch.zeros(3, 2, 1, 1), x).exp()
-    tensor([0.3775, 0.2449, 0.3775])
     """
 
     levels: Levels = 256  # over which probabilities sum to 1
@@ -170,14 +163,6 @@ class VAE(nn.Module):
     ----------
     A. Vahdat and J. Kautz, *NVAE: a deep hierarchical variational autoencoder*, 2020. A. Vahdat,
     K. Kreis and J. Kautz, *Score-based generative modeling in latent space*, 2021.
-
-    Examples
-    --------
-    >>> vae = VAE((1, 28, 28), 256, LatentConfig(channels=(16, 32), pretraining=1))
-    >>> x = torch.zeros(5, 1, 28, 28)
-    >>> z = vae.encode(x).sample()
-    >>> z.shape, vae.log_likelihood(x, z).shape, vae.images(z).shape
-    (torch.Size([5, 4, 14, 14]), torch.Size([5]), torch.Size([5, 1, 28, 28]))
     """
 
     def __init__(self, shape: tuple[int, int, int], levels: int, config: LatentConfig) -> None:

@@ -247,7 +247,7 @@ def load_model(
     """Load the model of a run, or of a file in it; see `weights_of`."""
     run, file = weights_of(run)
     if not (run / CONFIG).is_file():
-        raise ValueError(f"{run} is no run of cldsde train: it holds no {CONFIG}")
+        raise ValueError(f"there is no run of cldsde train in {run}: no {run / CONFIG}")
     if not file.is_file() and wanted_width(file) is None:
         name = file.relative_to(run)
         there = sorted(x.name for x in run.glob("*.safetensors"))

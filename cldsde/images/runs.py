@@ -126,7 +126,7 @@ def check_folder(
         file = path / CONFIG
         require(file.is_file(), "out", f"{path} holds files that are no run of cldsde; {again}")
         try:
-            found = dict(json.loads(file.read_text(encoding="utf-8")))
+            found = {**json.loads(file.read_text(encoding="utf-8"))}
         except (ValueError, TypeError, RecursionError) as error:
             msg = f"{file} is no configuration of cldsde ({error}); {again}"
             raise SettingError("out", msg) from error

@@ -130,4 +130,4 @@ def test_data_that_are_elsewhere_are_asked_for_by_the_option(tmp_path, capsys):
     np.save(tmp_path / "x.npy", np.zeros((2, 8, 8), np.uint8))
     text = rejected(capsys, "evaluate", tmp_path / "x.npy", "--reference", tmp_path / "c.json")
     place = Path("photos").absolute()
-    assert f"--data: data.options: path must be a folder; got {place}, which is none" in text
+    assert f"--data: path must be a folder; got {place}, which is no folder" in text

@@ -87,7 +87,7 @@ def test_results_are_written_if_the_table_cannot_be_printed(here, monkeypatch, c
     with suppress(OSError), open("/dev/full", "w", encoding="ascii") as out:
         monkeypatch.setattr(sys, "stdout", out)
         assert run(f"{QUICK} --solver sscs --json report.json") == 1
-    assert "No space left on device" in capsys.readouterr().err.splitlines()[-1]
+    assert "the table cannot be printed: No space left" in capsys.readouterr().err.splitlines()[-1]
     report = read(here / "report.json")
     assert (report["complete"], report["summary"]) == (True, {"sscs": "PASS"})
 

@@ -106,7 +106,7 @@ class FolderImages(Images):
     ) -> None:
         if bits == 16 and channels != 1:
             raise ValueError("bits must be 8 for colours, of which Pillow reads 8 bits; got 16")
-        all_files, labels, names, facts = find_pictures(path, classes=classes)
+        all_files, labels, names, facts, others = find_pictures(path, classes=classes)
         self._all, self._workers, self._limit = tuple(all_files), workers, cache_gib * _GIB
         self._shape = (len(self._all), channels, size, size)
         self._dtype = np.dtype(np.uint8 if bits == 8 else np.uint16)
@@ -131,7 +131,7 @@ class FolderImages(Images):
         self._rows = self._rows[kept]
         self.files = tuple(self._all[row] for row in kept)
         self.labels = None if numbers is None else numbers[kept]
-        self.skipped = tuple(damaged.values())
+        self.skipped = (*damaged.values(), *others)
         if self._place is not None and self._is_whole:
             with suppress(OSError):  # of a folder of another user
                 os.utime(self._place)

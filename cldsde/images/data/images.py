@@ -30,7 +30,7 @@ class Images(ABC):
 
     Bytes are 0 … levels − 1; of continuous numbers, ``levels`` is the range ``(low, high)``. Labels
     are classes ``(N,)``; ``classes`` is their number or their names, and None stands for the
-    largest label + 1. ``skipped`` are the damaged files that were left out, and the reasons.
+    largest label + 1. ``skipped`` are the files that were left out, and the reasons.
     """
 
     def __init__(
@@ -208,7 +208,7 @@ def _layout_of(shape: Sequence[int], layout: Layout, file: Path, known: Sequence
 
 def _read(path: Path, images: str | None, labels: str | None) -> tuple[Array, Array | None]:
     if not path.is_file():
-        raise FileNotFoundError(f"path must be a file; got {path}, which is none")
+        raise FileNotFoundError(f"path must be a file; got {path}, which is no file")
     with path.open("rb") as stream:
         is_archive = stream.read(2) == b"PK"
     if is_archive:

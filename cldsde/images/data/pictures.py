@@ -10,6 +10,7 @@ import os
 import stat
 import unicodedata
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial
@@ -114,11 +115,11 @@ Files = list[tuple[Names, Path | Packed]]
 
 def find_pictures(
     path: str | Path, *, classes: bool
-) -> tuple[Sequence[Path | Packed], Sequence[int] | None, Sequence[str] | None, Any]:
+) -> tuple[Sequence[Path | Packed], Sequence[int] | None, Sequence[str] | None, Any, list[str]]:
     """Pictures of a folder, a zip archive or a saved data set in their order; see `FolderImages`.
 
-    Also returned are their classes and the names of these, or None, and facts that change with the
-    contents of the pictures.
+    Also returned are their classes and the names of these, or None; facts that change with the
+    contents of the pictures; and what other files there are.
     """
     place = Path(path).expanduser()
     packed = place.suffix.lower() == ".zip" and place.is_file()
@@ -126,9 +127,11 @@ def find_pictures(
     names = {x.name for x in root.iterdir()} if root.is_dir() else set()
     if names >= {"dataset_info.json", "state.json"} or "dataset_dict.json" in names:
         stamps = [(x.name, _stamp(x)) for x in sorted(root.glob("*.arrow"))]
-        return *_in_table(root, classes=classes), [str(root.resolve()), stamps]
-    found = _in_archive(root) if packed else _in_folder(root)
+        return *_in_table(root, classes=classes), [str(root.resolve()), stamps], []
+    found = list(_in_archive(root) if packed else _in_folder(root))
     files: Files = [x for x in found if PurePath(x[0][-1]).suffix.lower() in SUFFIXES]
+    endings = Counter(PurePath(x[0][-1]).suffix for x in found).items()
+    others = [f"{n} files that end in {x!r}" for x, n in endings if x.lower() not in SUFFIXES]
     # An outer folder of all pictures in an archive does not count.
     while packed and len({x[0] for x, _ in files}) == 1 and min(len(x) for x, _ in files) > 2:
         files = [(parts[1:], file) for parts, file in files]
@@ -139,14 +142,14 @@ def find_pictures(
     kinds, labels = _classes(files) if classes else (None, None)
     # Files of the same names, sizes and times may be in two places.
     facts = [str(root.resolve()), [(name, _stamp(file)) for name, file in files]]
-    return [file for _, file in files], labels, kinds, facts
+    return [file for _, file in files], labels, kinds, facts, others
 
 
 def as_folder(path: str | Path) -> Path:
     """The path of a folder that exists."""
     folder = Path(path).expanduser()
     if not folder.is_dir():
-        raise FileNotFoundError(f"path must be a folder; got {folder}, which is none")
+        raise FileNotFoundError(f"path must be a folder; got {folder}, which is no folder")
     return folder
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from cldsde.errors import SettingError, require, setting
 from cldsde.images.checks import check_images, check_same_shape
 from cldsde.linear.checks import shaped
-from cldsde.messages import imported, in_words
+from cldsde.messages import brief, imported, in_words
 from cldsde.progress import progress_bar
 
 FeatureNetwork = Callable[[Tensor], Tensor]
@@ -33,8 +33,10 @@ def load_features(name: str) -> FeatureNetwork:
     with setting("features"):
         found: Any = imported(name)
     if isinstance(found, type):
-        with setting("features"):
+        try:
             found = found()
+        except (Exception, SystemExit) as error:  # whatever its constructor raises
+            raise SettingError("features", f"{name!r} cannot be made: {brief(error)}") from error
     kind = type(found).__name__
     msg = f"must be callable, uint8 images (B, C, H, W) to features (B, F); {name!r} is {kind}"
     require(callable(found), "features", msg)
@@ -139,6 +141,9 @@ class FeatureSums:
         if self.keep:
             self._rows.append(rows.float())
         rows = rows[:, : self.size]
+        if self._seen and self._mean.shape != rows.shape[1:]:
+            sizes = f"{len(self._mean)} and {rows.shape[1]}"
+            raise ValueError(f"features must return as many features for each batch; got {sizes}")
         self._hash.update(images.numpy().tobytes())
         # Sums of non-negative terms (Chan et al. 1983), so that nothing cancels.
         own, total = rows.mean(0), self._seen + len(rows)

@@ -54,15 +54,16 @@ def check_output(out: Path, request: SampleRequest, *, overwrite: bool = False) 
     """
     named, out, problem = out, output_place(out), None
     if out.suffix == ".png" and len(request.seeds) > GRID_LIMIT:
-        problem = f"a picture holds {GRID_LIMIT} images at most; got {len(request.seeds)} seeds. "
-        problem += "Use FILE.npz or a folder"
+        problem = f"a picture holds {GRID_LIMIT} images at most; use FILE.npz or a folder"
     elif out.suffix not in {"", ".png", ".npz"} or named.name in {"", ".."} or out.is_mount():
         problem = f"must be FILE.npz, FILE.png or a folder that can be replaced; got {named}"
     elif not out.suffix and request.sampler.space.shape[0] not in {1, 3}:
         problem = f"must be FILE.npz or FILE.png for images of {request.sampler.space.shape[0]} "
         problem += f"channels, of which there are no pictures; got {out}"
-    elif out.exists() and (out.is_dir() == bool(out.suffix) or not (overwrite or out.is_dir())):
-        problem = f"{out} is there already; name another, or set `overwrite` to replace a file"
+    elif out.exists() and out.is_dir() == bool(out.suffix):
+        problem = f"{out} is there already, as another kind of file"
+    elif out.is_file() and not overwrite:
+        problem = f"{out} is there already; name another file, or set `overwrite`"
     elif out.is_dir() and any(out.iterdir()) and not _is_done(out, request):
         problem = f"{out} holds files already; name another folder"
     others = [x for x in _all_parts(out) if x != _parts_folder(out, request) and any(x.iterdir())]

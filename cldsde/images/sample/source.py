@@ -151,8 +151,10 @@ class PipelineSampler:
     ) -> PipelineSampler:
         """Load a pipeline of a folder; raise a SettingError if it does not take what is asked."""
         folder = source.parent if source.is_file() else source
-        with setting("model"):
+        try:
             pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError, ImportError) as error:
+            raise SettingError("model", f"{folder} cannot be loaded: {error}") from error
         taken = inspect.signature(pipeline.__call__).parameters
         name = type(pipeline).__name__
         words = {"prompt": prompt, "negative_prompt": negative_prompt}
@@ -164,6 +166,9 @@ class PipelineSampler:
         if "class_labels" in taken:
             require(str(label).isdecimal(), "label", f"must be a number for a {name}; got {label}")
             arguments["class_labels"] = int(str(label))
+        others = [key for key, x in taken.items() if x.default is inspect.Parameter.empty]
+        lacking = [key for key in others if key not in (*arguments, "args", "kwargs")]
+        require(not lacking, "model", f"a {name} also needs {', '.join(lacking)}")
         with setting("solver"):
             pipeline.scheduler = PipelineScheduler(pipeline.scheduler, process.make(), solver)
         pipeline.to(device).set_progress_bar_config(disable=True)

@@ -195,7 +195,7 @@ class _Trainer:
             return read_model(self.folder / MODEL, self.config, device)
         except ValueError as error:
             msg = f"{self.folder / MODEL} is damaged ({error}); put a copy of it back, or delete "
-            raise ValueError(f"{msg}it to have it made again") from error
+            raise ValueError(f"{msg}it, to repeat the training that {STATE} lacks") from error
 
     def _due(self, every: int) -> bool:
         """Whether the last step passed a multiple of so many images, or ended a stage."""
