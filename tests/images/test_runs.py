@@ -142,3 +142,13 @@ def test_a_name_is_held_by_one_at_a_time(tmp_path):
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(work, range(4)))
     assert not list(tmp_path.iterdir())
+
+
+def test_snapshots_of_another_metric_make_room(tmp_path):
+    run = RunFolder(tmp_path, CONFIG)
+    (run / "snapshots").mkdir()
+    for i, metrics in enumerate([{"last": -9.0}, {"loss": 0.5}, {"loss": 0.4}]):
+        name = f"{i}.safetensors"
+        (run / "snapshots" / name).touch()
+        run.keep_snapshot(name, metrics, *metrics, count=1)
+        assert [file.name for file in tmp_path.glob("snapshots/*.safetensors")] == [name]

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from cldsde import CLD, VPSDE, Schedule, pretrained, solvers
+from cldsde.pretrained.stepping import GeneratorNoise
 from probes import generator
 from simulated_device import needs_simulation, simulated_device
 
@@ -383,3 +384,9 @@ def test_nothing_is_read_back_after_the_first_step(process, n, clip):
             reads.append((device.traffic() - before).read_backs)
         assert found.steps.solver.order == (3 if n == 6 else 2)
         assert reads[1:] == [0] * (n - 1)
+
+
+def test_normals_of_a_pipeline_are_those_of_its_generators():
+    found = GeneratorNoise([generator(i) for i in range(3)]).normal(torch.zeros(3, 1, 4, 4), 2)
+    for i, normals in enumerate(found):
+        assert torch.equal(normals, torch.randn(1, 2, 4, 4, generator=generator(i))[0])

@@ -64,3 +64,10 @@ def test_parameters_of_a_score_are_those_of_the_adapted_process():
     process = ReverseProcess(CLD(), Smooth(CLD()))
     for module in (as_torchsde(process, (1,)), as_torchdiffeq(process)):
         assert [name for name, _ in module.named_parameters()] == ["score.function.slope"]
+
+
+def test_the_drift_of_torchsde_has_gradients():
+    score = Smooth(CLD())
+    form = as_torchsde(ReverseProcess(CLD(), score), (1,))
+    form.f(tensor(-1.0), form.pack(start(CLD(), (4, 1)))).sum().backward()
+    assert score.slope.grad.ne(0).all()

@@ -270,3 +270,13 @@ def test_levels_are_spread_evenly_over_their_bins():
     assert abs(float((shift**2).mean()) - 1 / 3) <= standard_error(math.sqrt(4 / 45), n) + rounded
     correlation = torch.corrcoef(torch.stack([shift, levels.double()]))[0, 1]
     assert abs(float(correlation)) <= standard_error(1.0, n)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_standard_error_of_two_samples_is_half_of_their_difference(weighted):
+    loose = {"rtol": 1e-2, "atol": 1e-2}
+    found = likelihood("CLD", samples=2, importance_weighted=weighted, **loose)
+    logs = likelihood("CLD", X.repeat_interleave(2, 0), samples=1, **loose).log_prob.reshape(2, 2)
+    logs = (logs - found.log_prob.unsqueeze(1)).exp() if weighted else logs
+    expected, size = logs.diff(dim=1).abs().squeeze(1) / 2, float(logs.abs().max())
+    assert torch.allclose(found.standard_error, expected, rtol=0, atol=rounding(16, size))

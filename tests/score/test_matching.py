@@ -138,3 +138,12 @@ def test_the_least_loss_is_its_closed_form(name, t, variance, conditioning, weig
     tolerance = min(SMALLEST, rounding(128, conditions(sde, t) + ratio))
     expected = closed_form(sde, t, variance, **options)
     assert float(found) == pytest.approx(expected, rel=tolerance, abs=0)
+
+
+@every_conditioning
+def test_the_loss_takes_its_options(conditioning):
+    x0, options = normals(9, 4, 2), {"conditioning": conditioning}
+    pair = PerturbedData.draw(CLD(), x0, TIMES, **options, generator=generator())
+    options |= {"weighting": "likelihood", "generator": generator()}
+    found = score_matching_loss(lambda z, t: -z[:, 1:], CLD(), x0, TIMES, **options)
+    assert torch.equal(found, pair.loss(-pair.z[:, 1:], "score", weighting="likelihood"))

@@ -11,11 +11,12 @@ import pytest
 import torch
 from scipy.integrate import solve_ivp
 
-from cldsde import ReverseProcess, solvers
+from cldsde import CLD, ReverseProcess, solvers
 from cldsde.solvers import EDMHeun, Splitting, TorchDiffEq, TorchSDE
 from cldsde.solvers import ExponentialMultistep as Multistep
 from gaussian_data import EVERY, PROCESSES, SLOPE, flow, moments_error, reverse
-from probes import PUBLISHED, WORDS, start, tensor
+from probes import PUBLISHED, WORDS, generator, normals, start, tensor
+from score import cases
 from tolerances import EPS, KERNEL
 
 GRIDS = {"uniform": solvers.uniform_times, "root": solvers.root_times}
@@ -165,3 +166,23 @@ def test_exponential_euler_is_exact_for_a_constant_score():
     options = {"method": "DOP853", "rtol": 1e2 * EPS, "atol": 1e2 * EPS}
     expected = solve_ivp(slope, (1.0, 0.7), z.numpy().ravel(), **options).y[:, -1]
     assert abs(found.numpy().ravel() - expected).max() <= 1e2 * KERNEL
+
+
+def test_euler_maruyama_is_its_formula():
+    sde, t, h = CLD((1.0, 8.0)), 0.9, 0.3
+    process, xi = ReverseProcess(sde, cases.mixture().score(sde)), normals(0, 3, 1, 2)
+    z, noise, times = start(sde), solvers.RecordedNoise([xi]), tensor([t, t - h])
+    found = solvers.solve(process, solvers.EulerMaruyama(), z, times, noise=noise).state
+    expected = z - h * process.drift(z, t) + math.sqrt(h) * sde.diffusion(t) @ xi
+    assert torch.allclose(found, expected, rtol=100 * KERNEL, atol=100 * KERNEL)
+
+
+def test_ancestral_sampling_is_the_multistep_method_of_order_one():
+    sde, times = CLD(), tensor([0.9, 0.5, 0.2])
+    process, z = ReverseProcess(sde, cases.mixture().score(sde)), start(sde)
+    ours, other = solvers.Ancestral(), solvers.ExponentialMultistep(order=1, stochasticity=1.0)
+    found, expected = (
+        solvers.solve(process, solver, z, times, generator=generator()).state
+        for solver in (ours, other)
+    )
+    assert torch.allclose(found, expected, rtol=100 * KERNEL, atol=100 * KERNEL)

@@ -113,3 +113,14 @@ def test_a_plan_from_inference_mode_serves_with_gradients(name):
         sampler = solvers.plan(process, SOLVERS[name], GRID.clone())
         sampler.solve(start(sde), generator=generator(), **options)
     assert torch.equal(gradient(sampler), gradient(solvers.plan(process, SOLVERS[name], GRID)))
+
+
+def test_a_plan_follows_a_model_whose_state_is_loaded():
+    sde, other = CLD(), MixedScore(Network(CLD()), CLD(), torch.tensor(-0.1), torch.tensor(1.5))
+    model, state = mixed(sde), start(sde)
+    plan = solvers.plan(ReverseProcess(sde, model), SOLVERS["sscs"], GRID)
+    before = plan.solve(state, generator=generator()).state
+    model.load_state_dict(other.state_dict())
+    after = plan.solve(state, generator=generator()).state
+    assert torch.equal(after, plan.with_score(other).solve(state, generator=generator()).state)
+    assert not torch.equal(after, before)

@@ -5,8 +5,10 @@ import torch
 
 import cldsde
 from cldsde import CosineVP, RectifiedFlow, ReverseProcess, solvers
-from probes import generator, named_solvers
+from probes import generator, named_solvers, tensor
 from score.cases import LINE as DATA
+from score.cases import mixture
+from tolerances import rounding
 
 FLOW = RectifiedFlow()
 ALPHAS = [*torch.linspace(0.01, 1.5, 39, dtype=torch.float64).cos().square().tolist(), 0.0]
@@ -49,3 +51,13 @@ def test_a_start_between_the_latest_and_the_end_is_rejected(solver):
     # Times that were float32 once are not exactly the latest.
     times = solvers.root_times(FLOW.regular_until, 0.05, 20)
     solvers.plan(process(), solver, times.float().double())
+
+
+def test_order_one_is_euler_for_the_flow_matching_ode():
+    sde, data, times = RectifiedFlow(), mixture(), tensor([1.0, 0.6, 0.1])
+    process, solver = ReverseProcess(sde, data.score(sde)), solvers.ExponentialMultistep(order=1)
+    x = sde.prior.sample((5, 2), generator=generator(), dtype=torch.float64)
+    found = solvers.solve(process, solver, x, times).state
+    for t, u in ((1.0, 0.6), (0.6, 0.1)):
+        x = x + (u - t) / t * (x - data.posterior_mean(sde, x, t).unsqueeze(1))
+    assert (found - x).abs().max() <= rounding(32, 10.0)

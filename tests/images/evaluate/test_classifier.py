@@ -80,3 +80,9 @@ def test_features_of_random_weights_are_the_same_whenever_they_are_made():
     state = torch.get_rng_state()
     assert random_features(5).name == first.name
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 9, 17)])
+def test_images_of_any_size_have_features(shape):
+    classifier = ImageClassifier(shape[0], 2).eval()
+    assert classifier.features(torch.rand(2, *shape)).shape == (2, 128)

@@ -127,3 +127,11 @@ def test_names_of_no_feature_network_are_rejected(name, message):
 def test_a_function_that_returns_no_features_is_rejected():
     with pytest.raises(ValueError, match=r"fails for images \(5, 1, 4, 4\) \(ValueError: features"):
         check_features(torch.flatten, noise(5, 0))
+
+
+def test_the_hash_of_images_knows_all_of_them_and_their_shape():
+    images = noise(5000, 0, (1, 2, 2))
+    changed = images.clone()
+    changed[-1] ^= 1
+    hashes = {images_sha256(x) for x in (images, changed, images.reshape(5000, 1, 1, 4))}
+    assert len(hashes) == 3

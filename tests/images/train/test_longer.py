@@ -192,3 +192,13 @@ def test_a_run_is_trained_loaded_and_sampled_from_python(tmp_path):
     assert repr(again.process) == repr(run.score.sde)
     with pytest.raises(SettingError, match="label: the network was not trained with classes"):
         run.sample(label=1)
+
+
+def test_a_training_can_go_on_while_its_error_is_held(tmp_path, monkeypatch):
+    """As a notebook holds it."""
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "stop_signals", None)
+        with pytest.raises(TypeError) as held:
+            trained(tmp_path / "run", config(images=16))
+    trained(tmp_path / "run", config(images=16))
+    del held

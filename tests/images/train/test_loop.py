@@ -125,7 +125,7 @@ def test_a_finished_run_is_loaded_and_its_model_made_again_from_its_state(whole,
     assert_finishes(folder, whole)
     assert_same_bits(load_model(folder).model, whole[1])
     (folder / MODEL).write_bytes(content[:-1])
-    with pytest.raises(ValueError, match=rf"{MODEL} is damaged .*delete it to have it made again$"):
+    with pytest.raises(ValueError, match=rf"{MODEL} is damaged .*delete it, to repeat the train"):
         trained(folder, config())
     (folder / MODEL).unlink()
     trained(folder, config())
@@ -555,3 +555,11 @@ def test_twenty_killed_runs_resume_and_end_with_the_same_bits(tmp_path):
     run(tmp_path, "train", file, "--out", killed)
     assert_same_bits(load_model(out).model, load_model(killed).model)
     assert metrics(out) == metrics(killed)
+
+
+def test_the_seed_decides_on_order_and_noise_and_each_pass_has_its_order():
+    orders = [image_order(seed, 99, 0, 198) for seed in (0, 1)]
+    draws = [torch.rand(9, generator=stream(seed, "noise", 0)) for seed in (0, 1)]
+    assert not torch.equal(*orders)
+    assert not torch.equal(*draws)
+    assert not torch.equal(*orders[0].split(99))
