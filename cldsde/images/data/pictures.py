@@ -128,7 +128,7 @@ def find_pictures(
     if names >= {"dataset_info.json", "state.json"} or "dataset_dict.json" in names:
         stamps = [(x.name, _stamp(x)) for x in sorted(root.glob("*.arrow"))]
         return *_in_table(root, classes=classes), [str(root.resolve()), stamps], []
-    found = list(_in_archive(root) if packed else _in_folder(root))
+    found = [*_in_archive(root)] if packed else [*_in_folder(root)]
     files: Files = [x for x in found if PurePath(x[0][-1]).suffix.lower() in SUFFIXES]
     endings = Counter(PurePath(x[0][-1]).suffix for x in found).items()
     others = [f"{n} files that end in {x!r}" for x, n in endings if x.lower() not in SUFFIXES]
