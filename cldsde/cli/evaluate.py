@@ -34,7 +34,7 @@ OPTIONS = (
     option("--samples N", int, "images per repetition", default=1000),
     option("--repeats N", int, "repetitions with other seeds", default=1),
     option("--seed N", int, "first seed", default=0),
-    option("--reference RUN|CONFIG", Path, "data set to compare samples in files with"),
+    option("--reference RUN|CONFIG", Path, "run or configuration of the data of files or --model"),
     option("--part NAME", str, "part of the data: train or held_out", default="train"),
     FEATURES,
     option("--weights FILE", Path, "Inception weights, for fid, kid, isc and prc"),

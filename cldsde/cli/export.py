@@ -12,14 +12,14 @@ from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
-from cldsde.cli.models import SOLVERS
 from cldsde.cli.options import option
 from cldsde.errors import SettingError
 
+_SOLVER = "solver with one evaluation per step, as multistep-2; the run's own by default"
 OPTIONS = (
     option("RUN", Path, "run of cldsde train, or a file of its weights"),
     option("FOLDER", Path, "folder of the pipeline, made if missing"),
-    option("--solver NAME", str, f"solver, the run's own by default: {SOLVERS}"),
+    option("--solver NAME", str, _SOLVER),
 )
 
 

@@ -209,7 +209,7 @@ class SamplingConfig:
     one start at κ = −3.3 (κ: half the log of the signal-to-noise ratio), or at a smaller κ if D
     times the evaluations exceeds 29,000, and end at 3.3. Both ends are within the
     noise levels of the process. With ``--process`` they are also within the noise levels of the
-    training. Without ``--process`` a run may end below ``training.t_min``, and prints a note."""
+    training. Without ``--process`` sampling may end below ``training.t_min``."""
     denoise: Flag = True
     """Return the data prediction at ε instead of the state there."""
     options: Mapping[str, Any] = field(default_factory=dict)

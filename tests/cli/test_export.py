@@ -72,5 +72,5 @@ def test_code_that_a_scheduler_names_is_not_run(run, tmp_path):
     scheduler = check_export(Run.load(run), tmp_path / "new")
     recipe = dataclasses.replace(scheduler.run.sampling, solver="planted:Solver")
     scheduler.run = dataclasses.replace(scheduler.run, sampling=recipe)
-    with pytest.raises(SettingError, match="planted:Solver, is code outside of cldsde"):
+    with pytest.raises(SettingError, match="planted:Solver is code outside of cldsde"):
         scheduler.set_timesteps(6)

@@ -59,4 +59,4 @@ def test_code_that_a_run_names_is_not_run(run, tmp_path, monkeypatch, capsys, co
     config = json.loads((run / "config.json").read_text())
     config["sampling"]["solver"] = "planted:Solver"
     (run / "config.json").write_text(json.dumps(config))
-    assert "planted:Solver, is code outside of cldsde" in rejected(capsys, command, run)
+    assert "planted:Solver is code outside of cldsde" in rejected(capsys, command, run)

@@ -91,9 +91,8 @@ def changed_recipe(
     recipe: SamplingConfig, options: Mapping[str, Any] | None = None, **changes: Any
 ) -> SamplingConfig:
     """Change fields of a recipe, and options of its solver; another solver has its own defaults."""
-    msg = f"the run's own, {recipe.solver}, is code outside of cldsde; name it here to run it, "
     named = "solver" in changes or ":" not in recipe.solver
-    require(named, "solver", f"{msg}or take another")
+    require(named, "solver", f"{recipe.solver} is code outside of cldsde: name it in the command")
     kept = {} if "solver" in changes else recipe.options
     if changes.get("solver") == RECOMMENDED:
         own = {"grid": None, "t_start": None, "t_end": None, "denoise": True}
