@@ -6,6 +6,7 @@ a training was stopped by SIGTERM. Errors are one line on stderr.
 
 from __future__ import annotations
 
+import gc
 import re
 import sys
 from argparse import ArgumentParser
@@ -83,9 +84,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # letters that a terminal does not know
     code, interrupted = 2, "interrupted"
+    gc.disable()  # imports make many objects and no garbage
     try:
         # All arguments are checked here, before any work is done.
         work = _COMMANDS[name].prepare(options)
+        gc.enable()
         code, interrupted = 1, _INTERRUPTED.get(name, "interrupted; the same command resumes")
         work()
     except KeyboardInterrupt:
@@ -95,12 +98,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _complain(command.prog, _in_options(error, command.names, vars(options)))
         return code
     except (MemoryError, RuntimeError) as error:
-        # On the CPU torch has no exception class for a failed allocation.
         known = isinstance(error, MemoryError | torch.OutOfMemoryError)
         if not (known or "can't allocate memory" in brief(error)):
             raise
         _complain(command.prog, f"out of memory; take smaller networks or batches ({brief(error)})")
         return 1
+    finally:
+        gc.enable()
     return 0
 
 

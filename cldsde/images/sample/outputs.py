@@ -48,10 +48,7 @@ class SampleRequest:
 
 
 def check_output(out: Path, request: SampleRequest, *, overwrite: bool = False) -> None:
-    """Raise an error unless samples can be written to a file or folder.
-
-    With ``overwrite`` files may be replaced, and finished parts of another request deleted.
-    """
+    """Raise an error unless samples can be written; ``overwrite`` replaces files and old parts."""
     named, out, problem = out, output_place(out), None
     if out.suffix == ".png" and len(request.seeds) > GRID_LIMIT:
         problem = f"a picture holds {GRID_LIMIT} images at most; use FILE.npz or a folder"
