@@ -45,7 +45,7 @@ class _Tables(NamedTuple):
     move: list[Block]  # k×k
     noise: list[Block]  # k×k, or no columns if the step is deterministic
     weights: list[list[Block]]  # of the predictions, newest first, k×m each
-    # What a correction adds: weights of the predictions at the step's end and before.
+    # Weights of predictions in the correction of a step, the one at the step's end first.
     corrector: list[list[Block]]
 
 

@@ -96,7 +96,7 @@ class RunFolder:
         """Add a file of weights with its metrics; keep those with the smallest metric ``by``."""
         record = self.path / SNAPSHOTS / "values.json"
         known = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
-        # Files of another metric have no value, nor have those of 0.2.
+        # Files of another metric, or written by version 0.2, have no value.
         known[name] = metrics
         of = {x: m.get(by, math.inf) if isinstance(m, dict) else math.inf for x, m in known.items()}
         kept = sorted(known, key=lambda x: (of[x], x))[:count]

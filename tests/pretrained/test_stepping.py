@@ -106,7 +106,7 @@ def test_a_correction_keeps_a_change_and_leaves_other_entries_as_they_were(solve
         return advanced(steps, scales, x, fresh(), range(2, N), data)
 
     assert torch.equal(end(solver, 1.0)[..., 1:], end(solver, 0.0)[..., 1:])
-    # Without data all steps are exact, those of order 1 without a correction, too.
+    # If the data are 0, steps of every order are exact, with and without a correction.
     found, expected = (end(x, 1.0, lambda u, _: 0 * u) for x in (solver, MULTISTEP(order=1)))
     assert torch.allclose(found, expected, rtol=0, atol=EXACT)
 

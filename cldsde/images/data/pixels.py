@@ -105,8 +105,8 @@ def channel_statistics(
 ) -> tuple[Tensor, Tensor]:
     """Mean and variance of the numbers in [−1, 1], of `to_unit` or of dequantised images.
 
-    Results are float64 of shape ``()``, ``(C, 1, 1)`` or ``(C, H, W)``; those of bytes are exact up
-    to one rounding.
+    Results are float64 of shape ``()``, ``(C, 1, 1)`` or ``(C, H, W)``. Sums of bytes are
+    exact up to one rounding.
     """
     c, h, w = images.shape
     shape = {"scalar": (), "channel": (c, 1, 1), "pixel": (c, h, w)}[per]

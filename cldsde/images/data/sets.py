@@ -203,7 +203,7 @@ def torchvision_set(*, name: TorchvisionName, path: str | Path, download: Flag =
 def image_folder(*, held_out: HeldOut = 0.1, seed: Natural = 0, **options: Any) -> DataSet:
     """Pictures in a folder, a zip archive or a saved data set, split at random.
 
-    ``held_out`` and ``seed`` are those of `digits`, and the others those of `FolderImages`.
+    See `digits` for ``held_out`` and ``seed``, and `FolderImages` for the other options.
     """
     return _split(FolderImages(**options), held_out, seed)
 
@@ -212,7 +212,7 @@ def image_folder(*, held_out: HeldOut = 0.1, seed: Natural = 0, **options: Any) 
 def array_file(*, held_out: HeldOut = 0.1, seed: Natural = 0, **options: Any) -> DataSet:
     """Images of a ``.npy`` or ``.npz`` file of NumPy, split at random.
 
-    ``held_out`` and ``seed`` are those of `digits`, and the others those of `array_images`.
+    See `digits` for ``held_out`` and ``seed``, and `array_images` for the other options.
     """
     return _split(array_images(**options), held_out, seed)
 

@@ -355,7 +355,7 @@ def test_classes_are_learnt_and_some_are_hidden(tmp_path):
     assert space.classes == 3
     always = config(network={**CONDITIONAL, "label_dropout": 0.0})
     assert ImageSpace.of(DATA.train, always).always_classes
-    # Each embedding was trained: those of the classes and the one that stands for no class.
+    # Training has changed the embedding of every class, and the embedding of no class.
     before, after = (
         m.state_dict()["score.network.network.class_embedding.weight"]
         for m in (models.make_model(settings, space), model)
