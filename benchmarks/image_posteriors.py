@@ -24,6 +24,7 @@ from cldsde.images import Run
 from cldsde.images.data import to_levels, to_unit
 from cldsde.images.sample import ObservedImage
 from cldsde.progress import progress_bar
+from digit_classifier import pixels_of
 
 SHOWN, FIRST_SHOWN = 2, 20  # held-out images of the picture
 SAMPLES, SHOWN_NOISE = 16, 0.05
@@ -130,8 +131,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     arguments = parser.parse_args()
     run = Run.load(arguments.run)
-    images = run.config.data.load().held_out
-    held_out = to_unit(images.load(torch.arange(len(images))), images.levels)
+    held_out = pixels_of(run.config.data.load().held_out)
     shown = held_out[FIRST_SHOWN : FIRST_SHOWN + SHOWN]
     picture(run, shown, arguments.picture, arguments.folder)
     truths = held_out[1000 : 1000 + TRUTHS]

@@ -230,11 +230,9 @@ def sample_posterior(
 
 def _tilts(tables: Any) -> list[list[Block]]:
     """L⁻¹Bⱼ of each step, which map shifts D_y − D to q."""
-    roots, weights = (
-        torch.tensor(blocks, dtype=torch.float64, device="cpu")
-        for blocks in (tables.noise, tables.weights)
-    )
-    tilts: list[list[Block]] = (triangular_inverse(roots).unsqueeze(1) @ weights).tolist()
+    root = triangular_inverse(torch.tensor(tables.noise, dtype=torch.float64, device="cpu"))
+    weights = torch.tensor(tables.weights, dtype=torch.float64, device="cpu")
+    tilts: list[list[Block]] = (root.unsqueeze(1) @ weights).tolist()
     return tilts
 
 
