@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -18,7 +19,7 @@ from cldsde.messages import counted
 from cldsde.score import ReverseProcess
 
 from .base import Solver
-from .exponential_multistep import ExponentialMultistep, Variable
+from .exponential_multistep import ExponentialMultistep
 from .grids import root_times, times_of_vp_roots, vp_times
 from .planning import Plan, plan
 from .sscs import SSCS
@@ -65,17 +66,15 @@ def fitted_times(sde: LinearSDE, T: float, eps: float, n: int) -> Tensor:
     return times_of_vp_roots(sde, T, eps, torch.as_tensor(shares, device="cpu"))
 
 
-def _multistep(order: Literal[2, 3], stochasticity: float, variable: Variable = "time") -> Solver:
-    return ExponentialMultistep(order=order, stochasticity=stochasticity, variable=variable)
-
+_in_vp_time = partial(ExponentialMultistep, variable="vp_time")
 
 # At equal κ, all processes of one component have the samples of VP, so they share its grids.
 RECOMMENDED = (
-    Recipe(_multistep(3, 0.5, "vp_time"), True, _FEW, 1, fitted_times, (-3.3, 2.6)),
-    Recipe(_multistep(2, 1.0, "vp_time"), True, math.inf, 1, vp_times),
-    Recipe(_multistep(3, 1.0, "vp_time"), True, 4, math.inf, fitted_times, (-3.0, 2.35)),
-    Recipe(_multistep(3, 1.0), True, _FEW),
-    Recipe(_multistep(2, 1.0), True),
+    Recipe(_in_vp_time(order=3, stochasticity=0.5), True, _FEW, 1, fitted_times, (-3.3, 2.6)),
+    Recipe(_in_vp_time(order=2, stochasticity=1.0, corrector=True), True, math.inf, 1, vp_times),
+    Recipe(_in_vp_time(order=3, stochasticity=1.0), True, 4, math.inf, fitted_times, (-3.0, 2.35)),
+    Recipe(ExponentialMultistep(order=3, stochasticity=1.0), True, _FEW),
+    Recipe(ExponentialMultistep(order=2, stochasticity=1.0), True),
     Recipe(SSCS(), denoise="step"),
     Recipe(StochasticHeun(), denoise="step"),
 )
