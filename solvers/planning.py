@@ -55,7 +55,44 @@ class Plan:
         progress: bool = False,
         warn: bool = True,
     ) -> Solution:
-        """Integrate from ``times[0]`` to ``times[-1]``; see `solve` for the arguments."""
+        """Integrate from ``times[0]`` to ``times[-1]``; see `solve` for errors and an example.
+
+        Parameters
+        ----------
+        state
+            Start ``(B, k, *D)``, floating point, e.g. ``sde.prior.sample(...)``; it is not changed.
+        generator
+            Source of the noise; the same seed gives the same bits on the same machine.
+        noise
+            A noise source in place of ``generator``.
+        denoise
+            How ``data`` is computed. False: the data component of the last state. True: the data
+            prediction E[x_0 | z] at the last time. ``"step"``: one Euler step of the reverse SDE to
+            time 0 without noise, as in published code. It removes no noise from data that no noise
+            drives. Both cost one evaluation.
+        t_eval
+            Times of the requested states, in the grid's order: times of the grid or, for adaptive
+            solvers, any times between its ends. None: the last state only. States are saved before
+            any correction that a later step applies. Solvers that merge half-steps (`SSCS`) draw
+            extra noise at each requested time, so requesting states changes the random path.
+        callback
+            Called after each step as ``callback(step, t, z)`` with the number of steps so far, the
+            time and the state. It must not change the state, and must clone the state to keep it.
+            Adaptive solvers call it after each attempted step; if each sample has its own time, t
+            has shape ``(B,)``. Return True to stop the solve.
+        differentiable
+            Record gradients of the state and of the score's parameters. Coefficients of the process
+            are constants. Memory then grows with the number of steps.
+        log_prob
+            Also return the log-density of the path given its start, `Solution.log_prob`, and of
+            each step, ``Solution.log_probs``, for solvers whose steps add Gaussian noise last. With
+            ``differentiable`` the path is fixed: gradients reach the score's parameters through the
+            density alone. The page "Fine-tune a sampler by reward" uses it.
+        progress
+            Show a progress bar on stderr for steps, or for samples that have arrived.
+        warn
+            Warn if the solve fails. If False, check `Solution.success`.
+        """
         sde = self.process.sde
         if not bool(finite_samples(check_state(state, sde.components, "state")).all()):
             raise ValueError("state must be finite; it holds NaN or infinity")
@@ -72,23 +109,11 @@ class Plan:
         final = self._denoiser(denoise)
         intermediate = callback is not None or bool((requested != self.times[-1]).any())
         used = self._on_grid if intermediate else self
-        solver, process, times = used.solver, self.process, self.times
-        source = source.along(sde, times, lambda: solver.path_noise(process, times))
-        source.check(state)
-        later = requested[(requested != times[0]) & (requested != times[-1])]
-        stops = torch.cat([later, times[-1:]])
-        known, checked = used._score_times, CheckedNoise(source, keep=log_prob)
-        run = Run(
-            process, used.tables, known, state, times, stops, checked, callback, progress, density
-        )
+        run = used._run(state, source, requested, callback, progress, density)
         with torch.set_grad_enabled(torch.is_grad_enabled() and differentiable):
-            done = solver.integrate(run)
-            check_same_kind(done.state, state, f"{type(solver).__name__}.integrate")
-            states = done.states[: int((requested != times[0]).sum())]
-            if requested[0] == times[0]:
-                states = torch.cat([state.unsqueeze(0), states])
-            last = 0 if final is None else int(process.score.evaluations(times[-1]))
-            solution = finished(done, final, last, states, requested)
+            done = used.solver.integrate(run)
+            check_same_kind(done.state, state, f"{type(used.solver).__name__}.integrate")
+            solution = finished(run, done, requested, final)
         if warn and solution.status == 1:
             warn_of_failure(solution.message)
         return solution
@@ -138,6 +163,25 @@ class Plan:
                 "EulerMaruyama, ExponentialEuler, Ancestral or ReverseDiffusion"
             )
         return PathDensity(roots, self.times)
+
+    def _run(
+        self,
+        state: Tensor,
+        source: NoiseSource,
+        requested: Tensor,
+        callback: Callback | None,
+        progress: bool,
+        density: PathDensity | None,
+    ) -> Run:
+        """Arguments of an integration that stops at the requested times."""
+        solver, process, times = self.solver, self.process, self.times
+        source = source.along(process.sde, times, lambda: solver.path_noise(process, times))
+        source.check(state)
+        later = requested[(requested != times[0]) & (requested != times[-1])]
+        stops = torch.cat([later, times[-1:]])
+        noise = CheckedNoise(source, keep=density is not None)
+        tables, known = self.tables, self._score_times
+        return Run(process, tables, known, state, times, stops, noise, callback, progress, density)
 
     def _check_times(self) -> None:
         """Raise ValueError if the score cannot be evaluated at a time of the solver."""
@@ -227,57 +271,23 @@ def solve(
 
     Parameters
     ----------
-    process
-        The reverse process: forward SDE and score.
-    solver
-        The method, e.g. ``EulerMaruyama()``.
+    process, solver
+        The reverse process (forward SDE and score), and the method, e.g. ``EulerMaruyama()``.
     state
         Start ``(B, k, *D)``, floating point, e.g. ``sde.prior.sample(...)``; it is not changed.
     times
         Decreasing grid ``(n + 1,)`` in [0, T], e.g. ``quadratic_times(sde.T, 1e-3, 50)``; adaptive
         solvers use its two ends. Increasing, e.g. ``quadratic_times(sde.T, 1e-3, 50).flip(0)``, for
         deterministic solvers: `ExponentialMultistep`, `ProbabilityFlow` and `EDMHeun`.
-    generator
-        Source of the noise; the same seed gives the same bits on the same machine.
-    noise
-        A noise source in place of ``generator``.
-    denoise
-        How ``data`` is computed. False: the data component of the last state. True: the data
-        prediction E[x_0 | z] at the last time. ``"step"``: one Euler step of the reverse SDE to
-        time 0 without noise, as in published code. It removes no noise from data that no noise
-        drives. Both cost one evaluation.
-    t_eval
-        Times of the requested states, in the grid's order: times of the grid or, for adaptive
-        solvers, any times between its ends. None: the last state only. States are saved before any
-        correction that a later step applies. Solvers that merge half-steps (`SSCS`) draw extra
-        noise at each requested time, so requesting states changes the random path.
-    callback
-        Called after each step as ``callback(step, t, z)`` with the number of steps so far, the time
-        and the state. It must not change the state, and must clone the state to keep it. Adaptive
-        solvers call it after each attempted step; if each sample has its own time, t has shape
-        ``(B,)``. Return True to stop the solve.
-    differentiable
-        Record gradients of the state and of the score's parameters. Coefficients of the process are
-        constants. Memory then grows with the number of steps.
-    log_prob
-        Also return the log-density of the path given its start, `Solution.log_prob`, and of each
-        step, ``Solution.log_probs``, for solvers whose steps add Gaussian noise last. The start has
-        the log-density ``sde.prior.log_prob(state)``. If a step's noise does not reach all
-        components (Euler–Maruyama under CLD), the density is on the range of the noise. With
-        ``differentiable`` the path is fixed: gradients reach the score's parameters through the
-        density alone, and ``state`` has no gradient. With ``denoise``, ``data`` has one.
-    progress
-        Show a progress bar on stderr for steps, or for samples that have arrived.
-    warn
-        Warn if the solve fails. If False, check `Solution.success`.
+    generator, noise, denoise, t_eval, callback, differentiable, log_prob, progress, warn
+        See `Plan.solve`.
 
     Raises
     ------
-    TypeError
-        If an argument has the wrong type.
-    ValueError
-        All arguments are checked before the score is evaluated. The error is raised if
+    TypeError, ValueError
+        All arguments are checked before the score is evaluated. An error is raised if
 
+        - an argument has the wrong type;
         - the state does not fit the process, or the solver does not apply to it;
         - the grid neither decreases nor increases;
         - the grid increases, and the solver is stochastic or ``denoise`` is set;

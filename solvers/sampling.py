@@ -16,7 +16,8 @@ from cldsde.score import ReverseProcess, Score, ScoreFunction
 
 from .base import Solver, check_solver
 from .noise import SampleNoise
-from .recommended import hiding_variance, recommended_plan
+from .planning import Denoise, Plan
+from .recommended import Recipe, hiding_variance, recommended_plan
 from .settings import SamplerSettings
 
 # A start below this part of the level, for at most so many evaluations, is worth a warning.
@@ -45,8 +46,8 @@ def sample(
 ) -> Tensor:
     """Generate samples ``(B, *D)`` from a score, with solver and grid chosen for the process.
 
-    The choice is for data with a standard deviation of about 1. Scale other data: for EDM's data,
-    with σ_data = 0.5, take the denoiser ``2 * net(u / 2, sigma / 2)`` and halve the samples.
+    The choice is for networks, and for data with a standard deviation of about 1. The pages "Bring
+    your model" and "Which solver, grid and end?" treat other data, exact scores and large images.
 
     The solver is the first of `RECOMMENDED` that applies to the process and number of steps.
     Sampling starts at the noise level σ with σ² = D·nfe/40 for D numbers per sample, at least at
@@ -60,83 +61,65 @@ def sample(
     sde
         The process to sample with.
     score
-        Function score(z, t), such as a `DenoiserScore`, a `MixedScore` or the score of a
-        `GaussianMixture`. A `ConditionalScore` holds conditions for all B samples. Put a network in
-        evaluation mode.
+        Function score(z, t), such as a `DenoiserScore`, with its network in evaluation mode. A
+        `ConditionalScore` holds conditions for all B samples.
     shape
         ``(B, *D)``: number of samples and shape of one sample.
     nfe
-        Largest number of network evaluations per sample, with the data prediction at the end.
-        Guidance (`GuidedScore`) evaluates the network twice, so that 20 evaluations are 10 guided
-        ones. Ignored by adaptive solvers.
+        Largest number of network evaluations per sample, with the data prediction at the end. A
+        guided step (`GuidedScore`) takes two. Ignored by adaptive solvers.
     seed
         Seed of all random numbers, ≥ 0. Each sample of each seed has a random stream of its own:
-        the first samples are the same for any B and ``batch``, up to rounding in a network. A
-        `ScoreDenoiser` that fills states up makes a sample depend on its place in the batch, and on
-        the batch's size, too.
-    solver
-        Solver in place of the recommended one. It ends with the data prediction if the process has
-        one.
-    times
-        Decreasing grid ``(n + 1,)``, in place of ``nfe``.
-    device
-        Device of the samples. None: the device of the score's parameters, or the CPU.
-    dtype
-        Dtype of the states.
-    batch
-        Number of samples in one batch. None: up to 4,096, fewer if a sample is large.
-    progress
-        Show a progress bar on stderr.
-    settings
-        Solver and grid in place of ``nfe``, ``solver`` and ``times``.
+        the first samples are the same for any B and ``batch``, up to rounding in a network.
+    solver, times, settings
+        Solver in place of the recommended one, and decreasing grid ``(n + 1,)`` in place of
+        ``nfe``; or settings, which have both. The last evaluation denoises.
+    device, dtype
+        Device and dtype of the samples. None: the device of the score's parameters, or the CPU.
+    batch, progress
+        Number of samples in one batch (None: up to 4,096, fewer if a sample is large), and whether
+        to show a progress bar on stderr.
 
     Raises
     ------
-    TypeError
-        If an argument has the wrong type.
-    ValueError
-        If ``nfe`` allows no step, ``shape`` is not ``(B, *D)``, the grid does not decrease, or the
-        solver does not apply to the process. The score has not been evaluated in these cases.
+    TypeError, ValueError
+        If an argument has the wrong type, ``nfe`` allows no step, ``shape`` is not ``(B, *D)``, the
+        grid does not decrease, or the solver does not apply. The score has not been evaluated then.
     FloatingPointError
         If a sample is not finite.
 
     Warns
     -----
     UserWarning
-        If the process, or the noise levels of the score, end before the noise hides the data: at
-        κ > −2, or for large samples at less than 0.9 of the noise level above. Samples are biased
-        towards the start then; for images it is their brightness. Also if sampling ends at κ < 2,
-        or a layer of the score is in training mode.
-
-    Notes
-    -----
-    The end at κ = 3.3 smooths structure finer than e^{−κ} ≈ 0.04, and the earlier ends of few steps
-    finer than 0.1. If an exact score has finer structure, pass ``times`` with a smaller end.
-
-    The settings of few steps suit networks. With an exact score of normal data of variance 1, 4 to
-    9 evaluations give standard deviations up to 12 % (VP) or 22 % (CLD) too large, and 3
-    evaluations give 24 % too small ones. Take at least 10.
-
-    The mean of all numbers of a sample, such as the brightness of an image, is the direction of the
-    data that needs most noise to hide. At the start it has a standard deviation of 0.52. If the
-    data's mean has another one, the samples' differs from it for images of 64 × 64 and more: by +4
-    to +9 % for 0.25 and by −6 to −13 % for 0.7, with 20 evaluations of CLD or VP. With 10, it is up
-    to 18 % too small for 0.5 and 26 % for 0.7.
+        If noise hides too little at the start, remains at the end, or a layer is in training mode.
 
     Examples
     --------
     >>> import torch, cldsde
-    >>> data = cldsde.GaussianMixture([0.5, 0.5], [[-2.0, 0.0], [2.0, 1.0]], [torch.eye(2) / 4] * 2)
-    >>> sde = cldsde.CLD()
-    >>> x = cldsde.sample(sde, data.score(sde), (1000, 2), nfe=10)
-    >>> x.shape, bool((x.mean(0) - torch.tensor([0.0, 0.5])).abs().max() < 0.3)
-    (torch.Size([1000, 2]), True)
+    >>> sde, data = cldsde.CLD(), cldsde.GaussianMixture([1.0], [[0.5, 1.0]], [torch.eye(2) / 4])
+    >>> cldsde.sample(sde, data.score(sde), (1000, 2), nfe=10).mean(0).round(decimals=1)
+    tensor([0.5000, 1.0000])
     """
     process = ReverseProcess(sde, score)
-    count, *data_shape = checked_shape(shape)
+    shape = checked_shape(shape)
     nfe, seed = as_integer(nfe, 1, "nfe"), as_integer(seed, 0, "seed")
     if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype must be a floating-point type of torch; got {dtype!r}")
+    recipe, sampler = _planned(process, shape[1:], nfe, solver, times, settings)
+    return _in_batches(
+        sampler, recipe.denoise, shape, seed, device, dtype, batch=batch, progress=progress
+    )
+
+
+def _planned(
+    process: ReverseProcess,
+    shape: Sequence[int],
+    nfe: int,
+    solver: Solver | None,
+    times: Tensor | None,
+    settings: SamplerSettings | None,
+) -> tuple[Recipe, Plan]:
+    """Recipe and plan for samples of a shape; warn of ends or a score that bias them."""
     if solver is not None:
         check_solver(solver)
     if settings is not None:
@@ -144,24 +127,39 @@ def sample(
             raise TypeError(f"settings must be a SamplerSettings; got {type(settings).__name__}")
         if not (solver is None and times is None):
             raise ValueError("solver and times must be None with settings, which have both")
-        solver, times = settings.solver, settings.times(sde)
+        solver, times = settings.solver, settings.times(process.sde)
     _warn_of_training(process.score)
-    recipe, sampler = recommended_plan(
-        process, nfe=nfe, solver=solver, times=times, shape=data_shape
-    )
-    first_time = float(sampler.times[0])
+    recipe, sampler = recommended_plan(process, nfe=nfe, solver=solver, times=times, shape=shape)
     if times is None:
-        _warn_of_ends(sde, sampler.times, data_shape, nfe)
-    device = process.score.device if device is None else as_device(device)
+        _warn_of_ends(process.sde, sampler.times, shape, nfe)
+    return recipe, sampler
+
+
+def _in_batches(
+    sampler: Plan,
+    denoise: Denoise,
+    shape: Sequence[int],
+    seed: int,
+    device: torch.device | str | None,
+    dtype: torch.dtype,
+    *,
+    batch: int | None,
+    progress: bool,
+) -> Tensor:
+    """Samples ``(B, *D)`` of a plan, in batches of a size that is found if it is None."""
+    sde, score = sampler.process.sde, sampler.process.score
+    count, *data_shape = shape
+    device = score.device if device is None else as_device(device)
     most = max(1, _NUMBERS // (sde.components * math.prod(data_shape)))
     size = min(_SAMPLES, most) if batch is None else as_integer(batch, 1, "batch")
+    first_time = float(sampler.times[0])
     found = []
     with progress_bar(None, shown=progress, total=count, desc="sampling") as bar, torch.no_grad():
         for first in range(0, count, size):
             noise = SampleNoise(range(first, min(first + size, count)), key=seed)
             start = noise.start(sde, data_shape, dtype=dtype, device=device, t=first_time)
-            batched = sampler.part(slice(first, first + size), (count, *data_shape))
-            solution = batched.solve(start, noise=noise, denoise=recipe.denoise, warn=False)
+            batched = sampler.part(slice(first, first + size), shape)
+            solution = batched.solve(start, noise=noise, denoise=denoise, warn=False)
             found.append(solution.raise_for_failure().data)
             bar.update(len(noise.seeds))
     return torch.cat(found)
@@ -180,7 +178,7 @@ def _warn_of_training(score: Score) -> None:
     kinds = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
     if any(isinstance(layer, kinds) and layer.training for layer in score.modules()):
         msg = "score has dropout or batch normalisation in training mode; call its eval() first"
-        warnings.warn(msg, UserWarning, stacklevel=3)
+        warnings.warn(msg, UserWarning, stacklevel=4)
 
 
 def _warn_of_ends(sde: LinearSDE, times: Tensor, shape: Sequence[int], nfe: int) -> None:
@@ -200,4 +198,4 @@ def _warn_of_ends(sde: LinearSDE, times: Tensor, shape: Sequence[int], nfe: int)
         msg = f"sampling ends at the noise level {math.exp(-last):.3g}, because process or score "
         msg += "have none below. Data lose structure finer than it"
     if msg:
-        warnings.warn(msg, UserWarning, stacklevel=3)
+        warnings.warn(msg, UserWarning, stacklevel=4)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Integration
+from .base import Integration, Run
 
 
 class SolveWarning(RuntimeWarning):
@@ -45,7 +45,11 @@ class Solution:
 
     @property
     def log_prob(self) -> Tensor | None:
-        """Log-density of the path given its start, ``(B,)`` nats: the sum of ``log_probs``."""
+        """Log-density of the path given its start, ``(B,)`` nats: the sum of ``log_probs``.
+
+        The start has the log-density ``sde.prior.log_prob(state)``. If the noise does not reach all
+        components (Euler–Maruyama under CLD), the density is on the range of the noise.
+        """
         return None if self.log_probs is None else self.log_probs.sum(0)
 
     @property
@@ -67,22 +71,21 @@ class Solution:
 
 
 def finished(
-    done: Integration,
-    final: Callable[[Tensor], Tensor] | None,
-    evaluations: int,
-    states: Tensor,
-    requested: Tensor,
+    run: Run, done: Integration, requested: Tensor, final: Callable[[Tensor], Tensor] | None
 ) -> Solution:
-    """Make a solution from an integration, and requested states ``(S, B, k, *D)`` with times.
+    """Make a solution with the states at the requested times from an integration.
 
-    ``final`` computes denoised data by some score evaluations; None takes the data component.
+    ``final`` computes denoised data at the last time; None takes the data component.
     """
+    states = done.states[: int((requested != run.times[0]).sum())]
+    if requested[0] == run.times[0]:
+        states = torch.cat([run.state.unsqueeze(0), states])
     nfev, z = done.nfev, done.state.contiguous()
     arrived = bool(done.success.all())
     if final is None or not bool(done.success.any()):
         data = z[:, 0].clone()
     else:
-        nfev = nfev + evaluations * done.success
+        nfev = nfev + int(run.process.score.evaluations(run.times[-1])) * done.success
         rows = done.success.nonzero().flatten().to(z.device)
         data = final(z) if arrived else z[:, 0].index_copy(0, rows, final(z[rows]))
     success = done.success & (finite_samples(z) & finite_samples(data)).cpu()

@@ -95,13 +95,7 @@ def from_diffusers(
         network, found = _load(Path(source).expanduser(), str(source), download=download)
     else:
         network, found = network_and_scheduler(source)
-    scheduler = found if scheduler is None else scheduler
-    if scheduler is None:
-        raise ValueError(
-            "scheduler must be given for a model without one: the scheduler that it was trained "
-            "with, such as diffusers.DDPMScheduler(), or its configuration"
-        )
-    made = _scheduler(scheduler)
+    made = _scheduler(found if scheduler is None else scheduler)
     convention = Convention.of(made)
     plain = _original(network)
     check_channels(plain)
@@ -228,6 +222,11 @@ def _scheduler(given: Any) -> Any:
     """A scheduler of diffusers from itself, its configuration, or a file of it."""
     import diffusers
 
+    if given is None:
+        raise ValueError(
+            "scheduler must be given for a model without one: the scheduler that it was trained "
+            "with, such as diffusers.DDPMScheduler(), or its configuration"
+        )
     given = getattr(given, "replaced", given)  # of a `PipelineScheduler`
     if isinstance(given, diffusers.SchedulerMixin):
         return given

@@ -17,7 +17,7 @@ from cldsde.linear.interpolants import RectifiedFlow, falling
 from cldsde.linear.processes import CLD, HOLD, PSLD, VESDE, VPSDE, SubVPSDE
 from cldsde.linear.sde import LinearSDE
 from cldsde.pretrained.descriptions import process_of, solver_of
-from cldsde.pretrained.stepping import check_steppable, recommended_steps, streams_of
+from cldsde.pretrained.stepping import PathSteps, check_steppable, recommended_steps, streams_of
 from cldsde.progress import progress_bar
 from cldsde.score import NoisePath
 from cldsde.solvers.base import Solver
@@ -45,9 +45,9 @@ def sample_k_diffusion(
     r"""Sample with any linear SDE, with the arguments of the samplers of k-diffusion and ComfyUI.
 
     The model sees x = x_0 + σ n. Velocities and other components of the process stay inside. Each
-    level but the last is one evaluation of the model. If ``sigmas`` ends in 0, the last evaluation
-    is the result. In ComfyUI, ``KSAMPLER(sample_k_diffusion)`` is a sampler. The page "Sample in
-    ComfyUI or k-diffusion" has examples.
+    level but the last is one evaluation of the model. The result ``(B, *D)`` has the dtype of x: it
+    is the last evaluation if ``sigmas`` ends in 0, and x of the last level otherwise. See the page
+    "Sample in ComfyUI or k-diffusion" for examples, levels, and the samplers of k-diffusion.
 
     Parameters
     ----------
@@ -70,51 +70,24 @@ def sample_k_diffusion(
         The process, or the name of its class. None: `cldsde.CLD`.
     solver
         A solver that evaluates the score once per step, at its start, or its name. None: the
-        recommended one for the process and the number of steps; for a part of a sampling, that for
-        many steps.
+        recommended one for the process and the number of steps.
     path
         Signal α and noise σ of x = α(t) x_0 + σ(t) n, if ``sigmas`` are times t of this path. None:
-        x = x_0 + σ n, or, if the model is one of ComfyUI's flow models (``CONST``),
-        ``NoisePath.linear()``.
+        ``NoisePath.linear()`` for flow models of ComfyUI (``CONST``), x = x_0 + σ n for others.
     noise
         A noise source, a generator, or a seed, from which each sample has a random stream of its
         own. None: random streams that depend on each sample's x alone.
     noise_sampler
-        k-diffusion's source of noise noise_sampler(sigma, next_sigma), in place of ``noise``, for
+        k-diffusion's source of noise, noise_sampler(sigma, next_sigma), in place of ``noise``. For
         processes of one component.
-
-    Returns
-    -------
-    Tensor
-        ``(B, *D)`` in the dtype of x: the data, or x of the last level if ``sigmas`` ends above 0.
 
     Raises
     ------
-    TypeError
-        If an argument has the wrong type.
-    ValueError
-        If the levels do not decrease, the process does not reach them, the solver does not apply,
-        or ``noise_sampler`` is given for several components. The model has not been evaluated then.
-
-    Notes
-    -----
-    - k-diffusion's ``sample_euler`` is ``process="VESDE", solver=ExponentialMultistep(order=1)``.
-      ``sample_dpmpp_2m`` has order 2, ``variable="log_snr"`` and ``weights="published"``. Any
-      process of one component gives the same samples with them.
-    - Deterministic steps of order 1 lead from pure noise (t = 1 of the linear path) to the first
-      level that the process reaches. `cldsde.RectifiedFlow` reaches every level, and takes such
-      steps above σ = 148.
-    - Prefer levels with even steps in log σ near the data, such as those of Karras et al. (2022).
-      ComfyUI's "normal" levels of Stable Diffusion end with a long step. After it, samplers of
-      order 2 make Gaussian data of standard deviation 0.5 too wide: with 30 levels and λ from 0 to
-      1 by 3 to 15 % under VP, and by 9 to 22 % under CLD.
+    TypeError, ValueError
+        If an argument has the wrong type, the levels do not decrease, the process does not reach
+        them, or the solver does not apply. The model has not been evaluated then.
     """
-    check_callable(model, "model", "a denoiser model(x, sigma)")
-    if not (isinstance(x, Tensor) and x.is_floating_point() and x.ndim > 1 and len(x) > 0):
-        kind = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"x must be a floating-point tensor (B, *D); got {kind}")
-    if callback is not None:
-        check_callable(callback, "callback", "a function of a dictionary")
+    _check_arguments(model, x, callback)
     arguments = {} if extra_args is None else dict(extra_args)
     sde = CLD() if process is None else process_of(process)
     grid_solver = None if solver is None else check_steppable(solver_of(solver))
@@ -123,26 +96,39 @@ def sample_k_diffusion(
     source = _noise_source(noise, noise_sampler, x, sde)
     if len(levels) < 2:
         return x
-    scales = _scales(levels, path)
-    log_snr = scales[0].log() - scales[1].log()
-    _check_reached(sde, log_snr)
-    steps = recommended_steps(sde, grid_solver, log_snr, *scales)
+    steps = _steps(sde, grid_solver, levels, path)
     given = torch.as_tensor(sigmas)
-    checked, shape = CheckedNoise(source), x.shape
     shown = sys.stderr.isatty() if disable is None else not disable
     for i in progress_bar(range(len(levels) - 1), shown=shown, desc="sampling"):
-        denoised = model(x, given[i] * x.new_ones(len(x)), **arguments)
-        if not isinstance(denoised, Tensor) or denoised.shape != shape:
-            msg = f"model must return a tensor like x, {tuple(shape)}; got {shaped(denoised)}"
-            raise ValueError(msg)
+        sigma = given[i]
+        denoised = _denoised(model, x, sigma, arguments)
         if callback is not None:
-            callback(
-                {"x": x, "i": i, "sigma": given[i], "sigma_hat": given[i], "denoised": denoised}
-            )
+            callback({"x": x, "i": i, "sigma": sigma, "sigma_hat": sigma, "denoised": denoised})
         if isinstance(source, _SamplerNoise):
-            source.levels = given[i], given[i + 1]
-        x = steps.step(i, x, denoised, checked)
+            source.levels = sigma, given[i + 1]
+        x = steps.step(i, x, denoised, CheckedNoise(source))
     return x
+
+
+def _check_arguments(model: object, x: object, callback: object) -> None:
+    """Raise TypeError unless model and callback can be called, and x is a batch of numbers."""
+    check_callable(model, "model", "a denoiser model(x, sigma)")
+    if not (isinstance(x, Tensor) and x.is_floating_point() and x.ndim > 1 and len(x) > 0):
+        kind = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"x must be a floating-point tensor (B, *D); got {kind}")
+    if callback is not None:
+        check_callable(callback, "callback", "a function of a dictionary")
+
+
+def _denoised(
+    model: Callable[..., Tensor], x: Tensor, sigma: Tensor, arguments: dict[str, Any]
+) -> Tensor:
+    """The model's estimate of x_0; raise ValueError if it does not have the shape of x."""
+    denoised = model(x, sigma * x.new_ones(len(x)), **arguments)
+    if not isinstance(denoised, Tensor) or denoised.shape != x.shape:
+        msg = f"model must return a tensor like x, {tuple(x.shape)}; got {shaped(denoised)}"
+        raise ValueError(msg)
+    return denoised
 
 
 class _SamplerNoise(NoiseSource):
@@ -206,6 +192,16 @@ def _checked_levels(sigmas: Tensor | Sequence[float]) -> Tensor:
             f"{float(levels[i]):.6g} and then {float(levels[i + 1]):.6g}"
         )
     return levels
+
+
+def _steps(
+    sde: LinearSDE, solver: Solver | None, levels: Tensor, path: NoisePath | None
+) -> PathSteps:
+    """Steps of the process between the levels, which it must reach."""
+    signal, noise = _scales(levels, path)
+    log_snr = signal.log() - noise.log()
+    _check_reached(sde, log_snr)
+    return recommended_steps(sde, solver, log_snr, signal, noise)
 
 
 def _scales(levels: Tensor, path: NoisePath | None) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -61,8 +62,7 @@ def log_likelihood(
 ) -> Likelihood:
     r"""Log-likelihood of data under the model, by its probability-flow ODE.
 
-    States are drawn for each data point from a distribution q. The result is the average of the
-    logarithm of
+    The result is the average, over states that are drawn from a distribution q, of the logarithm of
 
     .. math:: w = \frac{p_{t_{min}}(z)\ p(x_0 \mid z)}{q(z \mid x_0)}.
 
@@ -77,21 +77,19 @@ def log_likelihood(
     t_min
         Time at which the model stops, 0 < t_min < T.
     start
-        ``"perturb"``: q is the forward process given x_0 at ``t_min``. p(x_0 | z) is the Gaussian
-        with mean x̃ = ψᵀΣ⁻¹z / ψᵀΣ⁻¹ψ, the estimate of the data, and variance 1/ψᵀΣ⁻¹ψ. This is a
-        proper bound for a model that stops at ``t_min``.
+        ``"perturb"``: q is the forward process given x_0 at ``t_min``, and p(x_0 | z) = N(x̃, 1/I)
+        with x̃ = ψᵀΣ⁻¹z / I and I = ψᵀΣ⁻¹ψ. It is a bound for a model that stops at ``t_min``.
 
         ``"replace"``: the state is (x_0, v) with auxiliary components v from their initial
-        distribution, and p(x_0|z) is left out. This is the common practice: the density of the
-        model's x at ``t_min``, evaluated at the data. Without auxiliary components it is exact;
-        with them it is a bound on that density. If the variance of the velocity has doubled at
-        ``t_min``, importance weights have infinite variance and ``standard_error`` is meaningless.
-        Take a smaller ``t_min`` or ``"perturb"``.
+        distribution, and p(x_0 | z) is left out. This is the common practice: the density of the
+        model's x at ``t_min``, evaluated at the data. It is exact without auxiliary components, and
+        a bound with them. If the variance of the velocity has doubled at ``t_min``, w has infinite
+        variance and ``standard_error`` is meaningless: take a smaller ``t_min`` or ``"perturb"``.
     samples
         Number of states drawn for each data point, ≥ 1.
     importance_weighted
         Average w instead of log w over the samples, for a tighter bound (Burda et al. 2016). It
-        needs the exact divergence, because noise in log w would bias the mean of w upwards.
+        needs the exact divergence.
     divergence, rtol, atol, method, max_nfev
         See `flow_log_prob`.
     generator
@@ -114,10 +112,25 @@ def log_likelihood(
     (torch.Size([1]), True)
     """
     check_reverse_process(process)
-    sde = process.sde
-    mean = sde.embed(x0)
+    sde, mean = process.sde, process.sde.embed(x0)
     check_between(t_min, 1e-300, 1 - 1e-9, "t_min")
     one_of(start, Start, "start")
+    _check_average(x0, samples, divergence, importance_weighted=importance_weighted)
+    draw = _perturbed if start == "perturb" else _replaced
+    z, log_ratio = draw(sde, mean.repeat_interleave(samples, dim=0), t_min, generator)
+    solved = partial(flow_log_prob, rtol=rtol, atol=atol, method=method, max_nfev=max_nfev)
+    density = solved(process, z, t_min, divergence=divergence, generator=generator)
+    log_w = (density.log_prob + log_ratio).reshape(len(x0), samples)
+    log_prob, standard_error = _averaged(log_w, importance_weighted=importance_weighted)
+    is_bound = start == "perturb" or sde.components > 1
+    dimension = math.prod(x0.shape[1:])
+    return Likelihood(log_prob, standard_error, is_bound, dimension, density.nfev)
+
+
+def _check_average(
+    x0: Tensor, samples: int, divergence: Divergence, *, importance_weighted: bool
+) -> None:
+    """Raise an error unless the samples of each data point have an average without bias."""
     one_of(divergence, Divergence, "divergence")
     as_integer(samples, 1, "samples")
     if x0.numel() == 0 and len(x0):
@@ -128,34 +141,20 @@ def log_likelihood(
             "divergence must be 'exact' with importance_weighted=True, because the noise of a "
             f"Hutchinson estimate would bias the mean of the weights; got {divergence!r}"
         )
-    draw = _perturbed if start == "perturb" else _replaced
-    z, log_ratio = draw(sde, mean.repeat_interleave(samples, dim=0), t_min, generator)
-    density = flow_log_prob(
-        process,
-        z,
-        t_min,
-        divergence=divergence,
-        rtol=rtol,
-        atol=atol,
-        method=method,
-        max_nfev=max_nfev,
-        generator=generator,
-    )
-    log_w = (density.log_prob + log_ratio).reshape(len(x0), samples)
+
+
+def _averaged(log_w: Tensor, *, importance_weighted: bool) -> tuple[Tensor, Tensor]:
+    """Estimate of log E w or of E log w from samples ``(B, S)``, and its standard error."""
+    count, samples = log_w.shape
     if importance_weighted:
-        log_prob = log_w.logsumexp(1) - math.log(samples)
+        average = log_w.logsumexp(1) - math.log(samples)
         # By the delta method, the log of the mean has the relative spread of the weights.
-        spread = (log_w - log_prob.unsqueeze(1)).exp()
+        spread = (log_w - average.unsqueeze(1)).exp()
     else:
-        log_prob, spread = log_w.mean(1), log_w
-    unknown = torch.full_like(log_prob, math.nan)
-    return Likelihood(
-        log_prob=log_prob,
-        standard_error=spread.std(1) / math.sqrt(samples) if samples > 1 and len(x0) else unknown,
-        is_bound=start == "perturb" or sde.components > 1,
-        dimension=math.prod(x0.shape[1:]),
-        nfev=density.nfev,
-    )
+        average, spread = log_w.mean(1), log_w
+    if samples == 1 or count == 0:
+        return average, torch.full_like(average, math.nan)
+    return average, spread.std(1) / math.sqrt(samples)
 
 
 def _perturbed(

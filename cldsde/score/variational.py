@@ -181,14 +181,7 @@ def cross_entropy(
     dimension = math.prod(pair.x0.shape[1:])
     divergence = _prior_divergence(sde, pair.x0, prior or sde.prior)
     diffusion = dimension * (1 - t_min) * weight * losses
-    entropy = 0.5 * math.log(2 * math.pi * math.e)  # of a standard normal number
-    if of == "data":
-        last = entropy - sde.log_snr(t_min)
-    else:
-        root = sde.marginal(t_min).root
-        check_density(root, torch.tensor(t_min, device="cpu"), "t_min")
-        last = entropy * sde.components + root.diagonal().log().sum()
-    return divergence + diffusion + (dimension * last).to(losses)
+    return divergence + diffusion + (dimension * _entropy(sde, t_min, of)).to(losses)
 
 
 def _check_times(pair: PerturbedData, weight: Tensor | float, t_min: float) -> None:
@@ -230,6 +223,16 @@ def _gaussian_diffusion(pair: PerturbedData, mean: Tensor, variance: float, t_mi
     excess = square / variance - dimension
     known: Tensor = excess * (1 / last - 1 / first).to(x0) + dimension * (first / last).log()
     return 0.5 * known.to(x0)
+
+
+def _entropy(sde: LinearSDE, t_min: float, of: CrossEntropyOf) -> Tensor:
+    """Entropy of z given x_0 at t_min, or of the decoded data given z, per data dimension."""
+    standard = 0.5 * math.log(2 * math.pi * math.e)  # of a standard normal number
+    if of == "data":
+        return standard - sde.log_snr(t_min)
+    root = sde.marginal(t_min).root
+    check_density(root, torch.tensor(t_min, device="cpu"), "t_min")
+    return standard * sde.components + root.diagonal().log().sum()
 
 
 def _prior_divergence(sde: LinearSDE, x0: Tensor, prior: Gaussian) -> Tensor:

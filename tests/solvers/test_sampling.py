@@ -264,7 +264,7 @@ def brightness_ratio(sde, D, brightness, count):
 
 
 # The promises for the standard deviation of the mean. The start has a brightness of .52: data with
-# another one lose accuracy, as `sample` documents.
+# another one lose accuracy, as the page on solvers says.
 PROMISES = [(0.5, 0.03), (0.25, 0.09), (0.7, 0.13)]
 
 
