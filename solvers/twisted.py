@@ -1,8 +1,9 @@
 r"""Posterior sampling by twisted sequential Monte Carlo on the second-order multistep step.
 
-A step of `ExponentialMultistep` with noise is Gaussian given its history,
-z' = Φz + Σⱼ Bⱼ Dⱼ + Lξ. A particle takes it with the predictions D_y given the observation in place
-of D. With q = L⁻¹ Σⱼ Bⱼ (D_y,j − Dⱼ) its log-weight grows by
+L. Wu et al. (2023) have the first-order step of variance-preserving processes. Here a step of
+`ExponentialMultistep` with noise is Gaussian given its history, z' = Φz + Σⱼ Bⱼ Dⱼ + Lξ. A particle
+takes it with the predictions D_y given the observation in place of D. With
+q = L⁻¹ Σⱼ Bⱼ (D_y,j − Dⱼ) its log-weight grows by
 
 .. math:: −q^⊤(ξ + q/2) + \log \tilde p(y | z') − \log \tilde p(y | z).
 
@@ -14,9 +15,9 @@ p̃(y | z_ε), as their number grows.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from cldsde.linear.blocks import apply_blocks
 from cldsde.linear.checks import as_device, as_grid_times, as_integer, check_between, one_of
 from cldsde.linear.covariance import triangular_inverse
 from cldsde.linear.random import check_generator, standard_normal
+from cldsde.linear.sde import LinearSDE
 from cldsde.progress import progress_bar
 from cldsde.score import Observation, PosteriorScore, ReverseProcess
 from cldsde.score.observation import check_observation
@@ -35,9 +37,10 @@ from cldsde.score.times import KnownTimes, PlannedTime, score_argument
 from .combine import Block, combine
 from .exponential_multistep import ExponentialMultistep
 from .noise import checked_seeds, start_root
-from .planning import plan
+from .planning import Plan, plan
 
 _Twist = Literal["moments", "pigdm"]
+_SOLVER = ExponentialMultistep(order=2, stochasticity=1.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,53 +103,38 @@ def sample_posterior(
     """Posterior sampling by twisted sequential Monte Carlo: samples and evidence of p(x_0 | y).
 
     Guided steps move particles, weights measure how well they explain y, and particles of small
-    weight are replaced by copies of others (L. Wu et al. 2023, for the first-order step of
-    variance-preserving processes). The error falls with the number of particles and of steps, for
-    any score; `PosteriorScore` alone keeps a bias.
+    weight are replaced by copies of others (L. Wu et al. 2023). The error falls with the number of
+    particles and of steps, for any score. See :doc:`/how-to/solve-an-inverse-problem`.
 
     Parameters
     ----------
-    process
-        Forward SDE and score of the data, without the observation.
-    observation
-        The observation, one y for all particles.
+    process, observation
+        Forward SDE and score of the data alone, and the observation, one y for all particles.
     times
         Decreasing grid from T to ε at most `Observation.end_time`.
-    particles
-        Particles K of one run.
-    threshold
-        A run resamples when its effective sample size falls below this part of K, in [0, 1].
-    seeds
-        One integer in [0, 2³²) per run; a run depends on its own seed alone. None makes one run
-        from ``generator``.
-    generator
-        Source of all randomness in place of seeds.
+    particles, threshold
+        Number K of particles per run. A run resamples when its effective sample size falls below
+        ``threshold`` · K, with a threshold in [0, 1].
+    seeds, generator
+        One integer in [0, 2³²) per run, or the random generator of a single run. A run depends on
+        its own seed alone.
     shape
         Shape ``(*D)`` of one data point; None takes the observation's.
-    method
-        ``"moments"``: the sharper proposal and weight; one gradient of the score per number of y,
-        so for dozens of numbers. ``"pigdm"``: one gradient in all. See `PosteriorScore`.
-    gradient
-        False takes no gradient of the score; for data of a few numbers.
-    data_variance
-        Variance of one number of the data. Particles start from it, too, if ``times[0]`` < T.
+    method, gradient, data_variance
+        See `PosteriorScore`; here ``"moments"`` takes one gradient of the score per number of y.
+        Particles start with the data variance, too, if ``times[0]`` < T.
     chunk
-        Particles for which the score is evaluated at a time; None evaluates all at once. Less
-        memory and, apart from rounding, the same samples.
+        Particles per call of the score, to save memory; None: all.
     denoise
         Return E[x_0 | z_ε, y] in place of the data component of z_ε.
-    dtype, device
-        Of the particles.
-    progress
-        Show a progress bar on stderr.
+    dtype, device, progress
+        Dtype and device of the particles; whether to show a progress bar on stderr.
 
     Raises
     ------
-    TypeError
-        If an argument has the wrong type.
-    ValueError
-        If an argument is out of range, the observation does not fit the data or is not linear, its
-        noise is 0, or the grid ends too late for its noise; all before the score is evaluated.
+    TypeError, ValueError
+        If an argument has the wrong type or is out of range, the observation is not linear, has no
+        noise or does not fit the data, or the grid ends too late; all before any score evaluation.
     FloatingPointError
         If no particle of a run has a finite weight.
 
@@ -154,68 +142,144 @@ def sample_posterior(
     --------
     >>> import torch
     >>> from cldsde import CLD, GaussianMixture, Observation, ReverseProcess, solvers
-    >>> sde = CLD()
-    >>> width = 0.04 * torch.eye(2).expand(2, 2, 2)
-    >>> data = GaussianMixture([1, 1], [[-1.0, 0.0], [1.0, 0.0]], width)
-    >>> seen = Observation.matrix([[0.0, 1.0]], torch.tensor([0.1]), noise_std=0.1)
-    >>> times = solvers.root_times(sde.T, seen.end_time(sde, (2,)), 25)
-    >>> found = solvers.sample_posterior(
-    ...     ReverseProcess(sde, data.score(sde)), seen, times, particles=500, seeds=range(4)
-    ... )
-    >>> abs(found.log_evidence - data.log_evidence(seen)) < 4 * found.log_evidence_std
+    >>> sde, data = CLD(), GaussianMixture([1, 1], [[-1.0], [1.0]], [[[0.25]]] * 2)
+    >>> seen = Observation.matrix([[1.0]], torch.tensor([0.1]), noise_std=0.1)
+    >>> times = solvers.root_times(sde.T, seen.end_time(sde, (1,)), 25)
+    >>> process = ReverseProcess(sde, data.score(sde))
+    >>> found = solvers.sample_posterior(process, seen, times, particles=500, seeds=range(4))
+    >>> abs(found.log_evidence - data.log_evidence(seen)) < 0.2
     True
     """
+    _check_arguments(process, observation, method, times, particles, chunk, threshold, dtype)
+    generators, runs = _generators(seeds, generator)
+    sde, grid = process.sde, as_grid_times(times, "times")
+    data_shape = _data_shape(observation, shape, sde, float(grid[-1]), dtype, device)
+    guided = PosteriorScore(
+        process.score, observation, method, gradient=gradient, data_variance=data_variance, sde=sde
+    )
+    count = runs * int(particles)
+    like = torch.empty(count, sde.components, *data_shape, dtype=dtype, device=device)
+    steps = _GuidedSteps(plan(process, _SOLVER, grid), guided, like, chunk)
+    return _sequential_monte_carlo(steps, generators, runs, threshold, denoise, progress)
+
+
+def _check_arguments(
+    process: object,
+    observation: object,
+    method: object,
+    times: object,
+    particles: object,
+    chunk: object,
+    threshold: float,
+    dtype: object,
+) -> None:
     check_reverse_process(process)
     check_observation(observation)
     one_of(method, _Twist, "method")
-    sde = process.sde
-    grid = as_grid_times(times, "times")
-    particles = as_integer(particles, 1, "particles")
-    chunk = None if chunk is None else as_integer(chunk, 1, "chunk")
+    as_grid_times(times, "times")
+    as_integer(particles, 1, "particles")
+    if chunk is not None:
+        as_integer(chunk, 1, "chunk")
     check_between(threshold, 0.0, 1.0, "threshold")
     if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype must be a floating-point type of torch; got {dtype!r}")
-    generators, runs = _generators(seeds, generator)
+
+
+def _data_shape(
+    observation: Observation,
+    shape: Sequence[int] | None,
+    sde: LinearSDE,
+    end: float,
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> tuple[int, ...]:
+    """Shape of one data point; raise a ValueError if observation, shape and end do not fit."""
     data_shape = observation.shape if shape is None else tuple(shape)
     if data_shape is None:
         msg = "shape must be given: this observation does not know the shape of the data; got None"
         raise ValueError(msg)
-    device = as_device(device)
-    observation.check(data_shape, dtype=dtype, device=device)
+    observation.check(data_shape, dtype=dtype, device=as_device(device))
     latest = observation.end_time(sde, data_shape)
-    if float(grid[-1]) > latest * (1 + 1e-6):
+    if end > latest * (1 + 1e-6):
         raise ValueError(
             f"times must end at {latest:.3g} or earlier for noise_std = {observation.noise_std:g}: "
-            f"noise left at their end would blur the posterior; got {float(grid[-1]):.3g}"
+            f"noise left at their end would blur the posterior; got {end:.3g}"
         )
-    guided = PosteriorScore(
-        process.score, observation, method, gradient=gradient, data_variance=data_variance, sde=sde
-    )
-    tables = plan(process, ExponentialMultistep(order=2, stochasticity=1.0), grid).tables
-    tilts = _tilts(tables)
-    like = torch.empty(runs * particles, sde.components, *data_shape, dtype=dtype, device=device)
-    at_once = len(like) if chunk is None else chunk
-    if process.score.part(slice(0, 1), (len(like), *data_shape)) is not process.score:
-        raise ValueError("score must have one condition for all particles, because they are mixed")
-    if at_once < len(like) and process.score.depends_on_place:
-        raise ValueError("chunk must be None for a score that depends on the place in the batch")
-    guide = _guide_in_chunks(guided, grid, like, at_once)
+    return data_shape
+
+
+class _GuidedSteps:
+    """Steps of the multistep solver with predictions given y, on one grid."""
+
+    def __init__(
+        self, steps: Plan, guided: PosteriorScore, like: Tensor, chunk: int | None
+    ) -> None:
+        self.times, self.guided, self.like = steps.times, guided, like
+        self._chunk = len(like) if chunk is None else int(chunk)
+        score = steps.process.score
+        if score.part(slice(0, 1), (len(like), *like.shape[2:])) is not score:
+            msg = "score must have one condition for all particles, because they are mixed"
+            raise ValueError(msg)
+        if self._chunk < len(like) and score.depends_on_place:
+            msg = "chunk must be None for a score that depends on the place in the batch"
+            raise ValueError(msg)
+        self._known, self._moved = KnownTimes(self.times), score_argument(self.times, like)
+        self._tables = steps.tables
+        noise = torch.tensor(steps.tables.noise, dtype=torch.float64, device="cpu")
+        weights = torch.tensor(steps.tables.weights, dtype=torch.float64, device="cpu")
+        # L⁻¹Bⱼ of each step, which map shifts D_y − D to q.
+        self._tilts: list[list[Block]] = (triangular_inverse(noise).unsqueeze(1) @ weights).tolist()
+
+    def guide(self, z: Tensor, i: int) -> Guided:
+        """Predictions of particles at ``times[i]``."""
+        parts = []
+        for few in torch.split(z, self._chunk):
+            at = PlannedTime(self._known, i, self._moved[i].expand(len(few)))
+            parts.append(self.guided.guide(few, at.argument, planned=at))
+        return Guided(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+    def step(
+        self, i: int, z: Tensor, history: list[Guided], noise: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """State after step i, and the change of the log-weights by its proposal."""
+        tables = self._tables
+        shifts = [past.shift.unsqueeze(1) for past in history]
+        predictions = [past.data.unsqueeze(1) + past.shift.unsqueeze(1) for past in history]
+        # The first step has fewer predictions than weights.
+        q = combine(*zip(self._tilts[i], shifts, strict=False))
+        moved = zip(tables.weights[i], predictions, strict=False)
+        z = combine((tables.move[i], z), *moved, (tables.noise[i], noise))
+        return z, -(q * (noise + q / 2)).flatten(1).sum(1)
+
+
+def _sequential_monte_carlo(
+    steps: _GuidedSteps,
+    generators: list[torch.Generator] | None,
+    runs: int,
+    threshold: float,
+    denoise: bool,
+    progress: bool,
+) -> PosteriorSamples:
+    """Move, weigh and resample the particles of all runs."""
+    guided, times, like = steps.guided, steps.times, steps.like
+    dtype, device = like.dtype, like.device
 
     def normals() -> Tensor:
         return standard_normal(like.shape, generator=generators, dtype=dtype, device=device)
 
-    weights = _Weights(runs, particles)
+    weights = _Weights(runs, len(like) // runs)
     with torch.no_grad():
-        z = apply_blocks(start_root(sde, float(grid[0]), data_variance), normals())
-        history = [guide(z, 0)]  # the newest first
+        root = start_root(guided.sde, float(times[0]), guided.data_variance)
+        z = apply_blocks(root, normals())
+        history = [steps.guide(z, 0)]  # the newest first
         weights.add(history[0].log_likelihood)
-        for i in progress_bar(range(len(grid) - 1), shown=progress, desc="posterior"):
+        for i in progress_bar(range(len(times) - 1), shown=progress, desc="posterior"):
             chosen = weights.resampled(threshold, _uniforms(generators, runs))
             if chosen is not None:
                 chosen = chosen.to(device)
                 z, history = z[chosen], [Guided(*(x[chosen] for x in y)) for y in history]
-            z, change = _step(tables, tilts[i], i, z, history, normals())
-            history = [guide(z, i + 1), history[0]]
+            z, change = steps.step(i, z, history, normals())
+            history = [steps.guide(z, i + 1), history[0]]
             weights.add(history[0].log_likelihood - history[1].log_likelihood + change)
     log_evidence, log_evidence_std = weights.evidence()
     return PosteriorSamples(
@@ -224,45 +288,8 @@ def sample_posterior(
         log_evidence=log_evidence,
         log_evidence_std=log_evidence_std,
         ess=torch.stack(weights.ess, 1),
-        nfev=int(guided.evaluations(grid).sum()),
+        nfev=int(guided.evaluations(times).sum()),
     )
-
-
-def _tilts(tables: Any) -> list[list[Block]]:
-    """L⁻¹Bⱼ of each step, which map shifts D_y − D to q."""
-    root = triangular_inverse(torch.tensor(tables.noise, dtype=torch.float64, device="cpu"))
-    weights = torch.tensor(tables.weights, dtype=torch.float64, device="cpu")
-    tilts: list[list[Block]] = (root.unsqueeze(1) @ weights).tolist()
-    return tilts
-
-
-def _guide_in_chunks(
-    guided: PosteriorScore, grid: Tensor, like: Tensor, chunk: int
-) -> Callable[[Tensor, int], Guided]:
-    """Function guide(z, i) of particles at ``grid[i]``, for states of the type of ``like``."""
-    known, moved = KnownTimes(grid), score_argument(grid, like)
-
-    def guide(z: Tensor, i: int) -> Guided:
-        parts = []
-        for few in torch.split(z, chunk):
-            at = PlannedTime(known, i, moved[i].expand(len(few)))
-            parts.append(guided.guide(few, at.argument, planned=at))
-        return Guided(*(torch.cat(part) for part in zip(*parts, strict=True)))
-
-    return guide
-
-
-def _step(
-    tables: Any, tilts: list[Block], i: int, z: Tensor, history: list[Guided], noise: Tensor
-) -> tuple[Tensor, Tensor]:
-    """State after step i, and the change of the log-weights by its proposal."""
-    shifts = [past.shift.unsqueeze(1) for past in history]
-    predictions = [past.data.unsqueeze(1) + past.shift.unsqueeze(1) for past in history]
-    # The first step has fewer predictions than weights.
-    q = combine(*zip(tilts, shifts, strict=False))
-    moved = zip(tables.weights[i], predictions, strict=False)
-    z = combine((tables.move[i], z), *moved, (tables.noise[i], noise))
-    return z, -(q * (noise + q / 2)).flatten(1).sum(1)
 
 
 class _Weights:

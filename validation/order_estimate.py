@@ -19,6 +19,7 @@ from .plain import Array, plain
 from .regression import is_steady, local_orders, log_slope, turns
 
 _MODEL = 1e-3  # relative error of every expansion of an error, however smooth it looks
+_COARSE = "disagrees with finer levels"
 
 
 class Verdict(enum.StrEnum):
@@ -91,17 +92,20 @@ def estimate_order(
     rounding: ArrayLike | None = None,
     spacing: float = 0.5,
 ) -> OrderEstimate:
-    r"""Estimate the order p of errors :math:`e(h) = C h^p (1 + O(h^q))`, with an interval.
+    """Estimate the order p of errors :math:`e(h) = C h^p (1 + O(h^q))`, with an interval.
+
+    The order is the slope of log e on log h. Levels in rounding errors or noise, and coarse levels
+    that disagree with finer ones, are dropped. See :doc:`/reference/measuring` for all rules, the
+    verdicts, and the cases in which the interval covers p.
 
     Parameters
     ----------
     steps
         Step sizes ``(n,)``, positive and decreasing; usually halved from level to level.
     errors
-        Magnitudes of the errors ``(n,)``. A level whose error is not finite, from a solver that
-        diverged, is dropped.
+        Magnitudes of the errors ``(n,)``; not finite if a solver diverged.
     standard_errors
-        Standard errors ``(n,)`` of the errors, or one for all. None: 0, for exact errors. Levels
+        Standard errors of the errors, ``(n,)`` or one for all. None: 0, for exact errors. Levels
         are assumed to be independent.
     expected
         Declared order to compare with.
@@ -114,76 +118,14 @@ def estimate_order(
         :math:`10 · 2^{-52}/h`, for solutions of size 1.
     spacing
         q, the distance between the powers of h in the error's expansion. 1/2 covers most methods.
-        With 1 the interval is narrower. It holds for one-step methods for ordinary differential
-        equations, and for moments of solvers of SDEs with smooth coefficients [1]_ [2]_.
+        1 gives a narrower interval. Take 1 for one-step methods for ODEs (Hairer et al. 1993,
+        II.8), and for moments of solvers of SDEs with smooth coefficients (Talay and Tubaro 1990).
 
     Raises
     ------
     ValueError
         If lengths differ, steps are not positive and decreasing, an error, a standard error or a
         rounding error is negative, or an option is out of its range.
-
-    Notes
-    -----
-    The logarithm of the error at level i has the variance
-
-    .. math:: v_i = (s_i/e_i)^2 + (ρ_i/3e_i)^2 + 0.001^2
-
-    with the standard error s, the rounding error ρ, and 0.1 % for the error of the expansion.
-
-    1. Levels are dropped whose error is not finite, at most ρ, or below 3 s.
-    2. The local order of the two coarsest levels, :math:`Δ\log e/Δ\log h`, is compared with all
-       finer local orders. If it differs by more than ``tolerance`` plus the half-width of the
-       difference's interval, the coarsest level is dropped. This is repeated.
-    3. If fewer than 3 levels are left, there is no order.
-    4. The order is the slope of :math:`\log e` on :math:`\log h` by generalised least squares. Its
-       covariance matrix is
-
-       .. math:: V_{ij} = v_i δ_{ij} + \frac{u_{ij}}{1 - u_{ij}},
-                 \qquad u_{ij} = \frac14 \left(\frac{h_i h_j}{h_1^2}\right)^q,
-
-       with :math:`h_1` the coarsest kept step. The second part is the covariance of
-       :math:`\sum_{k≥1} c_k (h/h_1)^{kq}` with independent :math:`c_k` of standard deviation
-       :math:`2^{-k}`. It models the pre-asymptotic terms. If the errors are precise enough, the
-       regression extrapolates these terms away. One leading term makes local orders monotonic with
-       decreasing changes. If they are not, q is at most 1/2.
-    5. The interval is the normal interval, widened by :math:`\sqrt{χ^2/(n - 2)}` if the residuals'
-       :math:`χ^2` exceeds n − 2. In that case, unless all levels have standard errors, Student's
-       distribution with n − 2 degrees of freedom is used.
-
-    The verdict is
-
-    - FAIL if the interval lies below ``expected - tolerance``;
-    - PASS if it lies above ``expected - tolerance``, and its half-width is at most ``tolerance``;
-    - INCONCLUSIVE otherwise.
-
-    An order above the declared order passes, because many solvers are better than declared on easy
-    problems. The verdict is also FAIL in two cases, which concern the interval of the last local
-    order of the levels that rule 1 leaves:
-
-    - It lies below ``expected - 2 * tolerance``: errors stop decreasing above rounding and noise.
-      An exception are levels without standard errors whose local orders go up and down like noise.
-    - It lies below ``expected - tolerance``, and the finest error exceeds the coarsest
-      significantly: errors grow.
-
-    For exact errors :math:`C h^p (1 + a (h/h_1)^r)` on halved steps, the interval covers p in these
-    cases:
-
-    - r = 1, 5 levels or more: a from −0.9 to 4;
-    - r = 1, 4 levels: a up to 2;
-    - r = 1/2 and q = 1/2: a up to 1.
-
-    Pass standard errors if there are any. With unknown noise of 5 % at each of 4 to 8 levels, an
-    interval of 95 % covers p in about 85 of 100 cases.
-
-    The interval says nothing about finer grids than the measured ones. An error that approaches a
-    constant well below the finest level is not detected.
-
-    References
-    ----------
-    .. [1] Hairer, Nørsett and Wanner (1993), Solving Ordinary Differential Equations I, II.8.
-    .. [2] Talay and Tubaro (1990), Expansion of the global error for numerical schemes solving
-       stochastic differential equations, Stochastic Analysis and Applications 8, 483–509.
 
     Examples
     --------
@@ -193,59 +135,17 @@ def estimate_order(
     >>> print(estimate_order(h, [0.3 * x for x in h], expected=1.5))
     1.00 [0.96, 1.04], declared 1.5: FAIL
     """
-    h, e, s, floor = _checked_levels(steps, errors, standard_errors, rounding)
-    if expected is not None and not (math.isfinite(expected) and expected > 0):
-        raise ValueError(f"expected must be a finite, positive order or None; got {expected}")
-    check_positive(tolerance, "tolerance")
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must lie strictly between 0 and 1; got {confidence}")
-    check_positive(spacing, "spacing")
+    levels = _checked_levels(steps, errors, standard_errors, rounding)
+    _check_options(expected, tolerance, confidence, spacing)
     quantile = -NormalDist().inv_cdf((1 - confidence) / 2)
-    reasons = [_reason(*level) for level in zip(e, s, floor, strict=True)]
-    kept = usable = np.flatnonzero([not reason for reason in reasons])
-    x, y = np.log(h), np.log(np.where(np.isfinite(e) & (e > 0), e, 1.0))
-
-    variances = np.zeros_like(e)
-    variances[kept] = (s[kept] / e[kept]) ** 2 + (floor[kept] / 3 / e[kept]) ** 2 + _MODEL**2
-    while len(kept) >= 3:
-        local, covariance = local_orders(x[kept], y[kept], variances[kept])
-        spread = covariance[0, 0] + covariance.diagonal() - 2 * covariance[0]
-        allowed = tolerance + quantile * np.sqrt(spread[1:])
-        if (np.abs(local[1:] - local[0]) <= allowed).all():
-            break
-        reasons[kept[0]] = "disagrees with finer levels"
-        kept = kept[1:]
-
-    order = low = high = math.nan
-    if len(kept) >= 3:
-        if not is_steady(x[kept], y[kept], variances[kept], quantile):
-            spacing = min(spacing, 0.5)
-        order, std, excess = log_slope(x[kept], y[kept], variances[kept], spacing)
-        # A variance that is estimated from residuals has an uncertainty of its own.
-        if excess <= 1 or bool((s[kept] > 0).all()):
-            half_width = quantile * std
-        else:
-            from scipy.stats import t  # imported here because it is slow to import
-
-            half_width = float(t.ppf((1 + confidence) / 2, len(kept) - 2)) * std
-        low, high = order - half_width, order + half_width
-    local, covariance = local_orders(x[kept], y[kept], variances[kept])
-    margins = quantile * np.sqrt(covariance.diagonal())
-    lows, highs = local - margins, local + margins
+    reasons = _reasons(levels, tolerance, quantile)
+    kept = levels[:, [not reason for reason in reasons]]
+    order, low, high = _interval(kept, spacing, confidence, quantile)
     verdict, relation = _judge(low, high, expected, tolerance)
     message = _message(order, low, high, relation, reasons)
-    if expected is not None and len(local):
-        ends = usable[[0, -1]]
-        noise = quantile * math.hypot(*s[ends], *(floor[ends] / 3))
-        grown = e[ends[1]] - e[ends[0]] > noise
-        # Rule 2 drops coarse levels only, so the last two levels are the same as for rule 1.
-        limit = highs[-1]
-        if not s[usable].any() and turns(x[usable], y[usable], variances[usable], quantile):
-            limit = math.inf  # the levels have noise without known standard errors
-        fault = _fault(local[-1], limit, grown, expected, tolerance)
-        if fault and (grown or verdict is not Verdict.FAIL):
-            verdict, message = Verdict.FAIL, fault
-    numbers = np.stack([h, *(np.where(np.isfinite(x), x, math.nan) for x in (e, s))], 1)
+    usable = levels[:, [reason in ("", _COARSE) for reason in reasons]]
+    if expected is not None and (fault := _fault(usable, expected, tolerance, quantile, verdict)):
+        verdict, message = Verdict.FAIL, fault
     return OrderEstimate(
         order=order,
         low=low,
@@ -253,11 +153,8 @@ def estimate_order(
         expected=None if expected is None else float(expected),
         tolerance=float(tolerance),
         confidence=float(confidence),
-        local_orders=tuple(zip(local.tolist(), lows.tolist(), highs.tolist(), strict=True)),
-        levels=tuple(
-            Level(step, error, std, kept=not reason, reason=reason)
-            for (step, error, std), reason in zip(numbers.tolist(), reasons, strict=True)
-        ),
+        local_orders=_local_intervals(kept, quantile),
+        levels=_as_levels(levels, reasons),
         verdict=verdict,
         message=message,
     )
@@ -268,8 +165,8 @@ def _checked_levels(
     errors: ArrayLike,
     standard_errors: ArrayLike | None,
     rounding: ArrayLike | None,
-) -> tuple[Array, Array, Array, Array]:
-    """Steps, errors, standard errors and rounding errors as arrays ``(n,)``."""
+) -> Array:
+    """Levels ``(4, n)``: steps, errors, standard errors and rounding errors."""
     h = np.asarray(steps, dtype=np.float64)
     if h.ndim != 1 or not len(h):
         raise ValueError(f"steps must be a sequence of step sizes; got an array of shape {h.shape}")
@@ -296,16 +193,77 @@ def _checked_levels(
         raise ValueError(msg)
     if not (floor >= 0).all():
         raise ValueError(f"rounding must be 0 or above; got {floor.tolist()}")
-    return h, e, s, floor
+    return np.stack([h, e, s, floor])
 
 
-def _reason(error: float, standard_error: float, floor: float) -> str:
-    """Reason why a level cannot be used, independent of the other levels; empty if it can."""
-    if not math.isfinite(error):
-        return "not finite"
-    if error <= floor:
-        return "below rounding"
-    return "below 3 standard errors" if error / 3 < standard_error else ""
+def _check_options(
+    expected: float | None, tolerance: float, confidence: float, spacing: float
+) -> None:
+    if expected is not None and not (math.isfinite(expected) and expected > 0):
+        raise ValueError(f"expected must be a finite, positive order or None; got {expected}")
+    check_positive(tolerance, "tolerance")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must lie strictly between 0 and 1; got {confidence}")
+    check_positive(spacing, "spacing")
+
+
+def _reasons(levels: Array, tolerance: float, quantile: float) -> list[str]:
+    """Reasons why levels are dropped; empty for a level that is kept."""
+    _, e, s, floor = levels
+    names = ["not finite", "below rounding", "below 3 standard errors"]
+    reasons: list[str] = np.select([~np.isfinite(e), e <= floor, e / 3 < s], names, "").tolist()
+    usable = np.flatnonzero([not reason for reason in reasons])
+    x, y, variances = _logarithms(levels[:, usable])
+    for i, coarsest in enumerate(usable[:-2]):
+        local, covariance = local_orders(x[i:], y[i:], variances[i:])
+        spread = covariance[0, 0] + covariance.diagonal() - 2 * covariance[0]
+        allowed = tolerance + quantile * np.sqrt(spread[1:])
+        if (np.abs(local[1:] - local[0]) <= allowed).all():
+            break
+        reasons[coarsest] = _COARSE
+    return reasons
+
+
+def _logarithms(levels: Array) -> tuple[Array, Array, Array]:
+    """Logarithms of steps and errors, and the variances of the latter."""
+    h, e, s, floor = levels
+    return np.log(h), np.log(e), (s / e) ** 2 + (floor / 3 / e) ** 2 + _MODEL**2
+
+
+def _interval(
+    levels: Array, spacing: float, confidence: float, quantile: float
+) -> tuple[float, float, float]:
+    """Order by regression, and the ends of its interval; NaN for fewer than 3 levels."""
+    count = levels.shape[1]
+    if count < 3:
+        return math.nan, math.nan, math.nan
+    points = _logarithms(levels)
+    if not is_steady(*points, quantile):
+        spacing = min(spacing, 0.5)
+    order, std, excess = log_slope(*points, spacing)
+    # A variance that is estimated from residuals has an uncertainty of its own.
+    if excess > 1 and not (levels[2] > 0).all():
+        from scipy.stats import t  # imported here because it is slow to import
+
+        quantile = float(t.ppf((1 + confidence) / 2, count - 2))
+    return order, order - quantile * std, order + quantile * std
+
+
+def _local_intervals(levels: Array, quantile: float) -> tuple[tuple[float, float, float], ...]:
+    """Local orders, and the ends of their intervals."""
+    local, covariance = local_orders(*_logarithms(levels))
+    margins = quantile * np.sqrt(covariance.diagonal())
+    lows, highs = local - margins, local + margins
+    return tuple(zip(local.tolist(), lows.tolist(), highs.tolist(), strict=True))
+
+
+def _as_levels(levels: Array, reasons: list[str]) -> tuple[Level, ...]:
+    """Levels as a part of the result."""
+    numbers = np.where(np.isfinite(levels[:3]), levels[:3], math.nan).T.tolist()
+    return tuple(
+        Level(step, error, std, kept=not reason, reason=reason)
+        for (step, error, std), reason in zip(numbers, reasons, strict=True)
+    )
 
 
 def _judge(
@@ -327,11 +285,20 @@ def _judge(
     return Verdict.INCONCLUSIVE, relation
 
 
-def _fault(last: float, limit: float, grown: bool, expected: float, tolerance: float) -> str:
-    """Fault that the last local order and its upper limit show, independent of the slope."""
+def _fault(
+    levels: Array, expected: float, tolerance: float, quantile: float, verdict: Verdict | None
+) -> str:
+    """Fault that the last local order shows beyond the verdict; empty if there is none."""
+    if levels.shape[1] < 2:
+        return ""
+    _, e, s, floor = levels[:, [0, -1]]
+    grown = e[1] - e[0] > quantile * math.hypot(*s, *(floor / 3))
+    ((last, _, limit),) = _local_intervals(levels[:, -2:], quantile)
+    if not levels[2].any() and turns(*_logarithms(levels), quantile):
+        return ""  # the levels have noise without known standard errors
     if grown and limit < expected - tolerance:
         return f"The errors grow as steps shrink; the last local order is {last:.2f}."
-    if limit < expected - 2 * tolerance:
+    if limit < expected - 2 * tolerance and verdict is not Verdict.FAIL:
         return (
             f"The errors stop decreasing: the last local order is {last:.2f}, more than "
             f"{2 * tolerance:g} below the declared {expected:g}."

@@ -1,4 +1,4 @@
-"""Local orders of convergence, and the regression of log errors on log steps."""
+"""Local orders of convergence, and the regression that docs/reference/measuring.md describes."""
 
 from __future__ import annotations
 

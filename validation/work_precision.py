@@ -35,6 +35,7 @@ _METRICS = {
     "sliced": "sliced Wasserstein-2 distance",
     "spread": "relative error of the modes' standard deviations",
 }
+_SAMPLED = ("sliced", "spread")
 
 
 @dataclass(frozen=True)
@@ -156,18 +157,13 @@ def work_precision(
     budgets
         Numbers of score evaluations; a solver takes as many steps as a budget allows.
     metric
-        Error metric. None: the first of ``"moments"`` and ``"sliced"`` that applies.
-
-        ``"moments"``: largest error of mean and covariance, exact. ``"bures"``: Wasserstein-2
-        distance of the sampled Gaussian, exact. Both are for Gaussian data of one dimension and
-        solvers on a grid.
-
-        ``"sliced"``: sliced Wasserstein-2 distance of samples; exact samples have a floor above 0.
-        ``"spread"``: relative error of the modes' standard deviations, measured on samples.
-    samples, repeats, generator
-        Number of samples per solve, number of repeats for the standard error, and random generator.
-    progress
-        Show a progress bar on stderr.
+        ``"moments"``, largest error of mean and covariance, or ``"bures"``, Wasserstein-2
+        distance: exact, for Gaussian data of one dimension and solvers on a grid. ``"sliced"``,
+        sliced Wasserstein-2 distance, or ``"spread"``, relative error of the modes' standard
+        deviations: measured on samples. None: ``"moments"`` if it applies, or else ``"sliced"``.
+    samples, repeats, generator, progress
+        Number of samples per solve, number of repeats for the standard error, and random generator;
+        whether to show a progress bar on stderr.
 
     Raises
     ------
@@ -189,53 +185,34 @@ def work_precision(
     [False, False, True, True]
     """
     _check_arguments(problem, solvers, budgets, samples, repeats)
-    chosen = metric if metric is not None else "moments" if problem.exact else "sliced"
-    if chosen not in _METRICS:
-        raise ValueError(f"metric must be 'moments', 'bures', 'sliced' or 'spread'; got {metric!r}")
-    sampled = chosen in ("sliced", "spread")
-    adaptive = [name for name, solver in solvers.items() if solver.facts.adaptive]
-    if not sampled and (adaptive or not problem.exact):
-        case = "unless the data are Gaussian of one dimension"
-        if problem.exact:
-            case = f"for adaptive solvers such as {adaptive[0]!r}"
-        raise ValueError(f"metric must be 'sliced' or 'spread' {case}; got {chosen!r}")
+    metric = _checked_metric(metric, problem, solvers)
+    cells = _cells(problem, solvers, budgets)
     g = generator if generator is not None else torch.Generator().manual_seed(0)
-    ends = grid(problem.start, problem.end, 1)
-    reference = None if sampled else GaussianReference(problem, ends)
-    points: list[WorkPrecisionPoint] = []
-    cells = [
-        (name, solver, budget)
-        for name, solver in solvers.items()
-        for budget in (budgets[:1] if solver.facts.adaptive else budgets)
-    ]
-    evaluations = {name: _evaluations(solver, problem) for name, solver in solvers.items()}
-    for name, solver, budget in cells:
-        if budget < evaluations[name] and not solver.facts.adaptive:
-            raise ValueError(
-                f"budgets must allow at least one step, which takes "
-                f"{counted(evaluations[name], 'evaluation')} for {name!r}; got {budget}"
-            )
-    floor = None
-    if sampled:
+    reference = floor = None
+    if metric in _SAMPLED:
         exact = (problem.sample(samples, g, at=problem.end)[:, 0] for _ in range(repeats))
-        floor = sum(_error(problem, chosen, x, g) for x in exact) / repeats
-    for name, solver, budget in progress_bar(cells, shown=progress, desc="work–precision"):
-        times = grid(problem.start, problem.end, max(budget // evaluations[name], 1))
+        floor = sum(_error(problem, metric, x, g) for x in exact) / repeats
+    else:
+        reference, repeats = GaussianReference(problem, grid(problem.start, problem.end, 1)), 1
+    points = []
+    for name, solver, steps in progress_bar(cells, shown=progress, desc="work–precision"):
+        times = grid(problem.start, problem.end, steps)
         errors, nfe, seconds = [], 0, 0.0
-        for _ in range(repeats if sampled else 1):
+        for _ in range(repeats):
             start = problem.sample(samples, g)
             began = time.perf_counter()
             found = solve(problem.process, solver, start, times, generator=g, warn=False)
             seconds += time.perf_counter() - began
             nfe = max(nfe, found.nfev)
             if reference is not None:
-                errors.append(_exact_error(solver, problem, times, chosen, reference))
+                errors.append(_exact_error(solver, problem, times, metric, reference))
             else:
-                errors.append(_error(problem, chosen, found.data, g) if found.success else math.nan)
-        values, n = torch.tensor(errors, dtype=torch.float64, device="cpu"), len(errors)
-        spread = float(values.std() / math.sqrt(n)) if n > 1 else 0.0
-        points.append(WorkPrecisionPoint(name, nfe, seconds / n, float(values.mean()), spread))
-    return WorkPrecision(problem.name, chosen, tuple(_with_front(points)), floor)
+                errors.append(_error(problem, metric, found.data, g) if found.success else math.nan)
+        values = torch.tensor(errors, dtype=torch.float64, device="cpu")
+        spread = float(values.std() / math.sqrt(repeats)) if repeats > 1 else 0.0
+        mean = float(values.mean())
+        points.append(WorkPrecisionPoint(name, nfe, seconds / repeats, mean, spread))
+    return WorkPrecision(problem.name, metric, tuple(_with_front(points)), floor)
 
 
 def _check_arguments(
@@ -252,6 +229,37 @@ def _check_arguments(
     for name, value in (("samples", samples), ("repeats", repeats)):
         if not (isinstance(value, Integral) and int(value) > 0):
             raise ValueError(f"{name} must be a positive integer; got {value!r}")
+
+
+def _checked_metric(metric: str | None, problem: Problem, solvers: Mapping[str, Solver]) -> str:
+    """The metric, by default the first that applies; raise a ValueError if it does not fit."""
+    chosen = metric if metric is not None else "moments" if problem.exact else "sliced"
+    if chosen not in _METRICS:
+        raise ValueError(f"metric must be 'moments', 'bures', 'sliced' or 'spread'; got {metric!r}")
+    adaptive = [name for name, solver in solvers.items() if solver.facts.adaptive]
+    if chosen not in _SAMPLED and (adaptive or not problem.exact):
+        case = "unless the data are Gaussian of one dimension"
+        if problem.exact:
+            case = f"for adaptive solvers such as {adaptive[0]!r}"
+        raise ValueError(f"metric must be 'sliced' or 'spread' {case}; got {chosen!r}")
+    return chosen
+
+
+def _cells(
+    problem: Problem, solvers: Mapping[str, Solver], budgets: Sequence[int]
+) -> list[tuple[str, Solver, int]]:
+    """Name, solver and number of steps of each point; ValueError if a budget allows no step."""
+    cells = []
+    for name, solver in solvers.items():
+        adaptive, evaluations = solver.facts.adaptive, _evaluations(solver, problem)
+        for budget in budgets[:1] if adaptive else budgets:
+            if budget < evaluations and not adaptive:
+                raise ValueError(
+                    f"budgets must allow at least one step, which takes "
+                    f"{counted(evaluations, 'evaluation')} for {name!r}; got {budget}"
+                )
+            cells.append((name, solver, max(budget // evaluations, 1)))
+    return cells
 
 
 def _evaluations(solver: Solver, problem: Problem) -> int:

@@ -93,8 +93,6 @@ def flow_log_prob(
     UnsolvedFlowError
         If ``max_nfev`` is exhausted or the tolerances cannot be met; it is a RuntimeError.
     """
-    from torchdiffeq import odeint  # imported here because it is slow to import
-
     check_reverse_process(process)
     sde = process.sde
     check_state(z, sde.components)
@@ -120,21 +118,7 @@ def flow_log_prob(
     start = (z.detach().to(precision), z.new_zeros(len(z), dtype=precision))
     if len(z) == 0:
         return FlowDensity(start[1], start[0], start[1], 0)
-    ends = torch.tensor([t, T], dtype=precision, device=z.device)
-    options = {"norm": _worst_sample, "step_t": ends[1:]}
-    try:
-        with torch.no_grad():
-            states, integrals = odeint(
-                flow, start, ends, rtol=rtol, atol=atol, method=method, options=options
-            )
-    except AssertionError as error:
-        if error is flow.raised:
-            raise
-        # torchdiffeq asserts that its step does not underflow and that numbers are finite.
-        raise UnsolvedFlowError(
-            f"rtol = {rtol:g} and atol = {atol:g} cannot be met ({str(error)[:60]}); increase them"
-        ) from error
-    latent, integral = states[-1], integrals[-1]
+    latent, integral = flow.solve(start, rtol, atol, method)
     # Before T the prior is the distribution of the noise at that time.
     prior = sde.prior if T == 1 else Gaussian(sde.marginal(T).root)
     return FlowDensity(prior.log_prob(latent) + integral, latent, integral, flow.nfev)
@@ -152,7 +136,7 @@ def _worst_sample(y: tuple[Tensor, Tensor]) -> Tensor:
 
 @dataclass(eq=False)
 class _Flow:
-    """Right-hand side of the ODE: velocity of the flow and its divergence."""
+    """ODE of states and the integral of their divergence; called, it is the right-hand side."""
 
     process: ReverseProcess
     dtype: torch.dtype  # of the states that the score gets
@@ -196,6 +180,27 @@ class _Flow:
         velocity = apply_blocks(F, z) - 0.5 * apply_blocks(pull, score.detach().to(z.dtype))
         divergence = math.prod(z.shape[2:]) * float(F.detach().trace()) - 0.5 * trace.to(z.dtype)
         return velocity, divergence
+
+    def solve(
+        self, start: tuple[Tensor, Tensor], rtol: float, atol: float, method: str
+    ) -> tuple[Tensor, Tensor]:
+        """States and integrals at the end of the interval."""
+        from torchdiffeq import odeint  # imported here because it is slow to import
+
+        ends = torch.tensor(self.interval, dtype=start[0].dtype, device=start[0].device)
+        options = {"norm": _worst_sample, "step_t": ends[1:]}
+        try:
+            with torch.no_grad():
+                states, integrals = odeint(
+                    self, start, ends, rtol=rtol, atol=atol, method=method, options=options
+                )
+        except AssertionError as error:
+            if error is self.raised:
+                raise
+            # torchdiffeq asserts that its step does not underflow and that numbers are finite.
+            msg = f"rtol = {rtol:g} and atol = {atol:g} cannot be met ({str(error)[:60]})"
+            raise UnsolvedFlowError(f"{msg}; increase them") from error
+        return states[-1], integrals[-1]
 
     def _trace(self, force: Tensor, leaf: Tensor) -> Tensor:
         """Trace of ∂force/∂z over the driven components, ``(B,)``."""

@@ -66,7 +66,7 @@ def test_intervals_cover_the_true_order_and_are_narrow(kind, narrow, median):
     assert np.sum(too_high & (widths <= TOLERANCE)) <= 0.05 * CURVES
 
 
-# The ranges of a in 1 + a h^q that the notes of `estimate_order` state, for numbers of levels.
+# The ranges of a in 1 + a h^q that docs/reference/measuring.md states, for numbers of levels.
 RANGES = [(4, 1.0, 2.0), (5, 1.0, 4.0), (8, 1.0, 4.0), (4, 0.5, 1.0), (8, 0.5, 1.0)]
 
 

@@ -55,23 +55,21 @@ def likelihood(
     """Bits per dim of a score model on images, by its probability-flow ODE.
 
     Levels are dequantised: spread uniformly over their bins. The dequantised images depend on the
-    seed alone, the noise of the estimate also on the batches.
+    seed alone, the noise of the estimate also on the batches. See :doc:`/how-to/compare-models`.
 
     Parameters
     ----------
     model
-        A `ReverseProcess`, or a `Score` that knows its process, such as `MixedScore`; on
-        ``device``, in evaluation mode.
+        A `ReverseProcess`, or a `Score` that knows its process; on ``device``, in evaluation mode.
     images
         uint8 ``(N, C, H, W)`` with values below ``levels``.
     kind
-        ``"exact"``: the model's density at ``t_min``, for processes without auxiliary components.
-        ``"bound"``: a lower bound for a model that stops at ``t_min``. See `log_likelihood`, which
-        calls them ``"replace"`` and ``"perturb"``. ``"auto"``: exact if there is an exact one.
+        ``"exact"``, for processes without auxiliary components, or ``"bound"``: the starts
+        ``"replace"`` and ``"perturb"`` of `log_likelihood`. ``"auto"``: ``"exact"`` if possible.
     levels, scale
         Number of grey levels L, 2 … 256, and the scale of the training. ``"bins"``: dequantised
         images, (level + U) / L scaled to [−1, 1]. ``"ends"``: levels on 2·level/(L − 1) − 1 with
-        bins about them. Trained on such levels, a model has no useful density at small ``t_min``.
+        bins about them; a model of such levels has no useful density at small ``t_min``.
     batch, seed, device, progress
         Images per batch; seed of all noise; device; whether to show a progress bar on stderr.
     t_min, samples, divergence, rtol, atol, max_nfev
@@ -89,19 +87,17 @@ def likelihood(
     TypeError, ValueError
         If an argument is out of range, the model has no process, or is in training mode.
     """
-    if not isinstance(model, ReverseProcess):
-        if not isinstance(model, Score) or model.sde is None:
-            kinds = "a ReverseProcess, or a Score that knows its process"
-            raise TypeError(f"model must be {kinds}; got {type(model).__name__}")
+    if isinstance(model, Score) and model.sde is not None:
         model = ReverseProcess(model.sde, model)
-    process: ReverseProcess = model
-    _check(process.score, images, levels)
-    if kind == "exact" and process.sde.components > 1:
-        msg = "kind='exact' needs a process without auxiliary components; got "
-        msg += f"{process.sde!r}; use 'bound'"
-        raise ValueError(msg)
+    if not isinstance(model, ReverseProcess):
+        kinds = "a ReverseProcess, or a Score that knows its process"
+        raise TypeError(f"model must be {kinds}; got {type(model).__name__}")
+    _check(model.score, images, levels)
+    if kind == "exact" and model.sde.components > 1:
+        need = "kind='exact' needs a process without auxiliary components"
+        raise ValueError(f"{need}; got {model.sde!r}; use 'bound'")
     if kind == "auto":
-        kind = "exact" if process.sde.components == 1 else "bound"
+        kind = "exact" if model.sde.components == 1 else "bound"
     options: dict[str, Any] = {"samples": samples, "divergence": divergence}
     options |= {"rtol": rtol, "atol": atol, "max_nfev": max_nfev}
     generator = torch.Generator().manual_seed(seed)
@@ -111,12 +107,12 @@ def likelihood(
     bits, nfev = [], 0
     for part in progress_bar(torch.split(data, batch), shown=progress, desc="likelihood"):
         x = part.to(device)
-        found = log_likelihood(process, x, t_min, start=start, generator=generator, **options)
+        found = log_likelihood(model, x, t_min, start=start, generator=generator, **options)
         bits.append(found.bits_per_dim(2 * end / levels).cpu().to(torch.float64))
         nfev += found.nfev * len(part)
     settings = {"kind": kind, "scale": scale, **options, "levels": levels, "batch": batch}
     settings |= {"seed": seed, "t_min": t_min, "device": str(device)}
-    about = {"process": repr(process.sde), "nfev": nfev / len(images), "settings": settings}
+    about = {"process": repr(model.sde), "nfev": nfev / len(images), "settings": settings}
     return _report(bits, images, kind, "torchdiffeq", **about)
 
 
