@@ -23,7 +23,14 @@ import torch
 from torch import Tensor
 
 from cldsde.linear.blocks import apply_blocks
-from cldsde.linear.checks import as_device, as_grid_times, as_integer, check_between, one_of
+from cldsde.linear.checks import (
+    as_device,
+    as_grid_times,
+    as_integer,
+    check_between,
+    check_dtype,
+    one_of,
+)
 from cldsde.linear.covariance import triangular_inverse
 from cldsde.linear.random import check_generator, standard_normal
 from cldsde.linear.sde import LinearSDE
@@ -181,8 +188,7 @@ def _check_arguments(
     if chunk is not None:
         as_integer(chunk, 1, "chunk")
     check_between(threshold, 0.0, 1.0, "threshold")
-    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise TypeError(f"dtype must be a floating-point type of torch; got {dtype!r}")
+    check_dtype(dtype)
 
 
 def _data_shape(

@@ -235,6 +235,12 @@ def as_device(device: torch.device | str) -> torch.device:
         raise ValueError(msg) from error
 
 
+def check_dtype(dtype: object) -> None:
+    """Raise TypeError unless a dtype is a floating-point type."""
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype must be a floating-point type of torch; got {dtype!r}")
+
+
 def check_alphas_cumprod(table: Tensor) -> None:
     """Raise ValueError unless ``(N,)`` numbers decrease from below 1 to at least 0."""
     before = torch.cat([table.new_ones(1), table[:-1]])
