@@ -87,7 +87,7 @@ class Plan:
             Also return the log-density of the path given its start, `Solution.log_prob`, and of
             each step, ``Solution.log_probs``, for solvers whose steps add Gaussian noise last. With
             ``differentiable`` the path is fixed: gradients reach the score's parameters through the
-            density alone. The page "Fine-tune a sampler by reward" uses it.
+            density alone. See the page "Fine-tune a sampler by reward".
         progress
             Show a progress bar on stderr for steps, or for samples that have arrived.
         warn

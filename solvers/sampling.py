@@ -70,11 +70,12 @@ def sample(
         Largest number of network evaluations per sample, with the data prediction at the end. A
         guided step (`GuidedScore`) takes two. Ignored by adaptive solvers.
     seed
-        Seed of all random numbers, ≥ 0. Each sample of each seed has a random stream of its own:
-        the first samples are the same for any B and ``batch``, up to rounding in a network.
+        Seed of all random numbers, ≥ 0. Each sample has a random stream of its own. Samples do not
+        depend on B and ``batch``, unless by rounding or a `ScoreDenoiser` that fills states up.
     solver, times, settings
         Solver in place of the recommended one, and decreasing grid ``(n + 1,)`` in place of
-        ``nfe``; or settings, which have both. The last evaluation denoises.
+        ``nfe``; or settings, which have both. A process that has a data prediction ends with it,
+        if the grid does not end at 0.
     device, dtype
         Device and dtype of the samples. None: the device of the score's parameters, or the CPU.
     batch, progress
@@ -92,7 +93,8 @@ def sample(
     Warns
     -----
     UserWarning
-        If noise hides too little at the start, remains at the end, or a layer is in training mode.
+        If sampling starts at κ > −2, or large samples below 0.9 of the noise level above: then the
+        start biases them. If it ends at κ < 2, or a layer of the score is in training mode.
 
     Examples
     --------
@@ -106,9 +108,7 @@ def sample(
     nfe, seed = as_integer(nfe, 1, "nfe"), as_integer(seed, 0, "seed")
     check_dtype(dtype)
     recipe, sampler = _planned(process, shape[1:], nfe, solver, times, settings)
-    return _in_batches(
-        sampler, recipe.denoise, shape, seed, device, dtype, batch=batch, progress=progress
-    )
+    return _in_batches(sampler, recipe.denoise, shape, seed, device, dtype, batch, progress)
 
 
 def _planned(
@@ -142,11 +142,10 @@ def _in_batches(
     seed: int,
     device: torch.device | str | None,
     dtype: torch.dtype,
-    *,
     batch: int | None,
     progress: bool,
 ) -> Tensor:
-    """Samples ``(B, *D)`` of a plan, in batches of a size that is found if it is None."""
+    """Samples ``(B, *D)`` of a plan, in batches; without a size they hold `_NUMBERS` numbers."""
     sde, score = sampler.process.sde, sampler.process.score
     count, *data_shape = shape
     device = score.device if device is None else as_device(device)

@@ -47,8 +47,8 @@ class Solution:
     def log_prob(self) -> Tensor | None:
         """Log-density of the path given its start, ``(B,)`` nats: the sum of ``log_probs``.
 
-        The start has the log-density ``sde.prior.log_prob(state)``. If the noise does not reach all
-        components (Euler–Maruyama under CLD), the density is on the range of the noise.
+        The start that `solve` was given has the log-density ``sde.prior.log_prob(start)``. If the
+        noise does not reach all components (Euler–Maruyama under CLD), the density is on its range.
         """
         return None if self.log_probs is None else self.log_probs.sum(0)
 

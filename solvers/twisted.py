@@ -123,15 +123,15 @@ def sample_posterior(
         Number K of particles per run. A run resamples when its effective sample size falls below
         ``threshold`` · K, with a threshold in [0, 1].
     seeds, generator
-        One integer in [0, 2³²) per run, or the random generator of a single run. A run depends on
-        its own seed alone.
+        One integer in [0, 2³²) per run, or None and the random generator of a single run. A run
+        depends on its own seed alone.
     shape
         Shape ``(*D)`` of one data point; None takes the observation's.
     method, gradient, data_variance
-        See `PosteriorScore`; here ``"moments"`` takes one gradient of the score per number of y.
+        See `PosteriorScore`. ``"moments"`` takes one gradient per number of y: for dozens of them.
         Particles start with the data variance, too, if ``times[0]`` < T.
     chunk
-        Particles per call of the score, to save memory; None: all.
+        Particles per call of the score, to save memory; None: all. Samples change by rounding.
     denoise
         Return E[x_0 | z_ε, y] in place of the data component of z_ε.
     dtype, device, progress

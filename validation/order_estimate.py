@@ -103,7 +103,7 @@ def estimate_order(
     steps
         Step sizes ``(n,)``, positive and decreasing; usually halved from level to level.
     errors
-        Magnitudes of the errors ``(n,)``; not finite if a solver diverged.
+        Magnitudes of the errors ``(n,)``. One that is not finite drops its level.
     standard_errors
         Standard errors of the errors, ``(n,)`` or one for all. None: 0, for exact errors. Levels
         are assumed to be independent.

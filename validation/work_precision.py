@@ -233,10 +233,11 @@ def _check_arguments(
 
 def _checked_metric(metric: str | None, problem: Problem, solvers: Mapping[str, Solver]) -> str:
     """The metric, by default the first that applies; raise a ValueError if it does not fit."""
-    chosen = metric if metric is not None else "moments" if problem.exact else "sliced"
+    adaptive = [name for name, solver in solvers.items() if solver.facts.adaptive]
+    default = "moments" if problem.exact and not adaptive else "sliced"
+    chosen = default if metric is None else metric
     if chosen not in _METRICS:
         raise ValueError(f"metric must be 'moments', 'bures', 'sliced' or 'spread'; got {metric!r}")
-    adaptive = [name for name, solver in solvers.items() if solver.facts.adaptive]
     if chosen not in _SAMPLED and (adaptive or not problem.exact):
         case = "unless the data are Gaussian of one dimension"
         if problem.exact:

@@ -65,13 +65,15 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         The process: a `LinearSDE`, or the name of its class.
     solver
         A solver that evaluates the score once per step, at its start. None: `ExponentialMultistep`
-        with noise, of order 3 for at most 9 evaluations and of order 2 for more.
+        with noise, of order 3 for at most 9 evaluations and of order 2 for more; for processes of
+        one component, order 2 has a corrector.
     start, end
         Times of the process at which it starts and ends, for ``grid="root_times"``. None: κ = −5
         and κ = 3.3 (κ = ½ log SNR), or as near to them as the network allows. A process without so
         much noise starts with its most; one without so little raises a ValueError. If the network
         knows over 10 % more noise than the start has, as flow-matching networks do, one
-        deterministic step leads there, because pipelines start at the network's noisiest level.
+        step leads there, because pipelines start at the network's noisiest level. The step is
+        deterministic if the process does not reach this level.
     grid
         ``"root_times"``: steps of the process, uniform in √t. ``timesteps`` and ``sigmas`` of a
         pipeline then give the number of steps only, and must be evenly spaced.

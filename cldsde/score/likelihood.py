@@ -115,7 +115,7 @@ def log_likelihood(
     sde, mean = process.sde, process.sde.embed(x0)
     check_between(t_min, 1e-300, 1 - 1e-9, "t_min")
     one_of(start, Start, "start")
-    _check_average(x0, samples, divergence, importance_weighted=importance_weighted)
+    _check_sampling(x0, samples, divergence, importance_weighted=importance_weighted)
     draw = _perturbed if start == "perturb" else _replaced
     z, log_ratio = draw(sde, mean.repeat_interleave(samples, dim=0), t_min, generator)
     solved = partial(flow_log_prob, rtol=rtol, atol=atol, method=method, max_nfev=max_nfev)
@@ -127,10 +127,10 @@ def log_likelihood(
     return Likelihood(log_prob, standard_error, is_bound, dimension, density.nfev)
 
 
-def _check_average(
+def _check_sampling(
     x0: Tensor, samples: int, divergence: Divergence, *, importance_weighted: bool
 ) -> None:
-    """Raise an error unless the samples of each data point have an average without bias."""
+    """Raise an error unless data, samples and divergence give an average without bias."""
     one_of(divergence, Divergence, "divergence")
     as_integer(samples, 1, "samples")
     if x0.numel() == 0 and len(x0):

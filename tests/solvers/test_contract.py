@@ -324,10 +324,11 @@ class Memory(TorchDispatchMode):
 
 
 # The state, a stage or the prediction before, and the next state; Heun's method in EDM holds two
-# slopes, and multistep methods of order 3 with corrector or with noise prediction more predictions.
+# slopes, and multistep methods of order 3 or with corrector more predictions.
 # A flow holds its slopes and eight states. The number of Gotta Go Fast is measured: it holds the
 # increments of steps that it rejected.
-STATES = {"multistep-3-corrector": 4, "multistep-2-noise": 4}
+STATES = dict.fromkeys(["multistep-3", "multistep-3-sde", "multistep-2-corrector"], 4)
+STATES |= {"multistep-3-corrector": 5}
 STATES |= {"edm-heun": 4, "edm-heun-churn": 4, "gotta-go-fast": 14}
 STATES |= {"probability-flow-bosh3": 12, "probability-flow": 15, "probability-flow-dopri8": 21}
 
@@ -335,7 +336,7 @@ STATES |= {"probability-flow-bosh3": 12, "probability-flow": 15, "probability-fl
 @pytest.mark.one_in(3)
 @pytest.mark.parametrize("method", [name for name in SOLVERS if not name.startswith("torch")])
 def test_a_solve_holds_few_states(method):
-    sde = PROCESSES[home(method)]
+    sde = PROCESSES["VP" if method.startswith("multistep") else home(method)]
     rows = len(sde.driven)
     process = ReverseProcess(sde, lambda z, t: z.new_zeros(len(z), rows, *z.shape[2:]))
     state = torch.zeros(8, sde.components, 8000)

@@ -64,8 +64,8 @@ def likelihood(
     images
         uint8 ``(N, C, H, W)`` with values below ``levels``.
     kind
-        ``"exact"``, for processes without auxiliary components, or ``"bound"``: the starts
-        ``"replace"`` and ``"perturb"`` of `log_likelihood`. ``"auto"``: ``"exact"`` if possible.
+        ``"exact"``: the density at ``t_min``, without auxiliary components. ``"bound"``: an upper
+        bound (start ``"perturb"`` of `log_likelihood`). ``"auto"``: ``"exact"`` if possible.
     levels, scale
         Number of grey levels L, 2 … 256, and the scale of the training. ``"bins"``: dequantised
         images, (level + U) / L scaled to [−1, 1]. ``"ends"``: levels on 2·level/(L − 1) − 1 with
