@@ -71,13 +71,13 @@ def sample(
         guided step (`GuidedScore`) takes two. Ignored by adaptive solvers.
     seed
         Seed of all random numbers, ≥ 0. Each sample has a random stream of its own. Samples do not
-        depend on B and ``batch``, unless by rounding or a `ScoreDenoiser` that fills states up.
+        depend on B and ``batch``, unless by rounding, a `ScoreDenoiser` that fills states up, or a
+        solver whose step sizes a batch shares.
     solver, times, settings
         Solver in place of the recommended one, and decreasing grid ``(n + 1,)`` in place of
-        ``nfe``; or settings, which have both. A process that has a data prediction ends with it,
-        if the grid does not end at 0.
+        ``nfe``; or settings, which have both. A data prediction ends the grid if it ends above 0.
     device, dtype
-        Device and dtype of the samples. None: the device of the score's parameters, or the CPU.
+        Device (None: of the score's parameters, or the CPU) and floating-point dtype of samples.
     batch, progress
         Number of samples in one batch (None: up to 4,096, fewer if a sample is large), and whether
         to show a progress bar on stderr.
@@ -93,8 +93,8 @@ def sample(
     Warns
     -----
     UserWarning
-        If sampling starts at κ > −2, or large samples below 0.9 of the noise level above: then the
-        start biases them. If it ends at κ < 2, or a layer of the score is in training mode.
+        Without given times: if sampling starts at κ > −2, or large samples below 0.9 of the level
+        above, which biases them, or ends at κ < 2. If a layer of the score is in training mode.
 
     Examples
     --------

@@ -128,7 +128,7 @@ def sample_posterior(
     shape
         Shape ``(*D)`` of one data point; None takes the observation's.
     method, gradient, data_variance
-        See `PosteriorScore`. ``"moments"`` takes one gradient per number of y: for dozens of them.
+        See `PosteriorScore`. ``"moments"`` takes one gradient per number of y: for up to dozens.
         Particles start with the data variance, too, if ``times[0]`` < T.
     chunk
         Particles per call of the score, to save memory; None: all. Samples change by rounding.
