@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 import sys
 import threading
@@ -108,6 +109,10 @@ def make_engine(config: RunConfig, device: str) -> Accelerator:
         torch.cuda.set_device(device)
     if device == "auto" and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
         device = "cpu"
+    sharing = parse_flag_from_env(_FSDP)
+    if sharing:  # before accelerate reads settings of version 1, which it rejects on CPUs
+        msg = "FSDP needs its version 2: accelerate launch --use_fsdp --fsdp_version 2"
+        require(os.environ.get("FSDP_VERSION") == "2", "training", msg)
     engine = Accelerator(
         cpu=device == "cpu",
         mixed_precision="no" if settings.precision == "fp32" else settings.precision,
@@ -119,15 +124,13 @@ def make_engine(config: RunConfig, device: str) -> Accelerator:
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
     )
     state: Any = engine.state
-    if state.distributed_type == DistributedType.MULTI_CPU and parse_flag_from_env(_FSDP):
+    if state.distributed_type == DistributedType.MULTI_CPU and sharing:
         # accelerate 1.15 reads its settings of FSDP on GPUs alone.
         state.distributed_type = DistributedType.FSDP
         state.fsdp_plugin = FullyShardedDataParallelPlugin()
     msg = f"{engine.distributed_type.value} is not supported: start processes with torchrun"
     require(engine.distributed_type not in _UNSUPPORTED, "training", msg)
     if state.distributed_type == DistributedType.FSDP:
-        msg = "FSDP needs its version 2: accelerate launch --use_fsdp --fsdp_version 2"
-        require(state.fsdp_plugin.fsdp_version == 2, "training", msg)
         # The network alone has another precision, by autocast, as without FSDP.
         state.fsdp_plugin.mixed_precision_policy = None
         # Each process makes the same weights. This loading, which `accelerate launch` sets, rejects
