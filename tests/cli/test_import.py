@@ -81,7 +81,7 @@ def test_another_run_is_overwritten_only_on_request(tmp_path, capsys):
     torch.save(contents, tmp_path / "later.pth")
     for other in ([tmp_path / "later.pth"], [file, "--set", "sampling.nfe=7"]):
         text = rejected(capsys, "import", *other, *options)
-        assert "holds another model or settings; choose another folder" in text
+        assert "holds a run; choose another folder, or set --overwrite" in text
         assert {entry.name: entry.read_bytes() for entry in run.iterdir()} == before
     assert main(["import", str(tmp_path / "later.pth"), *options, "--overwrite"]) == 0
     assert (run / "model.safetensors").read_bytes() != before["model.safetensors"]
