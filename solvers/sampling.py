@@ -75,7 +75,7 @@ def sample(
         solver whose step sizes a batch shares.
     solver, times, settings
         Solver in place of the recommended one, and decreasing grid ``(n + 1,)`` in place of
-        ``nfe``; or settings, which have both. A data prediction ends the grid if it ends above 0.
+        ``nfe``; or settings, which have both. A data prediction follows a grid that ends above 0.
     device, dtype
         Device (None: of the score's parameters, or the CPU) and floating-point dtype of samples.
     batch, progress

@@ -128,7 +128,7 @@ def sample_posterior(
     shape
         Shape ``(*D)`` of one data point; None takes the observation's.
     method, gradient, data_variance
-        See `PosteriorScore`. ``"moments"`` takes one gradient per number of y: for up to dozens.
+        See `PosteriorScore`. ``"moments"`` takes one gradient per number of y, at most dozens.
         Particles start with the data variance, too, if ``times[0]`` < T.
     chunk
         Particles per call of the score, to save memory; None: all. Samples change by rounding.
@@ -154,7 +154,7 @@ def sample_posterior(
     >>> times = solvers.root_times(sde.T, seen.end_time(sde, (1,)), 25)
     >>> process = ReverseProcess(sde, data.score(sde))
     >>> found = solvers.sample_posterior(process, seen, times, particles=500, seeds=range(4))
-    >>> abs(found.log_evidence - data.log_evidence(seen)) < 0.2
+    >>> abs(found.log_evidence - data.log_evidence(seen)) < 4 * found.log_evidence_std
     True
     """
     _check_arguments(process, observation, method, times, particles, chunk, threshold, dtype)

@@ -70,7 +70,7 @@ def sample_k_diffusion(
         The process, or the name of its class. None: `cldsde.CLD`.
     solver
         A solver that evaluates the score once per step, at its start, or its name. None: the
-        recommended one for the process and number of steps, or for many steps if this is a part.
+        recommended one for the process and number of steps; a part of a sampling counts as many.
     path
         Signal α and noise σ of x = α(t) x_0 + σ(t) n, if ``sigmas`` are times t of this path. None:
         ``NoisePath.linear()`` for flow models of ComfyUI (``CONST``), x = x_0 + σ n for others.
