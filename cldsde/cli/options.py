@@ -37,6 +37,7 @@ def option(usage: str, kind: Any, text: str, **settings: Any) -> Option:
     default = settings.get("default")
     shown = ",".join(map(str, default)) if isinstance(default, list) else default
     text = text if shown in (None, "") else f"{text} (default: {shown})"
+    text = f"{text} (required)" if settings.get("required") else text
     names = names or [settings.pop("dest", metavar.lower())]
     return names, {"type": _KINDS.get(kind, kind), "metavar": metavar, "help": text, **settings}
 

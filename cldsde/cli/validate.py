@@ -1,8 +1,8 @@
 """Measure the convergence order of every solver and compare it with the declared order.
 
-The command checks the transition kernels, and each solver on each applicable reference problem,
-against exact answers. Name your own solver as module:ClassName. If the command is interrupted, it
-keeps the results so far.
+The command checks each solver on each applicable reference problem against exact answers, and,
+if no solver is named, the transition kernels. Name your own solver as module:ClassName. If the
+command is interrupted, it keeps the results so far.
 
 The command exits with 1 if a check fails, or if a solver stays inconclusive: no problem confirms an
 order that it declares, or it declares no order and no problem checks its samples. It also exits

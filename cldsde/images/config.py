@@ -97,7 +97,7 @@ class ProcessConfig:
     ``"VESDE"``, ``"RectifiedFlow"`` or ``"CosineVP"``."""
     options: Mapping[str, Annotated[Any, AfterValidator(_rate)]] = field(default_factory=dict)
     """Arguments of the class: numbers; a pair for a rate β that is linear in time; ``"cosine"`` for
-    the argument ``schedule``."""
+    ``schedule`` of VP and sub-VP, or ``beta`` of CLD, PSLD and HOLD."""
 
     def __post_init__(self) -> None:
         check_name(self.name, PROCESSES, "name")
@@ -198,7 +198,7 @@ class SamplingConfig:
     """Name of a solver; a short one, such as ``em``, becomes the full one. ``"recommended"`` takes
     solver, grid and end of `cldsde.sample` for ``nfe`` evaluations."""
     nfe: Annotated[int, Strict(), Field(ge=2, le=1_000_000)] = 50
-    """Score evaluations per image, the last denoising included."""
+    """Most score evaluations per image, with the last denoising; adaptive solvers ignore it."""
     grid: Grid | None = None
     """Grid of times: ``"uniform"``, ``"quadratic"``, ``"root"``, ``"log_snr"``, ``"logistic"`` or
     ``"karras"``. None: the recommended solver's grid, and ``"root"`` for other solvers."""
