@@ -74,7 +74,7 @@ RECOMMENDED = (
     Recipe(_in_vp_time(order=2, stochasticity=1.0, corrector=True), True, math.inf, 1, vp_times),
     Recipe(_in_vp_time(order=3, stochasticity=1.0), True, 4, math.inf, fitted_times, (-3.0, 2.35)),
     Recipe(ExponentialMultistep(order=3, stochasticity=1.0), True, _FEW),
-    Recipe(ExponentialMultistep(order=2, stochasticity=1.0), True),
+    Recipe(ExponentialMultistep(order=2, stochasticity=1.0, corrector=True), True),
     Recipe(SSCS(), denoise="step"),
     Recipe(StochasticHeun(), denoise="step"),
 )

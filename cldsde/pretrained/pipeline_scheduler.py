@@ -65,8 +65,7 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         The process: a `LinearSDE`, or the name of its class.
     solver
         A solver that evaluates the score once per step, at its start. None: `ExponentialMultistep`
-        with noise, of order 3 for at most 9 evaluations and of order 2 for more; for processes of
-        one component, order 2 has a corrector.
+        with noise, of order 3 for at most 9 evaluations, and of order 2 with corrector for more.
     start, end
         Times of the process at which it starts and ends, for ``grid="root_times"``. None: κ = −5
         and κ = 3.3 (κ = ½ log SNR), or as near to them as the network allows. A process without so

@@ -116,9 +116,8 @@ def test_a_process_whose_score_does_not_determine_the_data_is_sampled_by_sscs():
 def test_order_and_noise_depend_on_evaluations_and_components(name, nfe, order, noise, variable):
     sde = PROCESSES[name]()
     recipe, plan = recommended_plan(ReverseProcess(sde, DATA.score(sde)), nfe=nfe)
-    corrected = (name, order) == ("VP", 2)
     assert plan.solver == solvers.ExponentialMultistep(
-        order=order, stochasticity=noise, corrector=corrected, variable=variable
+        order=order, stochasticity=noise, corrector=order == 2, variable=variable
     )
     assert recipe.denoise is True
 
