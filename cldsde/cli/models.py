@@ -28,8 +28,7 @@ MODEL = (
 )
 _FEATURES = (
     "features of the Fréchet distance: classifier, trained on the data's classes; random, of a "
-    "network with random weights, for data without classes; or module:attribute. tune also uses "
-    "networks with random weights"
+    "network with random weights, for data without classes; or module:attribute"
 )
 FEATURES = option("--features NAME", str, _FEATURES, default="classifier")
 DATA = option("--data PATH", Path, "path of the data set, if not as configured")
