@@ -152,7 +152,7 @@ class ScoreConfig:
     """The prediction whose squared error is the loss: ``"noise"``, or for processes of one
     component ``"velocity"`` or ``"flow"``. With the process ``"RectifiedFlow"``, ``"flow"`` is flow
     matching. The network returns the same quantity for all three. The key has no effect if
-    ``training.weighting`` is ``"log_snr"``: the loss is then of the network's output."""
+    ``training.weighting`` is ``"log_snr"`` (the loss is of the output) or ``"likelihood"``."""
     mixing: Number | None = None
     """None: the network's part is added to the reference's. A number m: each channel learns the
     weights of the two parts. The weight of the network's part starts at 1/(1 + e^−m)."""
