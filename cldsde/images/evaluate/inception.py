@@ -111,7 +111,7 @@ def inception_metrics(
     -------
     dict
         ``metrics``: for each number its ``value``, its ``spread`` and ``spread_is``, a description
-        of it (or None); ``resize``, ``weights``, ``channels``, ``settings``; more of `frechet`.
+        of it (or None); ``resize``, ``weights``, ``channels``, ``settings``; others of `frechet`.
 
     Raises
     ------
