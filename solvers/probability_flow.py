@@ -37,8 +37,8 @@ class ProbabilityFlow(Solver):
     r"""Adaptive Runge–Kutta solver of the probability-flow ODE dz/dt = F z − ½ GGᵀ s.
 
     The error of a step is divided elementwise by atol + rtol · max(\|before\|, \|after\|), as in
-    scipy and torchdiffeq. Its root mean square over the batch must be at most 1. The score is never
-    evaluated outside [ε, T]. Options out of range raise a ValueError.
+    scipy and torchdiffeq. Its root mean square, over batch or sample (``pace``), must be at most 1.
+    The score is never evaluated outside [ε, T]. Options out of range raise a ValueError.
 
     Parameters
     ----------

@@ -27,7 +27,7 @@ class LinearSDE(Distributions):
     .. math:: dz = F(t)\,z\,dt + G(t)\,dw, \qquad z = (x, v, …) ∈ R^{k×D}, \quad t ∈ [0, 1].
 
     Component 0 is the data x. The process starts from z_0 = (x, 0, …) plus Gaussian noise of the
-    initial covariance, which is the distribution of the auxiliary components. Transition kernels,
+    initial covariance, as a rule noise of the auxiliary components alone. Transition kernels,
     prior and stationary distribution follow from F and G. To declare a process, subclass and pass
     its dynamics to ``super().__init__``, or use `from_matrices`, `from_functions` or
     `from_signal_noise`.

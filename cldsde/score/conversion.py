@@ -42,7 +42,7 @@ Conditioning = Literal["data", "all"]
 """Condition on the data x_0 (hybrid score matching) or on all of z_0 (denoising score matching)."""
 
 # Above this ratio of the noise in x̂₀ to the noise of the best estimate, the driven rows do not
-# determine x_0. Well-damped processes stay below 4. Underdamped processes pass through infinity.
+# determine x_0. Critically damped processes stay below 4. Underdamped ones pass through infinity.
 _LARGEST_AMPLIFICATION = 20.0
 
 
@@ -159,9 +159,9 @@ class WhitenedKernel:
         if not worst <= _LARGEST_AMPLIFICATION:
             raise ValueError(
                 f"the score of the driven components {self.driven} does not determine x_0 "
-                f"at t = {where:g}: it would amplify noise {worst:.3g} times. Underdamped "
-                "processes have such times; use critical damping or more, or a solver that needs "
-                "no x_0, such as SSCS or StochasticHeun"
+                f"at t = {where:g}: it would amplify noise {worst:.3g} times. Underdamped and far "
+                "overdamped processes have such times; use critical damping, or a solver that "
+                "needs no x_0, such as SSCS or StochasticHeun"
             )
         return found[..., None, None]
 
