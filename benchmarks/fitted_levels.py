@@ -2,7 +2,7 @@
 
 ``python benchmarks/fitted_levels.py docs/data/fitted-levels.json RUN…`` samples the network of each
 run of ``cldsde train`` under VP, with the solver of `cldsde.sample` for up to 9 evaluations, on the
-fitted levels and on `vp_times`. Both have the same seeds. The features come from a classifier,
+fitted levels and on `root_times`. Both have the same seeds. The features come from a classifier,
 and from a network with random weights. The script can be interrupted and keeps finished sets.
 """
 
@@ -21,12 +21,12 @@ from beside_diffusers import Distances, check_kept
 from cldsde import VPSDE, DenoiserScore, sample
 from cldsde.files import write_whole
 from cldsde.images.model import load_model
-from cldsde.solvers import RECOMMENDED, times_of_log_snr, vp_times
+from cldsde.solvers import RECOMMENDED, root_times, times_of_log_snr
 from cldsde.solvers.recommended import Recipe
 
 FITTED = RECOMMENDED[0]
-USUAL = replace(FITTED, grid=vp_times, ends=(-3.3, 3.3))
-ROWS = {"fitted levels": FITTED, "vp_times": USUAL}
+USUAL = replace(FITTED, grid=root_times, ends=(-3.3, 3.3))
+ROWS = {"fitted levels": FITTED, "root_times": USUAL}
 
 
 def options(row: Recipe, nfe: int) -> dict[str, Any]:

@@ -143,8 +143,8 @@ class ExponentialMultistep(GridSolver):
     variable
         Variable of the polynomials ℓ_j: ``"time"``; κ = ½ log ψᵀΣ⁻¹ψ with ``"log_snr"``, as
         published for k = 1; or the time at which the default `cldsde.VPSDE` has the same κ, with
-        ``"vp_time"``. On `vp_times`, ``"vp_time"`` gives every process of one component the samples
-        of `cldsde.VPSDE` on `root_times`.
+        ``"vp_time"``. On `vp_times`, ``"vp_time"`` gives every process of one component the same
+        samples.
     weights
         ``"exact"``, or ``"published"`` for ``variable="log_snr"``: formulas of two points weight
         their difference by B H/(2H'), as in DPM-Solver++(2M) and UniPC.

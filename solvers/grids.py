@@ -145,21 +145,19 @@ def logistic_times(
 
 @_process_first(needed=True)
 def vp_times(sde: LinearSDE, T: float, eps: float, n: int) -> Tensor:
-    """Grid on which a process has the κ of the default `cldsde.VPSDE` on `root_times`.
+    """Grid uniform in t^¾, with t the time at which the default `cldsde.VPSDE` has the same κ.
 
-    Near the end of `cldsde.RectifiedFlow` and others the noise grows fast. This grid has more steps
-    there than `root_times`. See `log_snr_times` for arguments, result and errors.
+    The noise of `cldsde.RectifiedFlow` and some others grows fast near t = 1. This grid has more
+    steps there than `root_times`. See `log_snr_times` for arguments, result and errors.
     """
-    return times_of_vp_roots(sde, T, eps, _fractions(T, eps, n))
+    return times_of_vp_powers(sde, T, eps, _fractions(T, eps, n), 0.75)
 
 
-def times_of_vp_roots(sde: LinearSDE, T: float, eps: float, fractions: Tensor) -> Tensor:
-    """Grid at fractions ``(n + 1,)`` of the way between both ends in the square root of VP's time.
-
-    It is the time at which the default `cldsde.VPSDE` has the same κ.
-    """
-    roots = _between(fractions, vp_time(_log_snr_ends(sde, T, eps)).sqrt())
-    return _with_ends(times_of_log_snr(sde, log_snr_of_vp_time(roots.square()), T, eps), T, eps)
+def times_of_vp_powers(sde: LinearSDE, T: float, eps: float, fractions: Tensor, p: float) -> Tensor:
+    """Grid at fractions ``(n + 1,)`` of the way between both ends in VP's time to the power p."""
+    powers = _between(fractions, vp_time(_log_snr_ends(sde, T, eps)) ** p)
+    levels = log_snr_of_vp_time(powers ** (1 / p))
+    return _with_ends(times_of_log_snr(sde, levels, T, eps), T, eps)
 
 
 def _log_snr_ends(sde: LinearSDE, T: float, eps: float, *, finite: bool = True) -> Tensor:

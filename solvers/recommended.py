@@ -20,7 +20,7 @@ from cldsde.score import ReverseProcess
 
 from .base import Solver
 from .exponential_multistep import ExponentialMultistep
-from .grids import root_times, times_of_vp_roots, vp_times
+from .grids import root_times, times_of_vp_powers, vp_times
 from .planning import Plan, plan
 from .sscs import SSCS
 from .stochastic_heun import StochasticHeun
@@ -63,7 +63,7 @@ def fitted_times(sde: LinearSDE, T: float, eps: float, n: int) -> Tensor:
     roots = vp_time(knots).sqrt().tolist()
     shares = np.interp(np.linspace(0, 1, n + 1), np.linspace(0, 1, len(roots)), roots)
     shares = (shares - roots[0]) / (roots[-1] - roots[0])
-    return times_of_vp_roots(sde, T, eps, torch.as_tensor(shares, device="cpu"))
+    return times_of_vp_powers(sde, T, eps, torch.as_tensor(shares, device="cpu"), 0.5)
 
 
 _in_vp_time = partial(ExponentialMultistep, variable="vp_time")
