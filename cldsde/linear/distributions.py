@@ -68,8 +68,8 @@ class Distributions:
 
         F and G diverge if nothing of the data is left at t = 1, as under `RectifiedFlow`. Then this
         is the time with κ = −5 (`log_snr`), the value that `VPSDE` has at t = 1. A state drawn from
-        the prior there lacks data of 0.7 % of the noise. Starts closer to t = 1 need many more
-        steps.
+        the prior there lacks α x₀, 0.7 % of the noise for data of variance 1. Starts closer to
+        t = 1 need many more steps.
         """
         return self.dynamics.regular_until
 
