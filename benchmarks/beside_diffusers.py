@@ -164,7 +164,7 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("results", type=Path)
     parser.add_argument("--nfe", type=int, nargs="+", default=[4, 5, 7, 10, 15, 20, 50])
-    parser.add_argument("--images", type=int, default=500, help="images per set")
+    parser.add_argument("--images", type=int, default=1000, help="images per set")
     parser.add_argument("--sets", type=int, default=5)
     parser.add_argument("--samplers", nargs="+", help="names, such as SA-Solver; all by default")
     parser.add_argument("--picture", type=Path, help="draw images of 5 evaluations instead")

@@ -1,9 +1,10 @@
-"""Fréchet distances of 5 to 9 evaluations under VP: the fitted noise levels beside VP's own grid.
+"""Fréchet distances of few evaluations: the noise levels of `cldsde.sample` beside the root grid.
 
-``python benchmarks/fitted_levels.py docs/data/fitted-levels.json RUN…`` samples the network of each
-run of ``cldsde train`` under VP, with the solver of `cldsde.sample` for up to 9 evaluations, on the
-fitted levels and on `root_times`. Both have the same seeds. The features come from a classifier,
-and from a network with random weights. The script can be interrupted and keeps finished sets.
+``python benchmarks/fitted_levels.py docs/data/fitted-levels-VP.json RUN…`` samples the network of
+each run of ``cldsde train`` under VP, with the solver of `cldsde.sample` for up to 9 evaluations,
+on its noise levels and on `root_times` from κ = −3.3 to 3.3. Both have the same seeds. The features
+come from a classifier, and from a network with random weights. The script can be interrupted and
+keeps finished sets.
 """
 
 from __future__ import annotations
@@ -17,42 +18,50 @@ from typing import Any
 
 import torch
 
-from beside_diffusers import Distances, check_kept
-from cldsde import VPSDE, DenoiserScore, sample
+from beside_diffusers import DYNAMICS, Distances, check_kept
+from cldsde import DenoiserScore, LinearSDE, sample
 from cldsde.files import write_whole
 from cldsde.images.model import load_model
 from cldsde.solvers import RECOMMENDED, root_times, times_of_log_snr
 from cldsde.solvers.recommended import Recipe
 
-FITTED = RECOMMENDED[0]
-USUAL = replace(FITTED, grid=root_times, ends=(-3.3, 3.3))
-ROWS = {"fitted levels": FITTED, "root_times": USUAL}
+
+def both(sde: LinearSDE, nfe: int) -> dict[str, Recipe]:
+    """The recipe of `sample` for a number of evaluations, and its solver on the root grid."""
+    fits = (x for x in RECOMMENDED if nfe <= x.most_steps + 1)
+    own = next(x for x in fits if sde.components <= x.most_components)
+    return {"sample": own, "root_times": replace(own, grid=root_times, ends=(-3.3, 3.3))}
 
 
-def options(row: Recipe, nfe: int) -> dict[str, Any]:
+def options(sde: LinearSDE, row: Recipe, nfe: int) -> dict[str, Any]:
     """Solver and grid of a row."""
-    first, last = times_of_log_snr(VPSDE(), torch.tensor(row.ends)).tolist()
-    return {"solver": row.solver, "times": row.grid(VPSDE(), first, last, nfe - 1)}
+    first, last = times_of_log_snr(sde, torch.tensor(row.ends)).tolist()
+    return {"solver": row.solver, "times": row.grid(sde, first, last, nfe - 1)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("results", type=Path)
     parser.add_argument("runs", type=Path, nargs="+")
-    parser.add_argument("--nfe", type=int, nargs="+", default=[5, 7, 9])
+    parser.add_argument("--dynamics", choices=DYNAMICS, default="VP")
+    parser.add_argument("--nfe", type=int, nargs="+", default=[4, 5, 7, 9])
     parser.add_argument("--images", type=int, default=500, help="images per set")
     parser.add_argument("--sets", type=int, default=5)
     arguments = parser.parse_args()
     results: dict[str, Any] = {"recipes": {}, "networks": {}}
     if arguments.results.exists():
         results = json.loads(arguments.results.read_text(encoding="utf-8"))
-    recipes = {name: [repr(row.solver), row.grid.__name__, row.ends] for name, row in ROWS.items()}
+    sde = DYNAMICS[arguments.dynamics]()
+    recipes = {
+        str(nfe): [repr(row.solver), row.grid.__name__, row.ends]
+        for nfe in arguments.nfe
+        for row in [both(sde, nfe)["sample"]]
+    }
     check_kept(results["recipes"], recipes)
     results["recipes"] |= recipes
     for run in arguments.runs:
         model = load_model(run)
-        space, sde = model.space, VPSDE()
-        distances = Distances(run, model)
+        space, distances = model.space, Distances(run, model)
         score = DenoiserScore(model.score.denoiser, sde)
         shape = (arguments.images, *space.shape)
         found = results["networks"].setdefault(run.name, {})
@@ -66,10 +75,10 @@ def main() -> None:
         }
         check_kept(found.setdefault("about", about), about)
         for nfe in arguments.nfe:
-            rows = found.setdefault(str(nfe), {name: {} for name in ROWS})
-            for name, row in ROWS.items():
+            rows = found.setdefault(str(nfe), {name: {} for name in both(sde, nfe)})
+            for name, row in both(sde, nfe).items():
                 for seed in range(len(rows[name].get("distances", [])), arguments.sets):
-                    x = sample(sde, score, shape, seed=seed, batch=250, **options(row, nfe))
+                    x = sample(sde, score, shape, seed=seed, batch=250, **options(sde, row, nfe))
                     distances.add(rows[name], x)
                     text = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
                     save = partial(Path.write_text, data=text, encoding="utf-8")

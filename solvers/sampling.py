@@ -22,8 +22,8 @@ from .settings import SamplerSettings
 
 # A start below this part of the level, for at most so many evaluations, is worth a warning.
 _ENOUGH, _MANY = 0.9, 20
-# Samples follow the prior noticeably from κ above −2, and lose structure up to κ below 2.
-_VISIBLE = 2.0
+# Samples follow the prior noticeably from κ above −2, and lose structure up to κ below 1.6.
+_VISIBLE, _COARSE = 2.0, 1.6
 
 # Largest numbers of state entries and of samples in one batch.
 _NUMBERS, _SAMPLES = 2**20, 4096
@@ -53,9 +53,9 @@ def sample(
     The solver is the first of `RECOMMENDED` that applies to the process and number of steps.
     Sampling starts at the noise level σ with σ² = D·nfe/40 for D numbers per sample, at least at
     σ = 27 (κ = −3.3; κ = −log σ = ½ log SNR), and ends at κ = 3.3 with the data prediction. At most
-    8 steps of a process of one component end at κ = 2.6. At most 4 steps of other processes start
-    at least at σ = 20, and end at κ = 2.35. A score that knows the noise levels of its training,
-    such as `DenoiserScore`, narrows this range.
+    8 steps end earlier: a process of one component at κ = 2.6 (1.7 with at most 4 steps), others at
+    κ = 3.0 (1.7 with at most 5 steps, which start at least at σ = 20). A score that knows the noise
+    levels of its training, such as `DenoiserScore`, narrows this range.
 
     Parameters
     ----------
@@ -193,7 +193,7 @@ def _warn_of_ends(sde: LinearSDE, times: Tensor, shape: Sequence[int], nfe: int)
     elif math.exp(-first) < wanted:
         msg = f"the noise does not hide the mean of data of shape {tuple(shape)} {at} {wanted:.3g} "
         msg += f"{advice}. The brightness of images may vary too little"
-    elif last < _VISIBLE:
+    elif last < _COARSE:
         msg = f"sampling ends at the noise level {math.exp(-last):.3g}, because process or score "
         msg += "have none below. Data lose structure finer than it"
     if msg:
