@@ -2,9 +2,9 @@
 
 ``python benchmarks/fitted_levels.py docs/data/fitted-levels-VP.json RUN…`` samples the network of
 each run of ``cldsde train`` under VP, with the solver of `cldsde.sample` for up to 9 evaluations,
-on its noise levels and on `root_times` from κ = −3.3 to 3.3. Both have the same seeds. The features
-come from a classifier, and from a network with random weights. The script can be interrupted and
-keeps finished sets.
+on its noise levels and on `root_times` from κ = −3.3 to 3.3. Both have the same seeds. With
+``--dynamics CLD`` it samples under CLD. The features come from a classifier, and from a network
+with random weights. The script can be interrupted and keeps finished sets.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ def main() -> None:
         for nfe in arguments.nfe
         for row in [both(sde, nfe)["sample"]]
     }
+    check_kept(results.setdefault("about", about := {"dynamics": arguments.dynamics}), about)
     check_kept(results["recipes"], recipes)
     results["recipes"] |= recipes
     for run in arguments.runs:
@@ -65,7 +66,7 @@ def main() -> None:
         score = DenoiserScore(model.score.denoiser, sde)
         shape = (arguments.images, *space.shape)
         found = results["networks"].setdefault(run.name, {})
-        about = {
+        network = {
             "data": model.config.data.name,
             "process": repr(model.score.sde),
             "weights": sum(x.numel() for x in model.score.parameters()),
@@ -73,7 +74,7 @@ def main() -> None:
             "images": arguments.images,
             "trained_on": model.images_seen,
         }
-        check_kept(found.setdefault("about", about), about)
+        check_kept(found.setdefault("about", network), network)
         for nfe in arguments.nfe:
             rows = found.setdefault(str(nfe), {name: {} for name in both(sde, nfe)})
             for name, row in both(sde, nfe).items():

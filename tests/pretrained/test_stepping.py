@@ -153,8 +153,8 @@ def test_a_sample_of_another_shape_is_rejected():
     [
         ("VP", -3.0, 8, math.inf, 3, 0.5, "vp_time"),
         ("VP", -3.0, 9, math.inf, 2, 1.0, "vp_time"),
-        ("CLD", -3.0, 5, math.inf, 3, 1.0, "vp_time"),
-        ("CLD", -3.0, 6, math.inf, 3, 1.0, "time"),
+        ("CLD", -3.0, 4, math.inf, 3, 1.0, "vp_time"),
+        ("CLD", -3.0, 5, math.inf, 3, 1.0, "time"),
         # Parts of a sampling.
         ("VP", -1.0, 4, math.inf, 2, 1.0, "vp_time"),
         ("VP", -3.0, 4, 3.5, 2, 1.0, "vp_time"),

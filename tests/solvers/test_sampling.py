@@ -124,7 +124,7 @@ def test_order_and_noise_depend_on_evaluations_and_components(name, nfe, order, 
 
 @pytest.mark.parametrize(
     ("name", "nfe", "spread"),
-    [("VP", 3, 0.75), ("VP", 5, 1.07), ("CLD", 5, 1.19)],
+    [("VP", 3, 0.75), ("VP", 5, 1.08), ("CLD", 5, 1.18)],
 )
 def test_few_evaluations_widen_normal_data_as_documented(name, nfe, spread):
     n, sde = 20_000, PROCESSES[name]()
@@ -171,6 +171,7 @@ BRIGHTNESS = r"mean of data of shape \(1, 64, 64\) .* 40\.7 or more"
         (SLOW, None, (2,), r"is 0\.8\d+ there, and should be 7\.39 or more\. Use a larger noise"),
         (VPSDE(), (0.002, 0.09), (2,), "the noise does not hide the data"),
         (cldsde.VESDE(1.0, 50.0), None, (2,), "ends at the noise level 1, because process or sc"),
+        (CLD(), (0.15, 80.0), (2,), "ends at the noise level 0.15, because process or score"),
         (HOLD(), None, (1, 64, 64), BRIGHTNESS),
         *((sde, LEVELS, (1, 64, 64), BRIGHTNESS) for sde in (CLD(), VPSDE())),
     ],
