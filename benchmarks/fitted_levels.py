@@ -22,14 +22,15 @@ from beside_diffusers import DYNAMICS, Distances, check_kept
 from cldsde import DenoiserScore, LinearSDE, sample
 from cldsde.files import write_whole
 from cldsde.images.model import load_model
-from cldsde.solvers import RECOMMENDED, root_times, times_of_log_snr
-from cldsde.solvers.recommended import Recipe
+from cldsde.score import ReverseProcess
+from cldsde.solvers import root_times, times_of_log_snr
+from cldsde.solvers.recommended import Recipe, recommended_plan
 
 
 def both(sde: LinearSDE, nfe: int) -> dict[str, Recipe]:
     """The recipe of `sample` for a number of evaluations, and its solver on the root grid."""
-    fits = (x for x in RECOMMENDED if nfe <= x.most_steps + 1)
-    own = next(x for x in fits if sde.components <= x.most_components)
+    process = ReverseProcess(sde, DenoiserScore(lambda u, _: u, sde))
+    own = recommended_plan(process, nfe=nfe)[0]
     return {"sample": own, "root_times": replace(own, grid=root_times, ends=(-3.3, 3.3))}
 
 

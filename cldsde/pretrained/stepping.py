@@ -23,7 +23,7 @@ from cldsde.linear.log_snr import log_snr_range, times_of_log_snr
 from cldsde.linear.random import Generators, standard_normal
 from cldsde.linear.sde import LinearSDE
 from cldsde.score import Conversion, ReverseProcess, Score
-from cldsde.solvers import ExponentialEuler
+from cldsde.solvers import ExponentialEuler, root_times
 from cldsde.solvers.base import GridSolver, Memory, Solver, check_solver
 from cldsde.solvers.combine import Block, add_to, as_blocks, combine
 from cldsde.solvers.noise import NoiseSource, SampleNoise
@@ -166,8 +166,8 @@ def recommended_steps(
     whole = bool(log_snr[0] <= _NOISE) and bool(log_snr[-1] == math.inf)
     n = len(log_snr) - 2 if whole else math.inf  # steps before the data prediction
     for recipe in RECOMMENDED:
-        # Between given levels, 5 steps are worse in VP's time, which belongs to the fitted levels.
-        most = 4 if recipe.most_steps == 5 else recipe.most_steps
+        # Off its fitted levels, the recipe of several components is worse from 5 steps on.
+        most = recipe.most_steps if sde.components == 1 or recipe.grid is root_times else 4
         if sde.components <= recipe.most_components and n <= most:
             with suppress(ValueError):  # try the next one, as `recommended_plan` does
                 return PathSteps(sde, recipe.solver, log_snr, signal, noise)
