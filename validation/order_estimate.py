@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import json
 import math
 from collections import Counter
 from dataclasses import dataclass
@@ -66,10 +65,6 @@ class OrderEstimate:
     def to_dict(self) -> dict[str, Any]:
         """Fields and `exceeds` in types of strict JSON: lists for tuples, None for NaN."""
         return {**plain(self), "exceeds": self.exceeds}
-
-    def to_json(self) -> str:
-        """`to_dict` as a JSON text."""
-        return json.dumps(self.to_dict(), allow_nan=False)
 
     def __str__(self) -> str:
         if math.isnan(self.order):

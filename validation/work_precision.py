@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -24,7 +23,7 @@ from cldsde.tables import Entry, Table
 from .metrics import bures_wasserstein, mode_spread_error, sliced_wasserstein
 from .moments import propagate_moments
 from .orders import Grid, moment_error
-from .plain import canvas, plain
+from .plain import canvas
 from .problems import Problem, check_problem
 from .reference import GaussianReference
 
@@ -70,10 +69,6 @@ class WorkPrecision:
         floors = [table.floor for table in tables if table.floor is not None]
         floor = sum(floors) / len(floors) if floors else None
         return cls(tables[0].problem, tables[0].metric, tuple(_with_front(points)), floor)
-
-    def to_json(self) -> str:
-        """Convert the table to JSON, with null for an error that is not finite."""
-        return json.dumps(plain(self), indent=1)
 
     def to_markdown(self) -> str:
         """Convert the table to Markdown: one line per solver, one column per budget.

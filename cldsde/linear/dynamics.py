@@ -248,12 +248,7 @@ class TimeChangedDynamics(Dynamics):
         return lower_factor(polynomials(columns.flatten(1, 2), h) * safe_sqrt(h))
 
     def _eliminated_root(
-        self,
-        taylor: Tensor,
-        h: Tensor,
-        Q_root: Tensor,
-        start: Tensor,
-        early: Tensor,
+        self, taylor: Tensor, h: Tensor, Q_root: Tensor, start: Tensor, early: Tensor
     ) -> Tensor:
         """Noise root with eliminated leading terms, joined with Ψ ``start`` if ``early``."""
         r = Q_root.shape[1]

@@ -193,8 +193,7 @@ class Schedule:
         ratio = high / low
         log_ratio = ratio.log() if isinstance(ratio, Tensor) else math.log(ratio)
         made = cls(
-            partial(_geometric_rate, low, log_ratio),
-            partial(_geometric_integral, low, log_ratio),
+            partial(_geometric_rate, low, log_ratio), partial(_geometric_integral, low, log_ratio)
         )
         return made._by("geometric", sigma_min, sigma_max)
 

@@ -47,10 +47,7 @@ def random_curve(rng: np.random.Generator, kind: str) -> tuple[float, OrderEstim
 # logarithm.
 @pytest.mark.parametrize(
     ("kind", "narrow", "median"),
-    [
-        pytest.param("relative", 0.95, 0.1, marks=pytest.mark.slow),
-        ("constant", 0.4, TOLERANCE),
-    ],
+    [pytest.param("relative", 0.95, 0.1, marks=pytest.mark.slow), ("constant", 0.4, TOLERANCE)],
 )
 def test_intervals_cover_the_true_order_and_are_narrow(kind, narrow, median):
     rng = np.random.default_rng(20)

@@ -25,13 +25,7 @@ from tqdm import tqdm
 from cldsde.files import file_lock, write_whole
 from cldsde.images.checks import Scale
 from cldsde.images.data.images import Array, Images
-from cldsde.images.data.pictures import (
-    Packed,
-    find_pictures,
-    fitted,
-    open_picture,
-    read_picture,
-)
+from cldsde.images.data.pictures import Packed, find_pictures, fitted, open_picture, read_picture
 from cldsde.images.schema import Count, Flag, Positive, checked
 from cldsde.messages import brief
 from cldsde.progress import progress_bar

@@ -4,12 +4,7 @@ Results are dictionaries of JSON types, with everything that the numbers depend 
 """
 
 from cldsde.images.evaluate.classifier import ClassifierFeatures, train_classifier
-from cldsde.images.evaluate.distances import (
-    FeatureStatistics,
-    frechet,
-    frechet_of,
-    load_features,
-)
+from cldsde.images.evaluate.distances import FeatureStatistics, frechet, frechet_of, load_features
 from cldsde.images.evaluate.inception import inception_metrics
 from cldsde.images.evaluate.likelihoods import likelihood
 

@@ -7,11 +7,7 @@ import torch
 
 from cldsde.images.data import DataSet, digits
 from cldsde.images.evaluate import ClassifierFeatures, train_classifier
-from cldsde.images.evaluate.classifier import (
-    ImageClassifier,
-    kept_classifier,
-    random_features,
-)
+from cldsde.images.evaluate.classifier import ImageClassifier, kept_classifier, random_features
 from cldsde.images.evaluate.distances import feature_name
 from cldsde.images.tensor_files import save_tensors
 from tiny_runs import noise_images

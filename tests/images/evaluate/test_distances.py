@@ -7,12 +7,7 @@ import pytest
 import scipy.linalg
 import torch
 
-from cldsde.images.evaluate import (
-    FeatureStatistics,
-    frechet,
-    frechet_of,
-    load_features,
-)
+from cldsde.images.evaluate import FeatureStatistics, frechet, frechet_of, load_features
 from cldsde.images.evaluate.distances import check_features, feature_name, images_sha256
 from image_data import noise
 
