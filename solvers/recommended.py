@@ -85,6 +85,11 @@ RECOMMENDED = (
 The page "Which solver, grid and end?" has them in a table."""
 
 
+def recipes_of(sde: LinearSDE, steps: float) -> list[Recipe]:
+    """The recommended recipes for the components of a process and a number of steps."""
+    return [x for x in RECOMMENDED if sde.components <= x.most_components and steps <= x.most_steps]
+
+
 def recommended_plan(
     process: ReverseProcess,
     *,
@@ -99,21 +104,20 @@ def recommended_plan(
 
     Raises a ValueError if no recipe applies, or ``nfe`` allows no step.
     """
-    components = process.sde.components
-    recipes = tuple(recipe for recipe in RECOMMENDED if components <= recipe.most_components)
+    recipes = recipes_of(process.sde, 1)
     if solver is not None:
-        recipes = (Recipe(solver, denoise=True), Recipe(solver, denoise="step"))
+        recipes = [Recipe(solver, denoise=True), Recipe(solver, denoise="step")]
     if times is not None:
         grid = as_grid_times(times, "times")
         if grid[0] < grid[-1]:
             raise ValueError("times must decrease, from the noise to the data")
         if grid[-1] == 0:  # no noise is left at t = 0
-            recipes = tuple(replace(recipe, denoise=False) for recipe in recipes)
+            recipes = [replace(recipe, denoise=False) for recipe in recipes]
     elif solver is None:
         # Leave out recipes for fewer steps than any grid has, before their grids are made.
         points = torch.arange(1, 65, dtype=torch.float64, device="cpu") / 64
         most = int(process.score.evaluations(process.sde.regular_until * points).max())
-        recipes = tuple(recipe for recipe in recipes if (nfe - most) // most <= recipe.most_steps)
+        recipes = recipes_of(process.sde, (nfe - most) // most)
     reasons = []
     for recipe in recipes:
         try:

@@ -201,7 +201,7 @@ def _steps(
     signal, noise = _scales(levels, path)
     log_snr = signal.log() - noise.log()
     _check_reached(sde, log_snr)
-    return recommended_steps(sde, solver, log_snr, signal, noise)
+    return recommended_steps(sde, solver, (log_snr, signal, noise))
 
 
 def _scales(levels: Tensor, path: NoisePath | None) -> tuple[Tensor, Tensor]:
@@ -230,9 +230,8 @@ def _check_reached(sde: LinearSDE, log_snr: Tensor) -> None:
     if wanted == -math.inf or wanted >= reach - _ROUNDING:
         return
     sigma = math.exp(-wanted)
-    known: list[LinearSDE] = [CLD(), PSLD(), HOLD(), VPSDE(), SubVPSDE(), VESDE(), RectifiedFlow()]
-    if sigma > 50:  # the largest level of VESDE()
-        known.append(VESDE(sigma_max=math.ceil(sigma)))
+    exploding = VESDE(sigma_max=max(50.0, math.ceil(sigma)))
+    known = (CLD(), PSLD(), HOLD(), VPSDE(), SubVPSDE(), RectifiedFlow(), exploding)
     found = [repr(other) for other in known if float(other.log_snr(1.0)) <= wanted]
     raise ValueError(
         f"sigmas must start at σ = {math.exp(-reach):.4g} or less for {sde!r}; got {sigma:.4g}. "

@@ -15,15 +15,17 @@ from cldsde.linear.log_snr import log_snr_range, times_of_log_snr
 from cldsde.linear.sde import LinearSDE
 from cldsde.pretrained.conventions import LEAST_LOG_SNR, Convention
 from cldsde.solvers import SamplerSettings, root_times
+from cldsde.solvers.recommended import hiding_variance, recipes_of
 
-# Values of κ at which the process starts and ends. Noise hides the brightness of large images only
-# from κ = −5. From κ = −3.3 the brightness of 64 × 64 images shrinks by a fifth.
-_FIRST_LOG_SNR, _LAST_LOG_SNR = -5.0, 3.3
+# Values of κ at which `root_times` starts and ends.
+_ROOT = -5.0, 3.3
+# A scheduler does not know the shape of its latents. It starts as `sample` does for this one.
+_LATENTS = 4, 64, 64
 # Noise hides data with a standard deviation of 1 from here on.
 _HIDDEN = -2.0
-# Noisier levels of a network within this distance in κ of the start are not worth an evaluation:
-# latents of both have the same distribution to 1 in 1,000.
-_NEAR = 0.1
+# Noisier levels of a network within this distance in κ of the start are not worth an evaluation,
+# nor is any if the noise of the path has this variance at the start: the first latents have 1.
+_NEAR, _WHOLE = 0.1, 0.99
 _ROUNDING = 1e-6
 # A step of this length in κ does not change single precision.
 _NO_LENGTH = 1e-6
@@ -32,19 +34,25 @@ _UNEVEN = 1e-3
 
 
 def window(
-    sde: LinearSDE, convention: Convention, start: float | None, end: float | None
+    sde: LinearSDE,
+    convention: Convention,
+    given: tuple[float | None, float | None],
+    levels: tuple[float, float] = _ROOT,
 ) -> tuple[float, float]:
-    """Times at which a process starts and ends; raise ValueError outside of a network's levels."""
+    """Times at which a process starts and ends; raise ValueError outside of a network's levels.
+
+    None: at κ of ``levels``, or as near to them as process and network allow.
+    """
     noisiest, last = convention.ends
-    default = max(_FIRST_LOG_SNR, noisiest, log_snr_range(sde)[0]), min(_LAST_LOG_SNR, last)
-    ends = torch.tensor([*default, last, noisiest], dtype=torch.float64, device="cpu")
+    default = max(levels[0], noisiest, log_snr_range(sde)[0]), min(levels[1], last)
+    ends = _numbers([*default, last, noisiest])
     *times, low, high = times_of_log_snr(sde, ends, sde.regular_until).tolist()
-    if end is None and float(sde.log_snr(times[1])) < default[1] - _ROUNDING:
+    if given[1] is None and float(sde.log_snr(times[1])) < default[1] - _ROUNDING:
         raise ValueError(
             f"process must have noise levels down to σ = {math.exp(-default[1]):.4g}; {sde!r} has "
             f"none below σ = {math.exp(-float(sde.log_snr(times[1]))):.4g}. Give an end"
         )
-    found = [x if y is None else float(y) for x, y in zip(times, (start, end), strict=True)]
+    found = [x if y is None else float(y) for x, y in zip(times, given, strict=True)]
     for name, t in zip(("start", "end"), found, strict=True):
         kappa = float(sde.log_snr(t)) if 0 < t <= sde.regular_until else math.nan
         if not noisiest - _ROUNDING <= kappa <= last + _ROUNDING:
@@ -71,8 +79,8 @@ def _number_of_steps(n: int | None, given: Mapping[str, Any]) -> int:
             )
         if bool(uneven.any()):
             raise ValueError(
-                f"{name} must be evenly spaced with grid='root_times', which takes their number "
-                f"only; got {values.tolist()}. Use grid='scheduler'"
+                f"{name} must be evenly spaced unless grid is 'scheduler', because only their "
+                f"number is used; got {values.tolist()}"
             )
         n = len(values)
     return as_integer(n, 1, "num_inference_steps")
@@ -81,24 +89,35 @@ def _number_of_steps(n: int | None, given: Mapping[str, Any]) -> int:
 def levels_of_grid(
     sde: LinearSDE,
     convention: Convention,
-    ends: tuple[float, float],
+    ends: tuple[float | None, float | None],
     n: int | None,
     given: Mapping[str, Any],
+    *,
+    recommended: bool,
 ) -> tuple[Tensor, Tensor]:
-    """κ of n evaluations on the process's root grid and of the data, and times of the scheduler.
+    """κ of n evaluations and of the data, and times of the scheduler.
 
-    If the network knows more noise than the start of the grid has, the first is its noisiest level.
+    The grid is the recommended one for the number of steps, or `root_times`. ``ends`` are times or
+    None. If a path has less noise at the start than a pipeline's first latents, as that of flow
+    matching, the first level is the network's noisiest.
     """
-    n, (start, end), noisiest = _number_of_steps(n, given), ends, convention.ends[0]
-    lead = [noisiest] if noisiest < float(sde.log_snr(start)) - _NEAR else []
-    points = n - len(lead)
-    if points > 1:
-        grid = root_times(start, end, points - 1)
-    else:
-        grid = torch.full((points,), start, dtype=torch.float64, device="cpu")
-    first, last = (torch.tensor(x, dtype=torch.float64, device="cpu") for x in (lead, [math.inf]))
-    levels = torch.cat([first, sde.log_snr(grid), last])
-    return levels, convention.times(levels[:-1]).float()
+    n, noisiest = _number_of_steps(n, given), convention.ends[0]
+    levels, grid = _ROOT, root_times
+    if recommended:
+        recipe = recipes_of(sde, n - 1)[0]
+        levels = -0.5 * math.log(hiding_variance(_LATENTS, n)), recipe.ends[1]
+        grid = recipe.grid
+    start, end = window(sde, convention, ends, levels)
+    level = sde.log_snr(_numbers([start]))
+    leads = noisiest < float(level) - _NEAR and float(convention.scales(level)[1]) ** 2 < _WHOLE
+    steps = n - leads - 1
+    times = grid(sde, start, end, steps) if steps > 0 else _numbers([start][: steps + 1])
+    found = torch.cat([_numbers([noisiest] * leads), sde.log_snr(times), _numbers([math.inf])])
+    return found, convention.times(found[:-1]).float()
+
+
+def _numbers(values: list[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64, device="cpu")
 
 
 def levels_of_settings(
@@ -123,7 +142,7 @@ def levels_of_settings(
             f"log_snr of the settings must be levels that the network knows, from {noisiest:.4g} "
             f"to {last:.4g}; got {settings.log_snr}"
         )
-    found = torch.tensor([*levels, math.inf], dtype=torch.float64, device="cpu")
+    found = _numbers([*levels, math.inf])
     return found, convention.times(found[:-1]).float()
 
 
@@ -137,8 +156,8 @@ def levels_of_scheduler(
     name = type(scheduler).__name__
     if getattr(scheduler, "order", 1) != 1:
         raise ValueError(
-            f"grid must be 'root_times' for {name}, whose steps evaluate the network "
-            f"{scheduler.order} times; got 'scheduler'"
+            f"grid must not be 'scheduler' for {name}, whose steps evaluate the network "
+            f"{scheduler.order} times"
         )
     accepted = inspect.signature(scheduler.set_timesteps).parameters
     if unknown := [key for key in given if key not in accepted]:
@@ -153,7 +172,7 @@ def levels_of_scheduler(
     else:
         found = convention.log_snr(times.double())
         final = float(getattr(scheduler, "final_alpha_cumprod", 1.0))
-        last = 0.5 * torch.tensor([final], dtype=torch.float64, device="cpu").logit()
+        last = 0.5 * _numbers([final]).logit()
         # DDIM may end with a step of no length at index 0, which changes nothing.
         levels = torch.cat([found, last.clamp(min=found[-1] + _NO_LENGTH)])
         levels = torch.where(levels <= LEAST_LOG_SNR, -math.inf, levels)
@@ -162,7 +181,7 @@ def levels_of_scheduler(
     levels, times = levels[new], times[new[: len(times)]]
     if len(levels) != len(times) + 1 or not bool((levels.diff() > 0).all()):
         raise ValueError(
-            f"grid must be 'root_times' for {name} with these options, because its noise does not "
-            "decrease with each step; got 'scheduler'"
+            f"grid must not be 'scheduler' for {name} with these options, because its noise does "
+            "not decrease with each step"
         )
     return levels, times

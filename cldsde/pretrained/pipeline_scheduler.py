@@ -43,7 +43,7 @@ from cldsde.solvers import SamplerSettings
 from cldsde.solvers.base import Solver
 from cldsde.solvers.noise import NoiseSource
 
-Grid = Literal["root_times", "scheduler"]
+Grid = Literal["recommended", "root_times", "scheduler"]
 
 _IGNORED = ("prev_timestep", "use_clipped_model_output")
 _OWN = ("scheduler", "process", "solver", "start", "end", "grid", "settings")
@@ -64,18 +64,16 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     process
         The process: a `LinearSDE`, or the name of its class.
     solver
-        A solver that evaluates the score once per step, at its start. None: `ExponentialMultistep`
-        with noise, of order 3 for at most 9 evaluations, and of order 2 with corrector for more.
+        A solver that evaluates the score once per step, at its start. None: the recommended one.
     start, end
-        Times of the process at which it starts and ends, for ``grid="root_times"``. None: κ = −5
-        and κ = 3.3 (κ = ½ log SNR), or as near to them as the network allows. A process without so
-        much noise starts with its most; one without so little raises a ValueError. If the network
-        knows over 10 % more noise than the start has, as flow-matching networks do, one
-        step leads there, because pipelines start at the network's noisiest level. The step is
-        deterministic if the process does not reach this level.
+        Times of the process at which its own grids start and end. None: the grid's κ (½ log SNR),
+        or as near to it as the network allows. A process without so much noise starts with its
+        most; one without so little raises a ValueError. If the path's noise has a variance below
+        0.99 at the start, as for flow matching, one step leads there from the noisiest level.
     grid
-        ``"root_times"``: steps of the process, uniform in √t. ``timesteps`` and ``sigmas`` of a
-        pipeline then give the number of steps only, and must be evenly spaced.
+        ``"recommended"``: the levels of `cldsde.sample` for n evaluations and 4 × 64 × 64 latents,
+        or with a given solver ``"root_times"``: uniform in √t, from κ = −5 to κ = 3.3. For both,
+        ``timesteps`` and ``sigmas`` of a pipeline must be evenly spaced; only their number is used.
         ``"scheduler"``: the levels of the scheduler replaced, with its ``timesteps``, ``sigmas``
         and ``mu``, and the level at which it ends.
     settings
@@ -111,7 +109,7 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         *,
         start: float | None = None,
         end: float | None = None,
-        grid: Grid = "root_times",
+        grid: Grid = "recommended",
         settings: SamplerSettings | Mapping[str, Any] | str | Path | None = None,
     ) -> None:
         if isinstance(scheduler, PipelineScheduler):
@@ -131,19 +129,20 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         self.settings = None if settings is None else settings_of(settings)
         self._levels_of: Callable[..., tuple[Tensor, Tensor]]
         if self.settings is not None:
-            if solver is not None or grid != "root_times":
+            if solver is not None or grid != "recommended":
                 raise ValueError("solver and grid must be left out with settings, which have both")
             self.settings.times(self.sde)  # raises if they are for another process
             self.solver = self.settings.solver
             self._levels_of = partial(levels_of_settings, self.settings, convention)
-        elif grid == "root_times":
-            ends = window(self.sde, convention, start, end)
-            self._levels_of = partial(levels_of_grid, self.sde, convention, ends)
-        else:
+        elif grid == "scheduler":
             self._levels_of = partial(levels_of_scheduler, self.replaced, convention)
+        else:
+            ends, fits = (start, end), grid == "recommended" and solver is None
+            window(self.sde, convention, ends)  # raises if they are the reason
+            self._levels_of = partial(levels_of_grid, self.sde, convention, ends, recommended=fits)
         for name, given in (("start", start), ("end", end)):
             if given is not None and (self.settings is not None or grid == "scheduler"):
-                owner = "settings" if grid == "root_times" else "grid='scheduler'"
+                owner = "settings" if self.settings is not None else "grid='scheduler'"
                 raise ValueError(f"{name} must be None with {owner}, which has its own ends")
         #: Steps on the levels of `set_timesteps`.
         self.steps: PathSteps | None = None
@@ -191,7 +190,8 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         scales = signal[:-1].tolist(), noise[:-1].tolist()  # the last level has no prediction
         self._predict = DataPrediction(self.replaced, self._convention, *scales)
         if self.steps is None or not torch.equal(levels, self._levels):
-            self.steps = recommended_steps(self.sde, self.solver, levels, signal, noise)
+            own, all_levels = self.config.grid == "recommended", (levels, signal, noise)
+            self.steps = recommended_steps(self.sde, self.solver, all_levels, recommended=own)
         self.steps.reset()
         self._levels: Tensor = levels
         self._step_index = self._begin_index = None

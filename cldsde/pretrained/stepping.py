@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple, NoReturn
 
@@ -27,7 +28,7 @@ from cldsde.solvers import ExponentialEuler, root_times
 from cldsde.solvers.base import GridSolver, Memory, Solver, check_solver
 from cldsde.solvers.combine import Block, add_to, as_blocks, combine
 from cldsde.solvers.noise import NoiseSource, SampleNoise
-from cldsde.solvers.recommended import RECOMMENDED
+from cldsde.solvers.recommended import recipes_of
 
 # A level this close in κ to an end of the process counts as that end.
 _ROUNDING = 1e-6
@@ -157,21 +158,25 @@ class PathSteps:
 
 
 def recommended_steps(
-    sde: LinearSDE, solver: Solver | None, log_snr: Tensor, signal: Tensor, noise: Tensor
+    sde: LinearSDE, solver: Solver | None, levels: Sequence[Tensor], *, recommended: bool = False
 ) -> PathSteps:
-    """Steps of `PathSteps` with a solver; None: the first recommended one that applies."""
+    """Steps of `PathSteps` with a solver; None: the first recommended one that applies.
+
+    ``levels`` are κ, α and σ. ``recommended`` tells that they are recommended for the solver.
+    """
+    log_snr = levels[0]
     if solver is not None:
-        return PathSteps(sde, solver, log_snr, signal, noise)
+        return PathSteps(sde, solver, *levels)
     # A part of a sampling has few steps, but may have long ones, for which order 3 is unstable.
     whole = bool(log_snr[0] <= _NOISE) and bool(log_snr[-1] == math.inf)
     n = len(log_snr) - 2 if whole else math.inf  # steps before the data prediction
-    for recipe in RECOMMENDED:
-        # Off its fitted levels, the recipe of several components is worse from 5 steps on.
-        most = recipe.most_steps if sde.components == 1 or recipe.grid is root_times else 4
-        if sde.components <= recipe.most_components and n <= most:
+    # Off its fitted levels, the recipe of several components is worse from 5 steps on.
+    fits = recommended or sde.components == 1 or n <= 4
+    for recipe in recipes_of(sde, n):
+        if fits or recipe.grid is root_times:
             with suppress(ValueError):  # try the next one, as `recommended_plan` does
-                return PathSteps(sde, recipe.solver, log_snr, signal, noise)
-    return PathSteps(sde, ExponentialEuler(), log_snr, signal, noise)
+                return PathSteps(sde, recipe.solver, *levels)
+    return PathSteps(sde, ExponentialEuler(), *levels)
 
 
 class _Blocks(NamedTuple):

@@ -5,10 +5,12 @@ import math
 import pytest
 import torch
 
-from cldsde import CLD, VPSDE, Schedule, pretrained, solvers
+from cldsde import CLD, VPSDE, DenoiserScore, ReverseProcess, Schedule, pretrained, solvers
 from cldsde.pretrained.stepping import GeneratorNoise
+from cldsde.solvers.recommended import recommended_plan
 from probes import generator
 from simulated_device import needs_simulation, simulated_device
+from tolerances import rounding
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -18,8 +20,6 @@ SECOND = MULTISTEP(order=2, variable="log_snr", weights="published")
 SHAPE = (3, 2, 4, 4)
 # A few steps in single precision, with tables of schedulers in single precision.
 CLOSE = 1e-5
-# The process starts at κ = −5, and DDPM's table at −5.06, six indices before.
-NEAR = 0.01
 TABLE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 V = {**TABLE, "prediction_type": "v_prediction"}
 TRAILING = {"timestep_spacing": "trailing"}
@@ -110,17 +110,26 @@ def test_repeated_levels_are_left_out():
 
 @pytest.mark.covering
 @pytest.mark.parametrize("process", ["CLD", "VPSDE", "HOLD", "RectifiedFlow"])
-@pytest.mark.parametrize(("scheduler", "noisiest"), [(DDIM(), 999.0), (FLOW(), 1000.0)])
+@pytest.mark.parametrize("scheduler", [DDIM(), FLOW()])
 @pytest.mark.parametrize("n", [4, 1, 2])
-def test_n_steps_are_n_evaluations_from_the_noisiest_level_to_the_data(
-    process, scheduler, noisiest, n
-):
+def test_n_steps_are_n_evaluations(process, scheduler, n):
     found = made(scheduler, process)
     found.set_timesteps(n)
     assert len(found.timesteps) == found.num_inference_steps == n
-    assert float(found.timesteps[0]) == pytest.approx(noisiest, rel=NEAR, abs=0)
+    assert (float(found.timesteps[0]) == 1000) == isinstance(scheduler, FLOW)  # see `grid`
     assert bool((found.timesteps.diff() < 0).all())
     assert bool(run(found, n).isfinite().all())
+
+
+@pytest.mark.parametrize("sde", [CLD(), VPSDE()])
+@pytest.mark.parametrize("n", [2, 5, 7, 10])
+def test_levels_and_solver_are_those_of_sample(sde, n):
+    found, reverse = made(DDIM(), sde), ReverseProcess(sde, DenoiserScore(network, sde))
+    _, expected = recommended_plan(reverse, nfe=n, shape=(4, 64, 64))
+    found.set_timesteps(n)
+    assert found.steps.solver == expected.solver
+    differences = found._levels[:-1] - sde.log_snr(expected.times)
+    assert float(differences.abs().max()) <= rounding(2**10)
 
 
 @torch.no_grad()
@@ -311,7 +320,7 @@ KEPT = {"grid": "scheduler"}
 UNEVEN = {"timesteps": [999, 500, 10]}
 BAD_STEPS = [
     (PLAIN, {}, {}, TypeError, "num_inference_steps must be an integer; got None"),
-    (PLAIN, {}, UNEVEN, ValueError, "timesteps must be evenly spaced with grid='root_times'"),
+    (PLAIN, {}, UNEVEN, ValueError, "timesteps must be evenly spaced unless grid is"),
     (FLOW(), {}, {"sigmas": [0.0, 0.5, 1.0]}, ValueError, "sigmas must decrease, from the noise"),
     (PLAIN, KEPT, UNEVEN, ValueError, "timesteps must be None for DDIMScheduler, which does not"),
     (FLOW(), KEPT, {"sigmas": [0.5, 0.9]}, ValueError, "its noise does not decrease"),
