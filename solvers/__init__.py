@@ -11,7 +11,7 @@ from .edm_heun import EDMHeun
 from .euler_maruyama import EulerMaruyama
 from .exponential_euler import ExponentialEuler
 from .exponential_multistep import ExponentialMultistep, LevelNoise
-from .fitting import fit_sampler
+from .fitting import default_settings, fit_sampler
 from .gotta_go_fast import GottaGoFast
 from .grids import (
     karras_times,
@@ -69,6 +69,7 @@ __all__ = [
     "TorchSDE",
     "as_torchdiffeq",
     "as_torchsde",
+    "default_settings",
     "find_solver",
     "fit_sampler",
     "karras_times",

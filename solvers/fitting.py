@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -26,7 +28,7 @@ Distance = Callable[[Tensor], float]
 
 _FORMS = [(order, corrector) for order in (1, 2, 3) for corrector in (False, True)]
 TRIES = 200  #: Tries of a search by default.
-_CHOSEN = 3  # settings that are compared at the end
+_CHOSEN, _SETS = 3, 8  # settings that are compared at the end, and sets of samples of each
 # Steps of the search in κ at the start, log Δκ and λ, and the largest λ.
 _SPREADS = (0.4, 0.25, 0.3)
 _MOST_NOISE = 3.0
@@ -47,9 +49,9 @@ def fit_sampler(
     """Fit the sampler of few evaluations to a network: noise levels, noise per step, and order.
 
     The search is CMA-ES (Hansen 2016, arXiv 1604.00772), which needs the library ``cma``. It starts
-    from the settings of `sample`, and uses the same random numbers for all settings. Then new
-    random numbers decide between the best settings, the centre of the search and the settings of
-    `sample`. Ctrl-C ends the search with a UserWarning; the best settings so far are kept.
+    from the settings of `sample`, and uses the same random numbers for all settings. Then eight
+    new sets of samples decide between the best settings, the centre of the search and the settings
+    of `sample`. Ctrl-C ends the search with a UserWarning; the best settings so far are kept.
 
     Parameters
     ----------
@@ -66,7 +68,7 @@ def fit_sampler(
         Largest number of network evaluations, all samples counted: a try needs B·nfe. None: 200
         tries.
     seed
-        Seed of the search and of the samples, which have the seeds ``seed`` and ``seed + 1``.
+        Seed of the search and of the samples, which have the seeds ``seed`` to ``seed + 8``.
         Measure the result with others.
     progress
         Show a progress bar on stderr.
@@ -98,7 +100,7 @@ def fit_sampler(
 
 def fewest_tries(levels: int) -> int:
     """Smallest number of tries: forms of the start, three generations, and the comparison."""
-    return len(_FORMS) + 3 * _generation(levels) + _CHOSEN
+    return len(_FORMS) + 3 * _generation(levels) + _CHOSEN * _SETS
 
 
 def _generation(levels: int) -> int:
@@ -109,7 +111,10 @@ def _generation(levels: int) -> int:
 def default_settings(
     process: ReverseProcess, shape: Sequence[int], nfe: int, network: str = ""
 ) -> SamplerSettings:
-    """The settings of `sample` for data ``(*D,)``; raise ValueError if it has another solver."""
+    """The settings of `sample` for data ``(*D,)`` and ``nfe`` evaluations.
+
+    Raises a ValueError if it has another solver, or ``nfe`` allows no step.
+    """
     recipe, plan = recommended_plan(process, nfe=nfe, shape=shape)
     solver = plan.solver
     if not isinstance(solver, ExponentialMultistep) or recipe.denoise is not True:
@@ -161,35 +166,35 @@ class Search:
             for order, corrector in _FORMS:
                 self._try(replace(self._first, order=order, corrector=corrector), bar)
             strategy = self._strategy(self.best)
-            while self.tries + self._generation + _CHOSEN <= self.most:
+            while self.tries + self._generation + _CHOSEN * _SETS <= self.most:
                 points = strategy.ask()
                 strategy.tell(points, [self._try(self._settings(x), bar) for x in points])
             if self._smallest == math.inf:
                 raise ValueError("distance must be finite for some samples; it never was")
             # The best of many tries is partly luck, which the centre of the search has less of.
             centre = self._settings(strategy.result.xfavorite) or self.best
-            chosen = dict.fromkeys((self._first, self.best, centre))
-            fresh = {settings: self._distance(settings, self.seed + 1) for settings in chosen}
-            self.best = min(fresh, key=fresh.__getitem__)
+            chosen = list(dict.fromkeys((self._first, self.best, centre)))
+            seeds = range(self.seed + 1, self.seed + 1 + _SETS)
+            means = [fmean(self._distance(each, k, bar) for k in seeds) for each in chosen]
+            self.best = chosen[means.index(min(means))]
             bar.update(self.most - self.tries)
 
     def _try(self, settings: SamplerSettings | None, bar: Any) -> float:
-        found = math.inf if settings is None else self._distance(settings, self.seed)
-        self.tries += 1
+        found = self._distance(settings, self.seed, bar)
         if settings is not None and found < self._smallest:
             self.best, self._smallest = settings, found
-        bar.update()
         bar.set_postfix(best=f"{self._smallest:.4g}", refresh=False)
         return found
 
-    def _distance(self, settings: SamplerSettings, seed: int) -> float:
-        """Distance of samples; infinite if it or a sample is not finite."""
-        sde, score = self.process.sde, self.process.score
-        try:
-            samples = sample(sde, score, self.shape, seed=seed, settings=settings)
-        except FloatingPointError:
-            return math.inf
-        found = float(self.distance(samples))
+    def _distance(self, settings: SamplerSettings | None, seed: int, bar: Any) -> float:
+        """Distance of samples; infinite if it or a sample is not finite, or without settings."""
+        sde, score, found = self.process.sde, self.process.score, math.inf
+        if settings is not None:
+            with suppress(FloatingPointError):
+                samples = sample(sde, score, self.shape, seed=seed, settings=settings)
+                found = float(self.distance(samples))
+        self.tries += 1
+        bar.update()
         return found if math.isfinite(found) else math.inf
 
     def _strategy(self, start: SamplerSettings) -> Any:

@@ -107,7 +107,7 @@ class Tuning:
         found = torch.zeros(len(names), 2, SETS, dtype=torch.float64, device="cpu")
         for k in progress_bar(range(SETS), shown=True, desc="new images", unit="set"):
             for i, how in enumerate((None, settings)):
-                images = self._pixels(self._draw(self.seed + 2 + k, nfe, how))
+                images = self._pixels(self._draw(self.seed + 100 + k, nfe, how))
                 distances = [distance(images) for distance in self._distances.values()]
                 both = _geometric_mean(distances[:_SEARCHED])
                 found[:, i, k] = found.new_tensor([both, *distances])

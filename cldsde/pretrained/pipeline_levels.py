@@ -17,18 +17,14 @@ from cldsde.pretrained.conventions import LEAST_LOG_SNR, Convention
 from cldsde.solvers import SamplerSettings, root_times
 from cldsde.solvers.recommended import hiding_variance, recipes_of
 
-# Values of κ at which `root_times` starts and ends.
-_ROOT = -5.0, 3.3
-# A scheduler does not know the shape of its latents. It starts as `sample` does for this one.
-_LATENTS = 4, 64, 64
-# Noise hides data with a standard deviation of 1 from here on.
-_HIDDEN = -2.0
+_ROOT = -5.0, 3.3  # κ at which `root_times` starts and ends
+_LATENTS = 4, 64, 64  # a scheduler does not know the shape, and starts as for this one
+_HIDDEN = -2.0  # κ from which on noise hides data with a standard deviation of 1
 # Noisier levels of a network within this distance in κ of the start are not worth an evaluation,
 # nor is any if the noise of the path has this variance at the start: the first latents have 1.
 _NEAR, _WHOLE = 0.1, 0.99
 _ROUNDING = 1e-6
-# A step of this length in κ does not change single precision.
-_NO_LENGTH = 1e-6
+_NO_LENGTH = 1e-6  # a step in κ that does not change single precision
 # Deviation from an even spacing, relative to the largest value, that rounding may explain.
 _UNEVEN = 1e-3
 
@@ -39,10 +35,7 @@ def window(
     given: tuple[float | None, float | None],
     levels: tuple[float, float] = _ROOT,
 ) -> tuple[float, float]:
-    """Times at which a process starts and ends; raise ValueError outside of a network's levels.
-
-    None: at κ of ``levels``, or as near to them as process and network allow.
-    """
+    """Start and end times, by default at κ of ``levels``; ValueError outside of a network's."""
     noisiest, last = convention.ends
     default = max(levels[0], noisiest, log_snr_range(sde)[0]), min(levels[1], last)
     ends = _numbers([*default, last, noisiest])

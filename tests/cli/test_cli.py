@@ -123,7 +123,7 @@ def here(published, tmp_path, monkeypatch):
         ("compare tiny.json --quick", "--quick: is a comparison of its own"),
         ("sample RUN --seeds -1-3", "--seeds: must be A-B with 0 ≤ A ≤ B < 2³²; got '-1-3'"),
         ("compare tiny.json --out file", "file is not a folder"),
-        ("tune RUN --nfe 3 --tries 10 --out new", "--tries: must be at least 33 for 3 evaluations"),
+        ("tune RUN --nfe 3 --tries 10 --out new", "--tries: must be at least 54 for 3 evaluations"),
         ("tune RUN --nfe 3,5 --out new.json", "--out: must be a folder for several"),
         ("tune RUN --nfe 3 --features nowhere:net --out new", "--features: 'nowhere:net'"),
         ("tune RUN --nfe 1 --out new", "--nfe: must be at least 2; got 1"),

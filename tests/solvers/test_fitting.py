@@ -11,7 +11,7 @@ from cldsde import VESDE, VPSDE, DenoiserScore, GuidedScore, ReverseProcess, sam
 from cldsde.solvers.fitting import default_settings
 
 BEST, CENTRE = 1.6, 0.5  # κ at which the network below has no error, and its data, a point
-SHAPE, TRIES = (4, 3), 44
+SHAPE, TRIES = (4, 3), 65
 
 
 def process(sde=None, seen=None, **options):
@@ -60,7 +60,7 @@ def search():
 
 def test_the_best_level_is_found(search):
     found, _ = search
-    # The error is (κ − best)², and 44 tries in 3 dimensions reach 0.06 with every one of ten seeds.
+    # The error is (κ − best)², and 41 tries in 3 dimensions reach 0.06 with every one of ten seeds.
     assert abs(found.log_snr[-1] - BEST) < 0.1
     assert (found.nfe, found.network, found.process) == (2, "of a point", repr(VPSDE()))
 
@@ -85,11 +85,11 @@ def test_the_same_seed_tries_the_same_settings_and_an_interrupted_search_keeps_i
 @pytest.mark.parametrize("sde", [VPSDE(), VESDE()], ids=repr)
 def test_the_network_is_evaluated_within_its_levels_and_budget(sde):
     seen = []
-    found = fitted(tries=30, reverse=process(sde, seen, noise_levels=(0.3, 10.0)))
+    found = fitted(tries=51, reverse=process(sde, seen, noise_levels=(0.3, 10.0)))
     rounding = 1e-6  # of σ in float32
     assert min(seen) >= 0.3 * (1 - rounding)
     assert max(seen) <= 10 * (1 + rounding)
-    assert len(seen) <= 30 * 2
+    assert len(seen) <= 51 * 2
     # The search starts at the largest level.
     assert found.log_snr[0] >= -math.log(10.0) - 1e-9
     assert -found.log_snr[-1] >= math.log(0.3) - rounding
@@ -105,20 +105,20 @@ def test_guidance_in_an_interval_keeps_the_number_of_evaluations():
         seen.clear()
         return distance(x)
 
-    fitted(nfe=4, tries=36, reverse=reverse, by=counted)
+    fitted(nfe=4, tries=57, reverse=reverse, by=counted)
     assert max(spent) == 4
 
 
 def test_a_distance_that_is_never_finite_is_rejected():
     with pytest.raises(ValueError, match="distance must be finite for some samples"):
-        fitted(tries=30, by=lambda _: math.nan)
+        fitted(tries=51, by=lambda _: math.nan)
 
 
 def test_settings_no_better_with_new_numbers_are_not_taken():
     first = default_settings(process(), SHAPE[1:], 2)
     calls = iter(range(1000))
     # The first try has the smallest distance of all, but by chance: new numbers tell.
-    found = fitted(tries=30, by=lambda _: float(next(calls)))
+    found = fitted(tries=51, by=lambda _: float(next(calls)))
     assert found == first
 
 
