@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -29,8 +30,9 @@ from cldsde.images.data.pixels import measured, measured_batches, save_grid
 from cldsde.images.evaluate.classifier import CLASSIFIER, kept_classifier, random_features
 from cldsde.images.evaluate.distances import FeatureSums, frechet_of
 from cldsde.images.model import TrainedModel, load_model
+from cldsde.pretrained import PipelineScheduler, sample_k_diffusion
 from cldsde.score import Denoiser, ReverseProcess
-from cldsde.solvers import SamplerSettings
+from cldsde.solvers import SamplerSettings, default_settings
 from cldsde.solvers.recommended import recommended_plan
 
 _BATCH = 250
@@ -62,14 +64,19 @@ def by_diffusers(
     shape: tuple[int, ...],
     nfe: int,
     seed: int,
+    process: LinearSDE | None = None,
 ) -> Tensor:
-    """Samples of a scheduler, whose network predicts the noise at one of 1,000 times of VP."""
+    """Samples of a scheduler, whose network predicts the noise at one of 1,000 times of VP.
+
+    With a process, `PipelineScheduler` replaces the scheduler.
+    """
     known = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear", **options}
-    scheduler = getattr(diffusers, name)(**known)
+    replaced = getattr(diffusers, name)(**known)
+    scheduler = replaced if process is None else PipelineScheduler(replaced, process)
+    alpha = replaced.alphas_cumprod.double()
     generator = torch.Generator().manual_seed(seed)
     takes = "generator" in inspect.signature(scheduler.step).parameters
     more = {"generator": generator} if takes else {}
-    alpha = scheduler.alphas_cumprod.double()
     levels, parts = ((1 - alpha) / alpha).log() / 2, []
     for first in range(0, shape[0], _BATCH):
         scheduler.set_timesteps((nfe + 1) // 2 if name.startswith("Heun") else nfe)
@@ -101,6 +108,30 @@ def by_sample(
     return sample(sde, score, shape, nfe=nfe, settings=settings.get(nfe), **options)
 
 
+def by_k_diffusion(
+    sde: LinearSDE,
+    kind: str,
+    denoiser: Denoiser,
+    shape: tuple[int, ...],
+    nfe: int,
+    seed: int,
+) -> Tensor:
+    """Samples of `sample_k_diffusion`, on Karras' levels from 80 to 0.02, or the default ones."""
+    score, low, high = DenoiserScore(denoiser, sde), 0.02, 80.0
+    settings = default_settings(ReverseProcess(sde, score), shape[1:], nfe)
+    if kind == "default levels":
+        sigmas, solver = torch.tensor([*settings.log_snr, math.inf]).neg().exp(), settings.solver
+    else:
+        roots = torch.linspace(high ** (1 / 7), low ** (1 / 7), nfe)
+        sigmas, solver = torch.cat([roots**7, torch.zeros(1)]), None
+    generator, parts = torch.Generator().manual_seed(seed), []
+    for i, size in enumerate(len(x) for x in torch.empty(shape[0]).split(_BATCH)):
+        x = sigmas[0] * torch.randn(size, *shape[1:], generator=generator)
+        options = {"process": sde, "solver": solver, "noise": 1000 * seed + i, "disable": True}
+        parts.append(sample_k_diffusion(denoiser, x, sigmas, **options))
+    return torch.cat(parts)
+
+
 def samplers(settings: dict[int, SamplerSettings]) -> Iterator[tuple[str, str, Draw]]:
     """Names of sampler and options, and how it draws; ``settings`` are fitted to the network."""
     for dynamics in DYNAMICS:
@@ -109,6 +140,14 @@ def samplers(settings: dict[int, SamplerSettings]) -> Iterator[tuple[str, str, D
         for options in choices:
             label = ", ".join(f"{key}={value}" for key, value in options.items())
             yield name, label, partial(by_diffusers, kind, options)
+    for dynamics in ("VP", "CLD"):
+        sde, plain = DYNAMICS[dynamics](), {"clip_sample": False}
+        draw = partial(by_diffusers, "DDIMScheduler", plain, process=sde)
+        yield f"PipelineScheduler, {dynamics}", "default", draw
+    for dynamics in ("VP", "CLD"):
+        for kind in ("Karras levels", "default levels"):
+            draw = partial(by_k_diffusion, DYNAMICS[dynamics](), kind)
+            yield f"sample_k_diffusion, {dynamics}", kind, draw
     if settings:
         yield "cldsde.sample, fitted", "VP", partial(by_sample, "VP", settings)
 

@@ -1,5 +1,6 @@
 """Programs of the documentation that its build does not run, and of the README."""
 
+import math
 import pickle
 import re
 import runpy
@@ -64,13 +65,17 @@ def test_the_program_for_pickles_of_edm_gives_its_classes(classes, tmp_path, mon
     assert found["images"].dtype == torch.uint8
 
 
-def test_the_node_of_comfyui_makes_a_sampler(monkeypatch):
+def test_the_nodes_of_comfyui_make_a_sampler_and_its_levels(monkeypatch):
     comfy = SimpleNamespace(KSAMPLER=lambda function, options: (function, options))
     monkeypatch.setitem(sys.modules, "comfy.samplers", comfy)
-    node = runpy.run_path(str(FOLDER / "cldsde_sampler.py"))["NODE_CLASS_MAPPINGS"]["CLDSampler"]
+    nodes = runpy.run_path(str(FOLDER / "cldsde_sampler.py"))["NODE_CLASS_MAPPINGS"]
+    node, known = nodes["CLDSampler"], SimpleNamespace(sigma_min=0.03, sigma_max=14.6)
+    model = SimpleNamespace(get_model_object={"model_sampling": known}.__getitem__)
     (processes,) = node.INPUT_TYPES()["required"]["process"]
     for process in processes:
         assert node().make(process) == ((sample_k_diffusion, {"process": process}),)
+        (sigmas,) = nodes["CLDLevels"]().make(model, process, 5)
+        assert sigmas[[0, -2, -1]].tolist() == pytest.approx([14.6, math.exp(-1.7), 0])
 
 
 def test_the_readme_starts_with_the_program_in_python():

@@ -1,6 +1,12 @@
+import torch
 from comfy.samplers import KSAMPLER
 
+import cldsde
+from cldsde import DenoiserScore, ReverseProcess
 from cldsde.pretrained import sample_k_diffusion
+from cldsde.solvers import default_settings
+
+PROCESSES = ["CLD", "PSLD", "HOLD", "VPSDE"]
 
 
 class CLDSampler:
@@ -10,11 +16,35 @@ class CLDSampler:
 
     @classmethod
     def INPUT_TYPES(cls):  # noqa: N802
-        return {"required": {"process": (["CLD", "PSLD", "HOLD", "VPSDE"],)}}
+        return {"required": {"process": (PROCESSES,)}}
 
     def make(self, process):
         return (KSAMPLER(sample_k_diffusion, {"process": process}),)
 
 
-NODE_CLASS_MAPPINGS = {"CLDSampler": CLDSampler}
-NODE_DISPLAY_NAME_MAPPINGS = {"CLDSampler": "CLD sampler (cldsde)"}
+class CLDLevels:
+    CATEGORY = "sampling/custom_sampling/schedulers"
+    FUNCTION = "make"
+    RETURN_TYPES = ("SIGMAS",)
+
+    @classmethod
+    def INPUT_TYPES(cls):  # noqa: N802
+        steps = ("INT", {"default": 5, "min": 2, "max": 1000})
+        return {"required": {"model": ("MODEL",), "process": (PROCESSES,), "steps": steps}}
+
+    def make(self, model, process, steps):
+        known = model.get_model_object("model_sampling")
+        if any(kind.__name__ == "CONST" for kind in type(known).__mro__):
+            raise ValueError("model is a flow-matching model: connect BasicScheduler instead")
+        ends = float(known.sigma_min), float(known.sigma_max)
+        sde = getattr(cldsde, process)()
+        score = DenoiserScore(lambda u, sigma: u, sde, noise_levels=ends)
+        levels = default_settings(ReverseProcess(sde, score), (4, 64, 64), steps).log_snr
+        return (torch.tensor([*levels, torch.inf]).neg().exp(),)
+
+
+NODE_CLASS_MAPPINGS = {"CLDSampler": CLDSampler, "CLDLevels": CLDLevels}
+NODE_DISPLAY_NAME_MAPPINGS = {
+    "CLDSampler": "CLD sampler (cldsde)",
+    "CLDLevels": "CLD levels (cldsde)",
+}
