@@ -117,17 +117,18 @@ def by_k_diffusion(
     seed: int,
 ) -> Tensor:
     """Samples of `sample_k_diffusion`, on Karras' levels from 80 to 0.02, or the default ones."""
-    score, low, high = DenoiserScore(denoiser, sde), 0.02, 80.0
-    settings = default_settings(ReverseProcess(sde, score), shape[1:], nfe)
     if kind == "default levels":
-        sigmas, solver = torch.tensor([*settings.log_snr, math.inf]).neg().exp(), settings.solver
+        process = ReverseProcess(sde, DenoiserScore(denoiser, sde))
+        levels = default_settings(process, shape[1:], nfe).log_snr
+        sigmas = torch.tensor([*levels, math.inf]).neg().exp()
     else:
-        roots = torch.linspace(high ** (1 / 7), low ** (1 / 7), nfe)
-        sigmas, solver = torch.cat([roots**7, torch.zeros(1)]), None
+        roots = torch.linspace(80 ** (1 / 7), 0.02 ** (1 / 7), nfe)
+        sigmas = torch.cat([roots**7, torch.zeros(1)])
     generator, parts = torch.Generator().manual_seed(seed), []
-    for i, size in enumerate(len(x) for x in torch.empty(shape[0]).split(_BATCH)):
+    for first in range(0, shape[0], _BATCH):
+        size = min(_BATCH, shape[0] - first)
         x = sigmas[0] * torch.randn(size, *shape[1:], generator=generator)
-        options = {"process": sde, "solver": solver, "noise": 1000 * seed + i, "disable": True}
+        options = {"process": sde, "noise": 1000 * seed + first // _BATCH, "disable": True}
         parts.append(sample_k_diffusion(denoiser, x, sigmas, **options))
     return torch.cat(parts)
 

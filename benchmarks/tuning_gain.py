@@ -15,7 +15,8 @@ from pathlib import Path
 from cldsde.images.evaluate.classifier import CLASSIFIER
 from cldsde.images.model import load_model
 from cldsde.images.tuning import Tuning
-from cldsde.solvers.fitting import TRIES, default_settings
+from cldsde.solvers import default_settings
+from cldsde.solvers.fitting import TRIES
 
 NFE = 5
 

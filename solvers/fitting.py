@@ -111,9 +111,11 @@ def _generation(levels: int) -> int:
 def default_settings(
     process: ReverseProcess, shape: Sequence[int], nfe: int, network: str = ""
 ) -> SamplerSettings:
-    """The settings of `sample` for data ``(*D,)`` and ``nfe`` evaluations.
+    """The settings that `sample` uses for a process: noise levels, noise and order.
 
-    Raises a ValueError if it has another solver, or ``nfe`` allows no step.
+    The score of ``process`` may know noise levels, which narrow the range. ``shape`` is ``(*D,)``
+    of one sample, ``nfe`` the number of evaluations, and ``network`` a name to keep. Raises a
+    ValueError if `sample` does not use `ExponentialMultistep`, or ``nfe`` allows no step.
     """
     recipe, plan = recommended_plan(process, nfe=nfe, shape=shape)
     solver = plan.solver

@@ -32,7 +32,7 @@ OPTIONS = (
     DATA,
     FEATURES,
     option("--images N", int, "images per try", default=500),
-    option("--tries N", int, "settings to try", default=TRIES),
+    option("--tries N", int, "tries of the search and of the comparison at its end", default=TRIES),
     option("--seed N", ONE_SEED, "seed of the search and its images; 0 by default"),
     option("--out PATH", Path, _OUT),
     flag("--overwrite", "replace existing files"),

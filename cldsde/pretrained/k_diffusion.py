@@ -201,7 +201,7 @@ def _steps(
     signal, noise = _scales(levels, path)
     log_snr = signal.log() - noise.log()
     _check_reached(sde, log_snr)
-    return recommended_steps(sde, solver, (log_snr, signal, noise))
+    return recommended_steps(sde, solver, log_snr, signal, noise)
 
 
 def _scales(levels: Tensor, path: NoisePath | None) -> tuple[Tensor, Tensor]:

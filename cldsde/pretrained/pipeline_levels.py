@@ -18,11 +18,9 @@ from cldsde.solvers import SamplerSettings, root_times
 from cldsde.solvers.recommended import hiding_variance, recipes_of
 
 _ROOT = -5.0, 3.3  # κ at which `root_times` starts and ends
-_LATENTS = 4, 64, 64  # a scheduler does not know the shape, and starts as for this one
+_LATENTS = 4, 128, 128  # a scheduler does not know the shape, and starts as for this one
 _HIDDEN = -2.0  # κ from which on noise hides data with a standard deviation of 1
-# Noisier levels of a network within this distance in κ of the start are not worth an evaluation,
-# nor is any if the noise of the path has this variance at the start: the first latents have 1.
-_NEAR, _WHOLE = 0.1, 0.99
+_WHOLE = 0.99  # variance of a path's noise that is as good as 1, which the first latents have
 _ROUNDING = 1e-6
 _NO_LENGTH = 1e-6  # a step in κ that does not change single precision
 # Deviation from an even spacing, relative to the largest value, that rounding may explain.
@@ -35,7 +33,7 @@ def window(
     given: tuple[float | None, float | None],
     levels: tuple[float, float] = _ROOT,
 ) -> tuple[float, float]:
-    """Start and end times, by default at κ of ``levels``; ValueError outside of a network's."""
+    """Start and end times, by default at κ of ``levels``; raise ValueError if unknown there."""
     noisiest, last = convention.ends
     default = max(levels[0], noisiest, log_snr_range(sde)[0]), min(levels[1], last)
     ends = _numbers([*default, last, noisiest])
@@ -91,8 +89,8 @@ def levels_of_grid(
     """κ of n evaluations and of the data, and times of the scheduler.
 
     The grid is the recommended one for the number of steps, or `root_times`. ``ends`` are times or
-    None. If a path has less noise at the start than a pipeline's first latents, as that of flow
-    matching, the first level is the network's noisiest.
+    None. If the noise of the path at the start has less variance than a pipeline's first latents,
+    the first level is the network's noisiest.
     """
     n, noisiest = _number_of_steps(n, given), convention.ends[0]
     levels, grid = _ROOT, root_times
@@ -102,9 +100,10 @@ def levels_of_grid(
         grid = recipe.grid
     start, end = window(sde, convention, ends, levels)
     level = sde.log_snr(_numbers([start]))
-    leads = noisiest < float(level) - _NEAR and float(convention.scales(level)[1]) ** 2 < _WHOLE
+    leads = noisiest < float(level) - _ROUNDING and convention.scales(level)[1].item() ** 2 < _WHOLE
     steps = n - leads - 1
-    times = grid(sde, start, end, steps) if steps > 0 else _numbers([start][: steps + 1])
+    one = [end] if leads else [start]  # a start after the noisiest level would be wasted
+    times = grid(sde, start, end, steps) if steps > 0 else _numbers(one[: steps + 1])
     found = torch.cat([_numbers([noisiest] * leads), sde.log_snr(times), _numbers([math.inf])])
     return found, convention.times(found[:-1]).float()
 

@@ -66,14 +66,16 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     solver
         A solver that evaluates the score once per step, at its start. None: the recommended one.
     start, end
-        Times of the process at which its own grids start and end. None: the grid's κ (½ log SNR),
-        or as near to it as the network allows. A process without so much noise starts with its
-        most; one without so little raises a ValueError. If the path's noise has a variance below
-        0.99 at the start, as for flow matching, one step leads there from the noisiest level.
+        Times of the process at which its own grids start and end. None: κ (½ log SNR) of the grid,
+        or the nearest that the network knows. A process with less noise starts with its largest; in
+        `set_timesteps`, one with more noise at the end raises a ValueError. If the path's noise has
+        a variance below 0.99 at the start, one step leads to it from the network's noisiest level.
+        With flow matching this is so, except with many steps.
     grid
-        ``"recommended"``: the levels of `cldsde.sample` for n evaluations and 4 × 64 × 64 latents,
-        or with a given solver ``"root_times"``: uniform in √t, from κ = −5 to κ = 3.3. For both,
-        ``timesteps`` and ``sigmas`` of a pipeline must be evenly spaced; only their number is used.
+        ``"recommended"``: the levels of `cldsde.sample` for n evaluations and 4 × 128 × 128
+        latents. With a given solver, and for ``"root_times"``: uniform in √t, from κ = −5 to 3.3.
+        ``timesteps`` and ``sigmas`` of a pipeline must be evenly spaced for both; only their number
+        is used.
         ``"scheduler"``: the levels of the scheduler replaced, with its ``timesteps``, ``sigmas``
         and ``mu``, and the level at which it ends.
     settings
@@ -138,7 +140,8 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             self._levels_of = partial(levels_of_scheduler, self.replaced, convention)
         else:
             ends, fits = (start, end), grid == "recommended" and solver is None
-            window(self.sde, convention, ends)  # raises if they are the reason
+            if ends != (None, None):
+                window(self.sde, convention, ends)  # raises if the network does not know them
             self._levels_of = partial(levels_of_grid, self.sde, convention, ends, recommended=fits)
         for name, given in (("start", start), ("end", end)):
             if given is not None and (self.settings is not None or grid == "scheduler"):
@@ -190,8 +193,7 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         scales = signal[:-1].tolist(), noise[:-1].tolist()  # the last level has no prediction
         self._predict = DataPrediction(self.replaced, self._convention, *scales)
         if self.steps is None or not torch.equal(levels, self._levels):
-            own, all_levels = self.config.grid == "recommended", (levels, signal, noise)
-            self.steps = recommended_steps(self.sde, self.solver, all_levels, recommended=own)
+            self.steps = recommended_steps(self.sde, self.solver, levels, signal, noise)
         self.steps.reset()
         self._levels: Tensor = levels
         self._step_index = self._begin_index = None

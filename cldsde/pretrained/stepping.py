@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple, NoReturn
 
@@ -32,6 +31,7 @@ from cldsde.solvers.recommended import recipes_of
 
 # A level this close in κ to an end of the process counts as that end.
 _ROUNDING = 1e-6
+_SAME = 1e-4  # in κ, of levels that are rounded to float32
 # A sampling that starts at a larger κ = log(α/σ) is a part of one.
 _NOISE = -2.0
 # Keeps the streams apart from others of the same seeds.
@@ -158,21 +158,18 @@ class PathSteps:
 
 
 def recommended_steps(
-    sde: LinearSDE, solver: Solver | None, levels: Sequence[Tensor], *, recommended: bool = False
+    sde: LinearSDE, solver: Solver | None, log_snr: Tensor, signal: Tensor, noise: Tensor
 ) -> PathSteps:
-    """Steps of `PathSteps` with a solver; None: the first recommended one that applies.
-
-    ``levels`` are κ, α and σ. ``recommended`` tells that they are recommended for the solver.
-    """
-    log_snr = levels[0]
+    """Steps of `PathSteps` with a solver; None: the first recommended one that applies."""
+    levels = log_snr, signal, noise
     if solver is not None:
         return PathSteps(sde, solver, *levels)
     # A part of a sampling has few steps, but may have long ones, for which order 3 is unstable.
     whole = bool(log_snr[0] <= _NOISE) and bool(log_snr[-1] == math.inf)
     n = len(log_snr) - 2 if whole else math.inf  # steps before the data prediction
-    # Off its fitted levels, the recipe of several components is worse from 5 steps on.
-    fits = recommended or sde.components == 1 or n <= 4
     for recipe in recipes_of(sde, n):
+        # Off its fitted levels, the recipe of several components is worse from 5 steps on.
+        fits = sde.components == 1 or n <= 4 or abs(float(log_snr[-2]) - recipe.ends[1]) < _SAME
         if fits or recipe.grid is root_times:
             with suppress(ValueError):  # try the next one, as `recommended_plan` does
                 return PathSteps(sde, recipe.solver, *levels)

@@ -125,7 +125,7 @@ def test_n_steps_are_n_evaluations(process, scheduler, n):
 @pytest.mark.parametrize("n", [2, 5, 7, 10])
 def test_levels_and_solver_are_those_of_sample(sde, n):
     found, reverse = made(DDIM(), sde), ReverseProcess(sde, DenoiserScore(network, sde))
-    _, expected = recommended_plan(reverse, nfe=n, shape=(4, 64, 64))
+    _, expected = recommended_plan(reverse, nfe=n, shape=(4, 128, 128))
     found.set_timesteps(n)
     assert found.steps.solver == expected.solver
     differences = found._levels[:-1] - sde.log_snr(expected.times)

@@ -164,6 +164,6 @@ def test_order_and_noise_between_given_levels(name, first, n, last, order, stoch
     levels = torch.linspace(first, 3.0, n + 1, dtype=torch.float64)
     levels = torch.cat([levels, torch.tensor([last])])
     scales = torch.sigmoid(2 * levels).sqrt(), torch.sigmoid(-2 * levels).sqrt()
-    found = recommended_steps(PROCESSES[name], None, (levels, *scales)).solver
+    found = recommended_steps(PROCESSES[name], None, levels, *scales).solver
     assert (found.order, found.stochasticity) == (order, stochasticity)
     assert found.variable == variable

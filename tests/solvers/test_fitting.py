@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cldsde import VESDE, VPSDE, DenoiserScore, GuidedScore, ReverseProcess, sample, solvers
-from cldsde.solvers.fitting import default_settings
+from cldsde.solvers import default_settings, fitting
 
 BEST, CENTRE = 1.6, 0.5  # κ at which the network below has no error, and its data, a point
 SHAPE, TRIES = (4, 3), 65
@@ -114,12 +114,17 @@ def test_a_distance_that_is_never_finite_is_rejected():
         fitted(tries=51, by=lambda _: math.nan)
 
 
-def test_settings_no_better_with_new_numbers_are_not_taken():
+def test_settings_no_better_in_the_mean_of_eight_new_sets_are_not_taken(monkeypatch):
     first = default_settings(process(), SHAPE[1:], 2)
-    calls = iter(range(1000))
-    # The first try has the smallest distance of all, but by chance: new numbers tell.
-    found = fitted(tries=51, by=lambda _: float(next(calls)))
-    assert found == first
+    # The search finds smaller distances, and so do the first and the last new set, by chance.
+    lucky = {0: 0.5, 1: 0.1, 8: 0.1}
+
+    def by_chance(search, settings, seed, bar):
+        search.tries += 1
+        return 1.0 if settings == first else lucky.get(seed, 2.0)
+
+    monkeypatch.setattr(fitting.Search, "_distance", by_chance)
+    assert fitted(tries=51) == first
 
 
 def test_a_missing_library_is_named(monkeypatch):

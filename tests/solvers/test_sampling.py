@@ -9,10 +9,7 @@ import torch
 import cldsde
 from cldsde import CLD, HOLD, VPSDE, DenoiserScore, LinearSDE, solvers
 from cldsde.linear.log_snr import vp_time
-from cldsde.score import (
-    ConditionalScore,
-    ReverseProcess,
-)
+from cldsde.score import ConditionalScore, ReverseProcess
 from cldsde.solvers.recommended import recommended_plan, window
 from probes import Recording, generator, hidden_times, tensor
 from score.cases import TWO as DATA
@@ -123,8 +120,7 @@ def test_order_and_noise_depend_on_evaluations_and_components(name, nfe, order, 
 
 
 @pytest.mark.parametrize(
-    ("name", "nfe", "spread"),
-    [("VP", 3, 0.75), ("VP", 5, 1.08), ("CLD", 5, 1.18)],
+    ("name", "nfe", "spread"), [("VP", 3, 0.75), ("VP", 5, 1.08), ("CLD", 5, 1.18)]
 )
 def test_few_evaluations_widen_normal_data_as_documented(name, nfe, spread):
     n, sde = 20_000, PROCESSES[name]()
