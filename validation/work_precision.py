@@ -13,6 +13,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from cldsde.linear.checks import as_integer, check_callable
 from cldsde.messages import counted
 from cldsde.progress import progress_bar
 from cldsde.solvers import quadratic_times, solve
@@ -180,6 +181,7 @@ def work_precision(
     [False, False, True, True]
     """
     _check_arguments(problem, solvers, budgets, samples, repeats)
+    check_callable(grid, "grid", "a function of (T, ε, n)")
     metric = _checked_metric(metric, problem, solvers)
     cells = _cells(problem, solvers, budgets)
     g = generator if generator is not None else torch.Generator().manual_seed(0)
@@ -221,9 +223,8 @@ def _check_arguments(
     valid = isinstance(budgets, Sequence) and len(budgets) > 0
     if not valid or not all(isinstance(n, Integral) and int(n) > 0 for n in budgets):  # type: ignore[attr-defined]
         raise ValueError(f"budgets must be positive integers, at least one; got {budgets!r}")
-    for name, value in (("samples", samples), ("repeats", repeats)):
-        if not (isinstance(value, Integral) and int(value) > 0):
-            raise ValueError(f"{name} must be a positive integer; got {value!r}")
+    as_integer(samples, 1, "samples")
+    as_integer(repeats, 1, "repeats")
 
 
 def _checked_metric(metric: str | None, problem: Problem, solvers: Mapping[str, Solver]) -> str:

@@ -236,9 +236,9 @@ def as_device(device: torch.device | str) -> torch.device:
 
 
 def check_dtype(dtype: object) -> None:
-    """Raise TypeError unless a dtype is a floating-point type."""
-    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise TypeError(f"dtype must be a floating-point type of torch; got {dtype!r}")
+    """Raise TypeError unless a dtype is a floating-point type that torch calculates with."""
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise TypeError(f"dtype must be a floating-point type of 16 to 64 bits; got {dtype!r}")
 
 
 def check_alphas_cumprod(table: Tensor) -> None:

@@ -222,7 +222,7 @@ CASES += [
     (lambda: posterior(method="dps"), V, "method must be one of"),
     (lambda: posterior(seeds=[1], generator=torch.Generator()), V, "alternatives"),
     (lambda: posterior(shape=(4,)), V, "numbers; got data"),
-    (lambda: posterior(dtype=torch.int64), T, "dtype must be a floating-point type"),
+    (lambda: posterior(dtype=torch.float8_e5m2), T, "dtype must be a floating-point type"),
     (lambda: posterior(score=lambda z, t: z[:, 1:] * NAN), ArithmeticError, "no particle of run"),
     (lambda: posterior(end=2 * LATEST), V, f"times must end at {LATEST:.3g} or earlier"),
     (lambda: posterior(noisy(0.0), 1e-3, shape=(8,)), V, "noise_std must be positive"),
@@ -256,7 +256,7 @@ CASES += [
     *bad(V, "log_snr must be increasing", lambda x: solvers.LevelNoise(x, x), (0.0, 0.0), ()),
     (lambda: solvers.LevelNoise((0.0, 1.0), (1.0,)), V, "must be one finite λ ≥ 0 for each of 2 κ"),
     (lambda: fit(ReverseProcess(UNDERDAMPED, untouchable), nfe=20), V, "is sampled by SSCS"),
-    (lambda: fit(budget=40), V, "budget must be at least 240, for 30 tries of 8 network"),
+    (lambda: fit(budget=40), V, "budget must be at least 408, for 51 tries of 8 network"),
 ]
 
 

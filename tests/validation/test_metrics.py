@@ -191,7 +191,8 @@ WRONG = [
     ({"metric": "bures", "solvers": {"flow": ProbabilityFlow()}}, ValueError, "as 'flow'"),
     *(({"budgets": x}, ValueError, "budgets must be positive integers") for x in ((), (0,), 10)),
     ({"budgets": (10, 1)}, ValueError, "budgets must allow at least one step, which takes 2"),
-    ({"repeats": 0}, ValueError, "repeats must be a positive integer"),
+    ({"repeats": 0}, ValueError, "repeats must be at least 1"),
+    ({"grid": "root"}, TypeError, "grid must be a function of"),
     ({"solvers": {"heun": StochasticHeun}}, TypeError, "must be a solver, such as"),
 ]
 

@@ -22,8 +22,7 @@ def inception(tmp_path_factory):
     with (
         torch.random.fork_rng(devices=[]),
         mock.patch(
-            "torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url",
-            return_value={},
+            "torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", return_value={}
         ),
         mock.patch.object(fidelity.FeatureExtractorInceptionV3, "load_state_dict"),
     ):
