@@ -105,6 +105,8 @@ def by_sample(
     """Samples of `cldsde.sample`, with settings for the number of evaluations or its own."""
     sde, options = DYNAMICS[dynamics](), {"seed": seed, "batch": _BATCH}
     score = DenoiserScore(denoiser, sde)
+    if settings:
+        options["seed"] += 100  # the search had the first ones
     return sample(sde, score, shape, nfe=nfe, settings=settings.get(nfe), **options)
 
 
