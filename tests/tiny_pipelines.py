@@ -272,9 +272,7 @@ CASES = {
     ),
     "SD": _guided(_sd),
     "SD-img2img": _guided(
-        functools.partial(_sd, "StableDiffusionImg2ImgPipeline"),
-        _PART,
-        {**_TEXT, "image": _images},
+        functools.partial(_sd, "StableDiffusionImg2ImgPipeline"), _PART, {**_TEXT, "image": _images}
     ),
     "SD-inpaint-4": _inpainting(4),
     "SD-inpaint-9": _inpainting(9),

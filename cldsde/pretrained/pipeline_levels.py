@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -93,7 +93,8 @@ def levels_of_grid(
     the first level is the network's noisiest.
     """
     n, noisiest = _number_of_steps(n, given), convention.ends[0]
-    levels, grid = _ROOT, root_times
+    levels = _ROOT
+    grid: Callable[..., Tensor] = root_times
     if recommended:
         recipe = recipes_of(sde, n - 1)[0]
         levels = -0.5 * math.log(hiding_variance(_LATENTS, n)), recipe.ends[1]

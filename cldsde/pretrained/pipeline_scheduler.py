@@ -74,8 +74,7 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     grid
         ``"recommended"``: the levels of `cldsde.sample` for n evaluations and 4 × 128 × 128
         latents. With a given solver, and for ``"root_times"``: uniform in √t, from κ = −5 to 3.3.
-        ``timesteps`` and ``sigmas`` of a pipeline must be evenly spaced for both; only their number
-        is used.
+        ``timesteps`` and ``sigmas`` of a pipeline must be evenly spaced; both use their number.
         ``"scheduler"``: the levels of the scheduler replaced, with its ``timesteps``, ``sigmas``
         and ``mu``, and the level at which it ends.
     settings
