@@ -49,9 +49,9 @@ def fit_sampler(
     """Fit the sampler of few evaluations to a network: noise levels, noise per step, and order.
 
     The search is CMA-ES (Hansen 2016, arXiv 1604.00772), which needs the library ``cma``. It starts
-    from the settings of `sample`, and uses the same random numbers for all settings. Then eight
-    new sets of samples decide between the best settings, the centre of the search and the settings
-    of `sample`. Ctrl-C ends the search with a UserWarning; the best settings so far are kept.
+    from the levels of `sample`, and uses the same random numbers for all settings. Then eight new
+    sets of samples decide between the best settings, the mean of the search distribution and the
+    settings of `sample`. Ctrl-C ends the search with a UserWarning and keeps the best settings.
 
     Parameters
     ----------
@@ -66,7 +66,7 @@ def fit_sampler(
         data in features of a network that knows such data.
     budget
         Largest number of network evaluations, all samples counted: a try needs B·nfe. None: 200
-        tries.
+        tries, of which 24 are for the comparison.
     seed
         Seed of the search and of the samples, which have the seeds ``seed`` to ``seed + 8``.
         Measure the result with others.

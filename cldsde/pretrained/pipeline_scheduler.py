@@ -70,11 +70,11 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         or the nearest that the network knows. A process with less noise starts with its largest; in
         `set_timesteps`, one with more noise at the end raises a ValueError. If the path's noise has
         a variance below 0.99 at the start, one step leads to it from the network's noisiest level.
-        With flow matching this is so, except with many steps.
+        With flow matching this is so, except with 25 or more steps under `CLD` and `PSLD`.
     grid
         ``"recommended"``: the levels of `cldsde.sample` for n evaluations and 4 × 128 × 128
         latents. With a given solver, and for ``"root_times"``: uniform in √t, from κ = −5 to 3.3.
-        ``timesteps`` and ``sigmas`` of a pipeline must be evenly spaced; both use their number.
+        ``timesteps`` and ``sigmas`` of a pipeline must be evenly spaced; only their number counts.
         ``"scheduler"``: the levels of the scheduler replaced, with its ``timesteps``, ``sigmas``
         and ``mu``, and the level at which it ends.
     settings
