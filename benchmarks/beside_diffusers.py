@@ -36,6 +36,7 @@ from cldsde.solvers import SamplerSettings, default_settings
 from cldsde.solvers.recommended import recommended_plan
 
 _BATCH = 250
+_LINEAR = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
 _TRAILING, _KARRAS = {"timestep_spacing": "trailing"}, {"use_karras_sigmas": True}
 _SDE = {"algorithm_type": "sde-dpmsolver++"}
 _BOTH = [_TRAILING, _KARRAS]
@@ -70,8 +71,7 @@ def by_diffusers(
 
     With a process, `PipelineScheduler` replaces the scheduler.
     """
-    known = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear", **options}
-    replaced = getattr(diffusers, name)(**known)
+    replaced = getattr(diffusers, name)(**_LINEAR, **options)
     scheduler = replaced if process is None else PipelineScheduler(replaced, process)
     alpha = replaced.alphas_cumprod.double()
     generator = torch.Generator().manual_seed(seed)
@@ -162,6 +162,13 @@ def recipe(dynamics: str, nfe: int) -> list[Any]:
     return [repr(made.solver), [round(x, 4) for x in sde.log_snr(made.times).tolist()]]
 
 
+def pipeline_recipe(dynamics: str, nfe: int) -> list[Any]:
+    """Solver and noise levels of `PipelineScheduler`, as `recipe` has those of `cldsde.sample`."""
+    scheduler = PipelineScheduler(diffusers.DDIMScheduler(**_LINEAR), DYNAMICS[dynamics]())
+    scheduler.set_timesteps(nfe)
+    return [repr(scheduler.steps.solver), [round(x, 3) for x in scheduler.sigmas.tolist()]]
+
+
 def check_kept(kept: dict[str, Any], now: dict[str, Any]) -> None:
     """Stop before sets of other settings are put beside those that a file has kept."""
     kept, now = json.loads(json.dumps([kept, now]))
@@ -231,13 +238,19 @@ def main() -> None:
         "shape": space.shape,
         "images": arguments.images,
         "trained_on": model.images_seen,
-        "recipes": {x: {str(n): recipe(x, n) for n in arguments.nfe} for x in DYNAMICS},
+        "recipes": {
+            **{x: {str(n): recipe(x, n) for n in arguments.nfe} for x in DYNAMICS},
+            **{
+                f"PipelineScheduler, {x}": {str(n): pipeline_recipe(x, n) for n in arguments.nfe}
+                for x in ("VP", "CLD")
+            },
+        },
         "versions": {x.__name__: x.__version__ for x in (cldsde, diffusers, torch)},
     }
     kept = results.setdefault("about", about)
     check_kept(kept, {key: about[key] for key in ("weights", "data", "shape", "images")})
     for name, recipes in about["recipes"].items():
-        check_kept(kept["recipes"][name], recipes)
+        check_kept(kept["recipes"].setdefault(name, {}), recipes)
         kept["recipes"][name] |= recipes
 
     def save() -> None:

@@ -58,7 +58,8 @@ def main() -> None:
         for nfe in arguments.nfe
         for row in [both(sde, nfe)["sample"]]
     }
-    check_kept(results.setdefault("about", about := {"dynamics": arguments.dynamics}), about)
+    about = {"dynamics": arguments.dynamics}
+    check_kept(results.setdefault("about", about), about)
     check_kept(results["recipes"], recipes)
     results["recipes"] |= recipes
     for run in arguments.runs:
