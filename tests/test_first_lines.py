@@ -78,6 +78,9 @@ def test_the_nodes_of_comfyui_make_a_sampler_and_its_levels(monkeypatch):
         (sigmas,) = nodes["CLDLevels"]().make(model, process, 5)
         differences = sigmas[[0, -2, -1]] - torch.tensor([14.6, math.exp(-1.7), 0])
         assert float(differences.abs().max()) <= rounding(8, 14.6, torch.float32)
+    flow = SimpleNamespace(get_model_object=lambda _: type("CONST", (), {})())
+    with pytest.raises(ValueError, match="model is a flow-matching model"):
+        nodes["CLDLevels"]().make(flow, "CLD", 5)
 
 
 def test_the_readme_starts_with_the_program_in_python():

@@ -167,7 +167,7 @@ def work_precision(
         If the metric is unknown or does not fit the problem, a solver does not apply, a budget is
         not a positive integer or allows no step, or there are no samples or repeats.
     TypeError
-        If ``problem`` is not a `Problem`, or ``solvers`` is not a mapping of names to solvers.
+        If an argument has the wrong type.
 
     Examples
     --------

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cldsde.linear.checks import as_integer
+from cldsde.linear.checks import as_float64, as_integer
 from cldsde.linear.log_snr import log_snr_range, times_of_log_snr
 from cldsde.linear.sde import LinearSDE
 from cldsde.pretrained.conventions import LEAST_LOG_SNR, Convention
@@ -33,10 +33,13 @@ def window(
     given: tuple[float | None, float | None],
     levels: tuple[float, float] = _ROOT,
 ) -> tuple[float, float]:
-    """Start and end times, by default at κ of ``levels``; raise ValueError if unknown there."""
+    """Start and end times, by default at κ of ``levels`` or the nearest that the network knows.
+
+    Raises a ValueError if the network does not know a given time, or the process ends with noise.
+    """
     noisiest, last = convention.ends
     default = max(levels[0], noisiest, log_snr_range(sde)[0]), min(levels[1], last)
-    ends = _numbers([*default, last, noisiest])
+    ends = as_float64([*default, last, noisiest])
     *times, low, high = times_of_log_snr(sde, ends, sde.regular_until).tolist()
     if given[1] is None and float(sde.log_snr(times[1])) < default[1] - _ROUNDING:
         raise ValueError(
@@ -100,17 +103,13 @@ def levels_of_grid(
         levels = -0.5 * math.log(hiding_variance(_LATENTS, n)), recipe.ends[1]
         grid = recipe.grid
     start, end = window(sde, convention, ends, levels)
-    level = sde.log_snr(_numbers([start]))
+    level = sde.log_snr(as_float64([start]))
     leads = noisiest < float(level) - _ROUNDING and convention.scales(level)[1].item() ** 2 < _WHOLE
     steps = n - leads - 1
     one = [end] if leads else [start]  # a start after the noisiest level would be wasted
-    times = grid(sde, start, end, steps) if steps > 0 else _numbers(one[: steps + 1])
-    found = torch.cat([_numbers([noisiest] * leads), sde.log_snr(times), _numbers([math.inf])])
+    times = grid(sde, start, end, steps) if steps > 0 else as_float64(one[: steps + 1])
+    found = torch.cat([as_float64([noisiest] * leads), sde.log_snr(times), as_float64([math.inf])])
     return found, convention.times(found[:-1]).float()
-
-
-def _numbers(values: list[float]) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64, device="cpu")
 
 
 def levels_of_settings(
@@ -135,7 +134,7 @@ def levels_of_settings(
             f"log_snr of the settings must be levels that the network knows, from {noisiest:.4g} "
             f"to {last:.4g}; got {settings.log_snr}"
         )
-    found = _numbers([*levels, math.inf])
+    found = as_float64([*levels, math.inf])
     return found, convention.times(found[:-1]).float()
 
 
@@ -165,7 +164,7 @@ def levels_of_scheduler(
     else:
         found = convention.log_snr(times.double())
         final = float(getattr(scheduler, "final_alpha_cumprod", 1.0))
-        last = 0.5 * _numbers([final]).logit()
+        last = 0.5 * as_float64([final]).logit()
         # DDIM may end with a step of no length at index 0, which changes nothing.
         levels = torch.cat([found, last.clamp(min=found[-1] + _NO_LENGTH)])
         levels = torch.where(levels <= LEAST_LOG_SNR, -math.inf, levels)

@@ -168,7 +168,8 @@ def recommended_steps(
     whole = bool(log_snr[0] <= _NOISE) and bool(log_snr[-1] == math.inf)
     n = len(log_snr) - 2 if whole else math.inf  # steps before the data prediction
     for recipe in recipes_of(sde, n):
-        # Off its fitted levels, the recipe of several components is worse from 5 steps on.
+        # Off its fitted levels, which their end tells, the recipe of several components is worse
+        # from 5 steps on.
         fits = sde.components == 1 or n <= 4 or abs(float(log_snr[-2]) - recipe.ends[1]) < _SAME
         if fits or recipe.grid is root_times:
             with suppress(ValueError):  # try the next one, as `recommended_plan` does

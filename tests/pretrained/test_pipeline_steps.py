@@ -111,12 +111,13 @@ def test_repeated_levels_are_left_out():
 @pytest.mark.covering
 @pytest.mark.parametrize("process", ["CLD", "VPSDE", "HOLD", "RectifiedFlow"])
 @pytest.mark.parametrize("scheduler", [DDIM(), FLOW()])
-@pytest.mark.parametrize("n", [4, 1, 2])
+@pytest.mark.parametrize("n", [4, 1, 2, 24, 25])
 def test_n_steps_are_n_evaluations(process, scheduler, n):
     found = made(scheduler, process)
     found.set_timesteps(n)
     assert len(found.timesteps) == found.num_inference_steps == n
-    assert (float(found.timesteps[0]) == 1000) == isinstance(scheduler, FLOW)  # see `grid`
+    noisy = process == "CLD" and n > 24  # the variance of the path's noise is 0.99 at the start
+    assert (float(found.timesteps[0]) == 1000) == (isinstance(scheduler, FLOW) and not noisy)
     assert bool((found.timesteps.diff() < 0).all())
     assert bool(run(found, n).isfinite().all())
 
@@ -240,9 +241,6 @@ def test_a_learnt_variance_is_left_out():
     assert all(map(torch.equal, found.step(both, t, x, return_dict=False), expected))
 
 
-# Saving
-
-
 @pytest.mark.parametrize(
     "scheduler",
     [
@@ -291,9 +289,6 @@ def test_parts_without_a_name_cannot_be_saved(scheduler, message, tmp_path):
     assert bool(run(scheduler).isfinite().all())
     with pytest.raises(ValueError, match=message):
         scheduler.save_pretrained(tmp_path)
-
-
-# Errors
 
 
 NO_SIGNAL = DDIM(**TABLE, rescale_betas_zero_snr=True, timestep_spacing="trailing")
