@@ -20,17 +20,17 @@ MULTISTEP = solvers.ExponentialMultistep
 SCHEDULERS = {
     "DDIM": (MULTISTEP(order=1), "DDIMScheduler", {}),
     "DPM-Solver++(2M)": (
-        MULTISTEP(variable="log_snr", weights="published"),
+        MULTISTEP(variable="kappa", weights="published"),
         "DPMSolverMultistepScheduler",
         {"algorithm_type": "dpmsolver++"},
     ),
     "SDE-DPM-Solver++(2M)": (
-        MULTISTEP(variable="log_snr", weights="published", stochasticity=1.0),
+        MULTISTEP(variable="kappa", weights="published", stochasticity=1.0),
         "DPMSolverMultistepScheduler",
         {"algorithm_type": "sde-dpmsolver++"},
     ),
     "UniPC-2": (
-        MULTISTEP(variable="log_snr", weights="published", corrector=True),
+        MULTISTEP(variable="kappa", weights="published", corrector=True),
         "UniPCMultistepScheduler",
         {"solver_order": 2},
     ),

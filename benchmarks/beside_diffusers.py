@@ -121,7 +121,7 @@ def by_k_diffusion(
     """Samples of `sample_k_diffusion`, on Karras' levels from 80 to 0.02, or the default ones."""
     if kind == "default levels":
         process = ReverseProcess(sde, DenoiserScore(denoiser, sde))
-        levels = default_settings(process, shape[1:], nfe).log_snr
+        levels = default_settings(process, shape[1:], nfe).kappa
         sigmas = torch.tensor([*levels, math.inf]).neg().exp()
     else:
         roots = torch.linspace(80 ** (1 / 7), 0.02 ** (1 / 7), nfe)
@@ -159,7 +159,7 @@ def recipe(dynamics: str, nfe: int) -> list[Any]:
     """Solver and noise levels of `cldsde.sample`, by which a page knows whether they changed."""
     sde = DYNAMICS[dynamics]()
     made = recommended_plan(ReverseProcess(sde, DenoiserScore(lambda u, _: u, sde)), nfe=nfe)[1]
-    return [repr(made.solver), [round(x, 4) for x in sde.log_snr(made.times).tolist()]]
+    return [repr(made.solver), [round(x, 4) for x in sde.kappa(made.times).tolist()]]
 
 
 def pipeline_recipe(dynamics: str, nfe: int) -> list[Any]:

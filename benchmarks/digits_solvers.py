@@ -64,9 +64,9 @@ RECIPES: dict[str, tuple[solvers.Solver, str, float, float]] = {
     "multistep 2, λ = 0": (multistep(order=2), "root", 2e-2, 1.0),
     "multistep 2, λ = 0, ε = 1e-3": (multistep(order=2), "root", 1e-3, 1.0),
     "multistep 2, λ = 0, logistic grid": (multistep(order=2), "logistic", 2e-2, 1.0),
-    "multistep 2, λ = 0, log-SNR grid": (multistep(order=2), "log_snr", 2e-2, 1.0),
+    "multistep 2, λ = 0, log-SNR grid": (multistep(order=2), "kappa", 2e-2, 1.0),
     "multistep 2, λ = 0, Karras grid": (multistep(order=2), "karras", 2e-2, 1.0),
-    "multistep 2, λ = 0, in log-SNR": (multistep(order=2, variable="log_snr"), "root", 2e-2, 1.0),
+    "multistep 2, λ = 0, in log-SNR": (multistep(order=2, variable="kappa"), "root", 2e-2, 1.0),
     "multistep 3, corrector, λ = 0": (multistep(order=3, corrector=True), "root", 2e-2, 1.0),
     "multistep 3, corrector, λ = 0, logistic grid": (
         multistep(order=3, corrector=True),
@@ -80,7 +80,7 @@ RECIPES: dict[str, tuple[solvers.Solver, str, float, float]] = {
 
 def grid(name: str, sde: Any, T: float, eps: float, n: int) -> torch.Tensor:
     make = getattr(solvers, f"{name}_times")
-    return make(sde, T, eps, n) if name in ("logistic", "log_snr", "karras") else make(T, eps, n)
+    return make(sde, T, eps, n) if name in ("logistic", "kappa", "karras") else make(T, eps, n)
 
 
 def main() -> None:

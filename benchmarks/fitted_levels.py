@@ -23,7 +23,7 @@ from cldsde import DenoiserScore, LinearSDE, sample
 from cldsde.files import write_whole
 from cldsde.images.model import load_model
 from cldsde.score import ReverseProcess
-from cldsde.solvers import root_times, times_of_log_snr
+from cldsde.solvers import root_times, times_of_kappa
 from cldsde.solvers.recommended import Recipe, recommended_plan
 
 
@@ -36,7 +36,7 @@ def both(sde: LinearSDE, nfe: int) -> dict[str, Recipe]:
 
 def options(sde: LinearSDE, row: Recipe, nfe: int) -> dict[str, Any]:
     """Solver and grid of a row."""
-    first, last = times_of_log_snr(sde, torch.tensor(row.ends)).tolist()
+    first, last = times_of_kappa(sde, torch.tensor(row.ends)).tolist()
     return {"solver": row.solver, "times": row.grid(sde, first, last, nfe - 1)}
 
 

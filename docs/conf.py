@@ -155,7 +155,7 @@ nitpick_ignore_regex = [
         "py:obj",
         r"UNet2DModel|from_pretrained|FolderImages|Feature(Statistics|Network)|load_features",
     ),
-    ("py:obj", r"INCEPTION_FILE|RunConfig\.from_dict|Clock|log_snr_(mean|std)"),
+    ("py:obj", r"INCEPTION_FILE|RunConfig\.from_dict|Clock|kappa_(mean|std)"),
     ("py:obj", r"cldsde\.images\.(data|networks(\.NETWORKS)?|latent\.VAE|evaluate\..*)"),
     ("py:.*", r"(.*\.)?_[^.]*"),  # private names in annotations
     # Tables of coefficients.

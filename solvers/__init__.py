@@ -3,7 +3,8 @@
 To write a solver, see `cldsde.solvers.authoring`.
 """
 
-from cldsde.linear.log_snr import times_of_log_snr
+from cldsde.linear.kappa import times_of_kappa
+from cldsde.renamed import old_attributes
 from cldsde.score.adapters import as_torchdiffeq, as_torchsde
 
 from .brownian import BrownianPath
@@ -14,8 +15,8 @@ from .exponential_multistep import ExponentialMultistep, LevelNoise
 from .fitting import default_settings, fit_sampler
 from .gotta_go_fast import GottaGoFast
 from .grids import (
+    kappa_times,
     karras_times,
-    log_snr_times,
     logistic_times,
     quadratic_times,
     root_times,
@@ -72,8 +73,8 @@ __all__ = [
     "default_settings",
     "find_solver",
     "fit_sampler",
+    "kappa_times",
     "karras_times",
-    "log_snr_times",
     "logistic_times",
     "named_solvers",
     "plan",
@@ -82,7 +83,11 @@ __all__ = [
     "sample",
     "sample_posterior",
     "solve",
-    "times_of_log_snr",
+    "times_of_kappa",
     "uniform_times",
     "vp_times",
 ]
+
+__getattr__ = old_attributes(
+    __name__, log_snr_times="kappa_times", times_of_log_snr="times_of_kappa"
+)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cldsde.linear.checks import check_at_least, check_positive
-from cldsde.linear.log_snr import times_of_log_snr
+from cldsde.linear.kappa import times_of_kappa
 from cldsde.linear.sde import LinearSDE
 from cldsde.score import ReverseProcess
 
@@ -123,13 +123,13 @@ class EDMHeun(StagedSolver):
         start = times[:-1]
         if self.churn == 0:
             return start
-        log_level = -sde.log_snr(start)
+        log_level = -sde.kappa(start)
         low, high = (math.log(end) if end else -math.inf for end in self.churn_range)
         # A level at an end of the range belongs to it, whatever its rounding.
         inside = (log_level >= low - 1e-12) & (log_level <= high + 1e-12)
         gamma = min(self.churn / len(start), math.sqrt(2) - 1)
         wanted = log_level + math.log1p(gamma)
-        raised = times_of_log_snr(sde, -wanted, float(start[0]), float(start[-1]))
+        raised = times_of_kappa(sde, -wanted, float(start[0]), float(start[-1]))
         return torch.where(inside & (raised > start), raised, start)
 
 

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from cldsde.linear.checks import as_number, check_at_least, one_of
-from cldsde.linear.log_snr import vp_time
+from cldsde.linear.kappa import vp_time
 from cldsde.linear.sde import LinearSDE
+from cldsde.renamed import current, takes_old
 from cldsde.score import Conversion, ReverseProcess
 
 from .base import DATA_DETERMINED, Facts, GridSolver, Memory, ScoreAt
@@ -22,16 +23,16 @@ from .combine import Block, add_to, as_blocks, combine
 from .multistep_coefficients import Steps, data_steps, lagrange, noise_steps
 from .noise import NoiseSource
 
-_LEAST_LOG_SNR = -8.0  # below it a float32 score determines three digits of the data prediction
+_LEAST_KAPPA = -8.0  # below it a float32 score determines three digits of the data prediction
 
 Prediction = Literal["data", "noise"]
-Variable = Literal["time", "log_snr", "vp_time"]
+Variable = Literal["time", "kappa", "vp_time"]
 Weights = Literal["exact", "published"]
 _VARIABLES: dict[Variable, Callable[[LinearSDE, Tensor], Tensor]] = {
     "time": lambda _, t: t,
-    "log_snr": lambda sde, t: sde.log_snr(t),
+    "kappa": lambda sde, t: sde.kappa(t),
     # Nothing of the data is left at κ = −20: x̂₀ is their mean there, and at pure noise.
-    "vp_time": lambda sde, t: vp_time(sde.log_snr(t).clamp_min(-20.0)),
+    "vp_time": lambda sde, t: vp_time(sde.kappa(t).clamp_min(-20.0)),
 }
 
 
@@ -49,6 +50,7 @@ class _Tables(NamedTuple):
     corrector: list[list[Block]]
 
 
+@takes_old(log_snr="kappa")
 @dataclass(frozen=True)
 class LevelNoise:
     """Stochasticity λ as a function of the noise level, for any process.
@@ -57,7 +59,7 @@ class LevelNoise:
 
     Parameters
     ----------
-    log_snr
+    kappa
         Increasing finite κ = ½ log SNR, one or more.
     stochasticity
         λ ≥ 0 at each of them; linear in κ between them and constant outside.
@@ -69,23 +71,23 @@ class LevelNoise:
     tensor([0.5000, 1.0000, 1.0000], dtype=torch.float64)
     """
 
-    log_snr: tuple[float, ...]
+    kappa: tuple[float, ...]
     stochasticity: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        for name in ("log_snr", "stochasticity"):
+        for name in ("kappa", "stochasticity"):
             object.__setattr__(self, name, numbers(getattr(self, name), name))
-        kappa, levels = self.log_snr, self.stochasticity
+        kappa, levels = self.kappa, self.stochasticity
         increasing = all(x < y for x, y in pairwise(kappa))
         if not (kappa and increasing and all(map(math.isfinite, kappa))):
-            raise ValueError(f"log_snr must be increasing finite κ, one or more; got {kappa!r}")
+            raise ValueError(f"kappa must be increasing finite κ, one or more; got {kappa!r}")
         if len(levels) != len(kappa) or not all(0 <= x < math.inf for x in levels):
             msg = f"stochasticity must be one finite λ ≥ 0 for each of {len(kappa)} κ; "
             raise ValueError(f"{msg}got {levels!r}")
 
-    def at(self, log_snr: Tensor) -> Tensor:
+    def at(self, kappa: Tensor) -> Tensor:
         """λ at values of κ ``(n,)``, float64 on the CPU."""
-        found = np.interp(log_snr.detach().numpy(), self.log_snr, self.stochasticity)
+        found = np.interp(kappa.detach().numpy(), self.kappa, self.stochasticity)
         return torch.as_tensor(found, device="cpu")
 
 
@@ -120,10 +122,10 @@ class ExponentialMultistep(GridSolver):
 
     - DDIM: order 1, λ = 0
     - ancestral sampling: order 1, λ = 1
-    - DPM-Solver++(2M) and its SDE form: order 2, λ = 0 or 1, ``variable="log_snr"``,
+    - DPM-Solver++(2M) and its SDE form: order 2, λ = 0 or 1, ``variable="kappa"``,
       ``weights="published"``
     - UniPC of order 1 or 2, variant bh2: the same two options, with the corrector
-    - SA-Solver's predictor of order 1 or 2: λ as a function of time, ``variable="log_snr"``
+    - SA-Solver's predictor of order 1 or 2: λ as a function of time, ``variable="kappa"``
 
     For k > 1, λ = 0 and ``prediction="noise"`` it is gDDIM.
 
@@ -141,12 +143,12 @@ class ExponentialMultistep(GridSolver):
         ``"data"``: as above. ``"noise"``: polynomials through n = −R_tᵀs with gDDIM's root R_t, for
         λ = 0 and without corrector.
     variable
-        Variable of the polynomials ℓ_j: ``"time"``; κ = ½ log ψᵀΣ⁻¹ψ with ``"log_snr"``, as
+        Variable of the polynomials ℓ_j: ``"time"``; κ = ½ log ψᵀΣ⁻¹ψ with ``"kappa"``, as
         published for k = 1; or the time at which the default `cldsde.VPSDE` has the same κ, with
         ``"vp_time"``. On `vp_times`, ``"vp_time"`` gives every process of one component the same
         samples.
     weights
-        ``"exact"``, or ``"published"`` for ``variable="log_snr"``: formulas of two points weight
+        ``"exact"``, or ``"published"`` for ``variable="kappa"``: formulas of two points weight
         their difference by B H/(2H'), as in DPM-Solver++(2M) and UniPC.
 
     Notes
@@ -192,6 +194,8 @@ class ExponentialMultistep(GridSolver):
         if type(self.order) is not int or self.order not in (1, 2, 3):
             raise ValueError(f"order must be 1, 2 or 3; got {self.order!r}")
         one_of(self.prediction, Prediction, "prediction")
+        variable = current(self.variable, "variable", log_snr="kappa")
+        object.__setattr__(self, "variable", variable)
         one_of(self.variable, Variable, "variable")
         one_of(self.weights, Weights, "weights")
         if not (callable(self.stochasticity) or isinstance(self.stochasticity, LevelNoise)):
@@ -206,9 +210,9 @@ class ExponentialMultistep(GridSolver):
                 "corrector must be False with prediction='noise', because it is unstable with few "
                 "steps; use prediction='data'"
             )
-        if self.weights == "published" and (self.variable != "log_snr" or self.order > 2):
+        if self.weights == "published" and (self.variable != "kappa" or self.order > 2):
             raise ValueError(
-                "weights='published' needs variable='log_snr' and order 1 or 2; got "
+                "weights='published' needs variable='kappa' and order 1 or 2; got "
                 f"variable={self.variable!r} and order={self.order}"
             )
 
@@ -291,19 +295,19 @@ class ExponentialMultistep(GridSolver):
 
     def _undetermined(self, process: ReverseProcess, times: Tensor) -> Tensor:
         """Steps at whose start the score does not determine the data prediction accurately."""
-        log_snr = process.sde.log_snr(times)
-        undetermined = log_snr[:-1] < _LEAST_LOG_SNR
-        lost = log_snr == -torch.inf
-        if bool(lost.any()) and (self.prediction == "noise" or self.variable == "log_snr"):
-            reason = "prediction='noise'" if self.prediction == "noise" else "variable='log_snr'"
+        kappa = process.sde.kappa(times)
+        undetermined = kappa[:-1] < _LEAST_KAPPA
+        lost = kappa == -torch.inf
+        if bool(lost.any()) and (self.prediction == "noise" or self.variable == "kappa"):
+            reason = "prediction='noise'" if self.prediction == "noise" else "variable='kappa'"
             raise ValueError(
                 f"times must not reach t = {float(times[lost].max()):g} with {reason}, because "
                 f"nothing of the data is left there; take t ≤ {process.sde.regular_until:.15g}, "
                 "or prediction='data' with variable='time'"
             )
-        flat = log_snr.diff() == 0
+        flat = kappa.diff() == 0
         several = self.order > 1 or self._corrects(1)
-        if self.variable == "log_snr" and several and bool(flat.any()):
+        if self.variable == "kappa" and several and bool(flat.any()):
             i = int(flat.nonzero()[0])
             raise ValueError(
                 "variable must be 'time' for this grid: the signal-to-noise ratio is the same at "
@@ -323,7 +327,7 @@ class ExponentialMultistep(GridSolver):
     def stochasticities(self, sde: LinearSDE, times: Tensor) -> Tensor:
         """λ of the steps that start at times ``(n,)`` of a process, float64."""
         if isinstance(self.stochasticity, LevelNoise):
-            return self.stochasticity.at(sde.log_snr(times))
+            return self.stochasticity.at(sde.kappa(times))
         if not callable(self.stochasticity):
             return torch.full_like(times, self.stochasticity)
         levels = torch.as_tensor(self.stochasticity(times), dtype=torch.float64, device="cpu")

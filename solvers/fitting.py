@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from cldsde.linear.checks import as_integer, check_callable
-from cldsde.linear.log_snr import log_snr_range
+from cldsde.linear.kappa import kappa_range
 from cldsde.progress import progress_bar
 from cldsde.score import ReverseProcess
 from cldsde.score.reverse import check_reverse_process
@@ -86,7 +86,7 @@ def fit_sampler(
     if budget is not None:
         each = search.nfe * search.shape[0]
         search.most = as_integer(budget, 1, "budget") // each
-        least = fewest_tries(len(search.best.log_snr))
+        least = fewest_tries(len(search.best.kappa))
         if search.most < least:
             msg = f"budget must be at least {least * each}, for {least} tries of "
             raise ValueError(f"{msg}{each} network evaluations; got {budget}")
@@ -125,7 +125,7 @@ def default_settings(
             f"by {type(solver).__name__}"
         )
     return SamplerSettings(
-        log_snr=tuple(process.sde.log_snr(plan.times).tolist()),
+        kappa=tuple(process.sde.kappa(plan.times).tolist()),
         stochasticity=tuple(solver.stochasticities(process.sde, plan.times[:-1]).tolist()),
         process=repr(process.sde),
         order=solver.order,
@@ -160,7 +160,7 @@ class Search:
         self._cma = import_cma()
         self.best = default_settings(self.process, self.shape[1:], self.nfe, self.network)
         self._first, self._smallest = self.best, math.inf
-        self._generation = _generation(len(self.best.log_snr))
+        self._generation = _generation(len(self.best.kappa))
 
     def run(self, *, progress: bool = False) -> None:
         """Search until the budget is spent, and compare the best settings with the first ones."""
@@ -201,7 +201,7 @@ class Search:
 
     def _strategy(self, start: SamplerSettings) -> Any:
         low, _ = self._range()
-        kappa = np.array(start.log_snr)
+        kappa = np.array(start.kappa)
         steps = np.log(np.diff(kappa))
         x = np.concatenate([kappa[:1], steps, start.stochasticity])
         n = len(steps)
@@ -227,7 +227,7 @@ class Search:
         if kappa[-1] > self._range()[1] or not (np.diff(kappa) > 0).all():
             return None
         found = replace(
-            self.best, log_snr=tuple(kappa.tolist()), stochasticity=tuple(x[n + 1 :].tolist())
+            self.best, kappa=tuple(kappa.tolist()), stochasticity=tuple(x[n + 1 :].tolist())
         )
         # Guidance in an interval doubles the evaluations of the levels in it.
         evaluations = self.process.score.evaluations(found.times(self.process.sde))
@@ -235,7 +235,7 @@ class Search:
 
     def _range(self) -> tuple[float, float]:
         """Range of κ in which process and score can be evaluated."""
-        first, last = log_snr_range(self.process.sde)
+        first, last = kappa_range(self.process.sde)
         low, high = self.process.score.noise_levels or (0.0, math.inf)
         return max(first, -math.log(high)), min(last, -math.log(low) if low > 0 else math.inf)
 

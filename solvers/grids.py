@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cldsde.linear.checks import as_integer, check_positive
-from cldsde.linear.log_snr import log_snr_of_vp_time, times_of_log_snr, vp_time
+from cldsde.linear.kappa import kappa_of_vp_time, times_of_kappa, vp_time
 from cldsde.linear.sde import LinearSDE
 
 P = ParamSpec("P")
@@ -83,8 +83,8 @@ def root_times(T: float, eps: float, n: int) -> Tensor:
 
 
 @_process_first(needed=True)
-def log_snr_times(sde: LinearSDE, T: float, eps: float, n: int) -> Tensor:
-    """Grid uniform in κ(t), half the log of the signal-to-noise ratio (`LinearSDE.log_snr`).
+def kappa_times(sde: LinearSDE, T: float, eps: float, n: int) -> Tensor:
+    """Grid uniform in κ(t), half the log of the signal-to-noise ratio (`LinearSDE.kappa`).
 
     For VP it is the grid of DPM-Solver (Lu et al. 2022). See `uniform_times` for the other
     arguments, the result and the errors. If κ(T) or κ(ε) is not finite, a ValueError is raised, and
@@ -93,11 +93,11 @@ def log_snr_times(sde: LinearSDE, T: float, eps: float, n: int) -> Tensor:
     Examples
     --------
     >>> from cldsde import VPSDE
-    >>> log_snr_times(VPSDE(), 1.0, 0.01, 4)
+    >>> kappa_times(VPSDE(), 1.0, 0.01, 4)
     tensor([1.0000, 0.7706, 0.4494, 0.1003, 0.0100], dtype=torch.float64)
     """
-    levels = _between(_fractions(T, eps, n), _log_snr_ends(sde, T, eps))
-    return _with_ends(times_of_log_snr(sde, levels, T, eps), T, eps)
+    levels = _between(_fractions(T, eps, n), _kappa_ends(sde, T, eps))
+    return _with_ends(times_of_kappa(sde, levels, T, eps), T, eps)
 
 
 @_process_first(needed=True)
@@ -105,7 +105,7 @@ def karras_times(sde: LinearSDE, T: float, eps: float, n: int, rho: float = 7.0)
     """Grid uniform in σ^{1/ρ}, with σ = e^{−κ} for any process (Karras et al. 2022, equation 5).
 
     Under CLD it is less accurate than `root_times` for the probability flow of several modes. See
-    `log_snr_times` for the other arguments, the result and the errors.
+    `kappa_times` for the other arguments, the result and the errors.
 
     Parameters
     ----------
@@ -113,8 +113,8 @@ def karras_times(sde: LinearSDE, T: float, eps: float, n: int, rho: float = 7.0)
         ρ > 0; larger values put more steps near the data.
     """
     check_positive(rho, "rho")
-    powers = _between(_fractions(T, eps, n), (-_log_snr_ends(sde, T, eps) / rho).exp())
-    return _with_ends(times_of_log_snr(sde, -rho * powers.log(), T, eps), T, eps)
+    powers = _between(_fractions(T, eps, n), (-_kappa_ends(sde, T, eps) / rho).exp())
+    return _with_ends(times_of_kappa(sde, -rho * powers.log(), T, eps), T, eps)
 
 
 @_process_first(needed=True)
@@ -126,7 +126,7 @@ def logistic_times(
     The function is :math:`1/(1 + e^{r(κ − κ_0)})`. Steps are shortest around κ₀, the noise level at
     which samples choose their modes. Little changes at very high or very low noise. The grid is for
     exact scores with ``ExponentialMultistep(order=3, corrector=True)``, and the same in κ for every
-    noise schedule. See `log_snr_times` for the other arguments, the result and the errors; κ(T) =
+    noise schedule. See `kappa_times` for the other arguments, the result and the errors; κ(T) =
     −∞ is allowed.
 
     Parameters
@@ -138,9 +138,9 @@ def logistic_times(
         r > 0.
     """
     check_positive(rate, "rate")
-    fractions, ends = _fractions(T, eps, n), _log_snr_ends(sde, T, eps, finite=False)
+    fractions, ends = _fractions(T, eps, n), _kappa_ends(sde, T, eps, finite=False)
     levels = _between(fractions, torch.sigmoid(-rate * (ends - center)))
-    return _with_ends(times_of_log_snr(sde, center - levels.logit() / rate, T, eps), T, eps)
+    return _with_ends(times_of_kappa(sde, center - levels.logit() / rate, T, eps), T, eps)
 
 
 @_process_first(needed=True)
@@ -148,23 +148,23 @@ def vp_times(sde: LinearSDE, T: float, eps: float, n: int) -> Tensor:
     """Grid uniform in t^¾, with t the time at which the default `cldsde.VPSDE` has the same κ.
 
     The noise of `cldsde.RectifiedFlow` and some others grows fast near t = 1. This grid has more
-    steps there than `root_times`. See `log_snr_times` for arguments, result and errors.
+    steps there than `root_times`. See `kappa_times` for arguments, result and errors.
     """
     return times_of_vp_powers(sde, T, eps, _fractions(T, eps, n), 0.75)
 
 
 def times_of_vp_powers(sde: LinearSDE, T: float, eps: float, fractions: Tensor, p: float) -> Tensor:
     """Grid at fractions ``(n + 1,)`` of the way between both ends in VP's time to the power p."""
-    powers = _between(fractions, vp_time(_log_snr_ends(sde, T, eps)) ** p)
-    levels = log_snr_of_vp_time(powers ** (1 / p))
-    return _with_ends(times_of_log_snr(sde, levels, T, eps), T, eps)
+    powers = _between(fractions, vp_time(_kappa_ends(sde, T, eps)) ** p)
+    levels = kappa_of_vp_time(powers ** (1 / p))
+    return _with_ends(times_of_kappa(sde, levels, T, eps), T, eps)
 
 
-def _log_snr_ends(sde: LinearSDE, T: float, eps: float, *, finite: bool = True) -> Tensor:
+def _kappa_ends(sde: LinearSDE, T: float, eps: float, *, finite: bool = True) -> Tensor:
     if not eps > 0:
         msg = f"eps must be above 0 for a grid in the signal-to-noise ratio; got {eps:g}"
         raise ValueError(msg)
-    ends = sde.log_snr(torch.tensor([T, eps], dtype=torch.float64, device="cpu"))
+    ends = sde.kappa(torch.tensor([T, eps], dtype=torch.float64, device="cpu"))
     if finite and not bool(ends.isfinite().all()):
         raise ValueError(
             f"T must be a time with a finite signal-to-noise ratio; at T = {T:g} nothing of the "

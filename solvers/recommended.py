@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cldsde.linear.checks import as_grid_times, two_increasing
-from cldsde.linear.log_snr import times_of_log_snr, vp_time
+from cldsde.linear.kappa import times_of_kappa, vp_time
 from cldsde.linear.sde import LinearSDE
 from cldsde.messages import counted
 from cldsde.score import ReverseProcess
@@ -27,7 +27,7 @@ from .stochastic_heun import StochasticHeun
 
 # κ = ½ log SNR at the start and end of sampling, for data with a standard deviation of about 1. At
 # the start the noise hides the data. At the end the data prediction removes the remaining noise.
-_LOG_SNR = (-3.3, 3.3)
+_KAPPA = (-3.3, 3.3)
 # A direction of the data with variance v is lost if sampling starts at σ² ≪ v. The strongest
 # direction of D numbers is their mean, with v = D·Var(mean), so that σ² follows D. It also follows
 # the number of evaluations: more of them resolve a longer way, and the error of the start,
@@ -44,7 +44,7 @@ class Recipe:
     most_steps: float = math.inf  #: Largest number of steps.
     most_components: float = math.inf  #: Largest number of components of the process.
     grid: Callable[..., Tensor] = root_times  #: Function grid(sde, start, end, n).
-    ends: tuple[float, float] = _LOG_SNR  #: κ at the start, or less for large data, and at the end.
+    ends: tuple[float, float] = _KAPPA  #: κ at the start, or less for large data, and at the end.
 
 
 # κ of five evaluations, fitted to a CLD network of Fashion-MNIST by CMA-ES. More or fewer
@@ -195,7 +195,7 @@ def window(
     end: float | None = None,
     shape: Sequence[int] = (1,),
     nfe: int = 20,
-    levels: tuple[float, float] = _LOG_SNR,
+    levels: tuple[float, float] = _KAPPA,
 ) -> tuple[float, float]:
     """Start and end times of `sample`, or the given ones in their place.
 
@@ -211,7 +211,7 @@ def window(
         low = max(low, -math.log(known[1]))
         high = min(high, -math.log(known[0]) if known[0] > 0 else math.inf)
     ends = torch.tensor([low, high], dtype=torch.float64, device="cpu")
-    first, last = times_of_log_snr(process.sde, ends, process.sde.regular_until).tolist()
+    first, last = times_of_kappa(process.sde, ends, process.sde.regular_until).tolist()
     start, end = first if start is None else start, last if end is None else end
     if not end < start:
         range_ = f". The score knows the noise levels {known}; choose a process with these levels"

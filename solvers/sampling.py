@@ -184,7 +184,7 @@ def _warn_of_training(score: Score) -> None:
 
 def _check_ends(sde: LinearSDE, times: Tensor, shape: Sequence[int], nfe: int, end: float) -> None:
     """Warn if the start of sampling does not hide the data, or it ends well before κ = ``end``."""
-    first, last = sde.log_snr(times[[0, -1]]).tolist()
+    first, last = sde.kappa(times[[0, -1]]).tolist()
     at = f"at the start of sampling, t = {float(times[0]):.3g}: the noise level is "
     at += f"{math.exp(-first):.3g} there, and should be"
     advice = "or more. Use a larger noise schedule, or a score trained at larger noise levels"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cldsde.files import write_whole
-from cldsde.linear.log_snr import log_snr_range, times_of_log_snr
+from cldsde.linear.kappa import kappa_range, times_of_kappa
 from cldsde.linear.sde import LinearSDE, check_process
 
 from .exponential_multistep import ExponentialMultistep, LevelNoise, Variable, numbers
@@ -31,7 +31,7 @@ class SamplerSettings:
 
     Parameters
     ----------
-    log_snr
+    kappa
         Increasing κ = ½ log SNR of the n evaluations. The last one is the data prediction.
     stochasticity
         λ ≥ 0 of the n − 1 steps.
@@ -45,12 +45,12 @@ class SamplerSettings:
     Examples
     --------
     >>> from cldsde import VPSDE, sample
-    >>> few = SamplerSettings(log_snr=(-3, 0, 3), stochasticity=(1, 0.5), process=repr(VPSDE()))
+    >>> few = SamplerSettings(kappa=(-3, 0, 3), stochasticity=(1, 0.5), process=repr(VPSDE()))
     >>> sample(VPSDE(), lambda z, t: -z, (1000, 2), settings=few).shape
     torch.Size([1000, 2])
     """
 
-    log_snr: tuple[float, ...]
+    kappa: tuple[float, ...]
     stochasticity: tuple[float, ...]
     process: str
     order: int = 2
@@ -59,14 +59,14 @@ class SamplerSettings:
     network: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("log_snr", "stochasticity"):
+        for name in ("kappa", "stochasticity"):
             object.__setattr__(self, name, numbers(getattr(self, name), name))
         for name, kind in (("process", str), ("corrector", bool), ("network", str)):
             if not isinstance(given := getattr(self, name), kind):
                 raise TypeError(f"{name} must be of type {kind.__name__}; got {given!r}")
-        levels = self.log_snr
+        levels = self.kappa
         if len(levels) < 2 or not all(-math.inf < x < y < math.inf for x, y in pairwise(levels)):
-            raise ValueError(f"log_snr must be two or more increasing finite κ; got {levels!r}")
+            raise ValueError(f"kappa must be two or more increasing finite κ; got {levels!r}")
         steps, given = len(levels) - 1, len(self.stochasticity)
         if given != steps:
             raise ValueError(f"stochasticity must be one λ for each of {steps} steps; got {given}")
@@ -75,14 +75,14 @@ class SamplerSettings:
     @property
     def nfe(self) -> int:
         """Number of evaluations, without guidance."""
-        return len(self.log_snr)
+        return len(self.kappa)
 
     @property
     def solver(self) -> ExponentialMultistep:
         """The solver, on `times` or from one of them on."""
         return ExponentialMultistep(
             order=self.order,
-            stochasticity=LevelNoise(self.log_snr[:-1], self.stochasticity),
+            stochasticity=LevelNoise(self.kappa[:-1], self.stochasticity),
             corrector=self.corrector,
             variable=self.variable,
         )
@@ -96,13 +96,13 @@ class SamplerSettings:
             raise ValueError(
                 f"settings must be for this process, {sde!r}; got settings for {self.process}"
             )
-        wanted = torch.tensor(self.log_snr, dtype=torch.float64, device="cpu")
-        times = times_of_log_snr(sde, wanted, sde.regular_until)
-        if bool(((sde.log_snr(times) - wanted).abs() > _REACHED).any()):
-            first, last = log_snr_range(sde)
+        wanted = torch.tensor(self.kappa, dtype=torch.float64, device="cpu")
+        times = times_of_kappa(sde, wanted, sde.regular_until)
+        if bool(((sde.kappa(times) - wanted).abs() > _REACHED).any()):
+            first, last = kappa_range(sde)
             raise ValueError(
-                f"log_snr must be levels that {sde!r} reaches, from {first:.4g} to {last:.4g}; got "
-                f"{self.log_snr!r}"
+                f"kappa must be levels that {sde!r} reaches, from {first:.4g} to {last:.4g}; got "
+                f"{self.kappa!r}"
             )
         return times
 

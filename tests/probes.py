@@ -18,7 +18,7 @@ from tolerances import standard_error
 # For properties that are parametrised besides: a few examples of each case are many.
 few_examples = settings(max_examples=max(3, settings.default.max_examples // 10))
 # Options of multistep solvers as published, and schemes of splitting.
-PUBLISHED = {"variable": "log_snr", "weights": "published"}
+PUBLISHED = {"variable": "kappa", "weights": "published"}
 WORDS = ["OBA", "BAO", "OBAB", "BAOAB", "OABAO", "BOAOB", "ABOBAOB"]
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cldsde.linear.checks import check_positive
-from cldsde.linear.log_snr import times_of_log_snr
+from cldsde.linear.kappa import times_of_kappa
 from cldsde.linear.sde import LinearSDE
 from cldsde.messages import Named
 from cldsde.score import GaussianMixture, Observation
@@ -41,7 +41,7 @@ class PosteriorProblem:
         2 % under CLD, and by up to 10 % under HOLD.
         """
         smallest = float(torch.linalg.eigvalsh(self.posterior.covariances).min())
-        end = times_of_log_snr(sde, -0.5 * math.log(_END_LEVEL**2 * smallest))
+        end = times_of_kappa(sde, -0.5 * math.log(_END_LEVEL**2 * smallest))
         return root_times(1.0, float(end), steps)
 
     def observe(self, generator: torch.Generator) -> tuple[Tensor, PosteriorProblem]:

@@ -33,7 +33,7 @@ _FEATURES = (
 FEATURES = option("--features NAME", str, _FEATURES, default="classifier")
 DATA = option("--data PATH", Path, "path of the data set, if not as configured")
 SOLVERS = f"recommended, module:Class, or one of {', '.join(named_solvers())}"
-_GRIDS = "grid of times: uniform, quadratic, root, log_snr, logistic or karras"
+_GRIDS = "grid of times: uniform, quadratic, root, kappa, logistic or karras"
 # Without a default: the settings of the run.
 RECIPE = (
     option("--grid NAME", str, _GRIDS),

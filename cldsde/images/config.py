@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import field
 from operator import getitem
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 from pydantic import AfterValidator, Field, Strict
 from torch import nn
@@ -22,6 +22,7 @@ from cldsde.errors import require, setting
 from cldsde.images.data import DATA_SETS, DataSet
 from cldsde.images.networks import NETWORKS
 from cldsde.images.schema import (
+    KAPPA,
     Configuration,
     Count,
     Flag,
@@ -41,7 +42,7 @@ from cldsde.pretrained.published_score import Code, Parameterisation
 from cldsde.solvers.named import canonical_name
 
 StartTime = Annotated[Number, Field(gt=0, le=1)] | None
-Grid = Literal["uniform", "quadratic", "root", "log_snr", "logistic", "karras"]
+Grid = Annotated[Literal["uniform", "quadratic", "root", "kappa", "logistic", "karras"], KAPPA]
 
 
 def _rate(value: object) -> object:
@@ -152,7 +153,7 @@ class ScoreConfig:
     """The prediction whose squared error is the loss: ``"noise"``, or for processes of one
     component ``"velocity"`` or ``"flow"``. With the process ``"RectifiedFlow"``, ``"flow"`` is flow
     matching. The network returns the same quantity for all three. The key has no effect if
-    ``training.weighting`` is ``"log_snr"`` (the loss is of the output) or ``"likelihood"``."""
+    ``training.weighting`` is ``"kappa"`` (the loss is of the output) or ``"likelihood"``."""
     mixing: Number | None = None
     """None: the network's part is added to the reference's. A number m: each channel learns the
     weights of the two parts. The weight of the network's part starts at 1/(1 + e^−m)."""
@@ -200,7 +201,7 @@ class SamplingConfig:
     nfe: Annotated[int, Strict(), Field(ge=2, le=1_000_000)] = 50
     """Most score evaluations per image, with the last denoising; adaptive solvers ignore it."""
     grid: Grid | None = None
-    """Grid of times: ``"uniform"``, ``"quadratic"``, ``"root"``, ``"log_snr"``, ``"logistic"`` or
+    """Grid of times: ``"uniform"``, ``"quadratic"``, ``"root"``, ``"kappa"``, ``"logistic"`` or
     ``"karras"``. None: the recommended solver's grid, and ``"root"`` for other solvers."""
     t_start: StartTime = None
     t_end: Time | None = None
@@ -212,7 +213,7 @@ class SamplingConfig:
     training. Without ``--process`` sampling may end below ``training.t_min``."""
     denoise: Flag = True
     """Return the data prediction at ε instead of the state there."""
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Annotated[Any, KAPPA]] = field(default_factory=dict)
     """Fields of the solver that differ from its defaults, such as ``rtol``."""
 
     def __post_init__(self) -> None:
@@ -232,6 +233,9 @@ _ADDED: dict[str, dict[str, Any]] = {
     },
 }  # settings that version 0.2 did not have, and the values that it had in effect
 
+
+_OLD_NAMES = {"log_snr_mean": "kappa_mean", "log_snr_std": "kappa_std"}
+"""Keys of the training in older files, which digests keep."""
 
 _PLACE = ("path", "workers", "download", "cache", "cache_gib")
 """Options of the data that do not change the images."""
@@ -263,14 +267,23 @@ class RunConfig(Configuration):
     )
     """Settings that do not change the model: a run may be resumed with others."""
 
+    @classmethod
+    def from_dict(cls, values: object) -> Self:
+        """Check and build a configuration from plain types, with names of older files."""
+        training = values.get("training") if isinstance(values, Mapping) else None
+        if isinstance(training, Mapping):
+            training = {_OLD_NAMES.get(key, key): x for key, x in training.items()}
+            values = {**cast(Any, values), "training": training}
+        return super().from_dict(values)
+
     def __post_init__(self) -> None:
         process, score, training, latent = self.process, self.score, self.training, self.latent
         sde, kind = process.make(), score.prediction
         if score.code != "cldsde":
             given = f"if score.code is {score.code!r}"
             require(latent is None, "latent", f"must be absent {given}")
-            msg = f"must be 'uniform', and training.weighting not 'log_snr', {given}"
-            uniform = training.times != "importance" and training.weighting != "log_snr"
+            msg = f"must be 'uniform', and training.weighting not 'kappa', {given}"
+            uniform = training.times != "importance" and training.weighting != "kappa"
             require(uniform, "training.times", msg)
             msg = f"must be a process with one driven component {given}; got {process.name}"
             require(len(sde.driven) == 1, "process.name", msg)
@@ -310,6 +323,10 @@ class RunConfig(Configuration):
         for name, added in _ADDED.items():
             unused = [key for key, default in added.items() if values[name][key] == default]
             values[name] = {key: x for key, x in values[name].items() if key not in unused}
+        training = values["training"]
+        training |= {old: training.pop(new) for old, new in _OLD_NAMES.items()}
+        if training["weighting"] == "kappa":
+            training["weighting"] = "log_snr"
         for path in without:
             *outer, last = path.split(".")
             functools.reduce(getitem, outer, values).pop(last, None)

@@ -20,7 +20,15 @@ from typing import Annotated, Any, Self, TypeVar, cast, dataclass_transform
 import pydantic
 import tomli_w
 import yaml
-from pydantic import AfterValidator, ConfigDict, Field, Strict, TypeAdapter, ValidationError
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    Strict,
+    TypeAdapter,
+    ValidationError,
+)
 from pydantic_core import to_jsonable_python
 
 from cldsde.errors import SettingError, require, setting
@@ -94,6 +102,14 @@ class Configuration:
     def to_toml(self) -> str:
         """The configuration as a TOML file; the word ``"none"`` stands for None."""
         return tomli_w.dumps(_replaced(self.to_dict(), None, "none"))
+
+
+def _current(value: Any) -> Any:
+    return "kappa" if value == "log_snr" else value
+
+
+KAPPA = BeforeValidator(_current)
+"""Reads the word ``"log_snr"`` of older files as ``"kappa"``."""
 
 
 def _setting_error(error: ValidationError, kind: type[Any]) -> SettingError:

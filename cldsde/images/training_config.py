@@ -11,6 +11,7 @@ from pydantic import Field
 
 from cldsde.errors import require, setting
 from cldsde.images.schema import (
+    KAPPA,
     Blocks,
     Count,
     Flag,
@@ -92,13 +93,13 @@ class TrainingConfig:
     gradients that ``clip`` limits."""
     conditioning: Literal["data", "all"] = "data"
     """``"data"``: hybrid score matching; ``"all"``: denoising score matching."""
-    weighting: Literal["reweighted", "likelihood", "log_snr"] = "reweighted"
-    """``"reweighted"``, the squared error of the prediction; ``"likelihood"``; or ``"log_snr"``:
+    weighting: Annotated[Literal["reweighted", "likelihood", "kappa"], KAPPA] = "reweighted"
+    """``"reweighted"``, the squared error of the prediction; ``"likelihood"``; or ``"kappa"``:
     noise levels are weighted as if κ, half the log of the signal-to-noise ratio, were normal with
-    `log_snr_mean` and `log_snr_std`, the same for every process."""
-    log_snr_mean: Annotated[Number, Field(ge=-20, le=20)] = 1.2
-    log_snr_std: Annotated[Number, Field(ge=0.01, le=20)] = 1.2
-    """For ``weighting = "log_snr"``; see `cldsde.score.log_snr_density`."""
+    `kappa_mean` and `kappa_std`, the same for every process."""
+    kappa_mean: Annotated[Number, Field(ge=-20, le=20)] = 1.2
+    kappa_std: Annotated[Number, Field(ge=0.01, le=20)] = 1.2
+    """For ``weighting = "kappa"``; see `cldsde.score.kappa_density`."""
     times: Literal["importance", "uniform", "logit_normal", "mode"] = "importance"
     """``"importance"``: times in proportion to the loss of the untrained model, with the inverse
     weights; ``"uniform"``; or, without inverse weights, ``"logit_normal"`` or ``"mode"`` (Esser et
@@ -145,8 +146,8 @@ class TrainingConfig:
         msg = f"must be 'reweighted' if times is {self.times!r}, which is a weighting itself; "
         msg += f"got {self.weighting!r}"
         require(free or self.weighting == "reweighted", "weighting", msg)
-        msg = f"must be 'data' if weighting is 'log_snr'; got {self.conditioning!r}"
-        fits = self.weighting != "log_snr" or self.conditioning == "data"
+        msg = f"must be 'data' if weighting is 'kappa'; got {self.conditioning!r}"
+        fits = self.weighting != "kappa" or self.conditioning == "data"
         require(fits, "conditioning", msg)
         measured = self.snapshots_by != "fd" or self.measure == "fd"
         require(measured, "snapshots_by", "'fd' needs training.measure = 'fd'")

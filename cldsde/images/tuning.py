@@ -81,7 +81,7 @@ class Tuning:
         """Raise an error if nothing can be fitted, before any work is done."""
         require(nfe >= 2, "nfe", f"must be at least 2; got {nfe}")
         require(self.images >= 2, "images", f"must be at least 2; got {self.images}")
-        levels = default_settings(self.process, self.shape[1:], nfe).log_snr
+        levels = default_settings(self.process, self.shape[1:], nfe).kappa
         least = fewest_tries(len(levels))
         msg = f"must be at least {least} for {nfe} evaluations; got {tries}"
         require(tries >= least, "tries", msg)

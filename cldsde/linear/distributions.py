@@ -16,6 +16,7 @@ from cldsde.linear.kernel import Kernel, check_density
 from cldsde.linear.posterior import Posterior, bayes
 from cldsde.linear.reprs import shown
 from cldsde.linear.reverse_family import reverse_family
+from cldsde.renamed import warn_of_old
 
 
 class Distributions:
@@ -67,7 +68,7 @@ class Distributions:
         """Latest start time of solvers that evaluate F and G; 1 unless F or G diverges at t = 1.
 
         F and G diverge if nothing of the data is left at t = 1, as under `RectifiedFlow`. Then this
-        is the time with κ = −5 (`log_snr`), the value that `VPSDE` has at t = 1. A state drawn from
+        is the time with κ = −5 (`kappa`), the value that `VPSDE` has at t = 1. A state drawn from
         the prior there lacks α x₀, 0.7 % of the noise for data of variance 1. Starts closer to
         t = 1 need many more steps.
         """
@@ -126,7 +127,7 @@ class Distributions:
         """
         return self._marginal(as_times(t, "t"), self._root_at_start(initial_covariance))
 
-    def log_snr(self, t: TimeLike) -> Tensor:
+    def kappa(self, t: TimeLike) -> Tensor:
         r"""Half the log of the signal-to-noise ratio, κ(t) = ½ log ψᵀΣ_t⁻¹ψ.
 
         ψ = Ψ(t,0)e₀ and Σ_t are the mean and the covariance of z_t given the data. For one
@@ -143,6 +144,11 @@ class Distributions:
         check_density(kernel.root, times, "t")
         signal = triangular_inverse(kernel.root) @ kernel.mean[..., :1]
         return 0.5 * signal.square().sum((-2, -1)).log()
+
+    def log_snr(self, t: TimeLike) -> Tensor:
+        """Old name of `kappa`, which warns."""
+        warn_of_old("log_snr", "kappa")
+        return self.kappa(t)
 
     def posterior(
         self,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cldsde.linear.checks import check_alphas_cumprod, check_callable, shaped, two_increasing
 from cldsde.linear.interpolants import AlphasCumprod, cosine, falling, rising, sine
-from cldsde.linear.log_snr import times_of_log_snr
+from cldsde.linear.kappa import times_of_kappa
 from cldsde.linear.reprs import constructor_repr
 from cldsde.linear.sde import LinearSDE, check_process
 from cldsde.linear.signal_noise import OfTime
@@ -145,7 +145,7 @@ class NoisePath:
             partial(_process_signal, sde),
             partial(_process_noise, sde),
             interval=(start, 1.0),
-            inverse=partial(times_of_log_snr, sde, eps=start),
+            inverse=partial(times_of_kappa, sde, eps=start),
             rates=partial(_process_rates, sde),
         )
 
@@ -156,14 +156,14 @@ class NoisePath:
         low, high = (self.noise(ends) / self.signal(ends)).tolist()
         return low, high
 
-    def time(self, log_snr: Tensor) -> Tensor:
+    def time(self, kappa: Tensor) -> Tensor:
         """Times with given values of κ = log(α/σ), ``(n,)`` or ``()`` float64."""
         if self.inverse is not None:
-            return self.inverse(log_snr).clamp(*self.interval)
-        low, high = (torch.full_like(log_snr, end) for end in self.interval)
+            return self.inverse(kappa).clamp(*self.interval)
+        low, high = (torch.full_like(kappa, end) for end in self.interval)
         for _ in range(_HALVINGS):
             middle = 0.5 * (low + high)
-            early = self.signal(middle).log() - self.noise(middle).log() > log_snr
+            early = self.signal(middle).log() - self.noise(middle).log() > kappa
             low, high = torch.where(early, middle, low), torch.where(early, high, middle)
         return 0.5 * (low + high)
 

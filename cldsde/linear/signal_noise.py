@@ -38,7 +38,7 @@ _NODES, _PANELS = 16, 8
 _CHECKED = 64  # panels of [0, 1] on which the quadrature of the gain is compared with differences
 # VPSDE has this value at t = 1. Closer to the pole, solvers that freeze F and G over a step would
 # need far shorter steps.
-_LEAST_LOG_SNR = -5.0
+_LEAST_KAPPA = -5.0
 _EPS = torch.finfo(torch.float64).eps
 
 
@@ -264,7 +264,7 @@ class SignalNoiseDynamics(Dynamics):
             middle = (low + high) / 2
             t = torch.tensor(1 - middle, dtype=torch.float64, device="cpu")
             ratio = self.signal(t) / self.noise(t)
-            low, high = (middle, high) if float(ratio.log()) < _LEAST_LOG_SNR else (low, middle)
+            low, high = (middle, high) if float(ratio.log()) < _LEAST_KAPPA else (low, middle)
             if high - low <= 1e-3 * high:
                 break
         digits = min(15, 3 - math.floor(math.log10(high)))

@@ -27,7 +27,7 @@ _PREDICTIONS: dict[str, Prediction] = {
 # Schedulers put this value in place of ᾱ = 0.
 _NO_SIGNAL = 2.0**-24
 # A κ without signal in float32, for arithmetic that must not meet −∞.
-LEAST_LOG_SNR = -40.0
+LEAST_KAPPA = -40.0
 _CLIPS = ("thresholding", "clip_sample")
 # Schedulers that have an option to clip and do not read it.
 _NEVER_CLIP = ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler")
@@ -65,7 +65,7 @@ class Convention:
             steps = config.num_train_timesteps
             low, high = (vars(scheduler).get(end) for end in ("sigma_min", "sigma_max"))
             low, high = float(low or 1 / steps), float(high or 1.0)
-            return cls("flow", steps, (_flow_log_snr(high), _flow_log_snr(low)))
+            return cls("flow", steps, (_flow_kappa(high), _flow_kappa(low)))
         found = getattr(scheduler, "alphas_cumprod", None)
         if found is None or prediction not in _PREDICTIONS:
             raise ValueError(
@@ -100,37 +100,37 @@ class Convention:
         found, last = AlphasCumprod(alphas, start=-1.0, end=self.steps - 1.0), self.steps - 1.0
         return NoisePath(found.signal, found.noise, interval=(0.0, last), inverse=self.times)
 
-    def scales(self, log_snr: Tensor) -> tuple[Tensor, Tensor]:
+    def scales(self, kappa: Tensor) -> tuple[Tensor, Tensor]:
         """α and σ at values of κ, finite or not, in their type and on their device."""
         power = 1 if self.table is None else 2
-        signal, noise = torch.sigmoid(power * log_snr), torch.sigmoid(-power * log_snr)
+        signal, noise = torch.sigmoid(power * kappa), torch.sigmoid(-power * kappa)
         return (signal, noise) if power == 1 else (signal.sqrt(), noise.sqrt())
 
-    def times(self, log_snr: Tensor) -> Tensor:
+    def times(self, kappa: Tensor) -> Tensor:
         """Times of the scheduler at values of κ, float64 ``(n,)``."""
         if self.table is None:
-            return self.steps * torch.sigmoid(-log_snr)
+            return self.steps * torch.sigmoid(-kappa)
         if self.continuous:
-            return -log_snr / 4
-        index = (torch.searchsorted(-self.table, -log_snr) - 1).clamp(0, self.steps - 2)
+            return -kappa / 4
+        index = (torch.searchsorted(-self.table, -kappa) - 1).clamp(0, self.steps - 2)
         low, high = self.table[index], self.table[index + 1]
         # After the last entry with signal, the angle atan(α/σ) is linear, as in `AlphasCumprod`.
-        angles = 1 - log_snr.exp().atan() / low.exp().atan()
-        return index + torch.where(high == -math.inf, angles, (low - log_snr) / (low - high))
+        angles = 1 - kappa.exp().atan() / low.exp().atan()
+        return index + torch.where(high == -math.inf, angles, (low - kappa) / (low - high))
 
-    def log_snr(self, times: Tensor) -> Tensor:
+    def kappa(self, times: Tensor) -> Tensor:
         """κ at times of the scheduler ``(n,)``, on their device; −40 if there is no signal."""
         times = times if times.is_floating_point() else times.float()
         if self.table is None:
             share = times / self.steps
-            return (torch.log1p(-share) - share.log()).clamp(min=LEAST_LOG_SNR)
+            return (torch.log1p(-share) - share.log()).clamp(min=LEAST_KAPPA)
         if self.continuous:
             return -4 * times
-        table = self.table.clamp(min=LEAST_LOG_SNR).to(times)
+        table = self.table.clamp(min=LEAST_KAPPA).to(times)
         index = times.floor().clamp(0, self.steps - 2).long()
         low, high, share = table[index], table[index + 1], times - index
-        angles = (low.exp().atan() * (1 - share)).tan().log().clamp(min=LEAST_LOG_SNR)
-        return torch.where(high == LEAST_LOG_SNR, angles, low.lerp(high, share))
+        angles = (low.exp().atan() * (1 - share)).tan().log().clamp(min=LEAST_KAPPA)
+        return torch.where(high == LEAST_KAPPA, angles, low.lerp(high, share))
 
     def estimate(self, signal: float, noise: float) -> tuple[float, float]:
         """Coefficients of x and of the network's output in its prediction of the data."""
@@ -145,7 +145,7 @@ class Convention:
         return 1 / signal, -noise / signal
 
 
-def _flow_log_snr(noise: float) -> float:
+def _flow_kappa(noise: float) -> float:
     return math.log1p(-noise) - math.log(noise) if noise < 1 else -math.inf
 
 

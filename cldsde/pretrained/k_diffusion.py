@@ -199,9 +199,9 @@ def _steps(
 ) -> PathSteps:
     """Steps of the process between the levels, which it must reach."""
     signal, noise = _scales(levels, path)
-    log_snr = signal.log() - noise.log()
-    _check_reached(sde, log_snr)
-    return recommended_steps(sde, solver, log_snr, signal, noise)
+    kappa = signal.log() - noise.log()
+    _check_reached(sde, kappa)
+    return recommended_steps(sde, solver, kappa, signal, noise)
 
 
 def _scales(levels: Tensor, path: NoisePath | None) -> tuple[Tensor, Tensor]:
@@ -224,15 +224,15 @@ def _scales(levels: Tensor, path: NoisePath | None) -> tuple[Tensor, Tensor]:
     return signal, noise
 
 
-def _check_reached(sde: LinearSDE, log_snr: Tensor) -> None:
+def _check_reached(sde: LinearSDE, kappa: Tensor) -> None:
     """Raise ValueError if a process has less noise than the first level, unless it is all noise."""
-    wanted, reach = float(log_snr[0]), float(sde.log_snr(1.0))
+    wanted, reach = float(kappa[0]), float(sde.kappa(1.0))
     if wanted == -math.inf or wanted >= reach - _ROUNDING:
         return
     sigma = math.exp(-wanted)
     exploding = VESDE(sigma_max=max(50.0, math.ceil(sigma)))
     known = (CLD(), PSLD(), HOLD(), VPSDE(), SubVPSDE(), RectifiedFlow(), exploding)
-    found = [repr(other) for other in known if float(other.log_snr(1.0)) <= wanted]
+    found = [repr(other) for other in known if float(other.kappa(1.0)) <= wanted]
     raise ValueError(
         f"sigmas must start at σ = {math.exp(-reach):.4g} or less for {sde!r}; got {sigma:.4g}. "
         f"These processes reach it: {', '.join(found)}"

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from cldsde.linear.checks import as_float64, as_integer
-from cldsde.linear.log_snr import log_snr_range, times_of_log_snr
+from cldsde.linear.kappa import kappa_range, times_of_kappa
 from cldsde.linear.sde import LinearSDE
-from cldsde.pretrained.conventions import LEAST_LOG_SNR, Convention
+from cldsde.pretrained.conventions import LEAST_KAPPA, Convention
 from cldsde.solvers import SamplerSettings, root_times
 from cldsde.solvers.recommended import hiding_variance, recipes_of
 
@@ -38,17 +38,17 @@ def window(
     Raises a ValueError if the network does not know a given time, or the process ends with noise.
     """
     noisiest, last = convention.ends
-    default = max(levels[0], noisiest, log_snr_range(sde)[0]), min(levels[1], last)
+    default = max(levels[0], noisiest, kappa_range(sde)[0]), min(levels[1], last)
     ends = as_float64([*default, last, noisiest])
-    *times, low, high = times_of_log_snr(sde, ends, sde.regular_until).tolist()
-    if given[1] is None and float(sde.log_snr(times[1])) < default[1] - _ROUNDING:
+    *times, low, high = times_of_kappa(sde, ends, sde.regular_until).tolist()
+    if given[1] is None and float(sde.kappa(times[1])) < default[1] - _ROUNDING:
         raise ValueError(
             f"process must have noise levels down to σ = {math.exp(-default[1]):.4g}; {sde!r} has "
-            f"none below σ = {math.exp(-float(sde.log_snr(times[1]))):.4g}. Give an end"
+            f"none below σ = {math.exp(-float(sde.kappa(times[1]))):.4g}. Give an end"
         )
     found = [x if y is None else float(y) for x, y in zip(times, given, strict=True)]
     for name, t in zip(("start", "end"), found, strict=True):
-        kappa = float(sde.log_snr(t)) if 0 < t <= sde.regular_until else math.nan
+        kappa = float(sde.kappa(t)) if 0 < t <= sde.regular_until else math.nan
         if not noisiest - _ROUNDING <= kappa <= last + _ROUNDING:
             raise ValueError(
                 f"{name} must be a time of {sde!r} at which the network knows the noise level, "
@@ -103,12 +103,12 @@ def levels_of_grid(
         levels = -0.5 * math.log(hiding_variance(_LATENTS, n)), recipe.ends[1]
         grid = recipe.grid
     start, end = window(sde, convention, ends, levels)
-    level = sde.log_snr(as_float64([start]))
+    level = sde.kappa(as_float64([start]))
     leads = noisiest < float(level) - _ROUNDING and convention.scales(level)[1].item() ** 2 < _WHOLE
     steps = n - leads - 1
     one = [end] if leads else [start]  # a start after the noisiest level would be wasted
     times = grid(sde, start, end, steps) if steps > 0 else as_float64(one[: steps + 1])
-    found = torch.cat([as_float64([noisiest] * leads), sde.log_snr(times), as_float64([math.inf])])
+    found = torch.cat([as_float64([noisiest] * leads), sde.kappa(times), as_float64([math.inf])])
     return found, convention.times(found[:-1]).float()
 
 
@@ -120,19 +120,19 @@ def levels_of_settings(
     A network that knows pure noise, as flow matching does, begins there.
     """
     n, (noisiest, last) = _number_of_steps(n, given), convention.ends
-    levels = [noisiest] * (noisiest == -math.inf) + list(settings.log_snr)
+    levels = [noisiest] * (noisiest == -math.inf) + list(settings.kappa)
     if n != len(levels):
         msg = f"num_inference_steps must be {len(levels)}, the number of levels in the settings"
         raise ValueError(f"{msg}{' and 1' * (len(levels) > settings.nfe)}; got {n}")
     if levels[0] > _HIDDEN:
         raise ValueError(
-            f"log_snr of the settings must start at {_HIDDEN:g} or less, because latents start as "
-            f"noise; got {settings.log_snr}"
+            f"kappa of the settings must start at {_HIDDEN:g} or less, because latents start as "
+            f"noise; got {settings.kappa}"
         )
     if not (noisiest - _ROUNDING <= levels[0] and levels[-1] <= last + _ROUNDING):
         raise ValueError(
-            f"log_snr of the settings must be levels that the network knows, from {noisiest:.4g} "
-            f"to {last:.4g}; got {settings.log_snr}"
+            f"kappa of the settings must be levels that the network knows, from {noisiest:.4g} "
+            f"to {last:.4g}; got {settings.kappa}"
         )
     found = as_float64([*levels, math.inf])
     return found, convention.times(found[:-1]).float()
@@ -162,12 +162,12 @@ def levels_of_scheduler(
         noise = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu")
         levels = (torch.log1p(-noise) if convention.table is None else 0.0) - noise.log()
     else:
-        found = convention.log_snr(times.double())
+        found = convention.kappa(times.double())
         final = float(getattr(scheduler, "final_alpha_cumprod", 1.0))
         last = 0.5 * as_float64([final]).logit()
         # DDIM may end with a step of no length at index 0, which changes nothing.
         levels = torch.cat([found, last.clamp(min=found[-1] + _NO_LENGTH)])
-        levels = torch.where(levels <= LEAST_LOG_SNR, -math.inf, levels)
+        levels = torch.where(levels <= LEAST_KAPPA, -math.inf, levels)
     # PNDM repeats a level.
     new = torch.cat([torch.tensor([True], device="cpu"), levels[1:] != levels[:-1]])
     levels, times = levels[new], times[new[: len(times)]]

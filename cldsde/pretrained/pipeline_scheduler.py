@@ -284,7 +284,7 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         """Latents α x_0 + σ n at times of the scheduler, one or one per sample."""
         exact = torch.promote_types(original_samples.dtype, torch.float32)
         times = torch.as_tensor(timesteps, device=original_samples.device).flatten()
-        scales = self._convention.scales(self._convention.log_snr(times))
+        scales = self._convention.scales(self._convention.kappa(times))
         shape = (-1, *(1,) * (original_samples.ndim - 1))
         signal, spread = (scale.to(exact).reshape(shape) for scale in scales)
         return (signal * original_samples + spread * noise).to(original_samples.dtype)

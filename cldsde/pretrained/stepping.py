@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from cldsde.linear.covariance import triangular_inverse
-from cldsde.linear.log_snr import log_snr_range, times_of_log_snr
+from cldsde.linear.kappa import kappa_range, times_of_kappa
 from cldsde.linear.random import Generators, standard_normal
 from cldsde.linear.sde import LinearSDE
 from cldsde.score import Conversion, ReverseProcess, Score
@@ -46,7 +46,7 @@ class PathSteps:
     sde, solver
         The process and its solver, see `check_steppable`. A solver that does not apply, or a
         process with more noise than a level at all times, raises a ValueError.
-    log_snr
+    kappa
         κ = log(α/σ) of the levels, ``(n + 1,)`` float64, increasing. The first may be −∞: nothing
         of the data is left. If the last is ∞, the last step returns the data prediction.
     signal, noise
@@ -59,23 +59,23 @@ class PathSteps:
     """
 
     def __init__(
-        self, sde: LinearSDE, solver: Solver, log_snr: Tensor, signal: Tensor, noise: Tensor
+        self, sde: LinearSDE, solver: Solver, kappa: Tensor, signal: Tensor, noise: Tensor
     ) -> None:
         self.sde, self.solver = sde, check_steppable(solver)
-        self.ends_at_data = bool(log_snr[-1] == math.inf)
+        self.ends_at_data = bool(kappa[-1] == math.inf)
         self._signal, self._noise = signal.tolist(), noise.tolist()
-        reach, _ = log_snr_range(sde)
+        reach, _ = kappa_range(sde)
         #: Index of the first level that the process reaches.
-        self.first = int((log_snr < reach - _ROUNDING).sum())
+        self.first = int((kappa < reach - _ROUNDING).sum())
         reached = slice(self.first, -1 if self.ends_at_data else None)
-        levels = log_snr[reached]
+        levels = kappa[reached]
         #: Times of the process at the levels that it reaches, float64.
-        self.times = times_of_log_snr(sde, levels.clamp(min=reach), sde.regular_until)
-        below = sde.log_snr(self.times) < levels - _ROUNDING
+        self.times = times_of_kappa(sde, levels.clamp(min=reach), sde.regular_until)
+        below = sde.kappa(self.times) < levels - _ROUNDING
         if bool(below.any()):
             raise ValueError(
                 f"process must have noise levels down to σ = {float((-levels[-1]).exp()):.4g}; "
-                f"{sde!r} has none below σ = {float((-sde.log_snr(self.times[-1])).exp()):.4g}"
+                f"{sde!r} has none below σ = {float((-sde.kappa(self.times[-1])).exp()):.4g}"
             )
         self._process = ReverseProcess(sde, _Announced())
         self._tables: dict[int, Any] = {}
@@ -158,19 +158,19 @@ class PathSteps:
 
 
 def recommended_steps(
-    sde: LinearSDE, solver: Solver | None, log_snr: Tensor, signal: Tensor, noise: Tensor
+    sde: LinearSDE, solver: Solver | None, kappa: Tensor, signal: Tensor, noise: Tensor
 ) -> PathSteps:
     """Steps of `PathSteps` with a solver; None: the first recommended one that applies."""
-    levels = log_snr, signal, noise
+    levels = kappa, signal, noise
     if solver is not None:
         return PathSteps(sde, solver, *levels)
     # A part of a sampling has few steps, but may have long ones, for which order 3 is unstable.
-    whole = bool(log_snr[0] <= _NOISE) and bool(log_snr[-1] == math.inf)
-    n = len(log_snr) - 2 if whole else math.inf  # steps before the data prediction
+    whole = bool(kappa[0] <= _NOISE) and bool(kappa[-1] == math.inf)
+    n = len(kappa) - 2 if whole else math.inf  # steps before the data prediction
     for recipe in recipes_of(sde, n):
         # Off its fitted levels, which their end tells, the recipe of several components is worse
         # from 5 steps on.
-        fits = sde.components == 1 or n <= 4 or abs(float(log_snr[-2]) - recipe.ends[1]) < _SAME
+        fits = sde.components == 1 or n <= 4 or abs(float(kappa[-2]) - recipe.ends[1]) < _SAME
         if fits or recipe.grid is root_times:
             with suppress(ValueError):  # try the next one, as `recommended_plan` does
                 return PathSteps(sde, recipe.solver, *levels)

@@ -1,6 +1,7 @@
 """Scores, exact and learnt, their training, and the reverse process that they define."""
 
 from cldsde.linear.paths import NoisePath
+from cldsde.renamed import old_attributes
 from cldsde.score.conversion import Conversion
 from cldsde.score.denoiser_score import DenoiserScore, ScoreDenoiser
 from cldsde.score.denoisers import Denoiser, PredictionDenoiser
@@ -16,7 +17,7 @@ from cldsde.score.protocol import Score, ScoreFunction, ScoreWrapper
 from cldsde.score.reverse import ReverseProcess
 from cldsde.score.time_sampling import (
     TimeSampler,
-    log_snr_density,
+    kappa_density,
     logit_normal_density,
     mode_density,
 )
@@ -46,10 +47,12 @@ __all__ = [
     "dequantise",
     "evidence_lower_bound",
     "flow_log_prob",
+    "kappa_density",
     "log_likelihood",
-    "log_snr_density",
     "logit_normal_density",
     "mode_density",
     "optimal_loss",
     "score_matching_loss",
 ]
+
+__getattr__ = old_attributes(__name__, log_snr_density="kappa_density")

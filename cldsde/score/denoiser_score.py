@@ -20,7 +20,7 @@ from torch import Tensor
 
 from cldsde.linear.blocks import apply_blocks
 from cldsde.linear.checks import LevelLike, TimeLike, check_state, shaped, two_increasing
-from cldsde.linear.log_snr import times_of_log_snr
+from cldsde.linear.kappa import times_of_kappa
 from cldsde.linear.random import standard_normal
 from cldsde.linear.sde import LinearSDE, check_process
 from cldsde.score.conversion import whiten
@@ -48,7 +48,7 @@ class DenoiserScore(Score):
     .. math:: s = −Σ_t^{-1}\,(z − ψ\,D(û, σ)), \qquad û = ψ^⊤Σ_t^{-1}z / ψ^⊤Σ_t^{-1}ψ, \quad
               σ = e^{-κ(t)}
 
-    with κ = ½ log SNR (`LinearSDE.log_snr`). û = x_0 + σ n is a sufficient statistic of the state
+    with κ = ½ log SNR (`LinearSDE.kappa`). û = x_0 + σ n is a sufficient statistic of the state
     for the data, so E[x_0 | z_t] = D(û, σ). The denoiser may have been trained with any other
     process. The conversion is exact, and one score evaluation evaluates the denoiser once.
 
@@ -138,7 +138,7 @@ class DenoiserScore(Score):
         """Number of network evaluations per call at each time."""
         if self.evaluates_once:
             return super().evaluations(t)
-        sigma = (-self.sde.log_snr(t)).exp()
+        sigma = (-self.sde.kappa(t)).exp()
         known = self.noise_levels
         return self.denoiser.evaluations(sigma if known is None else sigma.clamp(*known))
 
@@ -172,7 +172,7 @@ class DenoiserScore(Score):
 
     def _sigma(self, t: Tensor) -> Tensor:
         """Noise levels of times; raise if one is outside of the denoiser's range."""
-        return self._checked((-self.sde.log_snr(t)).exp(), t)
+        return self._checked((-self.sde.kappa(t)).exp(), t)
 
     def _checked(self, sigma: Tensor, t: Tensor) -> Tensor:
         if not bool(sigma.isfinite().all()):
@@ -189,7 +189,7 @@ class DenoiserScore(Score):
         outside = outside_levels(sigma, low, high)
         if bool(outside.any()):
             bounds = torch.tensor([low, high], dtype=torch.float64, device="cpu")
-            end, start = times_of_log_snr(self.sde, -bounds.clamp(1e-300, 1e300).log()).tolist()
+            end, start = times_of_kappa(self.sde, -bounds.clamp(1e-300, 1e300).log()).tolist()
             raise ValueError(
                 f"the noise level at t must be one that the denoiser was trained on, {low:.6g} to "
                 f"{high:.6g}; got σ = {float(sigma[outside][0]):.6g} at t = "
@@ -269,7 +269,7 @@ class ScoreDenoiser(Denoiser):
         self.depends_on_place = self.fills or self.score.depends_on_place
         self.shared_conditions = self.score.shared_conditions
         ends = torch.tensor([start, 1.0], dtype=torch.float64, device="cpu")
-        low, high = (-self.sde.log_snr(ends)).exp().tolist()
+        low, high = (-self.sde.kappa(ends)).exp().tolist()
         known = self.score.noise_levels or (low, high)
         self.noise_levels: tuple[float, float] = max(low, known[0]), min(high, known[1])
 
@@ -323,7 +323,7 @@ class ScoreDenoiser(Denoiser):
 
     def _times(self, levels: Tensor) -> Tensor:
         known = checked_levels(levels, *self.noise_levels)
-        return times_of_log_snr(self.sde, -known.log(), eps=self.start)
+        return times_of_kappa(self.sde, -known.log(), eps=self.start)
 
     def _lift(self, levels: Tensor) -> _Lift:
         t = self._times(levels)

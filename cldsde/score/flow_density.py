@@ -21,8 +21,8 @@ from torch import Tensor
 
 from cldsde.linear.blocks import apply_blocks
 from cldsde.linear.checks import check_at_least, check_between, check_positive, check_state, one_of
+from cldsde.linear.kappa import times_of_kappa
 from cldsde.linear.kernel import Gaussian
-from cldsde.linear.log_snr import times_of_log_snr
 from cldsde.linear.random import check_generator, standard_normal
 from cldsde.messages import counted
 from cldsde.score.reverse import ReverseProcess, check_reverse_process, checked_score
@@ -64,7 +64,7 @@ def flow_log_prob(
     torchdiffeq solves the ODE in float64 (float32 on devices without float64), without gradients.
     The score gets states of the dtype of ``z``. The tolerances hold for each sample, including its
     divergence integral, so the most demanding sample sets the step lengths. Times stay in [t, T],
-    with T = 1, or the time with κ = −10 (`LinearSDE.log_snr`) if drift and diffusion diverge at 1.
+    with T = 1, or the time with κ = −10 (`LinearSDE.kappa`) if drift and diffusion diverge at 1.
 
     Parameters
     ----------
@@ -99,7 +99,7 @@ def flow_log_prob(
     if not bool(z.isfinite().all()):
         raise ValueError("z must be finite; it holds NaN or infinity")
     # The prior replaces the distribution of the states at T.
-    T = 1.0 if sde.regular_until == 1 else float(times_of_log_snr(sde, -10.0))
+    T = 1.0 if sde.regular_until == 1 else float(times_of_kappa(sde, -10.0))
     check_between(t, 0.0, T * (1 - 1e-9), "t")
     one_of(divergence, Divergence, "divergence")
     check_positive(rtol, "rtol")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cldsde.linear.blocks import per_sample
 from cldsde.linear.checks import TimeLike, as_number, two_increasing
-from cldsde.linear.log_snr import times_of_log_snr
+from cldsde.linear.kappa import times_of_kappa
 from cldsde.score.protocol import FunctionScore, Score, ScoreFunction, ScoreWrapper, as_score
 from cldsde.score.reverse import same_dynamics
 from cldsde.score.times import PlannedTime, score_times
@@ -196,7 +196,7 @@ class GuidedScore(Score):
                 f"need; got {self.interval}"
             )
         levels = torch.tensor(self.interval, dtype=torch.float64, device="cpu")
-        low, high = times_of_log_snr(self.sde, -levels.clamp(1e-300, 1e300).log()).tolist()
+        low, high = times_of_kappa(self.sde, -levels.clamp(1e-300, 1e300).log()).tolist()
         return low, high
 
     def _guided(self, t: Tensor) -> Tensor:

@@ -20,10 +20,11 @@ from cldsde.linear.checks import as_number, check_state, one_of
 from cldsde.linear.covariance import joint_root, triangular_inverse
 from cldsde.linear.kernel import Kernel
 from cldsde.linear.sde import LinearSDE, check_process
+from cldsde.renamed import warn_of_old
 from cldsde.score.conversion import MEASURED, Prediction, WhitenedKernel, whiten
 from cldsde.score.matching import PerturbedData, Weighting
 from cldsde.score.network_score import Inputs, NetworkScore
-from cldsde.score.time_sampling import check_normal, normal_log_snr
+from cldsde.score.time_sampling import check_normal, normal_kappa
 from cldsde.score.times import on_device
 
 _LEAST_CLOCK = -10.0
@@ -38,7 +39,7 @@ class _Coefficients(NamedTuple):
     residual: Tensor  # (*, d, V), c_out, scales the network's output
     data: Tensor  # (*, k, V), maps z − ψμ to the reference's x_0 − μ
     data_residual: Tensor  # (*, V), standard deviation of x_0 given the reference and z
-    log_snr: Tensor  # (*), κ = ½ log ψᵀΣ⁻¹ψ, the network's time input
+    kappa: Tensor  # (*), κ = ½ log ψᵀΣ⁻¹ψ, the network's time input
     to_score: Tensor  # (*, d, d), −L_dd^{−T}
 
     def residual_variance(self) -> Tensor:
@@ -54,7 +55,7 @@ class MixedScore(NetworkScore[_Coefficients]):
     network
         Module called as (state, clock) with ``(B, k·C, *S)`` and ``(B,)`` for data ``(B, C, *S)``.
         It returns ``(B, len(driven)·C, *S)``. Each component of the state is scaled to unit size.
-        The clock is κ(t) = ½ log SNR (`LinearSDE.log_snr`), and at least −10. A conditional network
+        The clock is κ(t) = ½ log SNR (`LinearSDE.kappa`), and at least −10. A conditional network
         is called as (state, clock, condition).
     sde
         The forward process.
@@ -170,7 +171,7 @@ class MixedScore(NetworkScore[_Coefficients]):
         if pair.conditioning == "all":
             return None  # the noise given all of z_0 belongs to another root, so compare scores
         coefficients = self._coefficients(pair.t, pair.kernel, pair.whitened)
-        if isinstance(weighting, _LogSNRWeighting) and weighting.model is self and pair.t.ndim:
+        if isinstance(weighting, _KappaWeighting) and weighting.model is self and pair.t.ndim:
             known = weighting.of_known(pair.whitened, coefficients)
             weighting = lambda t: known  # noqa: E731
         direct = self.predicts_data and kind != "noise"
@@ -193,22 +194,25 @@ class MixedScore(NetworkScore[_Coefficients]):
         scale = convert.value[..., 0, 0].square()
         return scale * coefficients.data_residual.square().mean(-1)
 
-    def log_snr_weighting(
-        self, *, mean: float = 1.2, std: float = 1.2
-    ) -> Callable[[Tensor], Tensor]:
+    def log_snr_weighting(self, **options: float) -> Callable[[Tensor], Tensor]:
+        """Old name of `kappa_weighting`, which warns."""
+        warn_of_old("log_snr_weighting", "kappa_weighting")
+        return self.kappa_weighting(**options)
+
+    def kappa_weighting(self, *, mean: float = 1.2, std: float = 1.2) -> Callable[[Tensor], Tensor]:
         """EDM-style weighting: errors count by the density of noise levels, for every process.
 
         In the additive form, with one variance for all data, the network's target has unit size at
         every time. With this weighting the loss is the mean squared error of the network's output
-        over noise levels with the density of `log_snr_density` (Karras et al. 2022, §5). It is the
+        over noise levels with the density of `kappa_density` (Karras et al. 2022, §5). It is the
         same for every process. The relative weights of several driven components, or of different
         variances, stay as they are at each time.
 
-        The result is a `Weighting`. See `log_snr_density` for ``mean`` and ``std``; it is also the
+        The result is a `Weighting`. See `kappa_density` for ``mean`` and ``std``; it is also the
         density to draw times from.
         """
         check_normal(mean, std)
-        return _LogSNRWeighting(self, mean, std)
+        return _KappaWeighting(self, mean, std)
 
     def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -224,7 +228,7 @@ class MixedScore(NetworkScore[_Coefficients]):
         psi, signal, noise_root = whitened.psi, whitened.signal, whitened.driven_root()
         information = whitened.information()
         # Keep the clock finite at times when nothing of the data is left.
-        log_snr = (0.5 * information.log()).clamp_min(_LEAST_CLOCK)
+        kappa = (0.5 * information.log()).clamp_min(_LEAST_CLOCK)
         # There is one reference for each entry of the variance, in axes (*, V, k, k).
         variance, deviation = self._variance, self._variance.sqrt()
         spread = deviation[:, None, None] * psi.unsqueeze(-3)
@@ -251,7 +255,7 @@ class MixedScore(NetworkScore[_Coefficients]):
             residual,
             data.mT,
             data_residual,
-            log_snr,
+            kappa,
             to_score,
         )
 
@@ -277,7 +281,7 @@ class MixedScore(NetworkScore[_Coefficients]):
 
     def _spread(self, c: _Coefficients, field: Tensor, inner: int, z: Tensor) -> Tensor:
         """Reshape coefficients: batch axis in front, variances aligned with the data's axes."""
-        if c.log_snr.ndim == 0:
+        if c.kappa.ndim == 0:
             field = field.unsqueeze(0)
         own = self.data_variance.shape
         return field.reshape(*field.shape[: 1 + inner], *(1,) * (z.ndim - 2 - len(own)), *own)
@@ -292,7 +296,7 @@ class MixedScore(NetworkScore[_Coefficients]):
                 f"the axes of data_mean and data_variance, {tuple(self.data_mean.shape)}; "
                 f"got {tuple(z.shape)}"
             )
-        psi = c.psi.unsqueeze(0) if c.log_snr.ndim == 0 else c.psi
+        psi = c.psi.unsqueeze(0) if c.kappa.ndim == 0 else c.psi
         mean = self.data_mean.to(z)
         return z - psi.reshape(-1, z.shape[1], *(1,) * axes) * mean, mean
 
@@ -302,7 +306,7 @@ class MixedScore(NetworkScore[_Coefficients]):
         state = self.inputs == "state"
         inputs = inputs.flatten(1, 2) if state else inputs.sum(1)
         outputs, data = len(self.sde.driven) if state else 1, centred.shape[2:]
-        learnt = self._evaluate(inputs, c.log_snr, condition, outputs * data[0])
+        learnt = self._evaluate(inputs, c.kappa, condition, outputs * data[0])
         return learnt.reshape(len(centred), outputs, *data)
 
 
@@ -313,8 +317,8 @@ def _as_tensor(value: Tensor | float, name: str) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class _LogSNRWeighting:
-    """Result of `MixedScore.log_snr_weighting`: a density of times divided by mean c_out²."""
+class _KappaWeighting:
+    """Result of `MixedScore.kappa_weighting`: a density of times divided by mean c_out²."""
 
     model: MixedScore
     mean: float
@@ -327,5 +331,5 @@ class _LogSNRWeighting:
 
     def of_known(self, whitened: WhitenedKernel, coefficients: _Coefficients) -> Tensor:
         """The weights from kernel and coefficients that the loss has computed already."""
-        density = normal_log_snr(self.model.sde, whitened, self.mean, self.std)
+        density = normal_kappa(self.model.sde, whitened, self.mean, self.std)
         return density / coefficients.residual_variance()

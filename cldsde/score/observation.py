@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from cldsde.linear.checks import as_integer, check_at_least, check_callable, described
-from cldsde.linear.log_snr import first_times
+from cldsde.linear.kappa import first_times
 from cldsde.linear.sde import LinearSDE
 from cldsde.score.operators import Copies, check_linear, fixed_probes
 
@@ -253,11 +253,11 @@ class Observation:
             x = self.adjoint(self.forward(x / x.norm()), shape)
         level = math.log(float(x.norm().sqrt()) / (_END_LEVEL * self.noise_std))
 
-        def log_snr(t: Tensor) -> Tensor:
+        def kappa(t: Tensor) -> Tensor:
             kernel = sde.marginal(t)
             return (kernel.mean[..., 0, 0] / kernel.root[..., 0, 0]).clamp_min(0).log()
 
-        return float(first_times(log_snr, torch.tensor(level, dtype=torch.float64, device="cpu")))
+        return float(first_times(kappa, torch.tensor(level, dtype=torch.float64, device="cpu")))
 
     def check(
         self,

@@ -177,7 +177,7 @@ class PosteriorScore(ScoreWrapper):
     def check_times(self, t: Tensor) -> None:
         """Raise ValueError if the score cannot be evaluated, or nothing of the data is left."""
         super().check_times(t)
-        lost = self.sde.log_snr(t) == -math.inf
+        lost = self.sde.kappa(t) == -math.inf
         if bool(lost.any()):
             raise ValueError(
                 f"t must be earlier than {float(t[lost].min()):g} for a PosteriorScore, because "

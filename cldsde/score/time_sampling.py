@@ -117,12 +117,12 @@ class TimeSampler:
         return self._knots[bins].lerp(self._knots[bins + 1], fraction), self._weights[bins]
 
 
-def log_snr_density(
+def kappa_density(
     sde: LinearSDE, *, mean: float = 1.2, std: float = 1.2
 ) -> Callable[[Tensor], Tensor]:
     r"""EDM's density of training times: κ = ½ log SNR is normally distributed.
 
-    For any noise schedule, with κ(t) = ½ log ψᵀΣ⁻¹ψ (`LinearSDE.log_snr`),
+    For any noise schedule, with κ(t) = ½ log ψᵀΣ⁻¹ψ (`LinearSDE.kappa`),
 
     .. math:: p(t) = N(κ(t);\ \text{mean}, \text{std}^2)\,|\dot κ(t)|, \qquad
               −\dot κ = \frac{|G^⊤ Σ^{−1} ψ|^2}{2\,ψ^⊤ Σ^{−1} ψ}.
@@ -139,20 +139,20 @@ def log_snr_density(
     -------
     callable
         Function of float64 times of any shape in (0, 1] that returns values of that shape. Use it
-        with `TimeSampler`, and with `MixedScore.log_snr_weighting` for a loss by noise levels.
+        with `TimeSampler`, and with `MixedScore.kappa_weighting` for a loss by noise levels.
     """
     check_process(sde)
     check_normal(mean, std)
-    return partial(_log_snr_normal, sde=sde, mean=mean, std=std)
+    return partial(_kappa_normal, sde=sde, mean=mean, std=std)
 
 
-def _log_snr_normal(t: Tensor, sde: LinearSDE, mean: float, std: float) -> Tensor:
+def _kappa_normal(t: Tensor, sde: LinearSDE, mean: float, std: float) -> Tensor:
     times = as_times(t, "t")
-    return normal_log_snr(sde, whiten(sde, sde.marginal(times), times), mean, std)
+    return normal_kappa(sde, whiten(sde, sde.marginal(times), times), mean, std)
 
 
-def normal_log_snr(sde: LinearSDE, whitened: WhitenedKernel, mean: float, std: float) -> Tensor:
-    """The density of `log_snr_density` at times whose whitened kernel is known."""
+def normal_kappa(sde: LinearSDE, whitened: WhitenedKernel, mean: float, std: float) -> Tensor:
+    """The density of `kappa_density` at times whose whitened kernel is known."""
     information = whitened.information()
     driven = whitened.signal[..., -len(sde.driven) :, :]
     pulled = likelihood_rows(sde, whitened) @ driven
@@ -163,14 +163,14 @@ def normal_log_snr(sde: LinearSDE, whitened: WhitenedKernel, mean: float, std: f
 def logit_normal_density(*, mean: float = 0.0, std: float = 1.0) -> Callable[[Tensor], Tensor]:
     r"""Density of times whose logit log t/(1 − t) is normal (Esser et al. 2024, equation 19).
 
-    For `cldsde.RectifiedFlow` the logit is −κ, so the density equals `log_snr_density` with the
+    For `cldsde.RectifiedFlow` the logit is −κ, so the density equals `kappa_density` with the
     mean −``mean``.
 
     Parameters
     ----------
     mean, std
         Mean and standard deviation of the logit. A negative mean prefers times near the data. See
-        `log_snr_density` for the result and errors.
+        `kappa_density` for the result and errors.
     """
     check_normal(mean, std)
     return partial(_logit_normal, mean=mean, std=std)
@@ -190,7 +190,7 @@ def mode_density(scale: float = 1.29) -> Callable[[Tensor], Tensor]:
     ----------
     scale
         s in (−1, 2/(π − 2)), ValueError otherwise. 0 is uniform; a positive s prefers the middle, a
-        negative s the ends. See `log_snr_density` for the result; times 0 are allowed.
+        negative s the ends. See `kappa_density` for the result; times 0 are allowed.
     """
     check_between(scale, -1 + 1e-9, 2 / (math.pi - 2) - 1e-9, "scale")
     return partial(_mode, scale=scale)

@@ -217,7 +217,7 @@ def _gaussian_diffusion(pair: PerturbedData, mean: Tensor, variance: float, t_mi
     """
     sde, x0 = pair.sde, pair.x0
     ends = torch.tensor([t_min, 1.0], dtype=torch.float64, device="cpu")
-    first, last = 1 + variance * (2 * sde.log_snr(ends)).exp()
+    first, last = 1 + variance * (2 * sde.kappa(ends)).exp()
     square = flatten_data((x0 - mean).unsqueeze(1)).squeeze(1).square().sum(1)
     dimension = math.prod(x0.shape[1:])
     excess = square / variance - dimension
@@ -229,7 +229,7 @@ def _entropy(sde: LinearSDE, t_min: float, of: CrossEntropyOf) -> Tensor:
     """Entropy of z given x_0 at t_min, or of the decoded data given z, per data dimension."""
     standard = 0.5 * math.log(2 * math.pi * math.e)  # of a standard normal number
     if of == "data":
-        return standard - sde.log_snr(t_min)
+        return standard - sde.kappa(t_min)
     root = sde.marginal(t_min).root
     check_density(root, torch.tensor(t_min, device="cpu"), "t_min")
     return standard * sde.components + root.diagonal().log().sum()

@@ -39,7 +39,7 @@ class CLDLevels:
         ends = float(known.sigma_min), float(known.sigma_max)
         sde = getattr(cldsde, process)()
         score = DenoiserScore(lambda u, sigma: u, sde, noise_levels=ends)
-        levels = default_settings(ReverseProcess(sde, score), (4, 128, 128), steps).log_snr
+        levels = default_settings(ReverseProcess(sde, score), (4, 128, 128), steps).kappa
         return (torch.tensor([*levels, torch.inf]).neg().exp(),)
 
 

@@ -82,7 +82,7 @@ def assert_close(found, expected):
 
 
 @pytest.mark.parametrize("name", list(INTERPOLANTS))
-def test_log_snr_and_slopes_of_standard_deviations_agree_with_the_reference(name):
+def test_kappa_and_slopes_of_standard_deviations_agree_with_the_reference(name):
     sde, exact = INTERPOLANTS[name]
     times = [0.05, 0.31, 0.77, 0.999]
     with mp.workdps(40):
@@ -95,7 +95,7 @@ def test_log_snr_and_slopes_of_standard_deviations_agree_with_the_reference(name
         levels = [float(mp.log(exact.signal(t) / exact.noise(t))) for t in map(mp.mpf, times)]
     assert_close(sde.dynamics.rates(tensor(times), tensor(0.3))[1], slopes)
     # A logarithm has the relative error of its argument as an absolute one.
-    assert (sde.log_snr(tensor(times)) - tensor(levels)).abs().max() <= KERNEL
+    assert (sde.kappa(tensor(times)) - tensor(levels)).abs().max() <= KERNEL
 
 
 def test_functions_that_oscillate_have_exact_kernels_over_long_steps():
@@ -113,11 +113,11 @@ def test_functions_that_oscillate_have_exact_kernels_over_long_steps():
 @pytest.mark.parametrize("sde", VANISHING)
 def test_a_signal_that_vanishes_but_for_rounding_has_a_latest_regular_time(sde):
     assert float(sde.transition(0.5, 1.0).mean) == 0.0
-    assert float(sde.log_snr(1.0)) == -math.inf
+    assert float(sde.kappa(1.0)) == -math.inf
     assert sde.regular_until < 1
     # Minus five, by 1 - t to a thousandth, rounded down by another; twice that if α is a square.
     resolution = 4e-3
-    assert -5 <= float(sde.log_snr(sde.regular_until)) <= -5 + resolution
+    assert -5 <= float(sde.kappa(sde.regular_until)) <= -5 + resolution
     assert sde.drift(sde.regular_until).isfinite().all()
     for call in (sde.drift, sde.diffusion):
         with pytest.raises(ValueError, match="of this process diverges at t = 1; take t ≤"):

@@ -153,7 +153,7 @@ TIMES: list[Row] = [
     ),
     *each(ValueError, AT_START + "t = 0", sde.probability_flow_root, 0.0),
     *each(ValueError, AT_START + "t = 0", partial(flow, 0.0), tensor([0.5, 0.0])),
-    *each(ValueError, "^the .* no density at t = 0.5, .* later", unreached.log_snr, 0.5),
+    *each(ValueError, "^the .* no density at t = 0.5, .* later", unreached.kappa, 0.5),
     (ValueError, AT_START + "s = 0", lambda: posterior(0.0, 0.5, stochasticity=0.5)),
     *each(TypeError, "stochasticity must be ", at_level, None, torch.tensor([1, 2])),
     *each(ValueError, "stochasticity must be finite", at_level, NAN, tensor([-1e-9])),

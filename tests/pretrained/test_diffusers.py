@@ -45,7 +45,7 @@ TABLES = 1e-4  # the tables of the schedulers are in single precision
 
 
 FIRST = MULTISTEP(order=1)
-SECOND = MULTISTEP(order=2, variable="log_snr", weights="published")
+SECOND = MULTISTEP(order=2, variable="kappa", weights="published")
 DPM = diffusers.DPMSolverMultistepScheduler(prediction_type="sample", lower_order_final=False)
 # The last entry of its table has no signal.
 V = {"prediction_type": "v_prediction", "timestep_spacing": "trailing"}
@@ -70,7 +70,7 @@ def test_images_are_those_of_the_scheduler(scheduler, process, solver):
         times = scheduler.sigmas[:-1].double()
     else:
         levels = 0.5 * scheduler.alphas_cumprod.double()[scheduler.timesteps].logit()
-        times = solvers.times_of_log_snr(process, levels)
+        times = solvers.times_of_kappa(process, levels)
     network, x = unet().eval(), NOISE
     score = DenoiserScore(pretrained.from_diffusers(network, scheduler), process)
     reverse, state = ReverseProcess(process, score), NOISE.unsqueeze(1)  # both of variance 1

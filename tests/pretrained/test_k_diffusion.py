@@ -17,7 +17,7 @@ from tolerances import rounding, standard_error, standard_error_of_variance
 
 MULTISTEP = solvers.ExponentialMultistep
 EULER = MULTISTEP(order=1)
-DPMPP_2M = MULTISTEP(order=2, variable="log_snr", weights="published")
+DPMPP_2M = MULTISTEP(order=2, variable="kappa", weights="published")
 # Thirty steps, each a combination of x and a data prediction of size 1, from levels up to 5,000.
 EXACT = rounding(2**11)
 # Six steps, whose states have entries up to 4 times the level.

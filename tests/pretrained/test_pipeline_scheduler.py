@@ -138,7 +138,7 @@ def test_two_pipelines_share_the_steps_of_one(grid):
 
 
 SETTINGS = solvers.SamplerSettings(
-    log_snr=(-2.2, -0.9, 0.4, 2.3), stochasticity=(0.3, 1.2, 0.9), process=repr(CLD()), order=3
+    kappa=(-2.2, -0.9, 0.4, 2.3), stochasticity=(0.3, 1.2, 0.9), process=repr(CLD()), order=3
 )
 
 
@@ -146,8 +146,8 @@ SETTINGS = solvers.SamplerSettings(
 def test_fitted_settings_are_the_steps(name):
     scheduler = pipeline(name, settings=SETTINGS).scheduler
     scheduler.set_timesteps(5 if name == "SD3" else 4)  # one step more, from noise alone
-    kappa = scheduler.sde.log_snr(scheduler.steps.times)
-    levels = torch.tensor(SETTINGS.log_snr, dtype=torch.float64)
+    kappa = scheduler.sde.kappa(scheduler.steps.times)
+    levels = torch.tensor(SETTINGS.kappa, dtype=torch.float64)
     torch.testing.assert_close(kappa, levels, rtol=0, atol=rounding(2**12))
 
 
@@ -184,7 +184,7 @@ def test_steps_with_settings_are_those_of_sample():
         ({"process": "VPSDE"}, r"for this process, VPSDE.* settings for CLD"),
         ({"grid": "scheduler"}, "solver and grid must be left out with settings"),
         ({"start": 0.5}, "start must be None with settings"),
-        ({"settings": {}}, r"settings must have the fields log_snr, .*; got \[\]"),
+        ({"settings": {}}, r"settings must have the fields kappa, .*; got \[\]"),
         ({"settings": 3}, "settings must be a SamplerSettings, or a file of them; got int"),
     ],
 )
@@ -194,16 +194,16 @@ def test_options_that_contradict_settings_are_rejected(options, message):
 
 
 @pytest.mark.parametrize(
-    ("name", "n", "log_snr", "message"),
+    ("name", "n", "kappa", "message"),
     [
-        ("SD", 5, SETTINGS.log_snr, "must be 4, the number of levels in the settings; got 5"),
-        ("SD3", 4, SETTINGS.log_snr, "must be 5, .* in the settings and 1; got 4"),
+        ("SD", 5, SETTINGS.kappa, "must be 4, the number of levels in the settings; got 5"),
+        ("SD3", 4, SETTINGS.kappa, "must be 5, .* in the settings and 1; got 4"),
         ("SD", 4, (-4.5, -0.9, 0.4, 2.3), r"levels that the network knows, from -2\.\d+ to"),
         ("SD", 4, (-0.5, -0.1, 0.4, 2.3), "must start at -2 or less, because latents"),
     ],
 )
-def test_settings_for_other_steps_or_levels_are_rejected(name, n, log_snr, message):
-    settings = dataclasses.replace(SETTINGS, log_snr=log_snr)
+def test_settings_for_other_steps_or_levels_are_rejected(name, n, kappa, message):
+    settings = dataclasses.replace(SETTINGS, kappa=kappa)
     scheduler = pipeline(name, settings=settings).scheduler
     with pytest.raises(ValueError, match=message):
         scheduler.set_timesteps(n)

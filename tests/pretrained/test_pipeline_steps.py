@@ -16,7 +16,7 @@ diffusers = pytest.importorskip("diffusers")
 
 MULTISTEP = solvers.ExponentialMultistep
 FIRST = MULTISTEP(order=1)
-SECOND = MULTISTEP(order=2, variable="log_snr", weights="published")
+SECOND = MULTISTEP(order=2, variable="kappa", weights="published")
 SHAPE = (3, 2, 4, 4)
 # A few steps in single precision, with tables of schedulers in single precision.
 CLOSE = 1e-5
@@ -129,7 +129,7 @@ def test_levels_and_solver_are_those_of_sample(sde, n):
     _, expected = recommended_plan(reverse, nfe=n, shape=(4, 128, 128))
     found.set_timesteps(n)
     assert found.steps.solver == expected.solver
-    differences = found._levels[:-1] - sde.log_snr(expected.times)
+    differences = found._levels[:-1] - sde.kappa(expected.times)
     assert float(differences.abs().max()) <= rounding(2**10)
 
 

@@ -27,7 +27,7 @@ def denoiser(u, sigma):
 
 def made(sde, solver, times=None):
     times = solvers.root_times(0.9, 1e-2, N) if times is None else times
-    levels = torch.cat([sde.log_snr(times), torch.tensor([math.inf])])
+    levels = torch.cat([sde.kappa(times), torch.tensor([math.inf])])
     scales = torch.sigmoid(2 * levels).sqrt(), torch.sigmoid(-2 * levels).sqrt()
     return PathSteps(sde, solver, levels, *scales), scales, times
 

@@ -42,7 +42,7 @@ def clock(t):
     return 0.1 * t + 9.95 * t**2
 
 
-def table_log_snr(t):
+def table_kappa(t):
     kappas = 0.5 * ALPHAS_CUMPROD.logit()
     low = t.floor().long().clamp(0, 998)
     return kappas[low] + (t - low) * (kappas[low + 1] - kappas[low])
@@ -65,8 +65,8 @@ PATHS = {
     ),
     "table": (
         NoisePath.from_alphas_cumprod(ALPHAS_CUMPROD),
-        lambda t: torch.sigmoid(2 * table_log_snr(t)).sqrt(),
-        lambda t: torch.sigmoid(-2 * table_log_snr(t)).sqrt(),
+        lambda t: torch.sigmoid(2 * table_kappa(t)).sqrt(),
+        lambda t: torch.sigmoid(-2 * table_kappa(t)).sqrt(),
     ),
 }
 CONVENTIONS = [(path, kind) for path in PATHS for kind in KINDS]
@@ -88,7 +88,7 @@ def test_every_convention_gives_the_exact_score(process, convention):
     sde = PROCESSES[process]
     found = DenoiserScore(exact if convention == "EDM" else denoiser(*convention), sde)
     levels = tensor([-2.5, 0.0, 2.5])  # within every path
-    t = solvers.times_of_log_snr(sde, levels)
+    t = solvers.times_of_kappa(sde, levels)
     z = states(sde, DATA, t, n=3)
     expected, lost = DATA.score(sde)(z, t), score_rounding(sde, t)
     for rows, time in ((slice(None), t), (slice(1, 2), t[1])):
@@ -140,7 +140,7 @@ def test_a_score_denoiser_is_the_denoiser_of_an_exact_score(process):
     sde = PROCESSES[process]
     sigma = tensor([0.1, 1.0, 5.0])
     u = normals(0, 3, 2)
-    lost = score_rounding(sde, solvers.times_of_log_snr(sde, -sigma.log()))
+    lost = score_rounding(sde, solvers.times_of_kappa(sde, -sigma.log()))
     for options in ({}, {"fill": False}, {"seed": 1}):
         denoise = ScoreDenoiser(DATA.score(sde), **options)
         denoise(u.float(), sigma)  # noise in single precision is not used again

@@ -16,7 +16,7 @@ from cldsde.score import (
     flow_log_prob,
     optimal_loss,
 )
-from cldsde.score.time_sampling import log_snr_density, logit_normal_density, mode_density
+from cldsde.score.time_sampling import kappa_density, logit_normal_density, mode_density
 from probes import generator, normals, tensor
 from tolerances import rounding
 
@@ -102,7 +102,7 @@ def test_predictions_are_finite_and_continuous_at_the_end(sde, inputs):
 def test_logits_are_normal():
     """For rectified flow the logit of a time is minus half the log of its SNR."""
     t = tensor([0.01, 0.3, 0.5, 0.97])
-    expected = log_snr_density(RectifiedFlow(), mean=0.5, std=0.6)(t)
+    expected = kappa_density(RectifiedFlow(), mean=0.5, std=0.6)(t)
     found = logit_normal_density(mean=-0.5, std=0.6)(t)
     assert torch.allclose(found, expected, rtol=rounding(1000), atol=0)
 
@@ -123,7 +123,7 @@ def test_importance_sampling_takes_singular_ends(sde):
         partial(model_of(sde).residual_variance, prediction="flow"),
         partial(optimal_loss, sde),
         partial(optimal_loss, sde, weighting="likelihood"),
-        log_snr_density(sde),
+        kappa_density(sde),
     ]
     for density in densities:
         t, weight = TimeSampler(density, 1e-3).sample(1000, generator=generator())

@@ -35,10 +35,10 @@ def test_outside_an_interval_of_noise_levels_the_conditional_score_alone_is_eval
     sde, network = CLD(), Counting()
     given, free = pair(sde, network)
     guided, z = GuidedScore(given, free, 2.0, interval=(0.2, 2.0)), start(sde, SHAPE)
-    ends = solvers.times_of_log_snr(sde, -tensor([0.2, 2.0]).log())
+    ends = solvers.times_of_kappa(sde, -tensor([0.2, 2.0]).log())
     assert guided.evaluations(ends).tolist() == [1, 2]
     for level, weight in ((0.1, 1.0), (0.5, 2.0), (5.0, 1.0)):
-        t = solvers.times_of_log_snr(sde, -tensor(level).log())
+        t = solvers.times_of_kappa(sde, -tensor(level).log())
         expected = free(z, t) + weight * (given(z, t) - free(z, t))
         network.samples = 0
         torch.testing.assert_close(guided(z, t), expected, rtol=CLOSE, atol=CLOSE)

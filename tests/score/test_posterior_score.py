@@ -29,7 +29,7 @@ def solved(sde, z, t):
     ∂D/∂û = I + σ² ∂s/∂û. The prediction then has the error of the score besides.
     """
     V = guided_prediction(DATA, SEEN, sde.marginal(t), z)[0]
-    lost = EPS**0.75 + rounding(16, 1 + float((-2 * sde.log_snr(t)).exp()))
+    lost = EPS**0.75 + rounding(16, 1 + float((-2 * sde.kappa(t)).exp()))
     return float(torch.linalg.cond(A @ V @ A.mT + NOISE).max()) * lost + score_rounding(sde, t)
 
 
@@ -46,7 +46,7 @@ def test_exact_guidance_and_moment_matching_equal_their_closed_forms(sde, t):
     twisted = guided.guide(z, t)
     torch.testing.assert_close(twisted.data + twisted.shift, matched, rtol=lost, atol=lost)
     # A tenth of the likelihood has R = r²A Aᵀ + s²I, r² = σ²/(σ² + 1) for data of unit variance.
-    variance = torch.exp(-2 * sde.log_snr(t))
+    variance = torch.exp(-2 * sde.kappa(t))
     R = variance / (variance + 1) * A @ A.mT + NOISE
     wide = torch.distributions.MultivariateNormal(SEEN.forward(twisted.data), R).log_prob(SEEN.y)
     expected = torch.logaddexp(log_likelihood + math.log(0.9), wide + math.log(0.1))
@@ -58,7 +58,7 @@ def test_pigdm_and_dps_are_their_formulas(sde):
     t, y, R = 0.3, SEEN.y, {"dps": NOISE}
     z = states(sde, DATA, t)
     V, _, _, _ = guided_prediction(DATA, SEEN, sde.marginal(t), z)
-    D, variance = DATA.posterior_mean(sde, z, t), (-2 * sde.log_snr(t)).exp()
+    D, variance = DATA.posterior_mean(sde, z, t), (-2 * sde.kappa(t)).exp()
     r2 = variance * 0.7 / (variance + 0.7)
     R["pigdm"], lost = r2 * A @ A.T + NOISE, solved(sde, z, t)
     for method, metric in R.items():

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from cldsde import DenoiserScore, GuidedScore, MixedScore, Observation, RectifiedFlow
-from cldsde.linear.log_snr import times_of_log_snr
+from cldsde.linear.kappa import times_of_kappa
 from cldsde.linear.paths import NoisePath
 from cldsde.score import ConditionalScore, PosteriorScore, PredictionDenoiser, ScoreDenoiser
 from cldsde.score.times import KnownTimes
@@ -76,8 +76,8 @@ SCORES = {
 @pytest.mark.parametrize("process", PROCESSES)
 def test_the_error_is_a_few_roundings_of_the_states_type(process, name, kappa):
     sde = PROCESSES[process]
-    t = times_of_log_snr(sde, torch.tensor([kappa], dtype=torch.float64))
-    if abs(float(sde.log_snr(t)) - kappa) > 1e-6:
+    t = times_of_kappa(sde, torch.tensor([kappa], dtype=torch.float64))
+    if abs(float(sde.kappa(t)) - kappa) > 1e-6:
         pytest.skip("the process does not reach this level")
     score = SCORES[name](sde)
     x = MODES.sample(3, generator=generator(), dtype=torch.float64)

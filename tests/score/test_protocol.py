@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from cldsde import CLD, VPSDE, DenoiserScore, GuidedScore, Observation, ReverseProcess
-from cldsde.linear.log_snr import times_of_log_snr
+from cldsde.linear.kappa import times_of_kappa
 from cldsde.score import ConditionalScore, PosteriorScore, Score, ScoreDenoiser, ScoreWrapper
 from cldsde.score.times import KnownTimes, score_times
 from probes import generator
@@ -147,7 +147,7 @@ def test_times_are_checked_by_the_innermost_score(name):
     leaf, score = made(name)
     score.check_times(TIMES)
     # With another process between them, the times of the same noise level.
-    t = times_of_log_snr(score.sde, leaf.sde.log_snr(0.95)).reshape(1)
+    t = times_of_kappa(score.sde, leaf.sde.kappa(0.95)).reshape(1)
     with pytest.raises(ValueError, match=r"Able stops at 0\.9"):
         score.check_times(t)
 
@@ -178,7 +178,7 @@ def test_a_planned_time_reaches_the_innermost_score_exactly(name):
         if score.sde is not leaf.sde:
             # The innermost process has the same level at another time; twice is there and back.
             exact, rounded = (
-                times_of_log_snr(leaf.sde, score.sde.log_snr(t), eps=1e-5) for t in (exact, rounded)
+                times_of_kappa(leaf.sde, score.sde.kappa(t), eps=1e-5) for t in (exact, rounded)
             )
         planned, read = float(leaf.times[0].max()), float(leaf.times[-1].max())
         # The inverse of κ is accurate to the rounding of log t.

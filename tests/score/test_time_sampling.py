@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cldsde import CLD, HOLD, PSLD, VPSDE, MixedScore
-from cldsde.score import PerturbedData, TimeSampler, log_snr_density, optimal_loss
+from cldsde.score import PerturbedData, TimeSampler, kappa_density, optimal_loss
 from probes import generator
 from score.cases import FAMILIES, Constant
 from tolerances import order_of, standard_error
@@ -71,11 +71,11 @@ def test_the_loss_is_the_error_of_the_output_over_noise_levels(make, inputs):
     network = Constant(sde if inputs == "state" else VPSDE(), c)
     model = MixedScore(network, sde, 0.5, 0.3, inputs=inputs)
     x0 = 0.5 + math.sqrt(0.3) * torch.randn(n, 1, generator=g, dtype=torch.float64)
-    t, weight = TimeSampler(log_snr_density(sde), t_min).sample(n, generator=g)
+    t, weight = TimeSampler(kappa_density(sde), t_min).sample(n, generator=g)
     pair = PerturbedData.draw(sde, x0, t, generator=g)
-    losses = weight * model.loss(pair, weighting=model.log_snr_weighting())
+    losses = weight * model.loss(pair, weighting=model.kappa_weighting())
     normal = torch.distributions.Normal(1.2, 1.2)
-    start, end = sde.log_snr(torch.tensor([t_min, 1.0], dtype=torch.float64))
+    start, end = sde.kappa(torch.tensor([t_min, 1.0], dtype=torch.float64))
     seen = float(normal.cdf(start) - normal.cdf(end)) / (1 - t_min)
     error = standard_error(float(losses.std()), n) + order_of(spacing(t_min), 2, 10)
     assert float(losses.mean()) == pytest.approx((1 + c**2) * seen, abs=error)
@@ -85,11 +85,11 @@ def test_the_loss_is_the_error_of_the_output_over_noise_levels(make, inputs):
 def test_noise_levels_are_normal_also_if_rounding_would_lose_the_tails(name, std):
     sde = FAMILIES[name]
     u = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
-    sampler = TimeSampler(log_snr_density(sde, std=std), 1e-5)
+    sampler = TimeSampler(kappa_density(sde, std=std), 1e-5)
     t, weight = sampler.quantiles(u)
     assert bool((weight.isfinite() & (weight > 0)).all())
     assert bool((t.diff() >= 0).all())
     assert sampler.quantiles(torch.tensor([0.0, 1.0]))[0].tolist() == [1e-5, 1.0]
-    kappa = sde.log_snr(t)
+    kappa = sde.kappa(t)
     assert float(kappa.mean()) == pytest.approx(1.2, abs=TAILS * std)
     assert float(kappa.std()) == pytest.approx(std, rel=TAILS, abs=0)

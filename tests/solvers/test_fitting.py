@@ -61,7 +61,7 @@ def search():
 def test_the_best_level_is_found(search):
     found, _ = search
     # The error is (κ − best)², and 41 tries in 3 dimensions reach 0.06 with every one of ten seeds.
-    assert abs(found.log_snr[-1] - BEST) < 0.1
+    assert abs(found.kappa[-1] - BEST) < 0.1
     assert (found.nfe, found.network, found.process) == (2, "of a point", repr(VPSDE()))
 
 
@@ -91,8 +91,8 @@ def test_the_network_is_evaluated_within_its_levels_and_budget(sde):
     assert max(seen) <= 10 * (1 + rounding)
     assert len(seen) <= 51 * 2
     # The search starts at the largest level.
-    assert found.log_snr[0] >= -math.log(10.0) - 1e-9
-    assert -found.log_snr[-1] >= math.log(0.3) - rounding
+    assert found.kappa[0] >= -math.log(10.0) - 1e-9
+    assert -found.kappa[-1] >= math.log(0.3) - rounding
 
 
 def test_guidance_in_an_interval_keeps_the_number_of_evaluations():

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 import references
 from cldsde import CLD, VPSDE, RectifiedFlow, solvers
-from cldsde.linear.log_snr import log_snr_of_vp_time, times_of_log_snr, vp_time
-from cldsde.solvers import karras_times, log_snr_times, logistic_times
+from cldsde.linear.kappa import kappa_of_vp_time, times_of_kappa, vp_time
+from cldsde.solvers import kappa_times, karras_times, logistic_times
 from probes import few_examples, tensor
 from score.cases import COMMON
 from strategies import log_uniform
@@ -26,7 +26,7 @@ PLAIN = {
         lambda T, eps, x: (math.sqrt(T) + x * (math.sqrt(eps) - math.sqrt(T))) ** 2,
     ),
 }
-SNR = {"log_snr": log_snr_times, "karras": karras_times, "logistic": logistic_times}
+SNR = {"kappa": kappa_times, "karras": karras_times, "logistic": logistic_times}
 
 every_plain_grid = pytest.mark.parametrize("name", list(PLAIN))
 every_family = pytest.mark.parametrize("family", list(COMMON))
@@ -60,7 +60,7 @@ def test_a_process_may_come_first_and_numpy_integers_are_integers(name):
 
 # Functions of kappa in which the grids are uniform, with their options.
 SCALES = {
-    "log_snr": (st.just(()), lambda kappa: kappa),
+    "kappa": (st.just(()), lambda kappa: kappa),
     "karras": (st.tuples(st.floats(0.5, 8.0)), lambda kappa, rho: (-kappa / rho).exp()),
     "logistic": (
         st.tuples(st.floats(-1.0, 2.0), st.floats(0.3, 1.0)),
@@ -79,7 +79,7 @@ def test_grids_in_the_signal_to_noise_ratio_are_uniform_in_their_scale(name, fam
     drawn = data.draw(options)
     times = SNR[name](sde, 1.0, eps, n, *drawn)
     check_grid(times, 1.0, eps, n)
-    found = scale(sde.log_snr(times), *drawn)
+    found = scale(sde.kappa(times), *drawn)
     expected = torch.linspace(float(found[0]), float(found[-1]), n + 1, dtype=torch.float64)
     # A time is rounded relative to itself and t kappa' < 20, so that kappa is off by 20 eps; the
     # scales are no steeper, relative to their size.
@@ -87,7 +87,7 @@ def test_grids_in_the_signal_to_noise_ratio_are_uniform_in_their_scale(name, fam
 
 
 @pytest.mark.parametrize("friction", [0.5, 1.0, 2.0])
-def test_log_snr_has_exact_values_for_cld(friction):
+def test_kappa_has_exact_values_for_cld(friction):
     t, expected = torch.logspace(-6, 0, 7, dtype=torch.float64), []
     with mp.workdps(references.DIGITS):
         for time in t.tolist():
@@ -96,27 +96,27 @@ def test_log_snr_has_exact_values_for_cld(friction):
             information = (signal.T * mp.inverse(kernel[1]) * signal)[0]
             expected.append(float(mp.log(information) / 2))
     # Rows of the root, scaled to size 1, have a condition number below 10.
-    found = CLD(4.0, friction=friction).log_snr(t)
+    found = CLD(4.0, friction=friction).kappa(t)
     assert torch.allclose(found, tensor(expected), rtol=0, atol=10 * KERNEL)
 
 
 @every_family
-def test_times_of_log_snr_are_its_inverse(family):
+def test_times_of_kappa_are_its_inverse(family):
     sde, t = COMMON[family], torch.tensor([[1e-3, 0.02], [0.3, 1.0]], dtype=torch.float64)
-    found = solvers.times_of_log_snr(sde, sde.log_snr(t))
+    found = solvers.times_of_kappa(sde, sde.kappa(t))
     # Near 1 kappa changes by 5 or more in log t, elsewhere by less than 1e2.
     assert torch.allclose(found, t, rtol=100 * KERNEL, atol=0)
     assert (found.shape, found.dtype) == (t.shape, torch.float64)
-    assert solvers.times_of_log_snr(sde, sde.log_snr(0.3)).shape == ()
+    assert solvers.times_of_kappa(sde, sde.kappa(0.3)).shape == ()
     # Beyond the range of κ it is the nearer end.
-    ends = solvers.times_of_log_snr(sde, tensor([50.0, -50.0]), 0.9, 1e-4)
+    ends = solvers.times_of_kappa(sde, tensor([50.0, -50.0]), 0.9, 1e-4)
     assert torch.allclose(ends, tensor([1e-4, 0.9]), rtol=KERNEL, atol=0)
 
 
 @pytest.mark.parametrize("sde", [VPSDE(), RectifiedFlow(), CLD()], ids=["VP", "flow", "CLD"])
 def test_vp_times_are_uniform_in_a_power_of_vps_time(sde):
-    first, last = times_of_log_snr(sde, tensor([-5.0, 3.3])).tolist()
-    found = times_of_log_snr(VPSDE(), sde.log_snr(solvers.vp_times(sde, first, last, 9))) ** 0.75
+    first, last = times_of_kappa(sde, tensor([-5.0, 3.3])).tolist()
+    found = times_of_kappa(VPSDE(), sde.kappa(solvers.vp_times(sde, first, last, 9))) ** 0.75
     expected = torch.linspace(float(found[0]), float(found[-1]), 10, dtype=torch.float64)
     # κ of a rounded time of rectified flow near 1 has digits of 1 − t = e^{−5} only.
     torch.testing.assert_close(found, expected, rtol=0, atol=rounding(2**12))
@@ -124,10 +124,10 @@ def test_vp_times_are_uniform_in_a_power_of_vps_time(sde):
 
 @given(st.floats(-30.0, 10.0))
 @few_examples
-def test_vp_time_is_inverted(log_snr):
+def test_vp_time_is_inverted(kappa):
     """The condition of B in κ is at most 2(1 + |κ|), also where e^B overflows."""
-    kappa = tensor(log_snr)
-    bound = rounding(64, 1 + abs(log_snr))
-    assert abs(float(log_snr_of_vp_time(vp_time(kappa)) - kappa)) <= bound
-    if log_snr > VPSDE().log_snr(1.0):
-        assert abs(float(VPSDE().log_snr(vp_time(kappa)) - kappa)) <= bound
+    kappa = tensor(kappa)
+    bound = rounding(64, 1 + abs(kappa))
+    assert abs(float(kappa_of_vp_time(vp_time(kappa)) - kappa)) <= bound
+    if kappa > VPSDE().kappa(1.0):
+        assert abs(float(VPSDE().kappa(vp_time(kappa)) - kappa)) <= bound

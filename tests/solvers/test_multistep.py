@@ -36,7 +36,7 @@ VARIANTS = [
 VARIANTS += [{"order": 3, "corrector": c, "stochasticity": 0.5} for c in (False, True)]
 VARIANTS += [{"order": k, "prediction": "noise"} for k in (1, 2, 3)]
 VARIANTS += [
-    {"order": k, "corrector": True, "variable": "log_snr", "stochasticity": x}
+    {"order": k, "corrector": True, "variable": "kappa", "stochasticity": x}
     for k, x in itertools.product((2, 3), (0.0, 1.0))
 ]
 VARIANTS += [{"order": k, "corrector": True, **PUBLISHED} for k in (1, 2)]
@@ -103,7 +103,7 @@ def check_scheduled(x, draws, **options):
     [
         ("midpoint", {"order": 1}),
         ("midpoint", {"order": 2, **PUBLISHED}),
-        ("heun", {"order": 2, "variable": "log_snr"}),
+        ("heun", {"order": 2, "variable": "kappa"}),
     ],
 )
 def test_dpm_solver_of_diffusers_computes_the_same(kind, options, stochasticity):

@@ -29,7 +29,7 @@ BAD_VALUES = [
     (EDMHeun, "churn_range", [(2.0, 1.0), (0.0, math.nan), (1.0,), "01"], r"{} must be \(S_min"),
     (Multistep, "order", [0, 4, 2.0], "{} must be 1, 2 or 3; got"),
     (Multistep, "prediction variable weights", ["t"], "{} must be one of"),
-    (Multistep, "weights", ["published"], "needs variable='log_snr'"),
+    (Multistep, "weights", ["published"], "needs variable='kappa'"),
     (Multistep, "stochasticity", [-0.1], "{} must be finite and at least 0"),
     (GottaGoFast, "rtol atol first_step", [0.0, math.nan], POSITIVE),
     (GottaGoFast, "atol", [[0.01, 0.0]], POSITIVE),

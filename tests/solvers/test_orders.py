@@ -58,7 +58,7 @@ TABLE = {
     "2 corrected": (Multistep(order=2, corrector=True), ["VE", "CLD, linear"]),
     "noise, 1": (Multistep(order=1, prediction="noise"), ["CLD"]),
     "noise, 2": (Multistep(order=2, prediction="noise"), ["VE", "CLD", "HOLD"]),
-    "log-SNR, 2": (Multistep(order=2, variable="log_snr"), ["VP", "CLD"]),
+    "log-SNR, 2": (Multistep(order=2, variable="kappa"), ["VP", "CLD"]),
     "VP's time, 2": (Multistep(order=2, variable="vp_time"), ["VP", "CLD"]),
     "published, 2 corrected": (Multistep(order=2, corrector=True, **PUBLISHED), ["VP", "CLD"]),
     "2 at falling noise": (Multistep(order=2, stochasticity=lambda t: t), ["VP", "CLD"]),

@@ -44,7 +44,7 @@ def mixed(sde):
 SCORES = {"mixture": lambda sde: cases.mixture().score(sde), "mixed": mixed, "plain": Smooth}
 
 TABLES = ["marginal", "transition", "transition_matrix", "posterior", "noise_root", "drift"]
-TABLES = [(LinearSDE, name) for name in (*TABLES, "diffusion", "log_snr")] + [(Conversion, "at")]
+TABLES = [(LinearSDE, name) for name in (*TABLES, "diffusion", "kappa")] + [(Conversion, "at")]
 
 
 @pytest.mark.one_in(3)

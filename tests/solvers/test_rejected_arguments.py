@@ -42,23 +42,23 @@ def solve(solver=EM, sde=SDE, score=untouchable, state=None, **options):
 
 
 # Grids.
-FLOW, log_snr_times = cldsde.RectifiedFlow(), partial(solvers.log_snr_times, SDE)
-inverse = partial(solvers.times_of_log_snr, SDE)
+FLOW, kappa_times = cldsde.RectifiedFlow(), partial(solvers.kappa_times, SDE)
+inverse = partial(solvers.times_of_kappa, SDE)
 CASES = [
     *bad(V, "n must be at least 1; got", partial(solvers.root_times, 1.0, 1e-3), 0),
-    *bad(T, "n must be an integer", partial(log_snr_times, 1.0, 1e-3), 2.0),
+    *bad(T, "n must be an integer", partial(kappa_times, 1.0, 1e-3), 2.0),
     *bad(V, r"eps must lie in \[0, T\) with", partial(solvers.root_times, 1.0, n=9), 1.0, -1e-9),
     *bad(V, "T must be finite", partial(solvers.uniform_times, eps=1e-3, n=9), 0.0, NAN, INF),
-    (lambda: log_snr_times(1.0, 1 - 4 * EPS, 1000), V, "1000 steps .* below the resolution"),
+    (lambda: kappa_times(1.0, 1 - 4 * EPS, 1000), V, "1000 steps .* below the resolution"),
     (lambda: solvers.logistic_times(SDE, 1.0, 1e-3, 9, rate=0.0), V, "rate must be finite"),
     (lambda: solvers.karras_times(SDE, 1.0, 1e-3, 9, -7.0), V, "rho must be finite"),
-    (lambda: log_snr_times(1.0, 0.0, 9), V, "eps must be above 0"),
-    (lambda: solvers.log_snr_times(FLOW, 1.0, 1e-3, 5), V, "T must be a time with a finite"),
+    (lambda: kappa_times(1.0, 0.0, 9), V, "eps must be above 0"),
+    (lambda: solvers.kappa_times(FLOW, 1.0, 1e-3, 5), V, "T must be a time with a finite"),
     (lambda: solvers.karras_times(1.0, 1e-3, 9), T, "karras_times needs the process first"),
-    (lambda: solvers.log_snr_times("CLD", 1.0, 0, 1), T, r"\(sde, T, eps, n\); got"),
-    (lambda: SDE.log_snr(0.0), V, "no density at t = 0"),
-    *bad(T, "log_snr must be a number", inverse, "3", [[1.0], [2.0, 3.0]]),
-    (lambda: inverse(NAN), V, "log_snr must not be NaN"),
+    (lambda: solvers.kappa_times("CLD", 1.0, 0, 1), T, r"\(sde, T, eps, n\); got"),
+    (lambda: SDE.kappa(0.0), V, "no density at t = 0"),
+    *bad(T, "kappa must be a number", inverse, "3", [[1.0], [2.0, 3.0]]),
+    (lambda: inverse(NAN), V, "kappa must not be NaN"),
     *bad(V, "eps", lambda ends: inverse(1.0, *ends), (0.5, 0.6), (1.0, 0.0)),
 ]
 
@@ -102,7 +102,7 @@ OBLIQUE = -0.5 * np.diag([2.0, 1.0]) @ np.linalg.inv([[1.0, 0.5], [0.5, 1.0]])
 CORRELATED = r"independent noises .* correlated ones\. Use SSCS"
 NOT_LEVELS = [lambda t: -t, lambda t: t / 0, lambda t: t[:-1]]
 CLOSE = torch.tensor([1.0, 1.0 - EPS / 2, 0.1], dtype=torch.float64)
-SNR_STEPS, ONE = Multistep(variable="log_snr"), solvers.root_times(1.0, 0.05, 7)
+SNR_STEPS, ONE = Multistep(variable="kappa"), solvers.root_times(1.0, 0.05, 7)
 ANCESTRAL, CHURNED = solvers.Ancestral(), PredictorCorrector(solvers.EDMHeun(churn=1.5))
 NOISY = Multistep(prediction="noise")
 
@@ -124,7 +124,7 @@ def made(result):
 
 
 CASES += [
-    (lambda: plan(SNR_STEPS, cldsde.CosineVP(), ONE), V, "reach t = 1 with variable='log_snr'"),
+    (lambda: plan(SNR_STEPS, cldsde.CosineVP(), ONE), V, "reach t = 1 with variable='kappa'"),
     (lambda: plan(SNR_STEPS, VPSDE(0.01, 0.02), CLOSE), V, "variable must be 'time' for this grid"),
     (lambda: split([[0, 1], [0, 0]], [[0], [1]]), V, r"2 components .* Use StochasticHeun$"),
     (lambda: split([[-1, 0], [0, -1]], [[0], [1]]), V, "2 components and no such distribution"),
@@ -239,21 +239,21 @@ def fit(process=SAMPLED, shape=(4, 3), nfe=2, distance=len, budget=10**4):
 
 
 CASES += [
-    *bad(V, "log_snr must be two or more incr.* finite", lambda x: made_of(log_snr=x), *UNORDERED),
+    *bad(V, "kappa must be two or more incr.* finite", lambda x: made_of(kappa=x), *UNORDERED),
     (lambda: made_of(stochasticity=LAMBDAS[:3]), V, "one λ for each of 4 steps; got 3"),
     (lambda: made_of(stochasticity=(-0.1, 1, 1, 1)), V, "one finite λ ≥ 0 for each of 4 κ"),
     (lambda: made_of(order=4), V, "order must be 1, 2 or 3"),
-    (lambda: made_of(log_snr=3), T, "log_snr must be"),
+    (lambda: made_of(kappa=3), T, "kappa must be"),
     (lambda: made_of(corrector=1), T, "corrector must be"),
     (lambda: sample(settings=made_of()), V, "for this process, VPSDE.*; got settings for CLD"),
     (
-        lambda: sample(settings=settings(VPSDE(), log_snr=(-7.0, *LEVELS[1:]))),
+        lambda: sample(settings=settings(VPSDE(), kappa=(-7.0, *LEVELS[1:]))),
         V,
         r"reaches, from -5\.0.* to 11\.\d+; got \(-7",
     ),
     (lambda: sample(SDE, settings=made_of(), solver=SSCS), V, "solver and times must be None wit"),
     (lambda: sample(settings="fast"), T, "settings must be a SamplerSettings; got str"),
-    *bad(V, "log_snr must be increasing", lambda x: solvers.LevelNoise(x, x), (0.0, 0.0), ()),
+    *bad(V, "kappa must be increasing", lambda x: solvers.LevelNoise(x, x), (0.0, 0.0), ()),
     (lambda: solvers.LevelNoise((0.0, 1.0), (1.0,)), V, "must be one finite λ ≥ 0 for each of 2 κ"),
     (lambda: fit(ReverseProcess(UNDERDAMPED, untouchable), nfe=20), V, "is sampled by SSCS"),
     (lambda: fit(budget=40), V, "budget must be at least 408, for 51 tries of 8 network"),

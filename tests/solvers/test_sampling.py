@@ -8,7 +8,7 @@ import torch
 
 import cldsde
 from cldsde import CLD, HOLD, VPSDE, DenoiserScore, LinearSDE, solvers
-from cldsde.linear.log_snr import vp_time
+from cldsde.linear.kappa import vp_time
 from cldsde.score import ConditionalScore, ReverseProcess
 from cldsde.solvers.recommended import recommended_plan, window
 from probes import Recording, generator, hidden_times, tensor
@@ -65,12 +65,12 @@ def test_evaluations_keep_the_budget_and_the_window_of_levels(name, nfe):
     score = Recording(DATA.score(sde))
     cldsde.sample(sde, score, (3, 2), nfe=nfe)
     assert score.calls == nfe
-    levels = sde.log_snr(torch.cat(score.times).double().clamp_max(1.0))
+    levels = sde.kappa(torch.cat(score.times).double().clamp_max(1.0))
     rounded = 1e-3  # times in float32: 6e-8 of t, where kappa changes by 1e4 per unit of t
     single = sde.components == 1
     first = -3.0 if nfe <= 6 and not single else -3.3
     last = 1.7 if nfe <= 6 - single else (2.6 if single else 3.0) if nfe <= 9 else 3.3
-    assert levels.min() == pytest.approx(max(first, float(sde.log_snr(1.0))), abs=rounded)
+    assert levels.min() == pytest.approx(max(first, float(sde.kappa(1.0))), abs=rounded)
     assert levels.max() == pytest.approx(last, abs=rounded)
 
 
@@ -136,9 +136,7 @@ def test_few_evaluations_widen_normal_data_as_documented(name, nfe, spread):
 def test_few_evaluations_take_the_fitted_levels(name, nfe):
     sde = PROCESSES[name]()
     times = recommended_plan(ReverseProcess(sde, DATA.score(sde)), nfe=nfe)[1].times
-    levels = sde.log_snr(
-        times[:: (nfe - 1) // 4]
-    )  # nine evaluations have them at every second time
+    levels = sde.kappa(times[:: (nfe - 1) // 4])  # nine evaluations have them at every second time
     # Roots of VP's time, as shares of the way from start to end
     expected, found = (
         (roots - roots[0]) / (roots[-1] - roots[0])
@@ -282,4 +280,4 @@ def test_small_images_with_few_evaluations_start_as_small_data(shape, nfe):
     start = window(ReverseProcess(CLD(), DATA.score(CLD())), shape=shape, nfe=nfe)[0]
     # For 3 × 32 × 32 and 10 evaluations it is −½ log(3072/4).
     expected = min(-3.3, -0.5 * math.log(math.prod(shape) * nfe / 40))
-    assert CLD().log_snr(start) == pytest.approx(expected, abs=rounding(2**14))
+    assert CLD().kappa(start) == pytest.approx(expected, abs=rounding(2**14))

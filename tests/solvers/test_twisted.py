@@ -87,7 +87,7 @@ def test_options_keep_the_evidence(options):
 def test_denoised_samples_are_posterior_means_of_the_states():
     (data, seen), sde = gaussian(), VPSDE()
     z, mean = (sample(data, seen, sde, seeds=[0], denoise=x).samples for x in (False, True))
-    end = solvers.times_of_log_snr(sde, -math.log(0.1 * seen.noise_std))
+    end = solvers.times_of_kappa(sde, -math.log(0.1 * seen.noise_std))
     exact = data.condition(seen).score(sde).data_prediction(z[:, None], end)
     assert (mean - exact).abs().max() <= rounding(64)  # a solve of three equations, and its score
 

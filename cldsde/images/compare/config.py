@@ -17,6 +17,7 @@ from cldsde.images.data import DataSet
 from cldsde.images.evaluate.evaluation import METRICS, Measurements
 from cldsde.images.sample.sampler import make_plan, make_solver
 from cldsde.images.schema import (
+    KAPPA,
     Configuration,
     Count,
     Flag,
@@ -53,7 +54,7 @@ class RowConfig:
     t_start: StartTime = None
     t_end: Time | None = None
     denoise: Flag = True
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Annotated[Any, KAPPA]] = field(default_factory=dict)
     """See `SamplingConfig`. ``t_end`` is 1e-3 by default for a solver by name."""
     nfe: tuple[Count, ...] = ()
     """Budgets of score evaluations per image, for solvers on a grid."""

@@ -145,7 +145,7 @@ def markdown_table(results: Collection[Result]) -> str:
         end = "" if recipe.get("t_end") is None else f"{recipe['t_end']:.4g}"
         times = ", ".join(filter(None, (recipe.get("grid"), end)))
         if recipe["solver"] == "fitted":
-            times = "κ " + ", ".join(f"{x:.2f}" for x in recipe["options"]["log_snr"])
+            times = "κ " + ", ".join(f"{x:.2f}" for x in recipe["options"]["kappa"])
         for accuracy in (x.about["classifier_accuracy"] for x in row if "classes" in x.about):
             remarks[f"Classifier of fd: {accuracy:.1%} of held-out images right."] = None
         spent = [result.nfe for result in row if result.nfe is not None]

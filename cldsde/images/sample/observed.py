@@ -182,7 +182,7 @@ class Conditioning:
         """
         if self.observed.method != "dps" or plan.solver.facts.adaptive:
             return
-        levels = plan.process.sde.log_snr(plan.times)
+        levels = plan.process.sde.kappa(plan.times)
         variance = (-2 * levels[:-1]).exp()
         gain = -torch.expm1(-levels.diff()) * 1 / ((1 + variance) * (1 + 1 / variance))
         least = math.sqrt(float(gain.max()) / _LARGEST_GAIN)

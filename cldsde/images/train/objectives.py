@@ -23,7 +23,7 @@ from cldsde.linear.random import Generators
 from cldsde.score import (
     PerturbedData,
     TimeSampler,
-    log_snr_density,
+    kappa_density,
     logit_normal_density,
     mode_density,
 )
@@ -35,11 +35,11 @@ class Objective:
     def __init__(self, model: DiffusionModel, config: RunConfig) -> None:
         self._config, settings = config, config.training
         score: Any = model.score
-        normal = {"mean": settings.log_snr_mean, "std": settings.log_snr_std}
+        normal = {"mean": settings.kappa_mean, "std": settings.kappa_std}
         self._how: dict[str, Any] = {"prediction": config.score.prediction}
         self._how["weighting"] = settings.weighting
-        if settings.weighting == "log_snr":  # in units of the noise
-            weighting = score.log_snr_weighting(**normal)
+        if settings.weighting == "kappa":  # in units of the noise
+            weighting = score.kappa_weighting(**normal)
             self._how = {"prediction": "noise", "weighting": weighting}
         density: Callable[[Tensor], Tensor] | None = None
         if settings.times == "uniform":
@@ -49,8 +49,8 @@ class Objective:
             self._how["weighting"] = density
         elif settings.times == "mode":
             self._how["weighting"] = density = mode_density(settings.mode_scale)
-        elif settings.weighting == "log_snr":
-            density = log_snr_density(score.sde, **normal)
+        elif settings.weighting == "kappa":
+            density = kappa_density(score.sde, **normal)
         elif settings.weighting == "reweighted" and settings.conditioning == "data":
             density = partial(score.residual_variance, prediction=self._how["prediction"])
         t_min = settings.t_min

@@ -376,7 +376,7 @@ def test_a_network_that_is_shown_estimates_is_trained_and_loaded(tmp_path):
     [
         {"conditioning": "all", "times": "uniform"},
         {"weighting": "likelihood", "precision": "bf16"},
-        {"weighting": "log_snr", "times": "uniform", "clip": None},
+        {"weighting": "kappa", "times": "uniform", "clip": None},
         {"optimiser": "RAdam", "optimiser_options": {"betas": [0.8, 0.9]}},
     ],
 )

@@ -19,7 +19,7 @@ from cldsde.images.train.objectives import Objective
 from cldsde.score import (
     PerturbedData,
     TimeSampler,
-    log_snr_density,
+    kappa_density,
     logit_normal_density,
     mode_density,
 )
@@ -114,7 +114,7 @@ def test_with_an_exact_prior_the_bound_is_the_bound_of_the_autoencoder(name):
     # Decoding at t_min adds noise of variance 1/I to z_0 of variance 1, and the prior is the
     # process's, not the distribution at T: mean and spread e^{−B/2} = 0.007 of both for VP, which
     # the divergence of Gaussians squares.
-    noise = math.exp(-2 * float(model.score.sde.log_snr(T_MIN)))
+    noise = math.exp(-2 * float(model.score.sde.kappa(T_MIN)))
     slack = dimension * (noise + 0.007**2)
     error = standard_error(float(difference.std()), n)
     assert abs(float(difference.mean())) <= error + slack
@@ -141,8 +141,8 @@ def test_gradients_of_the_encoder_agree_with_differences(name, mixing):
 
 def test_the_autoencoder_is_trained_by_the_bound_and_the_score_by_its_loss():
     """The score with times and weights by noise levels."""
-    log_snr = {"weighting": "log_snr", "log_snr_mean": 0.3, "log_snr_std": 2.0}
-    settings = config(training=log_snr)
+    kappa = {"weighting": "kappa", "kappa_mean": 0.3, "kappa_std": 2.0}
+    settings = config(training=kappa)
     model = make_model(settings, SPACE)
     objective, given = Objective(model, settings), batch(model, settings, 8)
     losses = objective.losses(model, given, seeded(), settings.pretraining_steps, nullcontext)
@@ -156,13 +156,13 @@ def test_the_autoencoder_is_trained_by_the_bound_and_the_score_by_its_loss():
 
     sde, generator = model.score.sde, seeded()
     u = torch.linspace(0, 1, 50, dtype=torch.float64)
-    quantiles = TimeSampler(log_snr_density(sde, mean=0.3, std=2.0), T_MIN).quantiles(u)
+    quantiles = TimeSampler(kappa_density(sde, mean=0.3, std=2.0), T_MIN).quantiles(u)
     assert torch.equal(objective.samplers[0].quantiles(u)[0], quantiles[0])
     x0 = model.vae.encode(given.images).sample(generator).detach()
     PerturbedData.draw(sde, x0, given.times[1, 0], generator=generator)  # of the bound
     t, weight = given.times[0]
     pair = PerturbedData.draw(sde, x0, t, generator=generator)
-    weighting = model.score.log_snr_weighting(mean=0.3, std=2.0)
+    weighting = model.score.kappa_weighting(mean=0.3, std=2.0)
     part, loss = next(losses)
     expected = weight.float() * model.score.loss(pair, weighting=weighting)
     assert torch.allclose(loss, expected, rtol=SINGLE, atol=0)

@@ -10,25 +10,27 @@ from torch import Tensor
 
 from cldsde.linear.checks import as_float64, as_number
 from cldsde.linear.sde import LinearSDE, check_process
+from cldsde.renamed import takes_old
 
 _BETA_MIN, _BETA_MAX = 0.1, 20.0  # of the default `VPSDE`
 
 
-def times_of_log_snr(
-    sde: LinearSDE, log_snr: Tensor | float, T: float = 1.0, eps: float = 1e-9
+@takes_old(log_snr="kappa")
+def times_of_kappa(
+    sde: LinearSDE, kappa: Tensor | float, T: float = 1.0, eps: float = 1e-9
 ) -> Tensor:
     """Times at which a process has given values of κ, half the log of the signal-to-noise ratio.
 
     The same time means a different noise level in each process. To transfer ε or t_min from one
-    process to another, match κ. The result has the shape of ``log_snr``, and is float64 on the CPU
+    process to another, match κ. The result has the shape of ``kappa``, and is float64 on the CPU
     and accurate to the rounding of log t. If no time has the value, it is the nearer end.
 
     Parameters
     ----------
     sde
         The forward process.
-    log_snr
-        Values of κ (`LinearSDE.log_snr`), a number or a tensor of any shape; TypeError for anything
+    kappa
+        Values of κ (`LinearSDE.kappa`), a number or a tensor of any shape; TypeError for anything
         else, and ValueError for NaN.
     T, eps
         Ends of the search interval, 0 < ε ≤ T ≤ 1; ValueError otherwise.
@@ -36,23 +38,23 @@ def times_of_log_snr(
     Examples
     --------
     >>> from cldsde import CLD, VPSDE
-    >>> level = CLD().log_snr(2e-2)
-    >>> print(f"{level:.2f} {times_of_log_snr(VPSDE(), level):.4f}")
+    >>> level = CLD().kappa(2e-2)
+    >>> print(f"{level:.2f} {times_of_kappa(VPSDE(), level):.4f}")
     3.22 0.0086
     """
     check_process(sde)
     T, eps = as_number(T, "T"), as_number(eps, "eps")
     try:
-        log_snr = as_float64(log_snr).detach().cpu()
+        kappa = as_float64(kappa).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
-        msg = f"log_snr must be a number or a tensor of real numbers; got {log_snr!r}"
+        msg = f"kappa must be a number or a tensor of real numbers; got {kappa!r}"
         raise TypeError(msg) from error
-    if bool(log_snr.isnan().any()):
-        raise ValueError(f"log_snr must not be NaN; got {log_snr.tolist()}")
+    if bool(kappa.isnan().any()):
+        raise ValueError(f"kappa must not be NaN; got {kappa.tolist()}")
     if not 0 < eps <= T <= 1:
         msg = f"eps and T must have 0 < eps ≤ T ≤ 1; got eps = {eps:g}, T = {T:g}"
         raise ValueError(msg)
-    return first_times(sde.log_snr, log_snr, T, eps)
+    return first_times(sde.kappa, kappa, T, eps)
 
 
 def first_times(
@@ -85,10 +87,10 @@ def first_times(
     return ((low + high) / 2).exp().clamp(eps, T).reshape(shape)
 
 
-def log_snr_range(sde: LinearSDE) -> tuple[float, float]:
-    """Smallest and largest κ at which `times_of_log_snr` finds a regular time of a process."""
+def kappa_range(sde: LinearSDE) -> tuple[float, float]:
+    """Smallest and largest κ at which `times_of_kappa` finds a regular time of a process."""
     ends = torch.tensor([sde.regular_until, 1e-9], dtype=torch.float64, device="cpu")
-    first, last = sde.log_snr(ends).tolist()
+    first, last = sde.kappa(ends).tolist()
     return first, last
 
 
@@ -97,15 +99,15 @@ def log_snr_range(sde: LinearSDE) -> tuple[float, float]:
 # extends to all κ, unlike the time of rectified flow, in which large noise is a short interval.
 
 
-def vp_time(log_snr: Tensor) -> Tensor:
+def vp_time(kappa: Tensor) -> Tensor:
     """Time t with β_min t + ½(β_max − β_min) t² = log(1 + e^{−2κ}); above 1 for κ < −5.02."""
-    total = torch.logaddexp(torch.zeros_like(log_snr), -2 * log_snr)
+    total = torch.logaddexp(torch.zeros_like(kappa), -2 * kappa)
     # The root of the quadratic equation in the form that does not cancel for small B.
     slope = _BETA_MAX - _BETA_MIN
     return 2 * total / (_BETA_MIN + (_BETA_MIN**2 + 2 * slope * total).sqrt())
 
 
-def log_snr_of_vp_time(t: Tensor) -> Tensor:
+def kappa_of_vp_time(t: Tensor) -> Tensor:
     """κ = −½ log(e^{B(t)} − 1), the inverse of `vp_time`."""
     total = t * (_BETA_MIN + 0.5 * (_BETA_MAX - _BETA_MIN) * t)
     # log(e^B − 1) = B + log(1 − e^{−B}), which does not overflow for large B.
