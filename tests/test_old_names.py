@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import cldsde
-from cldsde import CLD, MixedScore, VPSDE, score, solvers
+from cldsde import CLD, VPSDE, MixedScore, score, solvers
 from cldsde.images.config import RunConfig, SamplingConfig
 
 OLD = {"log_snr": (-1.0, 2.0), "stochasticity": (0.5, 1.0)}

@@ -17,7 +17,7 @@ import cldsde
 
 ROOT = Path(__file__).resolve().parents[1]
 # Modules that every layer may import, and that import none.
-SHARED = ("errors", "files", "messages", "progress", "tables")
+SHARED = ("errors", "files", "messages", "progress", "renamed", "tables")
 
 
 def test_import_loads_no_plotting_library_no_integrator_no_compiler_and_no_image_layer():
