@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cldsde.linear.blocks import apply_blocks
 from cldsde.linear.checks import as_times, check_state
+from cldsde.linear.identity import same_process
 from cldsde.linear.increments import IncrementTree, Interval
 from cldsde.linear.random import check_generator, keyed_normals
 from cldsde.linear.sde import LinearSDE, check_process
@@ -159,8 +160,8 @@ class BrownianPath(NoiseSource):
                 "noise must not be a BrownianPath for this solver, which needs ∫(τ − u) dw over a "
                 "step; use TorchSDE(method='heun') or StochasticHeun"
             )
-        if sde is not self._sde:
-            msg = "noise is a BrownianPath of another process; construct it with process.sde"
+        if not same_process(sde, self._sde):
+            msg = f"noise must be a BrownianPath of {sde!r}; got one of {self._sde!r}"
             raise ValueError(msg)
         if bool(noise.integral.any()):
             self._check_integrals("noise of this solver")

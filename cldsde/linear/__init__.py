@@ -1,6 +1,7 @@
 """Linear SDEs with small blocks: schedules, transition kernels, and the processes of the field."""
 
 from cldsde.linear.dynamics import TimeChangedDynamics
+from cldsde.linear.identity import same_process
 from cldsde.linear.interpolants import CosineVP, RectifiedFlow
 from cldsde.linear.kernel import Gaussian, Kernel
 from cldsde.linear.posterior import Posterior
@@ -23,4 +24,5 @@ __all__ = [
     "Schedule",
     "SubVPSDE",
     "TimeChangedDynamics",
+    "same_process",
 ]

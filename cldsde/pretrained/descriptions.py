@@ -11,8 +11,8 @@ from types import ModuleType
 from typing import Any
 
 from cldsde import linear, solvers
+from cldsde.linear.identity import same_process
 from cldsde.linear.sde import LinearSDE
-from cldsde.score.reverse import same_dynamics
 from cldsde.solvers import SamplerSettings
 from cldsde.solvers.base import Solver
 
@@ -50,7 +50,7 @@ def described_process(sde: LinearSDE) -> dict[str, Any] | None:
     names = inspect.signature(kind).parameters
     options = {name: getattr(sde, name) for name in names if getattr(sde, name, None) is not None}
     found = _description(kind, linear, options)
-    return found if found and same_dynamics(process_of(found), sde) else None
+    return found if found and same_process(process_of(found), sde) else None
 
 
 def described_solver(solver: Solver) -> dict[str, Any] | None:

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from cldsde.linear.blocks import per_sample
 from cldsde.linear.checks import TimeLike, as_number, two_increasing
+from cldsde.linear.identity import same_process
 from cldsde.linear.kappa import times_of_kappa
 from cldsde.score.protocol import FunctionScore, Score, ScoreFunction, ScoreWrapper, as_score
-from cldsde.score.reverse import same_dynamics
 from cldsde.score.times import PlannedTime, score_times
 
 
@@ -140,7 +140,7 @@ class GuidedScore(Score):
         self.weight = as_number(weight, "weight")
         if not math.isfinite(self.weight):
             raise ValueError(f"weight must be finite; got {weight}")
-        if given.sde and free.sde and not same_dynamics(given.sde, free.sde):
+        if given.sde and free.sde and not same_process(given.sde, free.sde):
             raise ValueError(
                 "conditional and unconditional must be scores of one process; got scores of "
                 f"{given.sde!r} and {free.sde!r}"

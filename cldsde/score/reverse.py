@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from cldsde.linear.blocks import apply_blocks
 from cldsde.linear.checks import TimeLike, check_at_least, check_state, described, shaped
+from cldsde.linear.identity import same_process
 from cldsde.linear.reprs import constructor_repr
 from cldsde.linear.sde import LinearSDE, check_process
 from cldsde.score.conversion import Conversion, Prediction
 from cldsde.score.protocol import WRAP_DENOISER, ScoreFunction, as_score
 from cldsde.score.times import KnownTimes, PlannedTime, score_argument, score_times
-
-
-def same_dynamics(first: LinearSDE, second: LinearSDE) -> bool:
-    """Whether two processes have the same drift, diffusion and initial covariance."""
-    if first is second:
-        return True
-    end = min(first.regular_until, second.regular_until)
-    t = torch.linspace(0, end, 5, dtype=torch.float64, device="cpu")
-    parts = ((sde.drift(t), sde.diffusion(t), sde.initial_covariance) for sde in (first, second))
-    return all(map(torch.equal, *parts))
 
 
 def checked_score(value: Tensor, z: Tensor, driven: int) -> Tensor:
@@ -71,7 +61,7 @@ class ReverseProcess:
         self.sde = sde
         self.score = as_score(score)
         other = self.score.sde
-        if other is not None and not same_dynamics(sde, other):
+        if other is not None and not same_process(sde, other):
             raise ValueError(
                 f"score belongs to another process, {other!r}, than sde, {sde!r}: drift, diffusion "
                 "or initial covariance differ. Use the score of sde, or wrap the score's denoiser "

@@ -221,3 +221,18 @@ def test_reads_stay_and_copies_are_the_same_path_also_from_inference_mode(copied
     assert same(walked(path), wanted)
     assert same(found, wanted)
     assert same(walked(copied(path)), wanted)
+
+
+def test_a_path_serves_every_process_that_equals_its_own():
+    path, score = make(shape=(5, 3)), ReverseProcess(SDE, lambda z, t: -z[:, 1:]).score
+    ends = [
+        solvers.solve(
+            ReverseProcess(sde, score),
+            solvers.EulerMaruyama(),
+            torch.ones(5, 2, 3, dtype=torch.float64),
+            GRID,
+            noise=path,
+        ).state
+        for sde in (SDE, CLD(beta=4.0))
+    ]
+    assert torch.equal(*ends)

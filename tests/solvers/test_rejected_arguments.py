@@ -83,8 +83,7 @@ CASES += [
     (lambda: BrownianPath(SDE, GRID, ()), V, "shape must be"),
     *bad(V, OUTSIDE, lambda ends: PATH.increment(*ends), *ENDS),
     (lambda: solve(times=torch.tensor([1.0, 0.5, 0.001]), noise=PATH), V, OUTSIDE),
-    # Even one of the same matrices: it is another object, and cheap to pass on.
-    (lambda: solve(sde=CLD(), noise=PATH), V, "noise is a BrownianPath of another process"),
+    (lambda: solve(sde=CLD(5), noise=PATH), V, r"noise must be a BrownianPath of CLD\(beta=5"),
     (lambda: solve(solvers.ExponentialEuler(), noise=SHORT), V, NEEDS),
     (lambda: PATH.normal(start(SDE), 1), RuntimeError, r"pass it to solve\(\.\.\., n"),
     (lambda: solve(state=start(SDE, (3, 1)), noise=PATH), V, "noise must have shape"),
