@@ -176,7 +176,9 @@ class SampleNoise(NoiseSource):
             else np.random.PCG64DXSM(np.random.SeedSequence(key, spawn_key=(seed,)))
             for seed in self.seeds
         ]
-        self._block = torch.empty(len(self.seeds), _BLOCK, dtype=torch.float32, device="cpu")
+        # A tensor allocated in inference mode could not be written to outside of it.
+        with torch.inference_mode(False):
+            self._block = torch.empty(len(self.seeds), _BLOCK, dtype=torch.float32, device="cpu")
         self._used = _BLOCK  # all numbers of the block are used up
 
     def start(

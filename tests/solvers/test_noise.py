@@ -51,6 +51,15 @@ def test_rows_and_axes_are_filled_in_order(axes, rows, dtype):
     assert torch.equal(found.flatten(), flat.to(dtype).flatten())
 
 
+@pytest.mark.parametrize("key", [None, 7])
+def test_a_source_made_in_inference_mode_draws_the_same_outside_of_it(key):
+    z, twin = torch.zeros(1, 1, 3000), SampleNoise([5], key=key)
+    with torch.inference_mode():
+        noise = SampleNoise([5], key=key)
+        assert torch.equal(noise.normal(z, 1), twin.normal(z, 1))
+    assert torch.equal(noise.normal(z, 1), twin.normal(z, 1))
+
+
 def test_draws_are_not_shared_and_the_start_is_the_first():
     noise, twin, z = SampleNoise([5]), SampleNoise([5]), torch.zeros(1, 1, 4)
     noise.start(VPSDE(), (4,)).zero_()
