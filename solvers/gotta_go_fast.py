@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cldsde.linear.blocks import apply_blocks, per_sample
-from cldsde.linear.checks import check_at_least, check_between, check_positive, one_of
+from cldsde.linear.checks import as_integer, check_between, check_positive, one_of
 from cldsde.score import ReverseProcess
 from cldsde.score.reverse import KnownScore
 from cldsde.score.times import KnownTimes, on_device
@@ -38,7 +38,7 @@ class GottaGoFast(Solver):
     After a rejection the published method draws new noise, so that samples in few dimensions are
     biased. ``noise_on_reject="bridge"`` draws the shorter step's noise from the Brownian bridge.
     Each attempt, accepted or rejected, takes two score evaluations. Options out of range raise a
-    ValueError, and ``atol`` of another type a TypeError.
+    ValueError, and options of another type a TypeError.
 
     Parameters
     ----------
@@ -56,7 +56,8 @@ class GottaGoFast(Solver):
     first_step
         Length of the first step, > 0.
     max_nfev
-        Largest number of evaluations per sample, ≥ 2. A sample that needs more has failed.
+        Largest number of evaluations per sample, an integer ≥ 2. A sample that needs more
+        has failed.
     """
 
     rtol: float = 0.01
@@ -79,7 +80,7 @@ class GottaGoFast(Solver):
         check_between(self.safety, 1e-3, 1.0, "safety")
         check_between(self.exponent, 1e-3, 1.0, "exponent")
         check_positive(self.first_step, "first_step")
-        check_at_least(self.max_nfev, 2, "max_nfev")
+        as_integer(self.max_nfev, 2, "max_nfev")
 
     # No order, because there is no grid.
     facts = Facts(applies_to="every linear SDE", nfe_per_step=2, state_on_grid=False, adaptive=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cldsde.linear.blocks import apply_blocks, per_sample
-from cldsde.linear.checks import check_at_least, check_positive, one_of
+from cldsde.linear.checks import as_integer, check_positive, one_of
 from cldsde.score import ReverseProcess
 from cldsde.score.reverse import KnownScore
 from cldsde.score.times import KnownTimes, on_device
@@ -38,7 +38,8 @@ class ProbabilityFlow(Solver):
 
     The error of a step is divided elementwise by atol + rtol · max(\|before\|, \|after\|), as in
     scipy and torchdiffeq. Its root mean square, over batch or sample (``pace``), must be at most 1.
-    The score is never evaluated outside [ε, T]. Options out of range raise a ValueError.
+    The score is never evaluated outside [ε, T]. Options out of range raise a ValueError, and
+    options of another type a TypeError.
 
     Parameters
     ----------
@@ -48,7 +49,8 @@ class ProbabilityFlow(Solver):
     rtol, atol
         Relative and absolute tolerance, > 0.
     max_nfev
-        Largest number of evaluations per sample, ≥ 1. A sample that needs more has failed.
+        Largest number of evaluations per sample, an integer ≥ 1. A sample that needs more
+        has failed.
     first_step
         Length of the first step, > 0; None: estimated as in Hairer et al. 1993, II.4.
     max_step
@@ -73,7 +75,7 @@ class ProbabilityFlow(Solver):
         one_of(self.pace, Pace, "pace")
         check_positive(self.rtol, "rtol")
         check_positive(self.atol, "atol")
-        check_at_least(self.max_nfev, 1, "max_nfev")
+        as_integer(self.max_nfev, 1, "max_nfev")
         if self.first_step is not None:
             check_positive(self.first_step, "first_step")
         if self.max_step != math.inf:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cldsde.linear.checks import check_at_least, check_positive, one_of
+from cldsde.linear.checks import as_integer, check_positive, one_of
 from cldsde.messages import counted
 from cldsde.progress import progress_bar
 from cldsde.score import ReverseProcess
@@ -43,7 +43,8 @@ class TorchDiffEq(Solver):
     Methods with fixed steps use the given grid. Adaptive methods use its ends, with one step size
     for the whole batch, and step onto each requested time. The score is never evaluated outside the
     grid's ends. torchdiffeq reads numbers back from the device at every step, so `ProbabilityFlow`
-    has less overhead. Options out of range raise a ValueError.
+    has less overhead. Options out of range raise a ValueError, and options of another type a
+    TypeError.
 
     Parameters
     ----------
@@ -57,7 +58,7 @@ class TorchDiffEq(Solver):
     options
         Further options of torchdiffeq's method, except for options that set the grid.
     max_nfev
-        Largest number of evaluations, ≥ 1. A solve that needs more has failed.
+        Largest number of evaluations, an integer ≥ 1. A solve that needs more has failed.
     """
 
     method: str = "dopri5"
@@ -70,7 +71,7 @@ class TorchDiffEq(Solver):
         one_of(self.method, tuple(_METHODS), "method")
         check_positive(self.rtol, "rtol")
         check_positive(self.atol, "atol")
-        check_at_least(self.max_nfev, 1, "max_nfev")
+        as_integer(self.max_nfev, 1, "max_nfev")
         own = {"step_t", "step_size", "grid_constructor", "dtype"} & set(self.options)
         if own:
             raise ValueError(

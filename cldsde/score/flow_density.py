@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from cldsde.linear.blocks import apply_blocks
-from cldsde.linear.checks import check_at_least, check_between, check_positive, check_state, one_of
+from cldsde.linear.checks import as_integer, check_between, check_positive, check_state, one_of
 from cldsde.linear.kappa import times_of_kappa
 from cldsde.linear.kernel import Gaussian
 from cldsde.linear.random import check_generator, standard_normal
@@ -86,8 +86,8 @@ def flow_log_prob(
 
     Raises
     ------
-    ValueError
-        If an argument is out of range or shapes do not fit.
+    TypeError, ValueError
+        If an argument has the wrong type or is out of range, or shapes do not fit.
     FloatingPointError
         If the score is not finite.
     UnsolvedFlowError
@@ -104,7 +104,7 @@ def flow_log_prob(
     one_of(divergence, Divergence, "divergence")
     check_positive(rtol, "rtol")
     check_positive(atol, "atol")
-    check_at_least(max_nfev, 1, "max_nfev")
+    as_integer(max_nfev, 1, "max_nfev")
     one_of(method, _ADAPTIVE, "method")
     precision = torch.float32 if z.device.type == "mps" else torch.float64
     check_generator(generator)

@@ -156,6 +156,7 @@ ROWS = [
     *each(score.dequantise, levels=map(torch.tensor, ([256], [-1]))),
     # Likelihoods.
     *each(FLOW_DENSITY, rtol=[0.0], atol=[NAN], divergence=["skilling"], method=["rk4"]),
+    *types(FLOW_DENSITY, max_nfev=[2.5, 1e5, True]),
     *each(FLOW_DENSITY, max_nfev=[0], t=[-0.1, 1.0], z=[Z + NAN]),
     *each(LIKELIHOOD, t_min=[0.0, 1.0], start=["both"], samples=[0], divergence=["skilling"]),
     *each(partial(LIKELIHOOD, importance_weighted=True), divergence=["hutchinson"]),

@@ -19,6 +19,7 @@ from probes import PUBLISHED, name_of_case
 
 POSITIVE, REAL = "{} must be finite and positive", "{} must be a real number"
 Corrected, Langevin = solvers.PredictorCorrector, solvers.Langevin
+BUDGETED = [GottaGoFast, ProbabilityFlow, TorchDiffEq]
 WITHOUT = [SSCS(), Multistep(corrector=True), GottaGoFast()]
 # Solvers, options, values out of range or of another type, and the message; {} is the option.
 BAD_VALUES = [
@@ -34,7 +35,7 @@ BAD_VALUES = [
     (GottaGoFast, "rtol atol first_step", [0.0, math.nan], POSITIVE),
     (GottaGoFast, "atol", [[0.01, 0.0]], POSITIVE),
     (GottaGoFast, "safety exponent", [0.0, 1.1], "{} must lie in"),
-    (GottaGoFast, "max_nfev", [1], "{} must be finite and at least 2"),
+    (GottaGoFast, "max_nfev", [1], "{} must be at least 2; got 1"),
     (GottaGoFast, "noise_on_reject", ["Bridge"], "{} must be one of 'bridge', 'fresh'"),
     (Langevin, "snr", [0.0], POSITIVE),
     (Langevin, "steps", [0], "{} must be at least 1"),
@@ -55,6 +56,7 @@ BAD_TYPES = [
     (GottaGoFast, "rtol", ["1"], REAL),
     (GottaGoFast, "atol", ["0.01", ["a"]], "{} must be a"),
     (Langevin, "steps", [1.0], "{} must be an integer"),
+    *((x, "max_nfev", [2.5, 1e4, True], "{} must be an integer; got") for x in BUDGETED),
     (Splitting, "shared_score", [1], "{} must be True or False; got"),
     (Corrected, "corrector", [Langevin, SSCS()], "{} must be a Langevin"),
 ]
