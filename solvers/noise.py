@@ -10,12 +10,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from cldsde.linear.blocks import apply_blocks
 from cldsde.linear.checks import described
 from cldsde.linear.random import keyed_normals, standard_normal
 from cldsde.linear.sde import LinearSDE
+
+Seeds = Sequence[int] | Tensor | NDArray[Any]
+"""Integers in [0, 2³²), one per sample or run; see `checked_seeds`."""
 
 # Numbers that a sample's generator draws at once. The count is fixed, because a generator's numbers
 # depend on it.
@@ -151,8 +155,8 @@ class SampleNoise(NoiseSource):
     Parameters
     ----------
     seeds
-        One integer in [0, 2³²) per sample, at least one. Other seeds raise a ValueError, or a
-        TypeError if they are not integers.
+        One integer in [0, 2³²) per sample, at least one: a sequence, tensor or array. Other seeds
+        raise a ValueError, or a TypeError if they are not integers.
     key
         Integer ≥ 0 that the streams depend on, too: two keys have no stream in common. None: a
         stream depends on its seed alone.
@@ -167,7 +171,7 @@ class SampleNoise(NoiseSource):
     True
     """
 
-    def __init__(self, seeds: Sequence[int] | Tensor, *, key: int | None = None) -> None:
+    def __init__(self, seeds: Seeds, *, key: int | None = None) -> None:
         self.seeds = checked_seeds(seeds)
         # torch's generator on the CPU uses 32 bits, which cannot hold both key and seed.
         self._streams: list[Any] = [
@@ -250,9 +254,9 @@ def start_root(sde: LinearSDE, t: float | None, data_variance: float = 1.0) -> T
     return sde.marginal(t, initial).root
 
 
-def checked_seeds(seeds: Sequence[int] | Tensor) -> tuple[int, ...]:
+def checked_seeds(seeds: Seeds) -> tuple[int, ...]:
     """Check seeds of CPU generators, which use 32 bits, and return them as integers."""
-    listed = seeds.tolist() if isinstance(seeds, Tensor) else seeds
+    listed = seeds.tolist() if isinstance(seeds, Tensor | np.ndarray) else seeds
     if not isinstance(listed, Iterable):
         raise TypeError(f"seeds must be a sequence of integers; got {listed!r}")
     found = tuple(listed)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from cldsde.images.sample.export import export
 from cldsde.images.sample.observed import ObservedImage
 from cldsde.images.sample.sampler import ImageSampler, Samples, changed_recipe
 from cldsde.images.train import check_run, train
+from cldsde.solvers.noise import Seeds
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +79,7 @@ class Run(TrainedModel):
 
     def sample(
         self,
-        seeds: Sequence[int] = range(64),
+        seeds: Seeds = range(64),
         *,
         label: int | str | None = None,
         guidance: float = 1.0,
@@ -93,8 +93,8 @@ class Run(TrainedModel):
         Parameters
         ----------
         seeds
-            Integers in [0, 2³²). An image does not depend on the other seeds, up to
-            rounding, unless the solver shares step sizes in a batch.
+            Integers in [0, 2³²), a sequence, tensor or array. An image does not depend on the other
+            seeds, up to rounding, unless the solver shares step sizes in a batch.
         label
             Class of all images, by name or number; ``"all"`` cycles through the classes by seed.
         guidance

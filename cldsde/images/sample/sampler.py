@@ -30,6 +30,7 @@ from cldsde.score import ConditionalScore, GuidedScore, ReverseProcess, Score, S
 from cldsde.score.protocol import as_score
 from cldsde.solvers import Imputation, Plan, SampleNoise, SamplerSettings, find_solver, grids, plan
 from cldsde.solvers.authoring import Solver
+from cldsde.solvers.noise import Seeds, checked_seeds
 from cldsde.solvers.recommended import Recipe, fit_grid, recommended_plan, window
 
 _ELSEWHERE = {"ddim": "multistep-1", "dpm-solver++": "multistep-2", "dpmpp_2m": "multistep-2"}
@@ -313,10 +314,12 @@ class ImageSampler:
         )
         return given if self.guidance == 1 else GuidedScore(given, free, self.guidance)
 
-    def sample(self, seeds: Sequence[int], *, progress: bool = False, **how: Any) -> Samples:
+    def sample(self, seeds: Seeds, *, progress: bool = False, **how: Any) -> Samples:
         """Sample one image for each seed, in the order of the seeds; see `batches_of`."""
-        require(isinstance(seeds, Sized), "seeds", f"must be a sequence of integers; got {seeds!r}")
+        listed = isinstance(seeds, Sized) and getattr(seeds, "ndim", 1) == 1
+        require(listed, "seeds", f"must be a sequence of integers; got {seeds!r}")
         require(len(seeds) > 0, "seeds", "must be one or more; got none")
+        seeds = checked_seeds(seeds)
         drawn: dict[int, tuple[Tensor, Tensor]] = {}
         for some, found in batches_of(self, self.batches(seeds), shown=progress, **how):
             drawn |= dict(zip(some, zip(*found[:2], strict=True), strict=True))

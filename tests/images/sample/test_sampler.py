@@ -80,6 +80,17 @@ def test_an_image_depends_on_its_seed_alone():
     assert not torch.equal(together[0], together[1])
 
 
+@pytest.mark.parametrize("make", [torch.tensor, np.array])
+def test_seeds_may_be_a_tensor_or_an_array(make):
+    sampler = ImageSampler(PixelScore(CLD()), SPACE, FIXED)
+    images = sampler.sample([7, 2]).images
+    assert torch.equal(sampler.sample(make([7, 2])).images, images)
+    with pytest.raises(SettingError, match=r"seeds: must be a sequence of integers; got .*3"):
+        sampler.sample(make(3))
+    with pytest.raises(TypeError, match=r"seeds must be integers in \[0, 2³²\).*; got 7.0"):
+        sampler.sample(make([7.0, 2.0]))
+
+
 def test_a_solve_that_fails_raises_and_does_not_warn():
     with pytest.raises(FloatingPointError, match="sscs failed: the state is not finite"):
         ImageSampler(PixelScore(CLD(), torch.inf), SPACE, FIXED).sample(range(2))
