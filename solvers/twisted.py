@@ -75,11 +75,18 @@ class PosteriorSamples:
         return self.log_weights.softmax(0)
 
     def resample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
-        """Draw ``n`` samples of equal weight, ``(n, *D)``, by systematic resampling."""
+        """Draw ``n`` samples of equal weight, ``(n, *D)``, by systematic resampling.
+
+        Their order is random.
+        """
         check_generator(generator, several=False)
+        n = as_integer(n, 0, "n")
         uniform = _uniforms([generator] if generator is not None else None, 1)
         chosen = _systematic(self.weights.unsqueeze(0), uniform, n)[0]
-        return self.samples[chosen.to(self.samples.device)]
+        # Systematic resampling keeps the order, so the first samples would be of the first runs.
+        device = "cpu" if generator is None else generator.device
+        order = torch.randperm(n, generator=generator, device=device)
+        return self.samples[chosen[order.cpu()].to(self.samples.device)]
 
     def __repr__(self) -> str:
         return (

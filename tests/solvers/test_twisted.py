@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cldsde import CLD, PSLD, VPSDE, GaussianMixture, Observation, ReverseProcess, solvers
-from cldsde.solvers.twisted import _systematic
+from cldsde.solvers.twisted import PosteriorSamples, _systematic
 from probes import generator
 from references import wide_mixture
 from tolerances import order_of, rounding, standard_error, standard_error_of_variance
@@ -100,6 +100,21 @@ def test_resampled_particles_have_equal_weights():
     # most. Independent draws would have a standard error of 1 / sqrt(4000) = 0.016.
     error = (drawn.mean(0) - found.weights @ found.samples) / found.samples.std(0)
     assert error.abs().max() < standard_error(0.5, 400) * 400 / 4000
+
+
+def test_resampled_particles_have_a_random_order():
+    """Numbered particles of equal weight: each is drawn twice, in no order."""
+    numbers = torch.arange(1000.0).unsqueeze(1)
+    found = PosteriorSamples(numbers, torch.zeros(1000).double(), 0.0, 0.0, torch.zeros(1, 1), 1)
+    drawn, again = (found.resample(2000, generator=generator()).flatten() for _ in range(2))
+    assert torch.equal(drawn, again)
+    assert torch.equal(drawn.sort().values, numbers.flatten().repeat_interleave(2))
+    # The first half is drawn without replacement from all 2000, which divides the standard error
+    # of 1000 independent uniform draws by the root of 2.
+    deviation = 1000 / math.sqrt(12 * 2)
+    assert abs(float(drawn[:1000].mean()) - 499.5) < standard_error(deviation, 1000)
+    with pytest.raises(TypeError, match=r"n must be an integer; got 2\.5"):
+        found.resample(2.5)
 
 
 def test_systematic_resampling_has_no_bias():
