@@ -123,7 +123,8 @@ def sample_posterior(
     Parameters
     ----------
     process, observation
-        Forward SDE and score of the data alone, and the observation, one y for all particles.
+        Forward SDE and score of the data alone, and the observation: one y of shape ``(*E)`` for
+        all particles.
     times
         Decreasing grid from T to ε at most `Observation.end_time`.
     particles, threshold
@@ -148,7 +149,8 @@ def sample_posterior(
     ------
     TypeError, ValueError
         If an argument has the wrong type or is out of range, the observation is not linear, has no
-        noise or does not fit the data, or the grid ends too late; all before any score evaluation.
+        noise or several y, or does not fit the data, or the grid ends too late; all before any
+        score evaluation.
     FloatingPointError
         If no particle of a run has a finite weight.
 
@@ -212,6 +214,15 @@ def _data_shape(
         msg = "shape must be given: this observation does not know the shape of the data; got None"
         raise ValueError(msg)
     observation.check(data_shape, dtype=dtype, device=as_device(device))
+    with torch.no_grad():
+        zeros = torch.zeros(1, *data_shape, dtype=dtype, device=device)
+        seen = tuple(observation.forward(zeros).shape[1:])
+    if observation.y.shape != seen:
+        # Rows of y would go to the slots of particles, which resampling mixes.
+        raise ValueError(
+            f"observation must hold one y for all particles, of shape {seen}; "
+            f"got shape {tuple(observation.y.shape)}. Call sample_posterior once per observation"
+        )
     latest = observation.end_time(sde, data_shape)
     if end > latest * (1 + 1e-6):
         raise ValueError(

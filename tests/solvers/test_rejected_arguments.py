@@ -194,6 +194,10 @@ def posterior(seen=SEEN, end=LATEST, score=untouchable, **options):
     return solvers.sample_posterior(ReverseProcess(SDE, score), seen, times, **options)
 
 
+def rows(count):
+    return Observation(SEEN.forward, SEEN.y.expand(count, -1), SEEN.noise_std, SEEN.shape)
+
+
 def noisy(std):
     return Observation(SEEN.forward, SEEN.y, std)
 
@@ -220,6 +224,8 @@ CASES += [
     (lambda: posterior(threshold=1.5), V, "threshold must lie in"),
     (lambda: posterior(method="dps"), V, "method must be one of"),
     (lambda: posterior(seeds=[1], generator=torch.Generator()), V, "alternatives"),
+    # 32 rows are as many as particles of all runs.
+    *bad(V, "one y for all part", lambda n: posterior(rows(n), seeds=[1, 2]), 1, 2, 16, 32, 33),
     (lambda: posterior(shape=(4,)), V, "numbers; got data"),
     (lambda: posterior(dtype=torch.float8_e5m2), T, "dtype must be a floating-point type"),
     (lambda: posterior(score=lambda z, t: z[:, 1:] * NAN), ArithmeticError, "no particle of run"),
