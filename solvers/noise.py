@@ -254,16 +254,17 @@ def start_root(sde: LinearSDE, t: float | None, data_variance: float = 1.0) -> T
     return sde.marginal(t, initial).root
 
 
-def checked_seeds(seeds: Seeds) -> tuple[int, ...]:
+def checked_seeds(seeds: Seeds, name: str = "seeds") -> tuple[int, ...]:
     """Check seeds of CPU generators, which use 32 bits, and return them as integers."""
     listed = seeds.tolist() if isinstance(seeds, Tensor | np.ndarray) else seeds
     if not isinstance(listed, Iterable):
-        raise TypeError(f"seeds must be a sequence of integers; got {listed!r}")
+        raise TypeError(f"{name} must be a sequence of integers; got {listed!r}")
     found = tuple(listed)
     whole = [isinstance(s, Integral) and not isinstance(s, bool) for s in found]
     bad = [s for s, is_whole in zip(found, whole, strict=True) if not is_whole]
     bad = bad or [s for s in found if not 0 <= s < 2**32]
     if bad or not found:
-        msg = f"seeds must be integers in [0, 2³²), one per sample or run; got {(bad or [()])[0]!r}"
+        got = repr((bad or [()])[0])
+        msg = f"{name} must be integers in [0, 2³²), one per sample or run; got {got}"
         raise (ValueError if all(whole) else TypeError)(msg)
     return tuple(int(seed) for seed in found)

@@ -17,7 +17,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from numbers import Integral
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -35,6 +36,7 @@ from cldsde.linear.covariance import triangular_inverse
 from cldsde.linear.random import check_generator, standard_normal
 from cldsde.linear.sde import LinearSDE
 from cldsde.progress import progress_bar
+from cldsde.renamed import takes_old
 from cldsde.score import Observation, PosteriorScore, ReverseProcess
 from cldsde.score.observation import check_observation
 from cldsde.score.posterior_score import Guided
@@ -43,7 +45,7 @@ from cldsde.score.times import KnownTimes, PlannedTime, score_argument
 
 from .combine import Block, combine
 from .exponential_multistep import ExponentialMultistep
-from .noise import checked_seeds, start_root
+from .noise import Seeds, checked_seeds, start_root
 from .planning import Plan, plan
 
 _Twist = Literal["moments", "pigdm"]
@@ -95,6 +97,7 @@ class PosteriorSamples:
         )
 
 
+@takes_old(seeds="seed")
 def sample_posterior(
     process: ReverseProcess,
     observation: Observation,
@@ -102,7 +105,7 @@ def sample_posterior(
     *,
     particles: int = 16,
     threshold: float = 0.5,
-    seeds: Sequence[int] | Tensor | None = None,
+    seed: int | Seeds | None = None,
     generator: torch.Generator | None = None,
     shape: Sequence[int] | None = None,
     method: _Twist = "moments",
@@ -130,9 +133,9 @@ def sample_posterior(
     particles, threshold
         Number K of particles per run. A run resamples when its effective sample size falls below
         ``threshold`` · K, with a threshold in [0, 1].
-    seeds, generator
-        One integer in [0, 2³²) per run, or None and the random generator of a single run. A run
-        depends on its own seed alone.
+    seed, generator
+        Seed in [0, 2³²) of a single run, or a sequence, tensor or array of one seed per run; or
+        None and the random generator of a single run. A run depends on its own seed alone.
     shape
         Shape ``(*D)`` of one data point; None takes the observation's.
     method, gradient, data_variance
@@ -162,12 +165,12 @@ def sample_posterior(
     >>> seen = Observation.matrix([[1.0]], torch.tensor([0.1]), noise_std=0.1)
     >>> times = solvers.root_times(sde.T, seen.end_time(sde, (1,)), 25)
     >>> process = ReverseProcess(sde, data.score(sde))
-    >>> found = solvers.sample_posterior(process, seen, times, particles=500, seeds=range(4))
+    >>> found = solvers.sample_posterior(process, seen, times, particles=500, seed=range(4))
     >>> abs(found.log_evidence - data.log_evidence(seen)) < 4 * found.log_evidence_std
     True
     """
     _check_arguments(process, observation, method, times, particles, chunk, threshold, dtype)
-    generators, runs = _generators(seeds, generator)
+    generators, runs = _generators(seed, generator)
     sde, grid = process.sde, as_grid_times(times, "times")
     data_shape = _data_shape(observation, shape, sde, float(grid[-1]), dtype, device)
     guided = PosteriorScore(
@@ -362,16 +365,17 @@ class _Weights:
 
 
 def _generators(
-    seeds: Sequence[int] | Tensor | None, generator: torch.Generator | None
+    seed: int | Seeds | None, generator: torch.Generator | None
 ) -> tuple[list[torch.Generator] | None, int]:
     """Generators, one per run, and the number of runs."""
     check_generator(generator, several=False)
-    if seeds is None:
+    if seed is None:
         return None if generator is None else [generator], 1
     if generator is not None:
-        raise ValueError("generator and seeds are alternatives; got both")
-    checked = checked_seeds(seeds)
-    return [torch.Generator().manual_seed(seed) for seed in checked], len(checked)
+        raise ValueError("generator and seed are alternatives; got both")
+    several: Any = [seed] if isinstance(seed, Integral) else seed
+    checked = checked_seeds(several, "seed")
+    return [torch.Generator().manual_seed(each) for each in checked], len(checked)
 
 
 def _uniforms(generators: list[torch.Generator] | None, runs: int) -> Tensor:

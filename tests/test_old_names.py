@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import cldsde
-from cldsde import CLD, VPSDE, MixedScore, score, solvers
+from cldsde import CLD, VPSDE, MixedScore, Observation, ReverseProcess, score, solvers
 from cldsde.images.config import RunConfig, SamplingConfig
 
 OLD = {"log_snr": (-1.0, 2.0), "stochasticity": (0.5, 1.0)}
@@ -42,6 +42,20 @@ def test_an_old_name_warns_and_does_the_same(old, new):
         assert torch.equal(found, new())
     else:
         assert found == new()
+
+
+@pytest.mark.parametrize("seeds", [[3], torch.tensor([3, 4])])
+def test_sample_posterior_takes_its_seeds_by_the_old_name(seeds):
+    seen = Observation.matrix([[1.0]], torch.tensor([0.1]), noise_std=0.1)
+    process = ReverseProcess(CLD(), lambda z, t: -4 * z[:, 1:])
+    times = solvers.root_times(1.0, seen.end_time(CLD(), (1,)), 3)
+    new = solvers.sample_posterior(process, seen, times, seed=seeds)
+    with pytest.warns(DeprecationWarning, match="^seeds is called seed now") as caught:
+        old = solvers.sample_posterior(process, seen, times, seeds=seeds)
+    assert caught[0].filename == __file__
+    assert torch.equal(old.samples, new.samples)
+    with pytest.raises(TypeError, match="seed must be given once; got seeds, its old name, too"):
+        solvers.sample_posterior(process, seen, times, seed=3, seeds=seeds)
 
 
 def test_both_names_of_an_argument_are_rejected():

@@ -73,6 +73,6 @@ def test_posterior_samples_count_the_network():
     process = ReverseProcess(sde, limited(network, sde))
     times = solvers.logistic_times(sde, 0.9, 0.02, 6)
     found = solvers.sample_posterior(
-        process, SEEN, times, particles=4, seeds=[1, 2], method="pigdm", shape=(2,)
+        process, SEEN, times, particles=4, seed=[1, 2], method="pigdm", shape=(2,)
     )
     assert network.samples == 8 * found.nfev

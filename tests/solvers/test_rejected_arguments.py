@@ -223,9 +223,11 @@ CASES += [
     (lambda: sample(HOLD(), IDENTITY), V, "range of times .* is empty"),
     (lambda: posterior(threshold=1.5), V, "threshold must lie in"),
     (lambda: posterior(method="dps"), V, "method must be one of"),
-    (lambda: posterior(seeds=[1], generator=torch.Generator()), V, "alternatives"),
+    (lambda: posterior(seed=[1], generator=torch.Generator()), V, "alternatives"),
     # 32 rows are as many as particles of all runs.
-    *bad(V, "one y for all part", lambda n: posterior(rows(n), seeds=[1, 2]), 1, 2, 16, 32, 33),
+    *bad(V, "one y for all part", lambda n: posterior(rows(n), seed=[1, 2]), 1, 2, 16, 32, 33),
+    *bad(V, r"^seed must be integers in \[0, 2³²\)", lambda x: posterior(seed=x), -1, [], [2**32]),
+    *bad(T, "^seed must be ", lambda x: posterior(seed=x), 1.5, True, [True], "1"),
     (lambda: posterior(shape=(4,)), V, "numbers; got data"),
     (lambda: posterior(dtype=torch.float8_e5m2), T, "dtype must be a floating-point type"),
     (lambda: posterior(score=lambda z, t: z[:, 1:] * NAN), ArithmeticError, "no particle of run"),

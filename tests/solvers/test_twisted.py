@@ -46,7 +46,7 @@ def check_evidence(found, data, seen, bias=0.01):
 @pytest.mark.parametrize("sde", [VPSDE(), CLD(), PSLD()], ids=lambda sde: type(sde).__name__)
 def test_moments_and_evidence_of_gaussian_data_are_exact(sde):
     data, seen = gaussian()
-    found = sample(data, seen, sde, particles=500, seeds=range(8))
+    found = sample(data, seen, sde, particles=500, seed=range(8))
     posterior = data.condition(seen)
     x, w = found.samples, found.weights
     mean = w @ x
@@ -61,16 +61,16 @@ def test_moments_and_evidence_of_gaussian_data_are_exact(sde):
 
 
 def test_the_evidence_of_a_mixture_is_within_its_error():
-    found = sample(*wide_mixture(), particles=300, seeds=range(10))
+    found = sample(*wide_mixture(), particles=300, seed=range(10))
     # The error of 40 steps is 0.03, as runs of 2,000 particles show.
     check_evidence(found, *wide_mixture(), bias=0.03)
 
 
 def test_runs_do_not_depend_on_the_other_seeds_and_chunks():
     options = {"particles": 20, "steps": 10}
-    together = sample(*wide_mixture(), seeds=[3, 4, 5], **options)
+    together = sample(*wide_mixture(), seed=[3, 4, 5], **options)
     for chunk in (None, np.int64(7)):
-        alone = sample(*wide_mixture(), seeds=[4], chunk=chunk, **options)
+        alone = sample(*wide_mixture(), seed=[4], chunk=chunk, **options)
         close = {"rtol": BATCHES, "atol": BATCHES}
         torch.testing.assert_close(together.samples[20:40], alone.samples, **close)
         torch.testing.assert_close(together.log_weights[20:40], alone.log_weights, **close)
@@ -78,22 +78,30 @@ def test_runs_do_not_depend_on_the_other_seeds_and_chunks():
     assert float(mean) == pytest.approx(together.log_evidence, rel=rounding(64), abs=0)
 
 
+@pytest.mark.parametrize("seed", [4, np.int64(4), torch.tensor([4]), np.array([4]), range(4, 5)])
+def test_one_run_has_a_seed_or_a_sequence_of_one(seed):
+    expected, found = (
+        sample(*wide_mixture(), steps=3, particles=4, seed=x).samples for x in ([4], seed)
+    )
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("options", [{"method": "pigdm"}, {"gradient": False}, {"denoise": True}])
 def test_options_keep_the_evidence(options):
-    found = sample(*gaussian(), particles=300, seeds=range(8), **options)
+    found = sample(*gaussian(), particles=300, seed=range(8), **options)
     check_evidence(found, *gaussian())
 
 
 def test_denoised_samples_are_posterior_means_of_the_states():
     (data, seen), sde = gaussian(), VPSDE()
-    z, mean = (sample(data, seen, sde, seeds=[0], denoise=x).samples for x in (False, True))
+    z, mean = (sample(data, seen, sde, seed=[0], denoise=x).samples for x in (False, True))
     end = solvers.times_of_kappa(sde, -math.log(0.1 * seen.noise_std))
     exact = data.condition(seen).score(sde).data_prediction(z[:, None], end)
     assert (mean - exact).abs().max() <= rounding(64)  # a solve of three equations, and its score
 
 
 def test_resampled_particles_have_equal_weights():
-    found = sample(*wide_mixture(), particles=400, seeds=[0])
+    found = sample(*wide_mixture(), particles=400, seed=[0])
     drawn = found.resample(4000, generator=generator())
     assert drawn.shape == (4000, 8)
     # Systematic resampling rounds the share of each particle up or down, with a variance of 1/4 at

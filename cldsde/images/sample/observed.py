@@ -197,7 +197,7 @@ class Conditioning:
         count = self.particles
         how: Any = {"method": "pigdm", "denoise": denoise, "chunk": chunk, "particles": count}
         given = (plan.process, self.observation, plan.times)
-        found = sample_posterior(*given, seeds=seeds, device=self.known.device, **how)
+        found = sample_posterior(*given, seed=seeds, device=self.known.device, **how)
         weights = zip(found.log_weights.reshape(-1, count).softmax(1), seeds, strict=True)
         # The run draws its numbers from the seed itself, so the choice has another stream.
         numbers = [torch.multinomial(w, 1, generator=stream(x, "particle")) for w, x in weights]
