@@ -37,6 +37,11 @@ class GottaGoFast(Solver):
 
     After a rejection the published method draws new noise, so that samples in few dimensions are
     biased. ``noise_on_reject="bridge"`` draws the shorter step's noise from the Brownian bridge.
+
+    A step that would pass a requested time (``t_eval``) is shortened to end there. The state is the
+    final state of a solve that ends at this time and has the same requests before it. Later steps
+    have other lengths and other noise, so requests change the final state for the same seed.
+
     Each attempt, accepted or rejected, takes two score evaluations. Options out of range raise a
     ValueError, and options of another type a TypeError.
 

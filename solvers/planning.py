@@ -75,6 +75,8 @@ class Plan:
             solvers, any times between its ends. None: the last state only. States are saved before
             any correction that a later step applies. Solvers that merge half-steps (`SSCS`) draw
             extra noise at each requested time, so requesting states changes the random path.
+            `GottaGoFast` shortens a step that would pass a requested time, which changes the random
+            path from that step on.
         callback
             Called after each step as ``callback(step, t, z)`` with the number of steps so far, the
             time and the state. It must not change the state, and must clone the state to keep it.

@@ -7,7 +7,7 @@ import torch
 
 from cldsde import CLD, ReverseProcess
 from cldsde.solvers import FreshNoise, GottaGoFast, RecordedNoise, solve
-from probes import Recording, generator, start, tensor
+from probes import Recording, generator, noting, start, tensor
 from score import cases
 from tolerances import rounding
 
@@ -98,6 +98,33 @@ def test_a_run_is_the_published_algorithm(name, mode):
     times = torch.tensor(reference.times, dtype=torch.float64)
     assert (torch.cat(recorded.times) - times).abs().max() <= RERUN
     assert (found.state[0] - expected).abs().max() <= 10 * RERUN
+
+
+@pytest.mark.parametrize("mode", ["bridge", "fresh"])
+def test_a_requested_time_shortens_a_step_and_changes_the_path_from_it_on(mode):
+    sde, state = CLD(), start(CLD())
+    solver = GottaGoFast(rtol=0.1, atol=0.05, noise_on_reject=mode)
+    process = ReverseProcess(sde, cases.mixture().score(sde))
+
+    def solved(end, *wanted):
+        times, noise = tensor([1.0, end]), FreshNoise(generator())
+        calls, t_eval = [], tensor([1.0, *wanted, end])
+        found = solve(
+            process, solver, state, times, noise=noise, t_eval=t_eval, callback=noting(calls)
+        )
+        assert found.success
+        return found.y, calls
+
+    found, calls = solved(0.1, 0.7123, 0.4)
+    assert torch.equal(found[1], solved(0.7123)[0][-1])
+    assert torch.equal(found[2], solved(0.4, 0.7123)[0][-1])
+    plain, others = solved(0.1)
+    assert torch.equal(plain[0], found[0])
+    assert (found[3] != plain[1]).all()
+    # Attempts are the same until one would pass the time; those before t = 0.8 are shorter.
+    early = [i for i, (_, t, _) in enumerate(others) if (t > 0.8).all()]
+    assert len(early) > 5
+    assert all(torch.equal(calls[i][2], others[i][2]) for i in early)
 
 
 def test_a_trial_step_out_of_the_domain_is_repeated_with_a_fifth_of_its_length():
