@@ -29,7 +29,7 @@ from .noise import FreshNoise, NoiseSource, RecordedNoise, SampleNoise
 from .planning import Plan, plan, solve
 from .predictor_corrector import Ancestral, Langevin, PredictorCorrector, ReverseDiffusion
 from .probability_flow import ProbabilityFlow
-from .recommended import RECOMMENDED
+from .recommended import RECOMMENDED, recommend
 from .sampling import sample
 from .settings import SamplerSettings
 from .solution import Solution, SolveWarning
@@ -79,6 +79,7 @@ __all__ = [
     "named_solvers",
     "plan",
     "quadratic_times",
+    "recommend",
     "root_times",
     "sample",
     "sample_posterior",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -16,12 +15,12 @@ from torch import Tensor
 from cldsde.linear.checks import as_integer, check_callable
 from cldsde.linear.kappa import kappa_range
 from cldsde.progress import progress_bar
+from cldsde.renamed import warn_of_old
 from cldsde.score import ReverseProcess
 from cldsde.score.reverse import check_reverse_process
 
-from .exponential_multistep import ExponentialMultistep
-from .recommended import recommended_plan
-from .sampling import checked_shape, sample
+from .recommended import checked_data_shape, recommend
+from .sampling import sample
 from .settings import SamplerSettings
 
 Distance = Callable[[Tensor], float]
@@ -38,8 +37,9 @@ _LONGEST = math.log(6.0)  # step in κ
 def fit_sampler(
     process: ReverseProcess,
     shape: Sequence[int],
-    nfe: int,
     *,
+    nfe: int,
+    samples: int,
     distance: Distance,
     budget: int | None = None,
     seed: int = 0,
@@ -51,16 +51,18 @@ def fit_sampler(
     The search is CMA-ES (Hansen 2016, arXiv 1604.00772), which needs the library ``cma``. It starts
     from the levels of `sample`, and uses the same random numbers for all settings. Then eight new
     sets of samples decide between the best settings, the mean of the search distribution and the
-    settings of `sample`. Ctrl-C ends the search with a UserWarning and keeps the best settings.
+    settings of `sample`.
 
     Parameters
     ----------
     process
         The reverse process with the network's score.
     shape
-        ``(B, *D)``: samples of a try, and the shape of one sample. Some hundreds of images suffice.
+        ``(*D)`` of one sample.
     nfe
         Network evaluations per sample, as in `sample`; at least 2.
+    samples
+        B, the number of samples of a try. Some hundreds of images suffice.
     distance
         Function of samples ``(B, *D)``, smaller if they are better, such as a Fréchet distance to
         data in features of a network that knows such data.
@@ -82,19 +84,15 @@ def fit_sampler(
     TypeError, ValueError
         If an argument is not allowed, or no `ExponentialMultistep` applies to the process.
     """
-    search = Search(process, shape, nfe, distance, seed, network)
+    search = Search(process, shape, nfe, samples, distance, seed, network)
     if budget is not None:
-        each = search.nfe * search.shape[0]
+        each = search.nfe * search.samples
         search.most = as_integer(budget, 1, "budget") // each
         least = fewest_tries(len(search.best.kappa))
         if search.most < least:
             msg = f"budget must be at least {least * each}, for {least} tries of "
             raise ValueError(f"{msg}{each} network evaluations; got {budget}")
-    try:
-        search.run(progress=progress)
-    except KeyboardInterrupt:
-        msg = f"Ctrl-C ended the search after {search.tries} tries; the best settings are kept"
-        warnings.warn(msg, UserWarning, stacklevel=2)
+    search.run(progress=progress)
     return search.best
 
 
@@ -111,28 +109,9 @@ def _generation(levels: int) -> int:
 def default_settings(
     process: ReverseProcess, shape: Sequence[int], nfe: int, network: str = ""
 ) -> SamplerSettings:
-    """The settings that `sample` uses for a process: noise levels, noise and order.
-
-    The score of ``process`` may know noise levels, which narrow the range. ``shape`` is ``(*D,)``
-    of one sample, ``nfe`` the number of evaluations, and ``network`` a name to keep. Raises a
-    ValueError if `sample` does not use `ExponentialMultistep`, or ``nfe`` allows no step.
-    """
-    recipe, plan = recommended_plan(process, nfe=nfe, shape=shape)
-    solver = plan.solver
-    if not isinstance(solver, ExponentialMultistep) or recipe.denoise is not True:
-        raise ValueError(
-            f"process must be one that ExponentialMultistep applies to; {process.sde!r} is sampled "
-            f"by {type(solver).__name__}"
-        )
-    return SamplerSettings(
-        kappa=tuple(process.sde.kappa(plan.times).tolist()),
-        stochasticity=tuple(solver.stochasticities(process.sde, plan.times[:-1]).tolist()),
-        process=repr(process.sde),
-        order=solver.order,
-        corrector=solver.corrector,
-        variable=solver.variable,
-        network=network,
-    )
+    """Old name of `recommend`."""
+    warn_of_old("default_settings", "recommend")
+    return recommend(process, nfe, shape=shape, network=network)
 
 
 @dataclass
@@ -145,6 +124,7 @@ class Search:
     process: ReverseProcess
     shape: Sequence[int]
     nfe: int
+    samples: int
     distance: Distance
     seed: int = 0
     network: str = ""
@@ -155,10 +135,11 @@ class Search:
     def __post_init__(self) -> None:
         check_reverse_process(self.process)
         check_callable(self.distance, "distance", "a function of samples")
-        self.shape = checked_shape(self.shape)
+        self.shape = checked_data_shape(self.shape)
+        self.samples = as_integer(self.samples, 1, "samples")
         self.nfe, self.seed = as_integer(self.nfe, 2, "nfe"), as_integer(self.seed, 0, "seed")
         self._cma = import_cma()
-        self.best = default_settings(self.process, self.shape[1:], self.nfe, self.network)
+        self.best = recommend(self.process, self.nfe, shape=self.shape, network=self.network)
         self._first, self._smallest = self.best, math.inf
         self._generation = _generation(len(self.best.kappa))
 
@@ -193,8 +174,9 @@ class Search:
         sde, score, found = self.process.sde, self.process.score, math.inf
         if settings is not None:
             with suppress(FloatingPointError):
-                samples = sample(sde, score, self.shape, seed=seed, settings=settings)
-                found = float(self.distance(samples))
+                shape = (self.samples, *self.shape)
+                made = sample(sde, score, shape, seed=seed, settings=settings)
+                found = float(self.distance(made))
         self.tries += 1
         bar.update()
         return found if math.isfinite(found) else math.inf

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cldsde.linear.checks import as_grid_times, check_callable, check_state
 from cldsde.linear.random import check_generator
+from cldsde.messages import counted
 from cldsde.score import Conversion, ReverseProcess, ScoreFunction
 from cldsde.score.reverse import KnownScore, check_reverse_process
 from cldsde.score.times import KnownTimes
@@ -20,9 +21,11 @@ from .base import Callback, Run, Solver, check_same_kind, check_solver
 from .combine import Block, combine
 from .noise import CheckedNoise, FreshNoise, NoiseSource
 from .path_density import PathDensity
+from .settings import SamplerSettings
 from .solution import Solution, finished, finite_samples, warn_of_failure
 
 Denoise = bool | Literal["step"]
+_DIGITS = 10  # of numbers of a described plan
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +38,8 @@ class Plan:
     process: ReverseProcess
     solver: Solver
     times: Tensor  #: The grid, ``(n + 1,)`` float64 on the CPU.
+    denoise: Denoise  #: How ``solve`` computes the data unless it is told.
+    settings: SamplerSettings | None  #: The settings that the plan was made from, if any.
     tables: Any = field(repr=False)  #: Result of ``solver.prepare``.
     _score_times: KnownTimes | None = field(repr=False)
     _denoisers: dict[Denoise, tuple[Block, Block, KnownTimes]] = field(
@@ -47,7 +52,7 @@ class Plan:
         *,
         generator: torch.Generator | None = None,
         noise: NoiseSource | None = None,
-        denoise: Denoise = False,
+        denoise: Denoise | None = None,
         t_eval: Tensor | None = None,
         callback: Callback | None = None,
         differentiable: bool = False,
@@ -66,7 +71,8 @@ class Plan:
         noise
             A noise source in place of ``generator``.
         denoise
-            How ``data`` is computed. False: the data component of the last state. True: the data
+            How ``data`` is computed. None: as the plan says, which for a plan of a solver and times
+            is False. False: the data component of the last state. True: the data
             prediction E[x_0 | z] at the last time. ``"step"``: one Euler step of the reverse SDE to
             time 0 without noise, as in published code. It removes no noise from data that no noise
             drives. Both cost one evaluation.
@@ -108,7 +114,7 @@ class Plan:
             check_callable(callback, "callback", "callable")
         density = self._density if log_prob else None
         source = _noise_source(generator, noise)
-        final = self._denoiser(denoise)
+        final = self._denoiser(self.denoise if denoise is None else denoise)
         intermediate = callback is not None or bool((requested != self.times[-1]).any())
         used = self._on_grid if intermediate else self
         run = used._run(state, source, requested, callback, progress, density)
@@ -120,9 +126,25 @@ class Plan:
             warn_of_failure(solution.message)
         return solution
 
-    def check_denoise(self, denoise: Denoise) -> None:
-        """Raise ValueError if ``denoise`` is not possible at the last time."""
-        self._denoiser(denoise)
+    def described(self) -> dict[str, Any]:
+        """Everything that decides a sample beside network, process and seed, in JSON types.
+
+        These are the settings, or the solver, the times and how it ends. Numbers are rounded to ten
+        digits, so that machines agree on them.
+        """
+        if self.settings is not None:
+            fields = self.settings.as_dict().items()
+            return _rounded({k: x for k, x in fields if k not in {"process_name", "network"}})
+        how = {"times": self.times.tolist(), "denoise": self.denoise}
+        return {"solver": repr(self.solver), **_rounded(how)}
+
+    def __str__(self) -> str:
+        """The table of the settings, or the solver and its times in one line."""
+        if self.settings is not None:
+            return str(self.settings)
+        first, last = self.times[[0, -1]].tolist()
+        steps = "" if self.solver.facts.adaptive else f" in {counted(len(self.times) - 1, 'step')}"
+        return f"{self.solver!r} from t = {first:.4g} to {last:.4g}{steps}"
 
     @property
     def nfev(self) -> int | None:
@@ -150,7 +172,9 @@ class Plan:
     def _on_grid(self) -> Plan:
         """The plan without merged steps, which has a state at each grid time."""
         solver = self.solver.on_grid()
-        return self if solver == self.solver else plan(self.process, solver, self.times)
+        if solver == self.solver:
+            return self
+        return plan(self.process, solver, self.times, denoise=self.denoise)
 
     @cached_property
     def _density(self) -> PathDensity:
@@ -224,13 +248,39 @@ class Plan:
         return final
 
 
-def plan(process: ReverseProcess, solver: Solver, times: Tensor) -> Plan:
+def _rounded(x: Any) -> Any:
+    """JSON types with their real numbers rounded."""
+    if isinstance(x, float):
+        return float(f"{x:.{_DIGITS}g}")
+    if isinstance(x, dict):
+        return {name: _rounded(value) for name, value in x.items()}
+    return [_rounded(value) for value in x] if isinstance(x, list | tuple) else x
+
+
+def plan(
+    process: ReverseProcess,
+    solver: Solver | SamplerSettings,
+    times: Tensor | None = None,
+    *,
+    denoise: Denoise | None = None,
+) -> Plan:
     """Precompute everything that depends on process, solver and grid alone, for many solves.
 
-    Call `Plan.solve` of the result for each batch. See `solve` for arguments and errors.
+    Call `Plan.solve` of the result for each batch. `SamplerSettings` in place of the solver have
+    times and end, too. ``denoise`` is the default of `Plan.solve`. See `solve` for the other
+    arguments and errors.
     """
     check_reverse_process(process)
+    settings: SamplerSettings | None = None
+    if isinstance(solver, SamplerSettings):
+        if times is not None or denoise is not None:
+            raise ValueError("times and denoise must be left out with settings, which have both")
+        settings = solver
+        solver, times, denoise = settings.solver, settings.times(process.sde), settings.denoise
     check_solver(solver)
+    if times is None:
+        raise TypeError("times must be a decreasing grid for a solver; got None")
+    denoise = False if denoise is None else denoise
     # Leave inference mode, so that the plan's tensors can be used outside of it, too.
     with torch.inference_mode(False), torch.no_grad():
         grid = as_grid_times(times, "times").clone()
@@ -244,8 +294,9 @@ def plan(process: ReverseProcess, solver: Solver, times: Tensor) -> Plan:
         tables = solver.prepare(process, grid)
         score_times = solver.evaluation_times(process, grid)
         known = None if score_times is None else KnownTimes(score_times)
-        made = Plan(process, solver, grid, tables, known)
+        made = Plan(process, solver, grid, denoise, settings, tables, known)
         made._check_times()
+        made._denoiser(denoise)
     return made
 
 

@@ -1,33 +1,37 @@
-"""The solver, grid, start and end that measurements recommend for a process and its budget."""
+"""The settings that measurements recommend for a process and its number of evaluations."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cldsde.linear.checks import as_grid_times, two_increasing
+from cldsde.linear.checks import as_grid_times, as_integer, two_increasing
 from cldsde.linear.kappa import times_of_kappa, vp_time
 from cldsde.linear.sde import LinearSDE
 from cldsde.messages import counted
-from cldsde.score import ReverseProcess
+from cldsde.score import ReverseProcess, Score
 
 from .base import Solver
 from .exponential_multistep import ExponentialMultistep
 from .grids import root_times, times_of_vp_powers, vp_times
-from .planning import Plan, plan
+from .planning import Denoise, Plan, plan
+from .settings import SamplerSettings
 from .sscs import SSCS
 from .stochastic_heun import StochasticHeun
 
 # κ = ½ log SNR at the start and end of sampling, for data with a standard deviation of about 1. At
 # the start the noise hides the data. At the end the data prediction removes the remaining noise.
 _KAPPA = (-3.3, 3.3)
+_VISIBLE = 2.0  # samples follow the prior from κ above −2, and lose structure up to κ below 2
+_SAME = 1e-4  # in κ, of levels that are rounded to float32
 # A direction of the data with variance v is lost if sampling starts at σ² ≪ v. The strongest
 # direction of D numbers is their mean, with v = D·Var(mean), so that σ² follows D. It also follows
 # the number of evaluations: more of them resolve a longer way, and the error of the start,
@@ -36,11 +40,10 @@ _FIRST_VARIANCE = 1 / 40
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """A solver with its way to denoise at the end, and the cases that it is for."""
+class Choice:
+    """A solver, its grid and ends, and the cases for which measurements recommend them."""
 
-    solver: Solver
-    denoise: Literal[True, False, "step"]  #: See `solve`.
+    solver: ExponentialMultistep
     most_steps: float = math.inf  #: Largest number of steps.
     most_components: float = math.inf  #: Largest number of components of the process.
     grid: Callable[..., Tensor] = root_times  #: Function grid(sde, start, end, n).
@@ -71,70 +74,214 @@ _in_vp_time = partial(ExponentialMultistep, variable="vp_time")
 # At equal κ, all processes of one component have the samples of VP, so they share its grids. The
 # early ends of few steps have smaller Fréchet distances on networks of digits and Fashion-MNIST.
 RECOMMENDED = (
-    Recipe(_in_vp_time(order=3, stochasticity=0.5), True, 4, 1, fitted_times, (-3.3, 1.7)),
-    Recipe(_in_vp_time(order=3, stochasticity=0.5), True, _FEW, 1, fitted_times, (-3.3, 2.6)),
-    Recipe(_in_vp_time(order=2, stochasticity=1.0, corrector=True), True, math.inf, 1, vp_times),
-    Recipe(_in_vp_time(order=3, stochasticity=1.0), True, 5, math.inf, fitted_times, (-3.0, 1.7)),
-    Recipe(ExponentialMultistep(order=3, stochasticity=1.0), True, _FEW, ends=(-3.3, 3.0)),
-    Recipe(ExponentialMultistep(order=2, stochasticity=1.0, corrector=True), True),
-    Recipe(SSCS(), denoise="step"),
-    Recipe(StochasticHeun(), denoise="step"),
+    Choice(_in_vp_time(order=3, stochasticity=0.5), 4, 1, fitted_times, (-3.3, 1.7)),
+    Choice(_in_vp_time(order=3, stochasticity=0.5), _FEW, 1, fitted_times, (-3.3, 2.6)),
+    Choice(_in_vp_time(order=2, stochasticity=1.0, corrector=True), math.inf, 1, vp_times),
+    Choice(_in_vp_time(order=3, stochasticity=1.0), 5, math.inf, fitted_times, (-3.0, 1.7)),
+    Choice(ExponentialMultistep(order=3, stochasticity=1.0), _FEW, ends=(-3.3, 3.0)),
+    Choice(ExponentialMultistep(order=2, stochasticity=1.0, corrector=True)),
 )
-"""Solvers in order of preference; the first for the process and number of steps is used.
+"""Choices in order of preference; the first for the process and number of steps is used.
 
 The page "Which solver, grid and end?" has them in a table."""
 
+_FALLBACKS = (SSCS(), StochasticHeun())  # for processes whose score does not determine the data
 
-def recipes_of(sde: LinearSDE, steps: float) -> list[Recipe]:
-    """The recommended recipes for the components of a process and a number of steps."""
+
+def recommend(
+    process: ReverseProcess | LinearSDE,
+    nfe: int,
+    *,
+    shape: Sequence[int] | None = None,
+    levels: tuple[float, float] | None = None,
+    guidance: bool = False,
+    start: float | None = None,
+    end: float | None = None,
+    network: str = "",
+) -> SamplerSettings:
+    """Settings that measurements recommend for a process and a number of evaluations.
+
+    `sample` uses them. The choice is for networks, and for data with a standard deviation of about
+    1; `sample` describes it.
+
+    Parameters
+    ----------
+    process
+        The process, or a `ReverseProcess`, whose score knows its noise levels and guidance.
+    nfe
+        Largest number of network evaluations per sample.
+    shape
+        ``(*D)`` of one sample, or of its latent variables. Large data start with more noise. None:
+        small data.
+    levels
+        Smallest and largest noise level σ that the network knows, for data x_0 + σ n.
+    guidance
+        Whether each step takes two evaluations.
+    start, end
+        Times at which sampling starts and ends, in place of the recommended ones.
+    network
+        Name that the settings keep.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not allowed, ``nfe`` allows no step, or the data cannot be computed from
+        the score of the process, so that no `ExponentialMultistep` applies.
+
+    Examples
+    --------
+    >>> from cldsde import CLD, solvers
+    >>> print(solvers.recommend(CLD(), 3, shape=(3, 64, 64)))
+    """
+    if isinstance(process, ReverseProcess):
+        if levels is not None or guidance:
+            name = "guidance" if levels is None else "levels"
+            raise ValueError(f"{name} must be left out for a ReverseProcess, whose score knows it")
+    else:
+        process = ReverseProcess(process, AnnouncedScore(levels, 2 if guidance else 1))
+    nfe = as_integer(nfe, 1, "nfe")
+    found, _ = recommended_plan(process, nfe, checked_data_shape(shape), start, end)
+    if found.settings is None:
+        raise ValueError(
+            f"process must be one that ExponentialMultistep applies to; {process.sde!r} is sampled "
+            f"by {found.solver!r}"
+        )
+    return replace(found.settings, network=network)
+
+
+class AnnouncedScore(Score):
+    """A score that says what it can do, and is not evaluated."""
+
+    predicts_data = True
+
+    def __init__(self, levels: tuple[float, float] | None = None, each: int = 1) -> None:
+        super().__init__()
+        if levels is not None:
+            self.noise_levels = two_increasing(levels, "levels")
+        self._each = each
+
+    def forward(self, z: Tensor, t: Any, **options: Any) -> NoReturn:
+        """Raise NotImplementedError."""
+        raise NotImplementedError
+
+    def evaluations(self, t: Tensor) -> Tensor:
+        """Number of network evaluations per call at each time."""
+        return torch.full(t.shape, self._each, device="cpu")
+
+
+def checked_data_shape(shape: Sequence[int] | None) -> tuple[int, ...]:
+    """Check the shape ``(*D)`` of one sample; None: one number."""
+    if shape is None:
+        return (1,)
+    if not isinstance(shape, Sequence) or not shape:
+        msg = f"shape must be (*D), positive integers and at least one data axis; got {shape!r}"
+        raise ValueError(msg)
+    return tuple(as_integer(size, 1, "shape") for size in shape)
+
+
+def choices_of(sde: LinearSDE, steps: float) -> list[Choice]:
+    """The recommended choices for the components of a process and a number of steps."""
     return [x for x in RECOMMENDED if sde.components <= x.most_components and steps <= x.most_steps]
+
+
+def solvers_of_levels(sde: LinearSDE, kappa: Tensor) -> list[ExponentialMultistep]:
+    """The recommended solvers on levels ``(n + 1,)`` that are given; the first that applies counts.
+
+    A part of a sampling has few steps, but may have long ones, for which order 3 is unstable.
+    """
+    whole = bool(kappa[0] <= -_VISIBLE) and bool(kappa[-1] == math.inf)
+    n = len(kappa) - 2 if whole else math.inf  # steps before the data prediction
+    # Off its fitted levels, which their end tells, the choice for several components is worse from
+    # 5 steps on.
+    return [
+        choice.solver
+        for choice in choices_of(sde, n)
+        if sde.components == 1
+        or n <= 4
+        or choice.grid is root_times
+        or abs(float(kappa[-2]) - choice.ends[1]) < _SAME
+    ]
 
 
 def recommended_plan(
     process: ReverseProcess,
-    *,
     nfe: int = 20,
-    solver: Solver | None = None,
-    times: Tensor | None = None,
     shape: Sequence[int] = (1,),
     start: float | None = None,
     end: float | None = None,
-) -> tuple[Recipe, Plan]:
-    """Recipe and plan that `sample` uses for a process; see `sample` and `window`.
+    *,
+    spent: int = 0,
+) -> tuple[Plan, float]:
+    """The plan that `sample` uses for a process, and κ at which it should end.
 
-    Raises a ValueError if no recipe applies, or ``nfe`` allows no step.
+    ``spent`` of the evaluations are used before the grid. Raises a ValueError if no solver applies,
+    or ``nfe`` allows no step.
     """
-    recipes = recipes_of(process.sde, 1)
-    if solver is not None:
-        recipes = [Recipe(solver, denoise=True), Recipe(solver, denoise="step")]
-    if times is not None:
-        grid = as_grid_times(times, "times")
-        if grid[0] < grid[-1]:
-            raise ValueError("times must decrease, from the noise to the data")
-        if grid[-1] == 0:  # no noise is left at t = 0
-            recipes = [replace(recipe, denoise=False) for recipe in recipes]
-    elif solver is None:
-        # Leave out recipes for fewer steps than any grid has, before their grids are made.
-        points = torch.arange(1, 65, dtype=torch.float64, device="cpu") / 64
-        most = int(process.score.evaluations(process.sde.regular_until * points).max())
-        recipes = recipes_of(process.sde, (nfe - most) // most)
+    # Leave out choices for fewer steps than any grid has, before their grids are made.
+    points = torch.arange(1, 65, dtype=torch.float64, device="cpu") / 64
+    most = int(process.score.evaluations(process.sde.regular_until * points).max())
+    choices: list[Choice | Solver] = [*choices_of(process.sde, (nfe - most) // most), *_FALLBACKS]
     reasons = []
-    for recipe in recipes:
+    for choice in choices:
+        solver, grid, levels = (
+            (choice.solver, choice.grid, choice.ends)
+            if isinstance(choice, Choice)
+            else (choice, root_times, _KAPPA)
+        )
         try:
-            if times is None:
-                ends = window(process, start, end, shape=shape, nfe=nfe, levels=recipe.ends)
-                grid = fit_grid(process, recipe.solver, *ends, nfe, grid=recipe.grid, denoise=True)
-            else:
-                grid = times
-            if len(grid) - 1 > recipe.most_steps:
-                continue
-            made = plan(process, recipe.solver, grid)
-            made.check_denoise(recipe.denoise)
+            ends = window(process, start, end, shape=shape, nfe=nfe, levels=levels)
+            times = fit_grid(process, solver, *ends, nfe - spent, grid=grid, denoise=True)
+            if isinstance(choice, Choice):
+                if len(times) - 1 + spent > choice.most_steps:
+                    continue
+                settings = SamplerSettings.of(process.sde, choice.solver, times)
+                return plan(process, settings), levels[1]
+            return plan(process, solver, times, denoise="step"), levels[1]
         except ValueError as error:
             reasons.append(str(error))
-            continue
-        return recipe, made
     raise ValueError(reasons[0])
+
+
+def resolved(
+    process: ReverseProcess,
+    solver: Solver,
+    times: Tensor | None = None,
+    *,
+    nfe: int = 20,
+    shape: Sequence[int] = (1,),
+    denoise: Denoise | None = None,
+) -> Plan:
+    """The plan of a given solver, by default on `root_times` over the range of `window`.
+
+    The data prediction ends it, or for processes without one a step; ``denoise`` replaces that.
+    """
+    if times is None:
+        ends = window(process, shape=shape, nfe=nfe)
+        times = fit_grid(process, solver, *ends, nfe, denoise=denoise is not False)
+    if as_grid_times(times, "times")[-1] == 0:  # no noise is left at t = 0
+        denoise = False
+    try:
+        return plan(process, solver, times, denoise=True if denoise is None else denoise)
+    except ValueError:
+        if denoise is not None:
+            raise
+        with suppress(ValueError):
+            return plan(process, solver, times, denoise="step")
+        raise
+
+
+def plan_on_times(process: ReverseProcess, times: Tensor) -> Plan:
+    """The plan of the first recommended solver that applies to a grid."""
+    steps, reasons = len(as_grid_times(times, "times")) - 1, []
+    for choice in choices_of(process.sde, steps):
+        try:
+            return resolved(process, choice.solver, times, denoise=True)
+        except ValueError as error:
+            reasons.append(error)
+    for solver in _FALLBACKS:
+        with suppress(ValueError):
+            return resolved(process, solver, times, denoise="step")
+    raise reasons[0]
 
 
 def fit_grid(

@@ -9,15 +9,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from cldsde.linear.checks import as_device, as_integer, check_dtype
+from cldsde.linear.checks import as_device, as_grid_times, as_integer, check_dtype
 from cldsde.linear.sde import LinearSDE
 from cldsde.progress import progress_bar
 from cldsde.score import ReverseProcess, Score, ScoreFunction
 
 from .base import Solver, check_solver
+from .named import find_solver
 from .noise import SampleNoise
-from .planning import Denoise, Plan
-from .recommended import Recipe, hiding_variance, recommended_plan
+from .planning import Plan, plan
+from .recommended import hiding_variance, plan_on_times, recommended_plan, resolved
 from .settings import SamplerSettings
 
 # A start below this part of the level, for at most so many evaluations, is worth a warning.
@@ -36,7 +37,8 @@ def sample(
     *,
     nfe: int = 20,
     seed: int = 0,
-    solver: Solver | None = None,
+    noise: SampleNoise | None = None,
+    solver: Solver | str | None = None,
     times: Tensor | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
@@ -50,7 +52,8 @@ def sample(
     with σ_data = 0.5, take the denoiser ``2 * net(u / 2, sigma / 2)`` and halve the samples. See
     "Which solver, grid and end?" for exact scores and large images.
 
-    The solver is the first of `RECOMMENDED` that applies to the process and number of steps.
+    `recommend` chooses the settings: the first of `RECOMMENDED` that applies to the process and
+    number of steps. If the score does not determine the data, the solver is `SSCS`.
     Sampling starts at the noise level σ with σ² = D·nfe/40 for D numbers per sample, at least at
     σ = 27 (κ = −3.3; κ = −log σ = ½ log SNR), and ends at κ = 3.3 with the data prediction. At most
     8 steps end earlier: a process of one component at κ = 2.6 (1.7 with at most 4 steps), others at
@@ -74,9 +77,12 @@ def sample(
         Seed of all random numbers, ≥ 0. Each sample has a random stream of its own. Samples do not
         depend on B and ``batch``, unless by rounding, a `ScoreDenoiser` that fills states up, or a
         solver whose step sizes a batch shares.
+    noise
+        A random stream per sample, in place of ``seed``: ``SampleNoise(seeds)`` for B seeds.
     solver, times, settings
-        Solver in place of the recommended one, and decreasing grid ``(n + 1,)`` in place of
-        ``nfe``; or settings, which have both. A data prediction follows a grid that ends above 0.
+        Solver, or its name (`named_solvers`), in place of the recommended one, and decreasing grid
+        ``(n + 1,)`` in place of ``nfe``; or settings, which have both. A data prediction follows a
+        grid that ends above 0.
     device, dtype
         Device (None: of the score's parameters, or the CPU) and floating-point dtype of samples.
     batch, progress
@@ -109,39 +115,57 @@ def sample(
     shape = checked_shape(shape)
     nfe, seed = as_integer(nfe, 1, "nfe"), as_integer(seed, 0, "seed")
     check_dtype(dtype)
-    recipe, sampler = _planned(process, shape[1:], nfe, solver, times, settings)
-    return _in_batches(sampler, recipe.denoise, shape, seed, device, dtype, batch, progress)
+    if noise is not None:
+        if not isinstance(noise, SampleNoise):
+            raise TypeError(f"noise must be a SampleNoise; got {type(noise).__name__}")
+        if seed:
+            raise ValueError("seed and noise are alternatives; got both")
+        if len(noise.seeds) != shape[0] or batch is not None:
+            msg = f"noise must have one seed for each of {shape[0]} samples, and batch be None; got"
+            raise ValueError(f"{msg} {len(noise.seeds)} seeds and batch={batch}")
+        batch = shape[0]
+    made = _planned(process, shape[1:], nfe, solver, times, settings)
+    return _in_batches(
+        made, shape, seed if noise is None else noise, device, dtype, batch, progress
+    )
 
 
 def _planned(
     process: ReverseProcess,
     shape: Sequence[int],
     nfe: int,
-    solver: Solver | None,
+    solver: Solver | str | None,
     times: Tensor | None,
     settings: SamplerSettings | None,
-) -> tuple[Recipe, Plan]:
-    """Recipe and plan for samples of a shape; warn of ends or a score that bias them."""
+) -> Plan:
+    """The plan for samples of a shape; warn of ends or a score that bias them."""
     if solver is not None:
-        check_solver(solver)
+        solver = find_solver(solver) if isinstance(solver, str) else check_solver(solver)
     if settings is not None:
         if not isinstance(settings, SamplerSettings):
             raise TypeError(f"settings must be a SamplerSettings; got {type(settings).__name__}")
         if not (solver is None and times is None):
             raise ValueError("solver and times must be None with settings, which have both")
-        solver, times = settings.solver, settings.times(process.sde)
+    if times is not None and (grid := as_grid_times(times, "times"))[0] < grid[-1]:
+        raise ValueError("times must decrease, from the noise to the data")
     _warn_of_training(process.score)
-    recipe, sampler = recommended_plan(process, nfe=nfe, solver=solver, times=times, shape=shape)
-    if times is None:
-        _check_ends(process.sde, sampler.times, shape, nfe, recipe.ends[1])
-    return recipe, sampler
+    if settings is not None:
+        return plan(process, settings)
+    if times is not None:
+        return plan_on_times(process, times) if solver is None else resolved(process, solver, times)
+    last = math.inf
+    if solver is not None:
+        made = resolved(process, solver, nfe=nfe, shape=shape)
+    else:
+        made, last = recommended_plan(process, nfe, shape)
+    _check_ends(process.sde, made.times, shape, nfe, last)
+    return made
 
 
 def _in_batches(
     sampler: Plan,
-    denoise: Denoise,
     shape: Sequence[int],
-    seed: int,
+    seed: int | SampleNoise,
     device: torch.device | str | None,
     dtype: torch.dtype,
     batch: int | None,
@@ -157,10 +181,12 @@ def _in_batches(
     found = []
     with progress_bar(None, shown=progress, total=count, desc="sampling") as bar, torch.no_grad():
         for first in range(0, count, size):
-            noise = SampleNoise(range(first, min(first + size, count)), key=seed)
+            noise = seed
+            if not isinstance(noise, SampleNoise):
+                noise = SampleNoise(range(first, min(first + size, count)), key=noise)
             start = noise.start(sde, data_shape, dtype=dtype, device=device, t=first_time)
             batched = sampler.part(slice(first, first + size), shape)
-            solution = batched.solve(start, noise=noise, denoise=denoise, warn=False)
+            solution = batched.solve(start, noise=noise, warn=False)
             found.append(solution.raise_for_failure().data)
             bar.update(len(noise.seeds))
     return torch.cat(found)

@@ -73,7 +73,9 @@ def prepare(options: Namespace) -> Callable[[], None]:
         evaluation.check(shape=model.space.shape)
         recipes = list(recipes_of(options, model))
         for recipe in recipes:
-            make_plan(model.score, recipe)
+            plan = make_plan(model.score, recipe, shape=model.data_shape)
+            if state.is_main_process:
+                print(plan, file=sys.stderr)
     check_writable(out.parent)
     if evaluation.fills_folder:
         try:

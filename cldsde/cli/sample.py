@@ -99,6 +99,8 @@ def prepare(options: Namespace) -> Callable[[], None]:
     how |= {"guidance": 1.0 if options.guidance is None else options.guidance}
     sampler = ImageSampler.of(model, sampling, options.batch, precision=options.precision, **how)
     work, t_min = _work(options, SampleRequest(sampler, seeds, model.digest)), model.t_min
+    if state.is_main_process:
+        print(sampler.plan, file=sys.stderr)
     if state.is_main_process and t_min is not None and sampler.t_end < t_min:
         note = f"note: t_end = {sampler.t_end:g} is below training.t_min = {t_min:g}: the network "
         print(f"{note}was not trained at such times", file=sys.stderr)

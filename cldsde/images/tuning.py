@@ -26,8 +26,8 @@ from cldsde.images.evaluate.distances import (
 from cldsde.images.model import ImageModel
 from cldsde.progress import progress_bar
 from cldsde.score import ConditionalScore, ReverseProcess, Score
-from cldsde.solvers import SamplerSettings, sample
-from cldsde.solvers.fitting import Distance, Search, default_settings, fewest_tries, import_cma
+from cldsde.solvers import SamplerSettings, recommend, sample
+from cldsde.solvers.fitting import Distance, Search, fewest_tries, import_cma
 
 SETS = 20  #: Sets of new images for the report.
 _SEARCHED = 2  # networks in whose features the search minimises distances; the report has one more
@@ -81,7 +81,7 @@ class Tuning:
         """Raise an error if nothing can be fitted, before any work is done."""
         require(nfe >= 2, "nfe", f"must be at least 2; got {nfe}")
         require(self.images >= 2, "images", f"must be at least 2; got {self.images}")
-        levels = default_settings(self.process, self.shape[1:], nfe).kappa
+        levels = recommend(self.process, nfe, shape=self.shape[1:]).kappa
         least = fewest_tries(len(levels))
         msg = f"must be at least {least} for {nfe} evaluations; got {tries}"
         require(tries >= least, "tries", msg)
@@ -99,7 +99,9 @@ class Tuning:
             return _geometric_mean([of(images) for of in searched])
 
         name = self.model.digest[:16]
-        return Search(self.process, self.shape, nfe, distance, self.seed, name, most=tries)
+        return Search(
+            self.process, self.shape[1:], nfe, self.images, distance, self.seed, name, most=tries
+        )
 
     def report(self, settings: SamplerSettings, nfe: int) -> Mapping[str, Measured]:
         """The mean that the search minimises, and distances by features, for new seeds."""

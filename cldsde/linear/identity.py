@@ -79,6 +79,13 @@ def _projected(features: Tensor) -> Fingerprint:
     return (float(features.shape[1]), *(round(x, _DIGITS) for x in sums.tolist()))
 
 
-def as_fingerprint(numbers: Sequence[float]) -> Fingerprint | None:
-    """Numbers as a fingerprint; None if they are no fingerprint."""
-    return tuple(map(float, numbers)) if len(numbers) == _NUMBERS + 1 else None
+def as_fingerprint(process: LinearSDE | Sequence[float]) -> Fingerprint:
+    """Fingerprint of a process, or checked numbers of one; raise TypeError for anything else."""
+    if isinstance(process, LinearSDE):
+        return fingerprint(process)
+    numbers = isinstance(process, Sequence) and all(isinstance(x, int | float) for x in process)
+    if not numbers or len(process) != _NUMBERS + 1:
+        raise TypeError(
+            f"process must be a LinearSDE or the numbers that identify it; got {process!r}"
+        )
+    return tuple(map(float, process))

@@ -38,10 +38,7 @@ def settings_of(given: object) -> SamplerSettings:
     if not isinstance(given, Mapping):
         kind = type(given).__name__
         raise TypeError(f"settings must be a SamplerSettings, or a file of them; got {kind}")
-    names = [field.name for field in dataclasses.fields(SamplerSettings)]
-    if set(given) != set(names):
-        raise ValueError(f"settings must have the fields {', '.join(names)}; got {list(given)}")
-    return SamplerSettings(**given)
+    return SamplerSettings.of_fields(given)
 
 
 def described_process(sde: LinearSDE) -> dict[str, Any] | None:

@@ -20,11 +20,13 @@ from cldsde.pretrained.descriptions import process_of, solver_of
 from cldsde.pretrained.stepping import PathSteps, check_steppable, recommended_steps, streams_of
 from cldsde.progress import progress_bar
 from cldsde.score import NoisePath
+from cldsde.solvers import SamplerSettings
 from cldsde.solvers.base import Solver
 from cldsde.solvers.noise import CheckedNoise, FreshNoise, NoiseSource, SampleNoise
 
 # Levels are often rounded to float32.
 _ROUNDING = 1e-6
+_SAME = 1e-4  # in κ
 
 
 @torch.no_grad()
@@ -39,6 +41,7 @@ def sample_k_diffusion(
     process: LinearSDE | str | None = None,
     solver: Solver | str | None = None,
     path: NoisePath | None = None,
+    settings: SamplerSettings | None = None,
     noise: NoiseSource | torch.Generator | int | None = None,
     noise_sampler: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
@@ -74,6 +77,9 @@ def sample_k_diffusion(
     path
         Signal α and noise σ of x = α(t) x_0 + σ(t) n, if ``sigmas`` are times t of this path. None:
         ``NoisePath.linear()`` for flow models of ComfyUI (``CONST``), x = x_0 + σ n for others.
+    settings
+        Settings in place of ``solver``, such as those of `cldsde.solvers.recommend`. ``sigmas``
+        must then be ``settings.sigmas``, or a part of them from one level to the last.
     noise
         A noise source, a generator, or a seed, from which each sample has a random stream of its
         own. None: random streams that depend on each sample's x alone.
@@ -96,7 +102,7 @@ def sample_k_diffusion(
     source = _noise_source(noise, noise_sampler, x, sde)
     if len(levels) < 2:
         return x
-    steps = _steps(sde, grid_solver, levels, path)
+    steps = _steps(sde, grid_solver, levels, path, settings)
     given = torch.as_tensor(sigmas)
     shown = sys.stderr.isatty() if disable is None else not disable
     for i in progress_bar(range(len(levels) - 1), shown=shown, desc="sampling"):
@@ -195,12 +201,29 @@ def _checked_levels(sigmas: Tensor | Sequence[float]) -> Tensor:
 
 
 def _steps(
-    sde: LinearSDE, solver: Solver | None, levels: Tensor, path: NoisePath | None
+    sde: LinearSDE,
+    solver: Solver | None,
+    levels: Tensor,
+    path: NoisePath | None,
+    settings: SamplerSettings | None,
 ) -> PathSteps:
     """Steps of the process between the levels, which it must reach."""
     signal, noise = _scales(levels, path)
     kappa = signal.log() - noise.log()
     _check_reached(sde, kappa)
+    if settings is not None:
+        settings.times(sde)  # raises if they are for another process
+        if solver is not None:
+            raise ValueError("solver must be None with settings, which have it")
+        wanted = -settings.sigmas.log()[-len(kappa) :]
+        same = len(wanted) == len(kappa) and torch.allclose(kappa, wanted, rtol=0, atol=_SAME)
+        if not same:
+            raise ValueError(
+                f"sigmas must be settings.sigmas, or a last part of them, "
+                f"{settings.sigmas.tolist()}; got {levels.tolist()}"
+            )
+        # Levels that were rounded to float32 would start or end beyond the process.
+        return PathSteps(sde, settings.solver, wanted, signal, noise)
     return recommended_steps(sde, solver, kappa, signal, noise)
 
 

@@ -15,7 +15,7 @@ from cldsde.linear.kappa import kappa_range, times_of_kappa
 from cldsde.linear.sde import LinearSDE
 from cldsde.pretrained.conventions import LEAST_KAPPA, Convention
 from cldsde.solvers import SamplerSettings, root_times
-from cldsde.solvers.recommended import hiding_variance, recipes_of
+from cldsde.solvers.recommended import choices_of, hiding_variance
 
 _ROOT = -5.0, 3.3  # κ at which `root_times` starts and ends
 _LATENTS = 4, 128, 128  # a scheduler does not know the shape, and starts as for this one
@@ -99,9 +99,9 @@ def levels_of_grid(
     levels = _ROOT
     grid: Callable[..., Tensor] = root_times
     if recommended:
-        recipe = recipes_of(sde, n - 1)[0]
-        levels = -0.5 * math.log(hiding_variance(_LATENTS, n)), recipe.ends[1]
-        grid = recipe.grid
+        choice = choices_of(sde, n - 1)[0]
+        levels = -0.5 * math.log(hiding_variance(_LATENTS, n)), choice.ends[1]
+        grid = choice.grid
     start, end = window(sde, convention, ends, levels)
     level = sde.kappa(as_float64([start]))
     leads = noisiest < float(level) - _ROUNDING and convention.scales(level)[1].item() ** 2 < _WHOLE
@@ -121,9 +121,10 @@ def levels_of_settings(
     """
     n, (noisiest, last) = _number_of_steps(n, given), convention.ends
     levels = [noisiest] * (noisiest == -math.inf) + list(settings.kappa)
-    if n != len(levels):
-        msg = f"num_inference_steps must be {len(levels)}, the number of levels in the settings"
-        raise ValueError(f"{msg}{' and 1' * (len(levels) > settings.nfe)}; got {n}")
+    steps = len(levels) - (not settings.denoise)
+    if n != steps:
+        msg = f"num_inference_steps must be {steps}, the number of levels in the settings"
+        raise ValueError(f"{msg}{' and 1' * (steps > settings.nfe)}; got {n}")
     if levels[0] > _HIDDEN:
         raise ValueError(
             f"kappa of the settings must start at {_HIDDEN:g} or less, because latents start as "
@@ -134,7 +135,7 @@ def levels_of_settings(
             f"kappa of the settings must be levels that the network knows, from {noisiest:.4g} "
             f"to {last:.4g}; got {settings.kappa}"
         )
-    found = as_float64([*levels, math.inf])
+    found = as_float64([*levels, *[math.inf] * settings.denoise])
     return found, convention.times(found[:-1]).float()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -161,7 +160,7 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             described_process(self.sde),
             None if self.solver is None else described_solver(self.solver),
             *(start, end, grid),
-            None if self.settings is None else asdict(self.settings),
+            None if self.settings is None else self.settings.as_dict(),
         )
         self.register_to_config(**kept, **dict(zip(_OWN, own, strict=True)))
 
@@ -226,7 +225,7 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         model_output: Tensor,
         timestep: Tensor | float,
         sample: Tensor,
-        generator: Generators | None = None,
+        generator: Generators | NoiseSource | None = None,
         return_dict: bool = True,
         **others: Any,
     ) -> DDPMSchedulerOutput | tuple[Tensor, Tensor]:
@@ -241,8 +240,8 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             Time and latents ``(B, *D)`` that the network received. The time finds the first step.
             The others follow in order.
         generator
-            Source of the noise, or one source per sample. None: random streams that depend on each
-            sample's first latents alone.
+            Source of the noise: a generator, one per sample, or a `NoiseSource`. None: random
+            streams that depend on each sample's first latents alone.
         return_dict
             Whether to return an object in place of a tuple.
         others
@@ -270,8 +269,10 @@ class PipelineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         assert self.steps is not None
         keeps_noise = not others.get("use_clipped_model_output")
         data, x = self._predict(i, model_output, sample, keeps_noise=keeps_noise)
-        if generator is not None:
-            noise: NoiseSource = GeneratorNoise(generator)
+        if isinstance(generator, NoiseSource):
+            noise = generator
+        elif generator is not None:
+            noise = GeneratorNoise(generator)
         else:
             noise = self._streams = self._streams or streams_of(sample)
         found, data = self.steps.step(i, x, data, noise).to(sample.dtype), data.to(sample.dtype)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import math
 from contextlib import suppress
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,18 +22,15 @@ from cldsde.linear.covariance import triangular_inverse
 from cldsde.linear.kappa import kappa_range, times_of_kappa
 from cldsde.linear.random import Generators, standard_normal
 from cldsde.linear.sde import LinearSDE
-from cldsde.score import Conversion, ReverseProcess, Score
-from cldsde.solvers import ExponentialEuler, root_times
+from cldsde.score import Conversion, ReverseProcess
+from cldsde.solvers import ExponentialEuler
 from cldsde.solvers.base import GridSolver, Memory, Solver, check_solver
 from cldsde.solvers.combine import Block, add_to, as_blocks, combine
 from cldsde.solvers.noise import NoiseSource, SampleNoise
-from cldsde.solvers.recommended import recipes_of
+from cldsde.solvers.recommended import AnnouncedScore, solvers_of_levels
 
 # A level this close in κ to an end of the process counts as that end.
 _ROUNDING = 1e-6
-_SAME = 1e-4  # in κ, of levels that are rounded to float32
-# A sampling that starts at a larger κ = log(α/σ) is a part of one.
-_NOISE = -2.0
 # Keeps the streams apart from others of the same seeds.
 _KEY = 0x70697065
 
@@ -77,7 +74,7 @@ class PathSteps:
                 f"process must have noise levels down to σ = {float((-levels[-1]).exp()):.4g}; "
                 f"{sde!r} has none below σ = {float((-sde.kappa(self.times[-1])).exp()):.4g}"
             )
-        self._process = ReverseProcess(sde, _Announced())
+        self._process = ReverseProcess(sde, AnnouncedScore())
         self._tables: dict[int, Any] = {}
         self._blocks = _Blocks.at(sde, self.times, noise[reached])
         self._prepared(0)
@@ -164,16 +161,9 @@ def recommended_steps(
     levels = kappa, signal, noise
     if solver is not None:
         return PathSteps(sde, solver, *levels)
-    # A part of a sampling has few steps, but may have long ones, for which order 3 is unstable.
-    whole = bool(kappa[0] <= _NOISE) and bool(kappa[-1] == math.inf)
-    n = len(kappa) - 2 if whole else math.inf  # steps before the data prediction
-    for recipe in recipes_of(sde, n):
-        # Off its fitted levels, which their end tells, the recipe of several components is worse
-        # from 5 steps on.
-        fits = sde.components == 1 or n <= 4 or abs(float(kappa[-2]) - recipe.ends[1]) < _SAME
-        if fits or recipe.grid is root_times:
-            with suppress(ValueError):  # try the next one, as `recommended_plan` does
-                return PathSteps(sde, recipe.solver, *levels)
+    for found in solvers_of_levels(sde, kappa):
+        with suppress(ValueError):  # try the next one, as `recommended_plan` does
+            return PathSteps(sde, found, *levels)
     return PathSteps(sde, ExponentialEuler(), *levels)
 
 
@@ -216,15 +206,6 @@ class _Given(NamedTuple):
 
     def data_prediction(self, z: Tensor, number: int, /) -> Tensor:
         return self.data
-
-
-class _Announced(Score):
-    """Score for `Solver.prepare`, which asks what it can do; `_Given` is evaluated in its place."""
-
-    predicts_data = True
-
-    def forward(self, z: Tensor, t: Any, **options: Any) -> NoReturn:
-        raise NotImplementedError
 
 
 def check_steppable(solver: object) -> GridSolver:

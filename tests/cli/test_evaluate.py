@@ -1,5 +1,6 @@
 """The command ``cldsde evaluate``."""
 
+import dataclasses
 import errno
 import json
 import shutil
@@ -10,9 +11,11 @@ from unittest import mock
 import numpy as np
 import pytest
 
+from cldsde import VPSDE
 from cldsde.images.evaluate import classifier
 from cldsde.images.evaluate.classifier import ImageClassifier
 from cldsde.images.evaluate.results import read_results
+from cldsde.solvers import recommend, recommended
 from command import command, rejected
 from tolerances import EPS32
 
@@ -48,10 +51,33 @@ def test_the_choice_of_the_recommended_solver_is_shown(run, capsys):
     options = ["--process", "VPSDE", "--samples", 6, "--nfe", 4, "--part", "held_out"]
     assert evaluate(run, *options) == 0
     [one] = results(run / "evaluation-VPSDE.jsonl")
-    assert (one.times["grid"], one.recipe["grid"]) == ("fitted", None)
+    levels = recommend(VPSDE(), 4, shape=(1, 8, 8)).kappa
+    assert one.sampler["kappa"] == pytest.approx(levels, rel=1e-9)
     shown = capsys.readouterr().out
-    assert f"| recommended | 4 | fitted, {one.times['t_end']:.4g} | 6 | " in shown
-    assert "\nrecommended, 4 evaluations: ExponentialMultistep from t = " in shown
+    assert f"| recommended | 4 | κ {', '.join(f'{x:.2f}' for x in levels)} | 6 | " in shown
+    assert "\nrecommended, 4 evaluations: order 3, λ = 0.5.\n" in shown
+
+
+def test_a_change_of_the_recommended_table_is_measured_and_not_the_old_number_shown(
+    run, capsys, monkeypatch
+):
+    options = ["--process", "VPSDE", "--samples", 6, "--nfe", 4, "--part", "held_out"]
+    assert evaluate(run, *options) == 0
+    first, *others = recommended.RECOMMENDED
+    changed = dataclasses.replace(first, ends=(first.ends[0], first.ends[1] + 0.1))
+    monkeypatch.setattr(recommended, "RECOMMENDED", (changed, *others))
+    before = capsys.readouterr().out
+    assert evaluate(run, *options) == 0
+    old, new = results(run / "evaluation-VPSDE.jsonl")
+    assert new.sampler["kappa"][-1] == pytest.approx(old.sampler["kappa"][-1] + 0.1, rel=1e-9)
+    assert new.numbers != old.numbers
+    shown = capsys.readouterr().out
+    rows = [[x for x in text.splitlines() if x.startswith("| recomm")] for text in (before, shown)]
+    assert [len(x) for x in rows] == [1, 1]
+    assert f"{new.numbers['fd']:.3f}" in rows[1][0]
+    # Nothing has changed since: the number is kept.
+    assert evaluate(run, *options) == 0
+    assert len(results(run / "evaluation-VPSDE.jsonl")) == 2
 
 
 @pytest.mark.slow

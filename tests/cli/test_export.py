@@ -63,7 +63,7 @@ def test_diffusers_makes_the_same_images_of_an_exported_run(run, tmp_path):
     sampler = ImageSampler.of(
         found, dataclasses.replace(found.sampling, solver="multistep-2", nfe=6)
     )
-    ours = sampler._planned[0].solve(start[0], noise=SampleNoise([0, 1, 2]), denoise=True).data
+    ours = sampler.plan.solve(start[0], noise=SampleNoise([0, 1, 2]), denoise=True).data
     ours = (ours / 2 + 0.5).clamp(0, 1).movedim(1, -1)
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=ROUNDING)
 

@@ -43,7 +43,7 @@ def test_settings_are_kept_in_the_run_and_measured_with_new_seeds(run, capsys):
     assert command("tune", run, *SHORT) == 0
     found = SamplerSettings.load(run / "sampler-3.json")
     assert found.nfe == 3
-    assert found.process.startswith("VPSDE")
+    assert found.process_name.startswith("VPSDE")
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"3 evaluations, Fréchet distances of {tuning.SETS} sets of 16 new images:"
     assert lines[1].startswith("  in geometric mean of the next two: default ")

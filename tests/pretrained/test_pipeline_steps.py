@@ -126,9 +126,11 @@ def test_n_steps_are_n_evaluations(process, scheduler, n):
 @pytest.mark.parametrize("n", [2, 5, 7, 10])
 def test_levels_and_solver_are_those_of_sample(sde, n):
     found, reverse = made(DDIM(), sde), ReverseProcess(sde, DenoiserScore(network, sde))
-    _, expected = recommended_plan(reverse, nfe=n, shape=(4, 128, 128))
+    expected, _ = recommended_plan(reverse, nfe=n, shape=(4, 128, 128))
     found.set_timesteps(n)
-    assert found.steps.solver == expected.solver
+    one, two = found.steps.solver, expected.solver
+    assert (one.order, one.corrector, one.variable) == (two.order, two.corrector, two.variable)
+    assert {one.stochasticity} == set(expected.settings.stochasticity)
     differences = found._levels[:-1] - sde.kappa(expected.times)
     assert float(differences.abs().max()) <= rounding(2**10)
 

@@ -241,8 +241,9 @@ SAMPLED, made_of = ReverseProcess(VPSDE(), untouchable), partial(settings, SDE)
 UNORDERED = [LEVELS[:1], (*LEVELS[:4], 0.5), (*LEVELS[:4], NAN)]
 
 
-def fit(process=SAMPLED, shape=(4, 3), nfe=2, distance=len, budget=10**4):
-    return solvers.fit_sampler(process, shape, nfe, distance=distance, budget=budget)
+def fit(process=SAMPLED, **changes):
+    how = {"shape": (3,), "nfe": 2, "samples": 4, "distance": len, "budget": 10**4} | changes
+    return solvers.fit_sampler(process, **how)
 
 
 CASES += [
@@ -263,6 +264,15 @@ CASES += [
     *bad(V, "kappa must be increasing", lambda x: solvers.LevelNoise(x, x), (0.0, 0.0), ()),
     (lambda: solvers.LevelNoise((0.0, 1.0), (1.0,)), V, "must be one finite λ ≥ 0 for each of 2 κ"),
     (lambda: fit(ReverseProcess(UNDERDAMPED, untouchable), nfe=20), V, "is sampled by SSCS"),
+    (lambda: fit(samples=0), V, "samples must be"),
+    *bad(V, r"shape must be \(\*D\)", lambda x: solvers.recommend(SDE, 5, shape=x), (), 3),
+    (lambda: solvers.recommend(SDE, 1), V, "1 evaluation is too few for a step"),
+    (lambda: solvers.recommend(UNDERDAMPED, 20), V, "is sampled by SSCS"),
+    (lambda: solvers.recommend(SAMPLED, 5, guidance=True), V, "guidance must be left out for a"),
+    (lambda: solvers.recommend(SAMPLED, 5, levels=(0.1, 9)), V, "levels must be left out for a"),
+    (lambda: solvers.recommend(SDE, 5, levels=(9, 0.1)), V, "levels must be two increasing"),
+    (lambda: solvers.recommend(SDE, 5, shape=(2.5,)), T, "shape must be"),
+    (lambda: sample(solver="unipc2"), V, "solver must be module:ClassName or one of"),
     (lambda: fit(budget=40), V, "budget must be at least 408, for 51 tries of 8 network"),
 ]
 

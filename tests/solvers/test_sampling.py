@@ -10,7 +10,7 @@ import cldsde
 from cldsde import CLD, HOLD, VPSDE, DenoiserScore, LinearSDE, solvers
 from cldsde.linear.kappa import vp_time
 from cldsde.score import ConditionalScore, ReverseProcess
-from cldsde.solvers.recommended import recommended_plan, window
+from cldsde.solvers.recommended import plan_on_times, recommended_plan, resolved, window
 from probes import Recording, generator, hidden_times, tensor
 from score.cases import TWO as DATA
 from score.cases import UNDERDAMPED, normal_denoiser
@@ -91,12 +91,13 @@ def test_a_sample_depends_on_its_seed_and_number_alone():
 
 def test_a_process_whose_score_does_not_determine_the_data_is_sampled_by_sscs():
     process, regular = (ReverseProcess(sde, DATA.score(sde)) for sde in (UNDERDAMPED, CLD()))
-    recipe, plan = recommended_plan(process, nfe=20)
-    assert (plan.solver, recipe.denoise) == (solvers.SSCS(), "step")
-    assert recommended_plan(regular, solver=solvers.SSCS())[0].denoise is True
+    plan, _ = recommended_plan(process, nfe=20)
+    assert (plan.solver, plan.denoise) == (solvers.SSCS(), "step")
+    assert resolved(regular, solvers.SSCS()).denoise is True
     # At this end the driven score says nothing about the data.
     times = tensor([1.0, hidden_times(UNDERDAMPED)[0]])
-    assert recommended_plan(process, solver=solvers.SSCS(), times=times)[0].denoise == "step"
+    assert resolved(process, solvers.SSCS(), times).denoise == "step"
+    assert plan_on_times(process, times).denoise == "step"
     # The bias at 400 steps of order 1 is 0.06 standard deviations, a third of the tolerance.
     check_moments(cldsde.sample(UNDERDAMPED, process.score, (500, 2), nfe=400))
 
@@ -112,11 +113,9 @@ def test_a_process_whose_score_does_not_determine_the_data_is_sampled_by_sscs():
 )
 def test_order_and_noise_depend_on_evaluations_and_components(name, nfe, order, noise, variable):
     sde = PROCESSES[name]()
-    recipe, plan = recommended_plan(ReverseProcess(sde, DATA.score(sde)), nfe=nfe)
-    assert plan.solver == solvers.ExponentialMultistep(
-        order=order, stochasticity=noise, corrector=order == 2, variable=variable
-    )
-    assert recipe.denoise is True
+    found = solvers.recommend(ReverseProcess(sde, DATA.score(sde)), nfe)
+    assert (found.order, found.corrector, found.variable) == (order, order == 2, variable)
+    assert (set(found.stochasticity), found.denoise) == ({noise}, True)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +134,7 @@ def test_few_evaluations_widen_normal_data_as_documented(name, nfe, spread):
 )
 def test_few_evaluations_take_the_fitted_levels(name, nfe):
     sde = PROCESSES[name]()
-    times = recommended_plan(ReverseProcess(sde, DATA.score(sde)), nfe=nfe)[1].times
+    times = recommended_plan(ReverseProcess(sde, DATA.score(sde)), nfe=nfe)[0].times
     levels = sde.kappa(times[:: (nfe - 1) // 4])  # nine evaluations have them at every second time
     # Roots of VP's time, as shares of the way from start to end
     expected, found = (
@@ -245,7 +244,7 @@ def brightness_ratio(sde, D, brightness, count):
     process = ReverseProcess(
         sde, DenoiserScore(lambda u, s: u * (strong / (strong + s.square().unsqueeze(1))), sde)
     )
-    recipe, plan = recommended_plan(process, shape=(1, D))
+    plan, _ = recommended_plan(process, shape=(1, D))
     noise = solvers.FreshNoise(generator())
     like = torch.empty(count, sde.components, 1, dtype=torch.float64)
     initial = sde.initial_covariance.clone()
@@ -253,7 +252,7 @@ def brightness_ratio(sde, D, brightness, count):
     initial[0, 0] += 1 - 0.52**2 + 0.52**2 * D
     root = sde.marginal(float(plan.times[0]), initial).root
     start = torch.einsum("ij,bjd->bid", root, noise.normal(like, sde.components))
-    x = plan.solve(start, noise=noise, denoise=recipe.denoise).data
+    x = plan.solve(start, noise=noise).data
     return float(x.std()) / strong**0.5
 
 

@@ -25,7 +25,7 @@ from cldsde.images.evaluate.results import Result, check_comparable
 from cldsde.images.model import TrainedModel, load_model
 from cldsde.images.networks import parameter_count
 from cldsde.images.runs import METRICS, RunFolder, check_folder
-from cldsde.images.sample.sampler import ImageSampler, chosen_for, make_solver
+from cldsde.images.sample.sampler import ImageSampler, make_plan
 from cldsde.images.train.loop import train
 from cldsde.progress import progress_bar
 
@@ -112,8 +112,8 @@ class Comparison:
     def _draw(self, row: RowConfig, model: TrainedModel) -> str:
         """Keep a picture of a row's first images, one line per budget; return its name."""
         recipes = row.recipes()
-        solvers = [make_solver(x) or chosen_for(model.score, x)[0] for x in recipes]
-        parts = f"{model.digest} {recipes} {solvers}"
+        plans = [make_plan(model.score, x, shape=model.data_shape) for x in recipes]
+        parts = f"{model.digest} {recipes} {[made.described() for made in plans]}"
         digest = hashlib.sha256(parts.encode()).hexdigest()[:8]
         words = "".join(x if x.isalnum() else " " for x in row.label.lower())
         name = f"samples/{row.model}-{'-'.join(words.split())}-{digest}.png"
@@ -183,7 +183,7 @@ def _cell(found: list[Result]) -> dict[str, Any]:
     """Costs and numbers of complete repeats of a recipe, and the reason of the first failure."""
     repeats = [list(repeat) for _, repeat in groupby(found, lambda result: result.seeds)]
     done = [repeat for repeat in repeats if all(result.failed is None for result in repeat)]
-    cell: dict[str, Any] = {"repeats": len(done)}
+    cell: dict[str, Any] = {"repeats": len(done), "sampler": found[0].sampler}
     if done:
         cell["nfe"] = statistics.mean(repeat[0].nfe or 0 for repeat in done)
         cell["seconds"] = round(sum(repeat[0].seconds or 0 for repeat in done), 3)

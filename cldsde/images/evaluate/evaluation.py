@@ -25,7 +25,7 @@ from cldsde.images.evaluate import classifier, distances, inception, likelihoods
 from cldsde.images.evaluate.results import Result
 from cldsde.images.model import ImageModel, TrainedModel
 from cldsde.images.sample.outputs import of_each, place, shared
-from cldsde.images.sample.sampler import ImageSampler, chosen_for
+from cldsde.images.sample.sampler import ImageSampler, make_plan
 from cldsde.images.schema import Count, check_name, plain, section
 from cldsde.progress import progress_bar
 from cldsde.score.flow_density import UnsolvedFlowError
@@ -142,8 +142,8 @@ class Evaluation(Measurements):
 
     def of_recipe(self, model: ImageModel, recipe: SamplingConfig, file: Path) -> list[Result]:
         """Measure images of a recipe; see `of_run`."""
-        solver, times = chosen_for(model.score, recipe, model.data_shape)
-        own = {"recipe": plain(recipe), "solver": repr(solver), "times": times}
+        made = make_plan(model.score, recipe, shape=model.data_shape)
+        own = {"recipe": plain(recipe), "sampler": made.described(), "solver": repr(made.solver)}
         # One for all repetitions, made if something is missing.
         sampler = cache(lambda: ImageSampler.of(model, recipe, batch=self.batch))
         found: list[Result] = []
@@ -208,7 +208,7 @@ class Evaluation(Measurements):
                     measure(names)
             return []
         found = results.read_results(file, model)
-        own |= {"model": model}
+        own = {"model": model, "sampler": {}, **own}
         wanted = [Result(metric=name, against=self._against(name), **own) for name in metrics]
         new = [one for one in wanted if one.key not in found]
         missing = [dataclasses.replace(one, **self._conditions(one.metric)) for one in new]

@@ -26,6 +26,7 @@ from cldsde.messages import one_line
 from cldsde.solvers import named_solvers
 from cldsde.tables import Entry, Table, mean_and_spread
 
+_SHOWN = 8  # levels of a sampler that a table lists
 _BEGINNING = b'{"model": "'  # of each line
 _ELSEWHERE = "delete it, or write to another file"
 
@@ -37,8 +38,8 @@ class Result:
     model: str  # digest of the weights, or of images from a file
     recipe: Mapping[str, Any] = field(default_factory=dict)  # sampling settings in JSON types
     seeds: tuple[int, int] | None = None  # of the first and the last image
-    solver: str = ""  # with all its options, because recipes omit defaults, which may change
-    times: Mapping[str, Any] = field(default_factory=dict)  # grid and ends, if the recipe has none
+    solver: str = ""  # with all its options
+    sampler: Mapping[str, Any]  # `Plan.described`: recipes omit choices, which may change
     metric: str
     against: str  # name of what the metric compares with: features and part of the data
     features: str = ""  # their name, with a hash of their weights
@@ -53,7 +54,7 @@ class Result:
     @property
     def key(self) -> str:
         """Everything that tells a measurement from others in its file."""
-        parts = (self.recipe, self.seeds, self.solver, self.metric, self.against)
+        parts = (self.recipe, self.seeds, self.sampler, self.metric, self.against)
         return json.dumps(parts, sort_keys=True)
 
 
@@ -64,6 +65,9 @@ def read_results(file: Path, model: str | None = None) -> dict[str, Result]:
     """Results in a file by their keys, of a model if given; raise if it holds others."""
     found = {}
     for number, line in enumerate(_whole_lines(file).splitlines(), 1):
+        if b'"sampler": ' not in line and b'"numbers": ' in line:
+            msg = f"{file} holds results of an older cldsde, which do not say their noise levels; "
+            raise ValueError(msg + _ELSEWHERE)
         try:
             result = _LINE.validate_json(line)
         except ValueError as error:
@@ -122,30 +126,31 @@ def origin(device: str) -> dict[str, Any]:
 def markdown_table(results: Collection[Result]) -> str:
     """Table of recipes and numbers of images against means over repetitions, with their spread.
 
-    Left out are results of a solver whose defaults have changed since, and those that share seeds
-    with others. Below the table are the choices of the recommended solver, and the accuracy of the
-    classifier of distances.
+    Left out are results of a recipe whose solver or levels have changed since, and those that share
+    seeds with others. Below the table are the choices of the recommended solver, and the accuracy
+    of the classifier of distances.
     """
-    solvers = {json.dumps(result.recipe): result.solver for result in results}
+    samplers = {json.dumps(result.recipe): result.sampler for result in results}
     rows: dict[tuple[str, int], list[Result]] = {}
     for result in results:
         name, (first, last) = json.dumps(result.recipe), result.seeds or (0, 0)
-        if result.recipe and result.solver == solvers[name]:
+        if result.recipe and result.sampler == samplers[name]:
             rows.setdefault((name, last - first), []).append(result)
     names = dict.fromkeys(name for row in rows.values() for one in row for name in _named(one))
     known = {repr(solver): name for name, solver in named_solvers().items()}
     lines, remarks = [], dict[str, None]()
     for row in rows.values():
-        chosen = next((x.times for x in row if x.times), {})
-        recipe = {**row[0].recipe, **chosen}
+        recipe, sampler = row[0].recipe, row[0].sampler
         if recipe["solver"] == RECOMMENDED:
-            ends = " from t = {t_start:.4g} to {t_end:.4g}".format_map(chosen) if chosen else ""
-            short = known.get(row[0].solver) or row[0].solver.partition("(")[0]
-            remarks[f"{RECOMMENDED}, {recipe['nfe']} evaluations: {short}{ends}."] = None
-        end = "" if recipe.get("t_end") is None else f"{recipe['t_end']:.4g}"
-        times = ", ".join(filter(None, (recipe.get("grid"), end)))
-        if recipe["solver"] == "fitted":
-            times = "κ " + ", ".join(f"{x:.2f}" for x in recipe["options"]["kappa"])
+            short = known.get(row[0].solver) or _in_words(sampler)
+            remarks[f"{RECOMMENDED}, {recipe['nfe']} evaluations: {short}."] = None
+        if kappa := sampler.get("kappa"):
+            few = len(kappa) <= _SHOWN
+            shown = [f"{x:.2f}" for x in (kappa if few else (kappa[0], kappa[-1]))]
+            times = f"κ {(', ' if few else ' to ').join(shown)}"
+        else:
+            end = f"{sampler['times'][-1]:.4g}" if "times" in sampler else ""
+            times = ", ".join(filter(None, (recipe.get("grid"), end)))
         for accuracy in (x.about["classifier_accuracy"] for x in row if "classes" in x.about):
             remarks[f"Classifier of fd: {accuracy:.1%} of held-out images right."] = None
         spent = [result.nfe for result in row if result.nfe is not None]
@@ -164,6 +169,15 @@ def markdown_table(results: Collection[Result]) -> str:
         lines.append([*line, *(Entry(mean_and_spread(x, 3)) for x in values)])
     head = ["solver", "NFE", "grid, ε", "images", *names]
     return Table("", head, lines, list(remarks)).markdown() if lines else ""
+
+
+def _in_words(sampler: Mapping[str, Any]) -> str:
+    """Order and stochasticity of settings, or the solver's class."""
+    if "kappa" not in sampler:
+        return str(sampler["solver"]).partition("(")[0]
+    noise = sorted({f"{x:.3g}" for x in sampler["stochasticity"]}, key=float)
+    words = f"order {sampler['order']}, λ = {' to '.join(dict.fromkeys((noise[0], noise[-1])))}"
+    return words + ", corrector" * sampler["corrector"]
 
 
 def _apart(results: Iterable[Result]) -> list[Result]:

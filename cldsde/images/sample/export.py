@@ -63,11 +63,11 @@ class RunScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         """Choose the grid of the run for a number of score evaluations; pipelines call it."""
         # Raises an error for a solver that is code, which the file of a scheduler must not run.
         sampling = dataclasses.replace(changed_recipe(self.run.sampling), nfe=num_inference_steps)
-        made, recipe = make_plan(self._score, sampling, shape=self.space.shape)
+        made = make_plan(self._score, sampling, shape=self.space.shape)
         self._plan = made
         with setting("solver"):
             self._solver = check_steppable(made.solver)
-        self._times = made.times if recipe.denoise else made.times[:-1]
+        self._times = made.times if made.denoise else made.times[:-1]
         self._known = KnownTimes(made.times[:-1])
         zero = torch.zeros(1, made.process.sde.components, *self.space.shape, device="cpu")
         clocks = [self._inputs(zero, i)[1] for i in range(len(self._times))]

@@ -31,7 +31,7 @@ from cldsde.score.protocol import as_score
 from cldsde.solvers import Imputation, Plan, SampleNoise, SamplerSettings, find_solver, grids, plan
 from cldsde.solvers.authoring import Solver
 from cldsde.solvers.noise import Seeds, checked_seeds
-from cldsde.solvers.recommended import Recipe, fit_grid, recommended_plan, window
+from cldsde.solvers.recommended import fit_grid, recommended_plan, window
 
 _ELSEWHERE = {"ddim": "multistep-1", "dpm-solver++": "multistep-2", "dpmpp_2m": "multistep-2"}
 Item = TypeVar("Item")
@@ -44,7 +44,7 @@ FITTED = "fitted"
 
 def fitted_recipe(recipe: SamplingConfig, settings: SamplerSettings) -> SamplingConfig:
     """A recipe with the settings of a fitted sampler in place of solver and grid."""
-    options = dataclasses.asdict(settings)
+    options = settings.as_dict()
     start: dict[str, Any] = {"t_start": None, "t_end": None, "denoise": True}
     return changed_recipe(recipe, options, solver=FITTED, nfe=settings.nfe, **start)
 
@@ -75,19 +75,6 @@ def make_solver(sampling: SamplingConfig) -> Solver | None:
     return made
 
 
-def chosen_for(
-    score: Score, sampling: SamplingConfig, shape: Sequence[int] = (1,)
-) -> tuple[Solver, dict[str, Any]]:
-    """The solver that samples a score, and the grid and ends that the settings leave open."""
-    solver, ends = make_solver(sampling), (sampling.t_start, sampling.t_end)
-    if solver is not None and (sampling.solver == FITTED or None not in ends):
-        return solver, {}
-    made, recipe = make_plan(score, sampling, shape=shape)
-    start, *_, end = made.times.tolist()
-    grid = {"grid": recipe.grid.__name__.removesuffix("_times")} if solver is None else {}
-    return made.solver, {**grid, "t_start": start, "t_end": end}
-
-
 def changed_recipe(
     recipe: SamplingConfig, options: Mapping[str, Any] | None = None, **changes: Any
 ) -> SamplingConfig:
@@ -112,12 +99,12 @@ def make_plan(
     sde: LinearSDE | None = None,
     observed: Conditioning | None = None,
     shape: Sequence[int] = (1,),
-) -> tuple[Plan, Recipe]:
-    """The plan of a solver for data of a shape, and a recipe with its way to denoise at the end.
+) -> Plan:
+    """The plan of a solver for data of a shape, with its way to denoise at the end.
 
     The grid is the longest with at most ``nfe`` score evaluations, the denoising and guidance
-    included. Only a recommended recipe also has its grid. With an observed picture it is
-    ``multistep-2-sde``. Raises a SettingError if recipe, process and observation do not fit.
+    included. With an observed picture the recommended solver is ``multistep-2-sde``. Raises a
+    SettingError if recipe, process and observation do not fit.
     """
     score = as_score(score)
     sde = check_process(score.sde if sde is None else sde)
@@ -132,26 +119,25 @@ def make_plan(
             with setting("t_end"):
                 window(process, **how)  # raises if the ends are the reason
             with setting("nfe"):
-                return recommended_plan(process, **how)[::-1]
+                return recommended_plan(process, **how)[0]
         if observed is not None:
             fits = sampling.solver != FITTED
             require(fits, "settings", "were fitted without an observed picture; name a solver")
             solver = observed.solver(solver)
         if sampling.solver == FITTED:
             with setting("settings"):
-                times = _settings(sampling).times(sde)
-        else:
-            with setting("t_end"):
-                start, end = window(process, **how)
-            end = end if observed is None else observed.end(sde, end)
-            with setting("nfe"):
-                options: Any = {"denoise": sampling.denoise}
-                options["grid"] = getattr(grids, f"{sampling.grid}_times")
-                times = fit_grid(process, solver, start, end, sampling.nfe, **options)
-        made = plan(process, solver, times)
+                return plan(process, _settings(sampling))
+        with setting("t_end"):
+            start, end = window(process, **how)
+        end = end if observed is None else observed.end(sde, end)
+        with setting("nfe"):
+            options: Any = {"denoise": sampling.denoise}
+            options["grid"] = getattr(grids, f"{sampling.grid}_times")
+            times = fit_grid(process, solver, start, end, sampling.nfe, **options)
+        made = plan(process, solver, times, denoise=sampling.denoise)
         if observed is not None:
             observed.check_steps(made)
-        return made, Recipe(solver, sampling.denoise)
+        return made
     except SettingError:
         raise
     except ValueError as error:
@@ -216,14 +202,15 @@ class ImageSampler:
         require(not guided or self.label is not None, "guidance", msg)
         msg = "needs a process of pixels; the process of this model is of latent variables"
         require(self.observed is None or self.vae is None, "observe", msg)
-        _ = self._planned
+        _ = self.plan
 
     @cached_property
     def _conditioning(self) -> Conditioning | None:
         return None if self.observed is None else self.observed.of(self.space, self.score.device)
 
     @cached_property
-    def _planned(self) -> tuple[Plan, Recipe]:
+    def plan(self) -> Plan:
+        """The plan, whose ``described()`` decides the images beside weights and seeds."""
         # Guidance counts, so that the plan is made for a guided score.
         planned = self.score if self.guidance == 1 else self._given(0)
         return make_plan(planned, self.sampling, None, self._conditioning, self._data_shape)
@@ -236,7 +223,7 @@ class ImageSampler:
     @property
     def t_end(self) -> float:
         """Time at which sampling ends."""
-        return float(self._planned[0].times[-1])
+        return float(self.plan.times[-1])
 
     def recipe(self) -> dict[str, object]:
         """Everything that the images depend on besides weights and seeds, in JSON types."""
@@ -244,7 +231,12 @@ class ImageSampler:
         if self.precision != "fp32":  # left out, so that older samples can be resumed
             own["precision"] = self.precision
         observed = None if self.observed is None else self.observed.recipe()
-        return {"sampling": dataclasses.asdict(self.sampling), "observed": observed, **own}
+        return {
+            "sampling": dataclasses.asdict(self.sampling),
+            "sampler": self.plan.described(),
+            "observed": observed,
+            **own,
+        }
 
     def batches(self, seeds: Sequence[int]) -> list[tuple[int | None, list[int]]]:
         """Classes and seeds of batches of one class each.
@@ -265,7 +257,7 @@ class ImageSampler:
 
     def start(self, seeds: Sequence[int]) -> Start:
         """Draw the random numbers with which the sampling of a batch starts."""
-        noise, (plan, _) = SampleNoise(seeds), self._planned
+        noise, plan = SampleNoise(seeds), self.plan
         first, device = float(plan.times[0]), self.score.device
         state = noise.start(plan.process.sde, self._data_shape, device=device, t=first)
         return noise, state
@@ -277,7 +269,7 @@ class ImageSampler:
 
         ``start`` may have been made ahead by the method `start`, for one call.
         """
-        (plan, recipe), observed = self._planned, self._conditioning
+        plan, observed = self.plan, self._conditioning
         space, vae = self.space, self.vae
         noise, state = self.start(seeds) if start is None else start
         if label is not None:
@@ -293,7 +285,7 @@ class ImageSampler:
                     plan, seeds, denoise=self.sampling.denoise, chunk=self.batch
                 )
             else:
-                found = plan.solve(state, noise=noise, denoise=recipe.denoise, warn=False)
+                found = plan.solve(state, noise=noise, warn=False)
                 if not found.success:
                     raise FloatingPointError(f"{self.sampling.solver} failed: {found.message}")
                 data, evaluations = found.data, found.stats["nfev"]

@@ -217,5 +217,7 @@ class PipelineSampler:
     def recipe(self) -> dict[str, object]:
         """Everything that the images depend on besides weights and seeds, in JSON types."""
         own = {name: getattr(self, name) for name in ("nfe", "batch", "guidance")}
-        solver = repr(self.pipeline.scheduler.solver)
-        return {"process": plain(self.process), "solver": solver, **own, **self.arguments}
+        scheduler = self.pipeline.scheduler
+        scheduler.set_timesteps(self.nfe)
+        sampler = {"solver": repr(scheduler.steps.solver), "sigmas": scheduler.sigmas.tolist()}
+        return {"process": plain(self.process), "sampler": sampler, **own, **self.arguments}

@@ -229,7 +229,14 @@ def test_a_full_disk_is_reported_with_the_file(tmp_path, monkeypatch):
         add_results(tmp_path / "results.jsonl", [LINE])
 
 
-LINE = Result(model="abc", recipe={"solver": "em"}, metric="fd", against="x", numbers={"fd": 1.0})
+LINE = Result(
+    model="abc",
+    recipe={"solver": "em"},
+    sampler={"solver": "EulerMaruyama()", "times": [1.0, 0.1]},
+    metric="fd",
+    against="x",
+    numbers={"fd": 1.0},
+)
 
 
 def test_a_line_that_was_cut_off_is_measured_and_written_again(tmp_path):
@@ -246,10 +253,11 @@ def test_a_line_that_was_cut_off_is_measured_and_written_again(tmp_path):
     better = dataclasses.replace(LINE, numbers={"fd": 2.0})
     add_results(file, [better])
     assert list(read_results(file, "abc").values()) == [better, second]
-    # A solver whose defaults have changed has new results. Sets of other sizes are not averaged.
-    # Nor are those that share seeds.
+    # A recipe whose solver or levels have changed has new results. Sets of other sizes are not
+    # averaged. Nor are those that share seeds.
     for seeds, value in (((10, 19), 8.0), ((9, 18), 9.0), ((0, 9), 7.0), ((0, 99), 3.0)):
-        new = dataclasses.replace(LINE, solver="new", seeds=seeds, numbers={"fd": value})
+        how = {"seeds": seeds, "sampler": {**LINE.sampler, "denoise": True}}
+        new = dataclasses.replace(LINE, **how, numbers={"fd": value})
         add_results(file, [new])
     *lines, _, remark = markdown_table(read_results(file).values()).splitlines()
     assert [line.split("|")[5] for line in lines[2:]] == [" 7.500 ± 0.707 ", " 3.000 "]
@@ -261,7 +269,14 @@ def test_a_line_that_was_cut_off_is_measured_and_written_again(tmp_path):
     [
         (b'{"model": "abc"}\n', r"is damaged \(line 1: .*metric.*\); delete it"),
         (b"key = 1\n", "something else than results of cldsde; write to another file"),
-        (b'{"model": "def", "metric": "fd", "against": ""}\n', "of other weights or images"),
+        (
+            b'{"model": "def", "sampler": {}, "metric": "fd", "against": ""}\n',
+            "of other weights or images",
+        ),
+        (  # as version 0.2 wrote them
+            b'{"model": "abc", "recipe": {"solver": "em"}, "times": {}, "numbers": {"fd": 1.0}}\n',
+            "results of an older cldsde, which do not say their noise levels; delete it, or write",
+        ),
     ],
 )
 def test_files_of_something_else_are_named_with_what_to_do_and_kept(tmp_path, content, words):

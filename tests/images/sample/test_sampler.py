@@ -23,12 +23,11 @@ from cldsde.images.sample.outputs import SampleRequest, check_output, draw_to
 from cldsde.images.sample.sampler import (
     ImageSampler,
     changed_recipe,
-    chosen_for,
     make_plan,
     make_solver,
 )
 from cldsde.images.tensor_files import save_tensors
-from cldsde.solvers.recommended import recommended_plan
+from cldsde.solvers import recommended
 from image_data import PixelScore
 from tolerances import rounding, standard_error
 
@@ -110,7 +109,7 @@ def test_a_solve_that_fails_raises_and_does_not_warn():
 def test_budgets_are_used_and_not_exceeded(name, nfe):
     sampling = SamplingConfig(solver=name, nfe=nfe, t_end=1e-2)
     process, solver = ReverseProcess(CLD(), PixelScore(CLD())), make_solver(sampling)
-    times = make_plan(process.score, sampling)[0].times
+    times = make_plan(process.score, sampling).times
     found = solvers.solve(process, solver, torch.zeros(1, 2, 3, 4, 4), times, denoise=True)
     assert nfe - solver.facts.nfe_per_step < found.nfev <= nfe
 
@@ -325,6 +324,30 @@ def test_half_precision_needs_a_gpu_and_a_picture_holds_4096_images(run, request
         check_output(tmp_path / "x.png", request_of(5000))
 
 
+def test_samples_are_not_resumed_after_a_change_of_the_recommended_table(
+    run, tmp_path, monkeypatch
+):
+    """Half of the images would come from another sampler."""
+
+    def request():
+        sampler = ImageSampler.of(run, SamplingConfig(nfe=6), batch=1)
+        return SampleRequest(sampler, range(2), run.digest)
+
+    out, draw = tmp_path / "x.npz", ImageSampler.draw
+    drawn = mock.Mock(side_effect=[draw(request().sampler, [0]), KeyboardInterrupt])
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageSampler, "draw", drawn)
+        with pytest.raises(KeyboardInterrupt):
+            draw_to(out, request())
+    check_output(out, request())  # the same call resumes
+    later = [
+        dataclasses.replace(x, ends=(x.ends[0], x.ends[1] + 0.1)) for x in recommended.RECOMMENDED
+    ]
+    monkeypatch.setattr(recommended, "RECOMMENDED", tuple(later))
+    with pytest.raises(SettingError, match=r"holds finished samples for .* with other settings"):
+        check_output(out, request())
+
+
 def test_folders_without_a_whole_model_are_rejected(run, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(run.config.to_dict()))
     with pytest.raises(ValueError, match=r"has no model\.safetensors; it has "):
@@ -375,14 +398,14 @@ def test_other_fields_and_options_are_kept_but_another_solver_has_its_own_defaul
 def test_the_recommended_recipe_is_that_of_sample(sde, nfe):
     score = PixelScore(sde)
     sampler = ImageSampler(score, SPACE, SamplingConfig(nfe=nfe))
-    found, made = sampler._planned
-    process = ReverseProcess(sde, score)
-    recipe, expected = recommended_plan(process, nfe=nfe, shape=SPACE.shape)
-    assert (found.solver, made.denoise) == (expected.solver, recipe.denoise)
-    assert torch.equal(found.times, expected.times)
+    found, expected = (
+        sampler.plan,
+        solvers.recommend(ReverseProcess(sde, score), nfe, shape=SPACE.shape),
+    )
+    assert found.settings == expected
+    assert (found.solver, found.denoise) == (expected.solver, True)
     early = ImageSampler(score, SPACE, SamplingConfig(nfe=nfe, t_end=0.1))
     assert abs(early.t_end - 0.1) <= rounding(scale=0.1)
-    assert chosen_for(score, SamplingConfig(nfe=nfe))[0] == expected.solver
 
 
 @pytest.mark.parametrize("changes", [{"grid": "root"}, {"denoise": False}])
