@@ -29,6 +29,7 @@ from .noise import FreshNoise, NoiseSource, RecordedNoise, SampleNoise
 from .planning import Plan, plan, solve
 from .predictor_corrector import Ancestral, Langevin, PredictorCorrector, ReverseDiffusion
 from .probability_flow import ProbabilityFlow
+from .published import ddim, ddpm, deis, dpm_solver_pp, sa_solver, unipc
 from .recommended import RECOMMENDED, recommend
 from .sampling import sample
 from .settings import SamplerSettings
@@ -70,7 +71,11 @@ __all__ = [
     "TorchSDE",
     "as_torchdiffeq",
     "as_torchsde",
+    "ddim",
+    "ddpm",
     "default_settings",
+    "deis",
+    "dpm_solver_pp",
     "find_solver",
     "fit_sampler",
     "kappa_times",
@@ -81,11 +86,13 @@ __all__ = [
     "quadratic_times",
     "recommend",
     "root_times",
+    "sa_solver",
     "sample",
     "sample_posterior",
     "solve",
     "times_of_kappa",
     "uniform_times",
+    "unipc",
     "vp_times",
 ]
 

@@ -20,14 +20,14 @@ from cldsde.score import Conversion, ReverseProcess
 
 from .base import DATA_DETERMINED, Facts, GridSolver, Memory, ScoreAt
 from .combine import Block, add_to, as_blocks, combine
-from .multistep_coefficients import Steps, data_steps, lagrange, noise_steps
+from .multistep_coefficients import Steps, curvature, data_steps, lagrange, noise_steps
 from .noise import NoiseSource
 
 _LEAST_KAPPA = -8.0  # below it a float32 score determines three digits of the data prediction
 
 Prediction = Literal["data", "noise"]
 Variable = Literal["time", "kappa", "vp_time"]
-Weights = Literal["exact", "published"]
+Weights = Literal["exact", "published", "dpm_solver_3m", "sa_solver"]
 _VARIABLES: dict[Variable, Callable[[LinearSDE, Tensor], Tensor]] = {
     "time": lambda _, t: t,
     "kappa": lambda sde, t: sde.kappa(t),
@@ -118,16 +118,9 @@ class ExponentialMultistep(GridSolver):
     score, so a network for the score of the velocity is enough. Options that are out of range or
     exclude each other raise a ValueError.
 
-    Special cases for one component (k = 1):
-
-    - DDIM: order 1, λ = 0
-    - ancestral sampling: order 1, λ = 1
-    - DPM-Solver++(2M) and its SDE form: order 2, λ = 0 or 1, ``variable="kappa"``,
-      ``weights="published"``
-    - UniPC of order 1 or 2, variant bh2: the same two options, with the corrector
-    - SA-Solver's predictor of order 1 or 2: λ as a function of time, ``variable="kappa"``
-
-    For k > 1, λ = 0 and ``prediction="noise"`` it is gDDIM.
+    `ddim`, `ddpm`, `dpm_solver_pp`, `unipc`, `deis` and `sa_solver` return the special cases that
+    equal these methods for one component (k = 1). For k > 1, λ = 0 and ``prediction="noise"`` it
+    is gDDIM.
 
     Parameters
     ----------
@@ -148,15 +141,23 @@ class ExponentialMultistep(GridSolver):
         ``"vp_time"``. On `vp_times`, ``"vp_time"`` gives every process of one component the same
         samples.
     weights
-        ``"exact"``, or ``"published"`` for ``variable="kappa"``: formulas of two points weight
-        their difference by B H/(2H'), as in DPM-Solver++(2M) and UniPC.
+        ``"exact"``; or, for ``variable="kappa"``, with B the weight of a constant, H the step in κ
+        and H' the distance of two points in κ:
+
+        - ``"published"``: formulas of two points weight their difference by B H/(2H'), as in
+          DPM-Solver++(2M) and UniPC
+        - ``"dpm_solver_3m"``: formulas of three points take half the quadratic term of their
+          polynomial, as published code of order 3 does; needs ``order=3`` without corrector
+        - ``"sa_solver"``: as ``"published"``, with B cH/(1 − exp(−cH)) in place of B, where
+          c = 1 + λ²; needs ``prediction="data"``
 
     Notes
     -----
     For λ = 0 the order is ``order``, plus 1 with the corrector, and at most 3. Solvers of order 3
-    always correct the first step. With ``prediction="noise"``, which is never corrected,
-    ``order=3`` claims order 2. For λ > 0 the weak order is the same but at most 2. If the data are
-    a single point, every order is exact in one step.
+    always correct the first step, except with ``prediction="noise"`` or
+    ``weights="dpm_solver_3m"``. With these two, ``order=3`` claims order 2. For λ > 0 the weak
+    order is the same but at most 2. If the data are a single point, every order is exact in one
+    step.
 
     Polynomials in log-SNR were designed for one component. For CLD with an exact score, order 3
     with the corrector is less accurate with them, on `root_times` and `logistic_times`. See
@@ -178,7 +179,8 @@ class ExponentialMultistep(GridSolver):
     @property
     def facts(self) -> Facts:
         """Facts that hold for these options."""
-        order = min(self.order + self.corrector, 3 if self.prediction == "data" else 2)
+        third = self.prediction == "data" and self.weights != "dpm_solver_3m"
+        order = min(self.order + self.corrector, 3 if third else 2)
         deterministic = self.stochasticity == 0
         return Facts(
             applies_to=DATA_DETERMINED,
@@ -210,10 +212,18 @@ class ExponentialMultistep(GridSolver):
                 "corrector must be False with prediction='noise', because it is unstable with few "
                 "steps; use prediction='data'"
             )
-        if self.weights == "published" and (self.variable != "kappa" or self.order > 2):
+        if self.weights != "exact" and self.variable != "kappa":
             raise ValueError(
-                "weights='published' needs variable='kappa' and order 1 or 2; got "
-                f"variable={self.variable!r} and order={self.order}"
+                f"variable must be 'kappa' with weights={self.weights!r}; got {self.variable!r}"
+            )
+        if self.weights == "dpm_solver_3m" and (self.order != 3 or self.corrector):
+            raise ValueError(
+                "weights='dpm_solver_3m' needs order=3 and corrector=False; got "
+                f"order={self.order} and corrector={self.corrector}"
+            )
+        if self.weights == "sa_solver" and self.prediction != "data":
+            raise ValueError(
+                f"prediction must be 'data' with weights='sa_solver'; got {self.prediction!r}"
             )
 
     def prepare(self, process: ReverseProcess, times: Tensor) -> _Tables:
@@ -235,17 +245,21 @@ class ExponentialMultistep(GridSolver):
         # The weights of a single prediction need no quadrature.
         along = self.order > 1 or self._corrects(1)
         if self.prediction == "data":
-            steps = data_steps(sde, times, self.stochasticities(sde, times[:-1]), along=along)
+            levels = self.stochasticities(sde, times[:-1])
+            steps = data_steps(sde, times, levels, along=along)
         else:
+            levels = torch.zeros_like(times[:-1])
             steps, inverse = noise_steps(sde, times, along=along)
             psi = sde.transition_matrix(torch.zeros_like(times[:-1]), times[:-1])[..., :1]
             state, score = inverse - inverse @ psi @ state, -inverse @ psi @ score
         x = [_VARIABLES[self.variable](sde, t) for t in (times, steps.nodes)]
         blocks = zip(as_blocks(state), undetermined.tolist(), strict=True)
-        weights = self._weights(steps, x, offset=0)
+        # SA-Solver weights a difference by the length of the step and not by its integral.
+        rate = 1 + levels.square() if self.weights == "sa_solver" else None
+        weights = self._weights(steps, x, rate, offset=0)
         corrections: list[list[Block]] = []
         if self._corrects(1):
-            corrected = self._weights(steps, x, offset=1)
+            corrected = self._weights(steps, x, rate, offset=1)
             corrected[:, 1:] -= weights
             corrections = corrected.tolist()
         return _Tables(
@@ -290,8 +304,8 @@ class ExponentialMultistep(GridSolver):
 
     def _corrects(self, i: int) -> bool:
         """Whether the step that led to time i is corrected; order 3 always corrects the first."""
-        first = self.order == 3 and self.prediction == "data" and i == 1
-        return self.corrector or first
+        third = self.order == 3 and self.prediction == "data" and self.weights != "dpm_solver_3m"
+        return self.corrector or (third and i == 1)
 
     def _undetermined(self, process: ReverseProcess, times: Tensor) -> Tensor:
         """Steps at whose start the score does not determine the data prediction accurately."""
@@ -338,10 +352,13 @@ class ExponentialMultistep(GridSolver):
             )
         return levels
 
-    def _weights(self, steps: Steps, variable: Sequence[Tensor], *, offset: int) -> Tensor:
+    def _weights(
+        self, steps: Steps, variable: Sequence[Tensor], rate: Tensor | None, *, offset: int
+    ) -> Tensor:
         """Weights ``(n, order + offset, k, m)`` of predictions at times i + offset and before it.
 
         ``variable`` are the values of the polynomials' variable at the times and at the nodes.
+        ``rate`` is 1 + λ² of the steps for the weights of SA-Solver, and None for others.
         """
         x, nodes = variable
         n = len(x) - 1
@@ -355,14 +372,19 @@ class ExponentialMultistep(GridSolver):
             total = steps.total[which]
             if count == 1:
                 parts = [total]
-            elif self.weights == "published" and count == 2:
+            elif self.weights in ("published", "sa_solver") and count == 2:
                 # The difference quotient of two predictions, times half the step. The two points of
                 # a corrector are the ends of the step.
                 H, spacing = x[which + 1] - x[which], points[:, 0] - points[:, 1]
-                half = (H / (2 * spacing))[:, None, None] * total
+                share = H / (2 * spacing)
+                if rate is not None:
+                    share = share * (rate[which] * H) / -torch.expm1(-rate[which] * H)
+                half = share[:, None, None] * total
                 parts = [half, total - half] if offset else [total + half, -half]
             else:
                 basis = lagrange(points, nodes[which])  # (steps, q, count)
+                if self.weights == "dpm_solver_3m" and count == 3:
+                    basis = basis - 0.5 * curvature(points, nodes[which])
                 parts = list(torch.einsum("nqj,nqkm->jnkm", basis, steps.slope[which]))
                 # The weights add up to the weights of a constant, which need no quadrature.
                 parts[0] = total - sum(parts[1:], torch.zeros_like(total))

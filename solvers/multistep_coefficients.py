@@ -35,6 +35,13 @@ def lagrange(points: Tensor, at: Tensor) -> Tensor:
     return factors.prod(-1)
 
 
+def curvature(points: Tensor, at: Tensor) -> Tensor:
+    """Quadratic term of `lagrange` in the distance from the first of three points."""
+    spacing = points[:, :, None] - points[:, None]
+    spacing.diagonal(dim1=1, dim2=2).fill_(1.0)
+    return (at - points[:, :1]).square()[:, :, None] / spacing.prod(-1)[:, None]
+
+
 def _stops(times: Tensor, *, along: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Start, nodes and end of each step, ``(n, q + 2)``, and nodes and signed weights ``(n, q)``.
 

@@ -15,7 +15,7 @@ from cldsde.solvers import (
     TorchSDE,
 )
 from cldsde.solvers import ExponentialMultistep as Multistep
-from probes import PUBLISHED, name_of_case
+from probes import name_of_case
 
 POSITIVE, REAL = "{} must be finite and positive", "{} must be a real number"
 Corrected, Langevin = solvers.PredictorCorrector, solvers.Langevin
@@ -30,7 +30,7 @@ BAD_VALUES = [
     (EDMHeun, "churn_range", [(2.0, 1.0), (0.0, math.nan), (1.0,), "01"], r"{} must be \(S_min"),
     (Multistep, "order", [0, 4, 2.0], "{} must be 1, 2 or 3; got"),
     (Multistep, "prediction variable weights", ["t"], "{} must be one of"),
-    (Multistep, "weights", ["published"], "needs variable='kappa'"),
+    (Multistep, "weights", ["published", "sa_solver"], "variable must be 'kappa' with {}"),
     (Multistep, "stochasticity", [-0.1], "{} must be finite and at least 0"),
     (GottaGoFast, "rtol atol first_step", [0.0, math.nan], POSITIVE),
     (GottaGoFast, "atol", [[0.01, 0.0]], POSITIVE),
@@ -67,11 +67,17 @@ CASES = [
     for option in options.split()
     for value in values
 ]
+THIRD = {"variable": "kappa", "weights": "dpm_solver_3m"}
+SA = {"variable": "kappa", "weights": "sa_solver"}
+WITH_ORDER = solvers.dpm_solver_pp, solvers.unipc, solvers.deis, solvers.sa_solver
 CASES += [
     (TorchDiffEq, {"options": {"step_t": 0.1}}, ValueError, "must not set step_t, "),
     (Multistep, {"prediction": "noise", "stochasticity": 0.5}, ValueError, "is deterministic"),
     (Multistep, {"prediction": "noise", "corrector": True}, ValueError, "corrector must be False"),
-    (Multistep, {**PUBLISHED, "order": 3}, ValueError, "order 1 or 2"),
+    (Multistep, {**THIRD, "order": 2}, ValueError, "needs order=3 and corrector=False"),
+    (Multistep, {**THIRD, "order": 3, "corrector": True}, ValueError, "needs order=3 and"),
+    (Multistep, {**SA, "prediction": "noise"}, ValueError, "prediction must be 'data' with"),
+    *((make, {"order": 4}, ValueError, "order must be 1, 2 or 3") for make in WITH_ORDER),
 ]
 
 
