@@ -10,6 +10,7 @@ from functools import partial
 import pytest
 
 from cldsde import CLD, HOLD, PSLD, VESDE, VPSDE, ReverseProcess, solvers
+from cldsde.solvers.named import validated_solvers
 from problems import free
 
 PROCESSES = {"VP": VPSDE(), "VE": VESDE(), "CLD": CLD(), "PSLD": PSLD(), "HOLD": HOLD()}
@@ -39,7 +40,7 @@ def test_planning(race, process, load):
     sde = PROCESSES[process]
     reverse, times = ReverseProcess(sde, free(sde)), solvers.root_times(sde.T, 1e-3, 20)
     rivals = {}
-    for name, solver in solvers.named_solvers().items():
+    for name, solver in validated_solvers().items():
         rivals[name] = partial(solvers.plan, reverse, solver, times)
         try:
             rivals[name]()

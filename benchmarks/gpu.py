@@ -43,6 +43,7 @@ from cldsde.images.sample.sampler import ImageSampler, Precision
 from cldsde.images.sample.source import CompileMode, speed_up
 from cldsde.images.train.engine import check_run, make_engine
 from cldsde.images.train.learner import Learner
+from cldsde.solvers.named import validated_solvers
 from cldsde.solvers.noise import RecordedNoise
 
 NO_GPU = 3
@@ -183,7 +184,7 @@ def agreement(setting: Setting, found: Found) -> None:
     data = GaussianMixture([0.5, 0.5], [[-1.0, 0.5], [1.0, 0.0]], [[[0.1, 0], [0, 0.2]]] * 2)
     worst: dict[str, float] = {}
     for sde in (cldsde.VPSDE(), cldsde.CLD(), cldsde.PSLD()):
-        for name, solver in solvers.named_solvers().items():
+        for name, solver in validated_solvers().items():
             if solver.facts.adaptive or name.startswith("torch"):
                 continue
             times = solvers.root_times(1.0, 1e-3, 8)

@@ -12,17 +12,50 @@ from .exponential_multistep import ExponentialMultistep
 from .gotta_go_fast import GottaGoFast
 from .predictor_corrector import Ancestral, PredictorCorrector, ReverseDiffusion
 from .probability_flow import ProbabilityFlow
+from .published import ddim, ddpm, deis, dpm_solver_pp, sa_solver, unipc
 from .splitting import Splitting
 from .sscs import SSCS
 from .stochastic_heun import StochasticHeun
 from .with_torchdiffeq import TorchDiffEq
 from .with_torchsde import TorchSDE
 
-_SHORT = {"em": "euler-maruyama", "multistep": "multistep-2-sde"}
+# The schedulers of diffusers have order 2 by default.
+_SHORT = {
+    "em": "euler-maruyama",
+    "multistep": "multistep-2-sde",
+    "dpm-solver++": "dpm-solver++-2",
+    "dpm-solver++-sde": "dpm-solver++-2-sde",
+    "dpmpp_2m": "dpm-solver++-2",
+    "dpmpp_2m_sde": "dpm-solver++-2-sde",
+    "dpmpp_3m_sde": "dpm-solver++-3-sde",
+    "euler_ancestral": "ddpm",
+    "unipc": "unipc-2",
+    "deis": "deis-2",
+    "sa-solver": "sa-solver-2",
+}
 
 
 def named_solvers() -> dict[str, Solver]:
     """Registry of solvers: instances with their usual options, by the names used in commands."""
+    return validated_solvers() | published_solvers()
+
+
+def published_solvers() -> dict[str, Solver]:
+    """Settings of `ExponentialMultistep` that equal published methods, by the methods' names."""
+    orders = (1, 2, 3)
+    return {
+        "ddim": ddim(),
+        "ddpm": ddpm(),
+        **{f"dpm-solver++-{n}": dpm_solver_pp(n) for n in orders},
+        **{f"dpm-solver++-{n}-sde": dpm_solver_pp(n, sde=True) for n in orders},
+        **{f"unipc-{n}": unipc(n) for n in orders},
+        **{f"deis-{n}": deis(n) for n in orders},
+        **{f"sa-solver-{n}": sa_solver(n) for n in orders},
+    }
+
+
+def validated_solvers() -> dict[str, Solver]:
+    """Named solvers that a validation checks by default; published ones are tested elsewhere."""
     multistep = ExponentialMultistep
     return {
         "euler-maruyama": EulerMaruyama(),
@@ -58,8 +91,11 @@ def named_solvers() -> dict[str, Solver]:
 
 
 def canonical_name(name: str) -> str:
-    """Expand the short names ``em`` and ``multistep``; return any other name unchanged."""
-    return _SHORT.get(name, name)
+    """Name of a solver in `named_solvers`, for other names of it and for any case of letters.
+
+    Names of code, ``module:ClassName``, are returned as they are.
+    """
+    return name if ":" in name else _SHORT.get(name.lower(), name.lower())
 
 
 def find_solver(name: str, *others: str) -> Solver:
@@ -68,8 +104,9 @@ def find_solver(name: str, *others: str) -> Solver:
     Parameters
     ----------
     name
-        A name in `named_solvers`, ``em`` for ``euler-maruyama``, ``multistep`` for
-        ``multistep-2-sde``, or ``module:ClassName`` of a solver that needs no arguments.
+        A name in `named_solvers` in any case; another name of such a solver, as ``em`` for
+        ``euler-maruyama`` or ``dpmpp_2m`` for ``dpm-solver++-2``; or ``module:ClassName`` of a
+        solver that needs no arguments.
     others
         Further names that the caller accepts, for the error.
     """

@@ -13,6 +13,7 @@ from torch import nn
 
 from cldsde import LinearSDE, solvers
 from cldsde.solvers.base import Solver
+from cldsde.solvers.named import validated_solvers
 from tolerances import standard_error
 
 # For properties that are parametrised besides: a few examples of each case are many.
@@ -28,11 +29,11 @@ def name_of_case(case: object) -> str:
 
 
 def named_solvers(tolerance: float = 0.1) -> dict[str, Solver]:
-    """All named solvers; adaptive ones with a tolerance that needs few attempts."""
+    """Named solvers, one of each kind; adaptive ones with a tolerance that needs few attempts."""
     loose = {"rtol": tolerance, "atol": tolerance}
     return {
         name: dataclasses.replace(solver, **loose) if solver.facts.adaptive else solver
-        for name, solver in solvers.named_solvers().items()
+        for name, solver in validated_solvers().items()
     }
 
 

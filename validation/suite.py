@@ -13,10 +13,10 @@ import torch
 from cldsde.errors import require
 from cldsde.messages import one_line
 from cldsde.progress import progress_bar
-from cldsde.solvers import find_solver, named_solvers
+from cldsde.solvers import find_solver
 from cldsde.solvers.authoring import Solver
 from cldsde.solvers.grids import quadratic_times, uniform_times
-from cldsde.solvers.named import canonical_name
+from cldsde.solvers.named import canonical_name, validated_solvers
 
 from .cases import FlowCase, PathCase
 from .checks import (
@@ -51,13 +51,13 @@ def reports(
 ) -> Iterator[Report]:
     """Check solvers: an empty report, again after each check, and a complete one at the end.
 
-    ``solvers`` are names, or ``module:ClassName``; by default all solvers and the transition
-    kernels. ``cases`` are names of problems. If it is empty, all problems are taken, or fewer
-    with ``quick``, which also takes fewer levels and samples. With ``draw`` diagrams of work and
-    precision are measured, too, of solvers that pass. A name that is unknown, or a problem without
-    a check for the solvers, raises a ValueError at once.
+    ``solvers`` are names, or ``module:ClassName``; by default `validated_solvers` and the
+    transition kernels. ``cases`` are names of problems. If it is empty, all problems are taken, or
+    fewer with ``quick``, which also takes fewer levels and samples. With ``draw`` diagrams of work
+    and precision are measured, too, of solvers that pass. A name that is unknown, or a problem
+    without a check for the solvers, raises a ValueError at once.
     """
-    names = [canonical_name(name) for name in solvers or named_solvers()]
+    names = [canonical_name(name) for name in solvers or validated_solvers()]
     chosen, known = {name: find_solver(name) for name in names}, problems()
     check_names(cases, known)
     for name in cases:

@@ -1,8 +1,9 @@
 """Measure the convergence order of every solver and compare it with the declared order.
 
 The command checks each solver on each applicable reference problem against exact answers, and,
-if no solver is named, the transition kernels. Name your own solver as module:ClassName. If the
-command is interrupted, it keeps the results so far.
+if no solver is named, the transition kernels. Published methods, such as unipc-2, are checked if
+you name them. Name your own solver as module:ClassName. If the command is interrupted, it keeps
+the results so far.
 
 The command exits with 1 if a check fails, or if a solver stays inconclusive: no problem confirms an
 order that it declares, or it declares no order and no problem checks its samples. It also exits
@@ -29,7 +30,7 @@ from cldsde.validation.suite import reports
 
 OPTIONS = (
     flag("--quick", "fewer problems, levels and samples; takes two to five minutes"),
-    several("--solver NAME", "name of a solver, or module:ClassName (default: all solvers)"),
+    several("--solver NAME", "solver, or module:ClassName (default: all but published methods)"),
     several("--problem NAME", "name of a problem (default: all problems)"),
     option("--json FILE", Path, "file for all numbers, as JSON"),
     option("--out DIR", Path, "folder for the table and plots"),

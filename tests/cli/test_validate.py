@@ -12,7 +12,7 @@ import pytest
 import cldsde
 import own_solvers
 from cldsde.cli import main
-from cldsde.solvers import named_solvers
+from cldsde.solvers.named import validated_solvers
 from cldsde.validation import suite
 from cldsde.validation.report import Report
 
@@ -122,11 +122,11 @@ def test_posterior_samplers_are_measured_instead_of_solvers(here, capsys):
 def test_the_quick_validation_of_the_package_passes(here):
     assert run("--quick --json all.json") == 0
     report = read(here / "all.json")
-    assert set(report["summary"]) == {"kernels", *named_solvers()}
+    assert set(report["summary"]) == {"kernels", *validated_solvers()}
     assert "FAIL" not in {check["verdict"] for check in report["checks"]}
     # Each kind of order that a solver declares is confirmed.
     passed = {(c["subject"], c["kind"]) for c in report["checks"] if c["verdict"] == "PASS"}
     orders = {"weak order": "weak_order", "strong order": "strong_order", "ODE order": "ode_order"}
-    for name, solver in named_solvers().items():
+    for name, solver in validated_solvers().items():
         declared = {kind for kind, order in orders.items() if getattr(solver.facts, order)}
         assert {(name, kind) for kind in declared} <= passed

@@ -15,6 +15,7 @@ from scipy.linalg import block_diag
 
 from cldsde import CLD, LinearSDE, ReverseProcess, solvers
 from cldsde.solvers import BrownianPath
+from cldsde.solvers.named import validated_solvers
 from gaussian_data import EVERY, PROCESSES
 from probes import check_normal, generator, normals, start, untouchable
 from tolerances import KERNEL, rounding, standard_error
@@ -181,10 +182,10 @@ def test_integrals_are_the_noise_of_these_solvers(name, method):
         assert (error <= JOINT * expected.abs().amax((0, 2))).all()
 
 
-@pytest.mark.parametrize("name", [x for x in solvers.named_solvers() if x[:3] != "edm"])
+@pytest.mark.parametrize("name", [x for x in validated_solvers() if x[:3] != "edm"])
 def test_solvers_follow_a_path_or_say_that_they_do_not(name):
     process = ReverseProcess(SDE, lambda z, t: torch.zeros_like(z[:, 1:]))
-    arguments = process, solvers.named_solvers()[name], start(SDE, (5, 1, 3)), GRID
+    arguments = process, validated_solvers()[name], start(SDE, (5, 1, 3)), GRID
     if name in FOLLOWING:
         assert solvers.solve(*arguments, noise=make(shape=(5, 1, 3))).success
     else:

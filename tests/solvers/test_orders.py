@@ -6,6 +6,7 @@ carry p_T to p_t, so that the moments of z_t are the exact answer for either.
 
 import functools
 import math
+import re
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from scipy.integrate import solve_ivp
 from cldsde import CLD, ReverseProcess, solvers
 from cldsde.solvers import EDMHeun, Splitting, TorchDiffEq, TorchSDE
 from cldsde.solvers import ExponentialMultistep as Multistep
+from cldsde.solvers.named import published_solvers
 from gaussian_data import EVERY, PROCESSES, SLOPE, flow, moments_error, reverse
 from probes import PUBLISHED, WORDS, generator, normals, start, tensor
 from score import cases
@@ -40,6 +42,8 @@ def declared(solver):
 
 
 NAMED = solvers.named_solvers()
+# These have an order on VP that is above the declared one, or reach it with shorter steps.
+LATER = ("unipc-3", "sa-solver-2", "sa-solver-3")
 SDE, LATE = {"stochasticity": 1.0}, {"scheme": "OBAB", "score_time": "end"}
 # Solvers, and the processes on which the slope is the declared one.
 TABLE = {
@@ -72,6 +76,8 @@ TABLE = {
     **{word: (Splitting(scheme=word), ["CLD"]) for word in WORDS},
     "OBAB, shared": (Splitting(scheme="OBAB", shared_score=True), ["CLD", "PSLD"]),
     "OBAB, at the end": (Splitting(**LATE), ["CLD", "PSLD"]),
+    **{name: (x, ["VP"]) for name, x in published_solvers().items() if name not in LATER},
+    "sa-solver-3": (solvers.sa_solver(3), ["VE"]),
     "torchsde, euler": (TorchSDE(method="euler"), ["VE", "HOLD"]),
     "torchsde, srk": (TorchSDE(method="srk"), ["VE", "HOLD"]),
     "torchsde, heun": (TorchSDE(method="heun"), ["CLD, linear"]),
@@ -112,6 +118,8 @@ SPECIAL = [
     # The data prediction hardly moves at T if there is a velocity, which hides the first steps.
     (Multistep(order=3, corrector=True), 3, "CLD", 4, ANY, {}),
     (Multistep(order=3, prediction="noise"), 2, "CLD", 3, ANY, {}),
+    (solvers.unipc(3), 3, "VP", 3, ANY, {}),
+    (solvers.sa_solver(2), 2, "VE", 2, 2 * SLOPE, {"coarse": 80}),
     (TorchDiffEq(method="rk4"), 4, "VP", 4, SLOPE, {"coarse": 20}),
 ]
 
@@ -148,7 +156,8 @@ def test_every_declared_order_is_measured():
 
 
 def test_orders_in_names_are_those_of_the_solvers():
-    orders = {name: int(name[10]) for name in NAMED if name.startswith("multistep-")}
+    numbered = {name: re.search(r"-(\d)(-|$)", name) for name in NAMED}
+    orders = {name: int(found[1]) for name, found in numbered.items() if found}
     assert {name: NAMED[name].order for name in orders} == orders != {}
 
 

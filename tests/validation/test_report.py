@@ -8,8 +8,8 @@ import pytest
 
 import own_solvers
 from cldsde.errors import SettingError
-from cldsde.solvers import SSCS, StochasticHeun, find_solver, named_solvers
-from cldsde.solvers.named import canonical_name
+from cldsde.solvers import SSCS, StochasticHeun, dpm_solver_pp, find_solver, named_solvers
+from cldsde.solvers.named import _SHORT, canonical_name, validated_solvers
 from cldsde.validation import WorkPrecision, estimate_order, problems, suite
 from cldsde.validation.checks import NOT_APPLICABLE, Check
 from cldsde.validation.files import ReportFiles
@@ -124,12 +124,14 @@ def test_the_published_report_is_of_all_solvers_and_all_kinds_of_checks():
     file = Path(__file__).parents[2] / "docs" / "data" / "validation.json"
     report = json.loads(file.read_text(encoding="utf-8"))
     assert report["complete"] is True
-    assert set(report["summary"]) == {"kernels", *named_solvers()}
-    assert {row["solver"] for row in report["solvers"]} == {*map(repr, named_solvers().values())}
+    assert set(report["summary"]) == {"kernels", *validated_solvers()}
+    assert {row["solver"] for row in report["solvers"]} == {
+        *map(repr, validated_solvers().values())
+    }
     kinds = {"kernel", WEAK, STRONG, ODE, "distribution", "bias", "error at 100 steps"}
     assert {check["kind"] for check in report["checks"]} == kinds | {"NFE per step", NOT_APPLICABLE}
     compared = {check["subject"] for check in report["checks"] if check["kind"] == "distribution"}
-    assert compared == set(named_solvers())
+    assert compared == set(validated_solvers())
 
 
 # Names of solvers ------------------------------------------------------------------------------
@@ -138,6 +140,10 @@ def test_the_published_report_is_of_all_solvers_and_all_kinds_of_checks():
 def test_solvers_are_found_by_their_names(monkeypatch):
     assert {name: find_solver(name) for name in named_solvers()} == named_solvers()
     assert canonical_name("em") == "euler-maruyama"
+    assert find_solver("DPM-Solver++") == find_solver("dpmpp_2m") == dpm_solver_pp(2)
+    # Every other name is the name of a solver.
+    assert {*_SHORT.values()} <= {*named_solvers()}
+    assert not {*_SHORT} & {*named_solvers()}
     assert find_solver("em") == named_solvers()["euler-maruyama"]
     assert find_solver("cldsde.solvers:StochasticHeun") == StochasticHeun()
     monkeypatch.setattr(own_solvers, "mine", SSCS(score_step="midpoint"), raising=False)

@@ -137,7 +137,8 @@ def markdown_table(results: Collection[Result]) -> str:
         if result.recipe and result.sampler == samplers[name]:
             rows.setdefault((name, last - first), []).append(result)
     names = dict.fromkeys(name for row in rows.values() for one in row for name in _named(one))
-    known = {repr(solver): name for name, solver in named_solvers().items()}
+    # A solver with two names, as DDIM, is called by the first.
+    known = {repr(solver): name for name, solver in reversed(named_solvers().items())}
     lines, remarks = [], dict[str, None]()
     for row in rows.values():
         recipe, sampler = row[0].recipe, row[0].sampler

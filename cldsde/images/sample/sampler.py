@@ -33,7 +33,6 @@ from cldsde.solvers.authoring import Solver
 from cldsde.solvers.noise import Seeds, checked_seeds
 from cldsde.solvers.recommended import fit_grid, recommended_plan, window
 
-_ELSEWHERE = {"ddim": "multistep-1", "dpm-solver++": "multistep-2", "dpmpp_2m": "multistep-2"}
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 
@@ -65,8 +64,6 @@ def make_solver(sampling: SamplingConfig) -> Solver | None:
         return None
     if sampling.solver == FITTED:
         return _settings(sampling).solver
-    here = _ELSEWHERE.get(sampling.solver.lower())
-    require(here is None, "solver", f"{sampling.solver} is called {here} here")
     with setting("solver"):
         solver = find_solver(sampling.solver, RECOMMENDED)
     options = checked_options(type(solver), sampling.options)

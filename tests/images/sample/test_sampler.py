@@ -308,7 +308,7 @@ def test_parts_of_other_requests_are_dropped_and_other_folders_left_alone(reques
         ({"batch": "2"}, "batch: must be a valid integer; got '2'"),
         ({"seeds": 5}, "seeds: must be a sequence of integers; got 5"),
         ({"guidance": 2.0}, "guidance: needs a class"),
-        ({"solver": "ddim"}, "solver: ddim is called multistep-1 here"),
+        ({"solver": "dpm-solver"}, "solver: .* got 'dpm-solver'; did you mean"),
         ({"t_start": 1e-3, "t_end": 1e-2}, "^t_end: "),
     ],
 )
