@@ -6,6 +6,7 @@ and draws as cldsde. Its own `step` chooses the formulas.
 
 import dataclasses
 import itertools
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -151,8 +152,8 @@ def test_sa_solver_equals_diffusers(order, level, monkeypatch):
 # Samplers of k-diffusion with η = 1, from their formulas for x / α.
 
 
-def dpmpp_sde(x, draws, order):
-    """`sample_dpmpp_2m_sde` and `sample_dpmpp_3m_sde`."""
+def dpmpp_sde(x, draws, order, kind):
+    """`sample_dpmpp_2m_sde` of both kinds, and `sample_dpmpp_3m_sde`, whose step 2 is of Heun's."""
     log, data = LEVELS.log(), []
     for i in range(N):
         h, data = log[i] - log[i + 1], [predicted(x * ALPHA[i], i), *data]
@@ -166,7 +167,7 @@ def dpmpp_sde(x, draws, order):
                 bend = (slope - before) / (log[i - 2] - log[i])
                 slope = slope + (log[i - 1] - log[i]) * bend
                 x = x + (0.5 - second / (2 * h)) * h**2 * bend
-            x = x + (second if order == 3 else first / 2) * h * slope
+            x = x + (second if kind == "heun" else first / 2) * h * slope
         x = x + draws[i][:, 0] * LEVELS[i + 1] * first.sqrt()
     return x
 
@@ -180,10 +181,15 @@ def euler_ancestral(x, draws):
     return x
 
 
+DPM2_SDE, DPM3_SDE = (solvers.dpm_solver_pp(n, sde=True) for n in (2, 3))
 K_DIFFUSION = {
     "sample_euler_ancestral": (euler_ancestral, solvers.ddpm()),
-    "sample_dpmpp_2m_sde": (lambda x, y: dpmpp_sde(x, y, 2), solvers.dpm_solver_pp(2, sde=True)),
-    "sample_dpmpp_3m_sde": (lambda x, y: dpmpp_sde(x, y, 3), solvers.dpm_solver_pp(3, sde=True)),
+    "sample_dpmpp_2m_sde": (partial(dpmpp_sde, order=2, kind="midpoint"), DPM2_SDE),
+    "sample_dpmpp_2m_sde, heun": (
+        partial(dpmpp_sde, order=2, kind="heun"),
+        dataclasses.replace(HEUN, stochasticity=1.0),
+    ),
+    "sample_dpmpp_3m_sde": (partial(dpmpp_sde, order=3, kind="heun"), DPM3_SDE),
 }
 
 
