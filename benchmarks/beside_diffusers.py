@@ -12,8 +12,8 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
-import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,7 @@ from cldsde.images.evaluate.distances import FeatureSums, frechet_of
 from cldsde.images.model import TrainedModel, load_model
 from cldsde.pretrained import PipelineScheduler, sample_k_diffusion
 from cldsde.score import Denoiser, ReverseProcess
-from cldsde.solvers import SamplerSettings, default_settings
-from cldsde.solvers.recommended import recommended_plan
+from cldsde.solvers import SamplerSettings, recommend
 
 _BATCH = 250
 _LINEAR = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
@@ -121,8 +120,7 @@ def by_k_diffusion(
     """Samples of `sample_k_diffusion`, on Karras' levels from 80 to 0.02, or the default ones."""
     if kind == "default levels":
         process = ReverseProcess(sde, DenoiserScore(denoiser, sde))
-        levels = default_settings(process, shape[1:], nfe).kappa
-        sigmas = torch.tensor([*levels, math.inf]).neg().exp()
+        sigmas = recommend(process, nfe, shape=shape[1:]).sigmas
     else:
         roots = torch.linspace(80 ** (1 / 7), 0.02 ** (1 / 7), nfe)
         sigmas = torch.cat([roots**7, torch.zeros(1)])
@@ -158,8 +156,9 @@ def samplers(settings: dict[int, SamplerSettings]) -> Iterator[tuple[str, str, D
 def recipe(dynamics: str, nfe: int) -> list[Any]:
     """Solver and noise levels of `cldsde.sample`, by which a page knows whether they changed."""
     sde = DYNAMICS[dynamics]()
-    made = recommended_plan(ReverseProcess(sde, DenoiserScore(lambda u, _: u, sde)), nfe=nfe)[1]
-    return [repr(made.solver), [round(x, 4) for x in sde.kappa(made.times).tolist()]]
+    made = recommend(ReverseProcess(sde, DenoiserScore(lambda u, _: u, sde)), nfe)
+    solver = replace(made.solver, stochasticity=made.stochasticity[0])  # one λ for all steps
+    return [repr(solver), [round(x, 4) for x in made.kappa]]
 
 
 def pipeline_recipe(dynamics: str, nfe: int) -> list[Any]:

@@ -22,19 +22,17 @@ from beside_diffusers import DYNAMICS, Distances, check_kept
 from cldsde import DenoiserScore, LinearSDE, sample
 from cldsde.files import write_whole
 from cldsde.images.model import load_model
-from cldsde.score import ReverseProcess
 from cldsde.solvers import root_times, times_of_kappa
-from cldsde.solvers.recommended import Recipe, recommended_plan
+from cldsde.solvers.recommended import Choice, choices_of
 
 
-def both(sde: LinearSDE, nfe: int) -> dict[str, Recipe]:
-    """The recipe of `sample` for a number of evaluations, and its solver on the root grid."""
-    process = ReverseProcess(sde, DenoiserScore(lambda u, _: u, sde))
-    own = recommended_plan(process, nfe=nfe)[0]
+def both(sde: LinearSDE, nfe: int) -> dict[str, Choice]:
+    """The choice of `sample` for a number of evaluations, and its solver on the root grid."""
+    own = choices_of(sde, nfe - 1)[0]
     return {"sample": own, "root_times": replace(own, grid=root_times, ends=(-3.3, 3.3))}
 
 
-def options(sde: LinearSDE, row: Recipe, nfe: int) -> dict[str, Any]:
+def options(sde: LinearSDE, row: Choice, nfe: int) -> dict[str, Any]:
     """Solver and grid of a row."""
     first, last = times_of_kappa(sde, torch.tensor(row.ends)).tolist()
     return {"solver": row.solver, "times": row.grid(sde, first, last, nfe - 1)}

@@ -9,13 +9,12 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 from cldsde.images.evaluate.classifier import CLASSIFIER
 from cldsde.images.model import load_model
 from cldsde.images.tuning import Tuning
-from cldsde.solvers import default_settings
+from cldsde.solvers import recommend
 from cldsde.solvers.fitting import TRIES
 
 NFE = 5
@@ -43,7 +42,7 @@ def main() -> None:
         "images": tuning.images,
         "tries": TRIES,
         "minutes": round(seconds / 60, 1),
-        "default": asdict(default_settings(tuning.process, model.space.shape, NFE)),
+        "default": recommend(tuning.process, NFE, shape=model.space.shape).as_dict(),
         "distances": {
             name: {"default": sets.default.tolist(), "fitted": sets.fitted.tolist()}
             for name, sets in found.items()

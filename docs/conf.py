@@ -143,7 +143,7 @@ _foreign = [
 nitpick_ignore_regex = [
     ("py:.*", rf"({'|'.join(map(re.escape, _foreign))})(\..*)?"),
     ("py:.*", r"Tensor|Generator|(dict|list|tuple)\[.*"),  # as docstrings write them
-    ("py:.*", r"PILImage|Path|Recipe|Scale|Seeds"),  # as annotations write them
+    ("py:.*", r"PILImage|Path|Choice|Scale|Seeds"),  # as annotations write them
     # Types inside the layers, whose reference has the public names alone
     (
         "py:class",

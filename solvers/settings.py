@@ -184,13 +184,13 @@ class SamplerSettings:
     @classmethod
     def of_fields(cls, found: object) -> Self:
         """Settings from a mapping of their fields; raise a ValueError that names what is wrong."""
-        names = {x.name for x in fields(cls)}
+        names = [x.name for x in fields(cls)]
         needed = {x.name for x in fields(cls) if x.default is MISSING}
         if isinstance(found, Mapping):
             found = {"kappa" if name == "log_snr" else name: x for name, x in found.items()}
-        if not isinstance(found, dict) or not needed <= set(found) <= names:
+        if not isinstance(found, dict) or not needed <= set(found) <= {*names}:
             got = list(found) if isinstance(found, dict) else found
-            raise ValueError(f"settings must have the fields {', '.join(sorted(names))}; got {got}")
+            raise ValueError(f"settings must have the fields {', '.join(names)}; got {got}")
         return cls(**found)
 
     @classmethod

@@ -72,10 +72,7 @@ def prepare(options: Namespace) -> Callable[[], None]:
     else:
         evaluation.check(shape=model.space.shape)
         recipes = list(recipes_of(options, model))
-        for recipe in recipes:
-            plan = make_plan(model.score, recipe, shape=model.data_shape)
-            if state.is_main_process:
-                print(plan, file=sys.stderr)
+        plans = [make_plan(model.score, recipe, shape=model.data_shape) for recipe in recipes]
     check_writable(out.parent)
     if evaluation.fills_folder:
         try:
@@ -89,6 +86,8 @@ def prepare(options: Namespace) -> Callable[[], None]:
         if model is None:
             found = evaluation.of_samples(images, _named(target).name, out)
         else:
+            if state.is_main_process:
+                print(*plans, sep="\n\n", file=sys.stderr)
             found = evaluation.of_run(model, recipes, out)
         if not state.is_main_process:
             return

@@ -1,10 +1,8 @@
-import torch
 from comfy.samplers import KSAMPLER
 
 import cldsde
-from cldsde import DenoiserScore, ReverseProcess
 from cldsde.pretrained import sample_k_diffusion
-from cldsde.solvers import default_settings
+from cldsde.solvers import recommend
 
 PROCESSES = ["CLD", "PSLD", "HOLD", "VPSDE"]
 
@@ -38,9 +36,8 @@ class CLDLevels:
             raise ValueError("model is a flow-matching model: connect BasicScheduler instead")
         ends = float(known.sigma_min), float(known.sigma_max)
         sde = getattr(cldsde, process)()
-        score = DenoiserScore(lambda u, sigma: u, sde, noise_levels=ends)
-        levels = default_settings(ReverseProcess(sde, score), (4, 128, 128), steps).kappa
-        return (torch.tensor([*levels, torch.inf]).neg().exp(),)
+        settings = recommend(sde, steps, shape=(4, 128, 128), levels=ends)
+        return (settings.sigmas.float(),)
 
 
 NODE_CLASS_MAPPINGS = {"CLDSampler": CLDSampler, "CLDLevels": CLDLevels}

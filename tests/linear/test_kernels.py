@@ -128,7 +128,8 @@ CASES: dict[str, Case] = dict(
 def test_every_published_process_has_a_reference():
     made = {type(make()[0]).__name__ for make in CASES.values()}
     names = {name: getattr(cldsde.linear, name) for name in cldsde.linear.__all__}
-    published = {name for name, value in names.items() if issubclass(value, LinearSDE)}
+    kinds = {name: x for name, x in names.items() if isinstance(x, type)}
+    published = {name for name, kind in kinds.items() if issubclass(kind, LinearSDE)}
     assert published <= made, f"add {published - made} to CASES or INTERPOLANTS"
 
 
