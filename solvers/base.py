@@ -104,7 +104,7 @@ class Integration:
 
     state: Tensor  #: Final states, ``(B, k, *D)``.
     states: Tensor  #: States at the stops, ``(S, B, k, *D)``; NaN if a sample did not reach one.
-    nfev: Tensor  #: Score evaluations of each sample, ``(B,)`` int64 on the CPU.
+    nfev: Tensor  #: Score evaluations of each sample until it stopped, ``(B,)`` int64 on the CPU.
     success: Tensor  #: Which samples arrived, ``(B,)`` bool on the CPU.
     message: str
     stopped: bool = False  #: Whether the callback stopped the solve.

@@ -42,8 +42,9 @@ class GottaGoFast(Solver):
     final state of a solve that ends at this time and has the same requests before it. Later steps
     have other lengths and other noise, so requests change the final state for the same seed.
 
-    Each attempt, accepted or rejected, takes two score evaluations. Options out of range raise a
-    ValueError, and options of another type a TypeError.
+    Each attempt, accepted or rejected, takes two score evaluations. The score gets the whole batch
+    until the last sample arrives. Options out of range raise a ValueError, and options of another
+    type a TypeError.
 
     Parameters
     ----------
@@ -110,21 +111,16 @@ class GottaGoFast(Solver):
         h = _coarse(torch.full_like(samples.t, self.first_step))
         low_before = z
         rejections = 0
-        kept = samples.screen(h, cost=2)
+        samples.screen(h, cost=2)
         while samples.on_their_way():
-            if kept is not None:
-                h = h[kept]
-                path.keep(kept)
             h, after = samples.attempt(h)
             times = torch.stack([samples.t, after])
             samples.spend(run.process.score.evaluations(times).sum(0))
             G = sde.diffusion(times)
             pull = (G @ G.mT)[..., list(sde.driven)]
-            (at, length, weights, drift, gain, diffusion), states = samples.moved(
-                [times, h, path.weights(h), sde.drift(times), pull, G],
-                [z, low_before, path.alive, path.pieces],
+            at, length, weights, drift, gain, diffusion = samples.moved(
+                [times, h, path.weights(h), sde.drift(times), pull, G]
             )
-            z, low_before, path.alive, path.pieces = states
             score = KnownScore(run.process, KnownTimes(times), z, at)
             increment = path.increment(weights)
             first = _change(z, score(z, 0), drift[0], gain[0], diffusion[0], length, increment)
@@ -134,15 +130,16 @@ class GottaGoFast(Solver):
             errors = (0.5 * (second - first) / scale).square().flatten(1).mean(1).sqrt()
             error = errors.detach().cpu().to(torch.float64)
             accept, accept_on_device = error <= 1, errors <= 1
-            rejections += int((~accept).sum())
-            path.settle(accept, keep_rejected=self.noise_on_reject == "bridge")
+            rejections += int((samples.active & ~accept).sum())
+            bridged = self.noise_on_reject == "bridge"
+            path.settle(accept, keep=samples.active if bridged else accept)
             keep = per_sample(accept_on_device, z)
             z = torch.where(keep, z + 0.5 * (first + second), z)
             low_before = torch.where(keep, low, low_before)
             factor = self.safety * error.clamp_min(1e-10) ** -self.exponent
             h = _coarse(h * factor.nan_to_num(0.2).clamp(0.2, 5.0))
             h = samples.settle(z, accept, accept_on_device, after, h)
-            kept = samples.screen(h, cost=2)
+            samples.screen(h, cost=2)
         return samples.result(rejections=rejections)
 
 
@@ -174,7 +171,6 @@ class _Path:
 
     def __init__(self, z: Tensor, rows: int, noise: NoiseSource) -> None:
         self._like, self._rows, self._noise = z, rows, noise
-        self.alive = torch.arange(len(z), device=z.device)
         self._begins = self._lengths = torch.zeros(len(z), 0, dtype=torch.float64, device="cpu")
         self.pieces = z.new_zeros(len(z), 0, rows, *z.shape[2:])
 
@@ -220,20 +216,15 @@ class _Path:
         increment: Tensor = (inside * new).sum(1)
         return increment
 
-    def settle(self, accept: Tensor, *, keep_rejected: bool) -> None:
-        """Drop pieces of accepted steps; without ``keep_rejected`` also of rejected steps."""
+    def settle(self, accept: Tensor, *, keep: Tensor) -> None:
+        """Drop pieces of accepted steps, and all pieces of samples that ``keep`` leaves out."""
         accept = accept.unsqueeze(1)
-        gone = self._inside & accept if keep_rejected else self._inside | ~accept
+        gone = (self._inside & accept) | ~keep.unsqueeze(1)
         self._begins = self._begins - torch.where(accept, self._h, 0.0)
         self._lengths = self._lengths.masked_fill(gone, 0.0)
         slots = max((self._lengths > 0).any(0).nonzero().flatten().tolist(), default=-1) + 1
         self._begins, self._lengths = self._begins[:, :slots], self._lengths[:, :slots]
         self.pieces = self.pieces[:, :slots]
 
-    def keep(self, kept: Tensor) -> None:
-        """Keep the samples of these indices on the CPU; `alive` and `pieces` are on the device."""
-        self._begins, self._lengths = self._begins[kept], self._lengths[kept]
-
     def _draw(self) -> Tensor:
-        drawn = self._noise.normal(self._like, self._rows)
-        return drawn if len(self.alive) == len(drawn) else drawn[self.alive]
+        return self._noise.normal(self._like, self._rows)

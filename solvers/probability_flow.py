@@ -59,7 +59,7 @@ class ProbabilityFlow(Solver):
         ``"batch"``: one step length for all samples. An exact score then computes its coefficients
         once per evaluation, but a sample depends on its batch, and a sample that fails stops all.
         ``"sample"``: errors and step lengths per sample. A result then does not depend on the other
-        samples apart from rounding, and samples that have arrived leave the batch.
+        samples apart from rounding. The score gets the whole batch until the last sample arrives.
     """
 
     method: Method = "dopri5"
@@ -147,21 +147,19 @@ class ProbabilityFlow(Solver):
         nodes = torch.as_tensor(tableau.C[1:], device="cpu").unsqueeze(1)
         h, f, rejected = samples.t - end, z, torch.zeros(len(z), dtype=torch.bool, device="cpu")
         at_start = 2 if self.first_step is None else 1
-        kept = samples.screen(h, cost=at_start)
+        samples.screen(h, cost=at_start)
         if samples.on_their_way():
             samples.attempt(h)
-            velocity, *_ = flow(samples.t.unsqueeze(0), h, z)
+            velocity, _ = flow(samples.t.unsqueeze(0), h, z)
             f = velocity(z, 0)
             h = torch.full_like(samples.t, self.first_step or 0.0)
             if self.first_step is None:
                 h = self._first_step(flow, z, samples.t, f, end)
-            kept = samples.screen(h, tableau.n_stages)
+            samples.screen(h, tableau.n_stages)
         while samples.on_their_way():
-            if kept is not None:
-                h, rejected = h[kept], rejected[kept]
             h, after = samples.attempt(h.clamp_max(self.max_step))
             within = (samples.t - nodes * h).clamp_min_(end)
-            velocity, dt, (z, f) = flow(torch.cat([within, after.unsqueeze(0)]), h, z, f)
+            velocity, dt = flow(torch.cat([within, after.unsqueeze(0)]), h, z)
             slopes = _Slopes(f, tableau.n_stages + 1)
             for number, a in enumerate(stages):
                 slopes.append(velocity(slopes.step(z, a, dt), number))
@@ -177,7 +175,7 @@ class ProbabilityFlow(Solver):
             f = _where(accept, accept_on_device, last, f)
             rejected = ~accept
             h = samples.settle(z, accept, accept_on_device, after, h * growth)
-            kept = samples.screen(h, tableau.n_stages)
+            samples.screen(h, tableau.n_stages)
         return samples.result()
 
     def _error(
@@ -200,7 +198,7 @@ class ProbabilityFlow(Solver):
         h0 = torch.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / d1)
         # If a slope is not finite, the first step reports it.
         h0 = torch.minimum(h0.nan_to_num(1e-6), t - end)
-        velocity, dt, _ = flow((t - h0).unsqueeze(0), h0, z)
+        velocity, dt = flow((t - h0).unsqueeze(0), h0, z)
         nearby = velocity(z - f * per_sample(dt.to(z.dtype), z), 0)
         d2 = _size((nearby - f) / scale).cpu().to(torch.float64) / h0
         steepest = torch.maximum(d1, d2)
@@ -230,17 +228,17 @@ class _Flow(NamedTuple):
     shared: bool  # whether one sample stands for the batch
 
     def __call__(
-        self, times: Tensor, h: Tensor, *states: Tensor
-    ) -> tuple[Callable[[Tensor, int], Tensor], Tensor, list[Tensor]]:
-        """Velocity dz/du at times u ``(S, N)``, h ``(N,)`` on the device, and remaining states."""
+        self, times: Tensor, h: Tensor, state: Tensor
+    ) -> tuple[Callable[[Tensor, int], Tensor], Tensor]:
+        """Velocity dz/du at times u ``(S, N)``, and h ``(N,)``, for states like this one."""
         process, samples, sde = self.process, self.samples, self.process.sde
         times = self.clock(times)
         samples.spend(process.score.evaluations(times).sum(0))
         F, G = self.sign * sde.drift(times), sde.diffusion(times)
         pull = -0.5 * self.sign * (G @ G.mT)[..., list(sde.driven)]
         if self.shared:
-            (at, dt), kept = samples.moved([times, h], states)
-            score = KnownScore(process, KnownTimes(times[:, 0]), kept[0][0], at[:, 0])
+            at, dt = samples.moved([times, h])
+            score = KnownScore(process, KnownTimes(times[:, 0]), state[0], at[:, 0])
             state_blocks, score_blocks = as_blocks(F[:, 0]), as_blocks(pull[:, 0])
 
             def shared_velocity(z: Tensor, i: int) -> Tensor:
@@ -248,14 +246,14 @@ class _Flow(NamedTuple):
                 terms = (state_blocks[i], one), (score_blocks[i], score(one, i))
                 return combine(*terms).unsqueeze(0)
 
-            return shared_velocity, dt, kept
-        (at, dt, drift, gain), kept = samples.moved([times, h, F, pull], states)
-        score = KnownScore(process, KnownTimes(times), kept[0], at)
+            return shared_velocity, dt
+        at, dt, drift, gain = samples.moved([times, h, F, pull])
+        score = KnownScore(process, KnownTimes(times), state, at)
 
         def velocity(z: Tensor, i: int) -> Tensor:
             return apply_blocks(drift[i], z) + apply_blocks(gain[i], score(z, i))
 
-        return velocity, dt, kept
+        return velocity, dt
 
 
 class _Slopes:

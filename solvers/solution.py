@@ -38,7 +38,8 @@ class Solution:
     status: int
     message: str  #: The outcome in words.
     #: ``success`` ``(B,)``: which samples arrived with finite numbers. ``nfev`` ``(B,)``:
-    #: evaluations of each sample. ``steps`` of a solver on a grid, ``attempts`` of an adaptive one.
+    #: evaluations of each sample until it stopped; the score is evaluated for the whole batch until
+    #: the last sample stops. ``steps`` of a solver on a grid, ``attempts`` of an adaptive one.
     stats: dict[str, Any] = field(default_factory=dict)
     #: With ``log_prob=True`` the log-densities of the steps given the past, ``(n, B)`` nats.
     log_probs: Tensor | None = None
@@ -87,7 +88,7 @@ def finished(
     else:
         nfev = nfev + int(run.process.score.evaluations(run.times[-1])) * done.success
         rows = done.success.nonzero().flatten().to(z.device)
-        data = final(z) if arrived else z[:, 0].index_copy(0, rows, final(z[rows]))
+        data = final(z) if arrived else z[:, 0].index_copy(0, rows, final(z)[rows])
     success = done.success & (finite_samples(z) & finite_samples(data)).cpu()
     whole = bool(success.all())
     message, log_probs = done.message, done.log_probs

@@ -287,8 +287,6 @@ def _per_sample(name: str, condition: Any, batch: int) -> Any:
     if len(condition) != batch:
         raise ValueError(
             f"condition {name} of the score must have one row per sample, {batch}; got "
-            f"{len(condition)}. One row is repeated for all samples. Solvers with a step length "
-            "per sample leave finished samples out: give them a condition without axes, or solve "
-            "one condition at a time"
+            f"{len(condition)}. One row is repeated for all samples"
         )
     return condition

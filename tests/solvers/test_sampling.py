@@ -1,5 +1,6 @@
 """`cldsde.sample`: samples in one call."""
 
+import dataclasses
 import math
 from functools import partial
 
@@ -9,7 +10,8 @@ import torch
 import cldsde
 from cldsde import CLD, HOLD, VPSDE, DenoiserScore, LinearSDE, solvers
 from cldsde.linear.kappa import vp_time
-from cldsde.score import ConditionalScore, ReverseProcess
+from cldsde.score import ConditionalScore, Observation, PosteriorScore, ReverseProcess
+from cldsde.solvers import SampleNoise
 from cldsde.solvers.recommended import plan_on_times, recommended_plan, resolved, window
 from probes import Recording, generator, hidden_times, tensor
 from score.cases import TWO as DATA
@@ -194,15 +196,56 @@ def test_an_error_inside_a_denoiser_in_place_of_a_score_says_how_to_wrap_it():
     assert "states (4, 2, 3, 8, 8). If it is a denoiser, wrap it: DenoiserScore" in note
 
 
-def test_a_solver_that_leaves_samples_out_needs_conditions_for_all():
-    """Samples with larger variances finish at other times, and their conditions would be lost."""
-    sde = VPSDE()
-    score = ConditionalScore(
-        DenoiserScore(normal_denoiser, sde), variance=torch.logspace(-3, 1, 20)
-    )
-    solver = solvers.ProbabilityFlow(pace="sample")
-    with pytest.raises(ValueError, match=r"condition variance .* one row per sample"):
-        cldsde.sample(sde, score, (20, 1), solver=solver)
+VARIANCES = torch.logspace(-3, 1, 4, dtype=torch.float64)
+SEEN = torch.linspace(-2, 2, 4, dtype=torch.float64).unsqueeze(1)
+
+
+def by_condition(sde, rows):
+    return ConditionalScore(DenoiserScore(normal_denoiser, sde), variance=VARIANCES[rows])
+
+
+def by_place(sde, rows):
+    """A function that takes the variance of a sample from its place in the batch."""
+    return DenoiserScore(lambda u, s: normal_denoiser(u, s, VARIANCES[rows][: len(u)]), sde)
+
+
+def by_observation(sde, rows):
+    base = DenoiserScore(partial(normal_denoiser, variance=tensor(1.0)), sde)
+    return PosteriorScore(base, Observation(lambda x: x, SEEN[rows], 0.1, (1,)))
+
+
+OWN_TIMES = {
+    "flow": (solvers.ProbabilityFlow(pace="sample", rtol=1e-3, atol=1e-3), CLD()),
+    "Gotta Go Fast": (solvers.GottaGoFast(rtol=0.1, atol=0.05), VPSDE()),
+}
+
+
+@pytest.mark.parametrize("known", [by_condition, by_place, by_observation])
+@pytest.mark.parametrize("name", OWN_TIMES)
+def test_samples_with_times_of_their_own_keep_what_is_known_of_each(name, known):
+    solver, sde = OWN_TIMES[name]
+
+    def solved(rows, solver=solver):
+        noise, process = SampleNoise(rows), ReverseProcess(sde, known(sde, rows))
+        start = noise.start(sde, (1,), dtype=torch.float64)
+        ends = tensor([1.0, 1e-2])
+        return solvers.solve(process, solver, start, ends, noise=noise, denoise=True, warn=False)
+
+    found, alone = solved(range(4)), [solved([i]) for i in range(4)]
+    counts = [one.nfev for one in alone]
+    assert found.success
+    assert found.stats["nfev"].tolist() == counts
+    assert len(set(counts)) > 1
+    # Rounding grows along some dozens of steps.
+    close = {"rtol": 0, "atol": rounding(2**20)}
+    torch.testing.assert_close(found.data, torch.cat([one.data for one in alone]), **close)
+    # Samples that fail keep their places, too.
+    most = max(counts) - 2
+    short = solved(range(4), dataclasses.replace(solver, max_nfev=most))
+    arrived = torch.tensor([count - 1 <= most for count in counts])
+    assert torch.equal(short.stats["success"], arrived)
+    assert 0 < arrived.sum() < 4
+    torch.testing.assert_close(short.data[arrived], found.data[arrived], **close)
 
 
 KNOWN = torch.randn(10, 3, generator=generator())
