@@ -148,8 +148,10 @@ class MixedScore(NetworkScore[_Coefficients]):
         self.predicts_data = sde.components == 1 and mixing_logits is None
         self.register_buffer("data_mean", data_mean.to(torch.float32))
         self.register_buffer("data_variance", single)
-        # A float64 copy on the CPU for the coefficients, which .to(device) does not move.
-        self._variance = self.data_variance.flatten().cpu().to(torch.float64)
+        # A float64 copy on the CPU for the coefficients; see `_version`.
+        self._variance = single.flatten().cpu().to(torch.float64)
+        self._read: tuple[Tensor | None, int] = None, 0
+        self._changes = 0
 
     def extra_repr(self) -> str:
         """Process and inputs, for the representation."""
@@ -214,10 +216,19 @@ class MixedScore(NetworkScore[_Coefficients]):
         check_normal(mean, std)
         return _KappaWeighting(self, mean, std)
 
-    def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._variance = self.data_variance.flatten().cpu().to(torch.float64)
-        self._loads += 1
+    def _version(self) -> int:
+        """Number of changes of ``data_variance``; copies it to the CPU if it was written to."""
+        buffer, (known, version) = self.data_variance, self._read
+        # Tensors of inference mode do not count the writes to them.
+        if buffer.is_inference() or buffer is not known or buffer._version != version:
+            with torch.inference_mode(False):
+                values = buffer.detach().flatten().cpu()
+                # A model in half precision keeps the digits that its buffer has lost.
+                if not torch.equal(self._variance.to(values.dtype), values):
+                    self._variance = values.to(torch.float64, copy=True)
+                    self._changes += 1
+            self._read = buffer, 0 if buffer.is_inference() else buffer._version
+        return self._changes
 
     def _coefficients(
         self, times: Tensor, kernel: Kernel | None = None, whitened: WhitenedKernel | None = None
@@ -229,6 +240,7 @@ class MixedScore(NetworkScore[_Coefficients]):
         information = whitened.information()
         # Keep the clock finite at times when nothing of the data is left.
         kappa = (0.5 * information.log()).clamp_min(_LEAST_CLOCK)
+        self._version()  # reads the variance again if it was written to
         # There is one reference for each entry of the variance, in axes (*, V, k, k).
         variance, deviation = self._variance, self._variance.sqrt()
         spread = deviation[:, None, None] * psi.unsqueeze(-3)

@@ -27,7 +27,6 @@ class NetworkScore(Score, ABC, Generic[Coefficients]):
     network: nn.Module
     sde: LinearSDE
     inputs: Inputs
-    _loads = 0  # number of loaded state dicts, a version of the coefficients
 
     @property
     def denoiser(self) -> ScoreDenoiser:
@@ -71,7 +70,7 @@ class NetworkScore(Score, ABC, Generic[Coefficients]):
         one_of(prediction, TRAINED, "prediction")
         wide = check_state(z, self.sde.components).to(torch.promote_types(z.dtype, torch.float32))
         table = coefficients_at(
-            self, t, wide, self._coefficients, wide.dtype, planned=planned, version=self._loads
+            self, t, wide, self._coefficients, wide.dtype, planned=planned, version=self._version()
         )
         source, value = self._predict(wide, table, prediction, condition)
         if source != prediction:
@@ -117,6 +116,10 @@ class NetworkScore(Score, ABC, Generic[Coefficients]):
     ) -> Tensor | None:
         """The loss by a prediction of the network's own; None: `loss` evaluates the score."""
         return None
+
+    def _version(self) -> object:
+        """Version of everything that `_coefficients` depends on; see `coefficients_at`."""
+        return 0
 
     @abstractmethod
     def _coefficients(self, times: Tensor) -> Coefficients:

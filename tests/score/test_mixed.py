@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from cldsde import CLD, VPSDE, MixedScore
+from cldsde import CLD, VPSDE, MixedScore, ReverseProcess, solvers
 from cldsde.score import Conversion, PerturbedData, optimal_loss
 from probes import generator, normals, tensor
 from references.mixtures import MIXTURE_DIGITS
@@ -89,6 +89,31 @@ def test_copies_casts_and_loaded_states_are_the_same_model(logits):
     other.load_state_dict(model.state_dict())
     for copied in (copy.deepcopy(model), other, model.to(torch.float64), model.to(torch.float32)):
         assert torch.equal(copied(z, 0.3), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("inference", [False, True])
+def test_changes_of_the_buffers_change_the_score(inference, dtype):
+    """As mean and variance that the model was made with, also in plans that were used before."""
+    sde, z = CLD(), data_states(CLD(), 1.0)
+    with torch.inference_mode(inference):
+        model = model_of(sde, network=0.7).to(dtype)
+    process, solver = ReverseProcess(sde, model), solvers.ExponentialMultistep()
+    sampler = solvers.plan(process, solver, TIMES[[0, 2]])
+    before = sampler.solve(z).state
+    with torch.inference_mode(inference):
+        for buffer in model.buffers():
+            buffer.mul_(2)
+    mean, variance = reference("channel")
+    other = MixedScore(Constant(sde, 0.7), sde, 2 * mean, 2 * variance)
+    expected = sampler.with_score(other).solve(z).state
+    assert not torch.equal(expected, before)
+    assert torch.equal(sampler.solve(z).state, expected)
+    assert torch.equal(model(z, 0.3), other(z, 0.3))
+    assert torch.equal(model.residual_variance(TIMES), other.residual_variance(TIMES))
+    loaded = model_of(sde, network=0.7)
+    loaded.load_state_dict(model.state_dict())
+    assert torch.equal(loaded(z, 0.3), other(z, 0.3))
 
 
 class Spy(Constant):
