@@ -137,9 +137,7 @@ class GuidedScore(Score):
         super().__init__()
         given = self.conditional = as_score(conditional, "conditional")
         free = self.unconditional = as_score(unconditional, "unconditional")
-        self.weight = as_number(weight, "weight")
-        if not math.isfinite(self.weight):
-            raise ValueError(f"weight must be finite; got {weight}")
+        self.weight = weight
         if given.sde and free.sde and not same_process(given.sde, free.sde):
             raise ValueError(
                 "conditional and unconditional must be scores of one process; got scores of "
@@ -153,9 +151,30 @@ class GuidedScore(Score):
         self.predicts_data = given.predicts_data and free.predicts_data
         self.depends_on_place = given.depends_on_place or free.depends_on_place
         self.shared_conditions = (*given.shared_conditions, *free.shared_conditions)
-        self.interval = None if interval is None else two_increasing(interval, "interval")
-        self._times = self._ends()
-        self._never_conditional = self.weight == 0 and self.interval is None
+        self.interval = interval
+
+    @property
+    def weight(self) -> float:
+        """w, a finite number; it can be set."""
+        return self._weight
+
+    @weight.setter
+    def weight(self, weight: float) -> None:
+        number = as_number(weight, "weight")
+        if not math.isfinite(number):
+            raise ValueError(f"weight must be finite; got {weight}")
+        self._weight = number
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """Noise levels at which guidance acts, or None; it can be set."""
+        return self._interval
+
+    @interval.setter
+    def interval(self, interval: tuple[float, float] | None) -> None:
+        known = None if interval is None else two_increasing(interval, "interval")
+        self._times = None if known is None else self._ends(known)
+        self._interval = known
 
     def extra_repr(self) -> str:
         """Weight and interval, for the representation."""
@@ -184,18 +203,20 @@ class GuidedScore(Score):
             guided = guided.any(-1, keepdim=True)
         return self.conditional.evaluations(t) + guided * free
 
-    def _ends(self) -> tuple[float, float] | None:
-        """Times of the ends of the interval of noise levels."""
-        if self.interval is None:
-            return None
-        if self.interval[0] < 0:
-            raise ValueError(f"interval must hold noise levels ≥ 0; got {self.interval}")
+    @property
+    def _never_conditional(self) -> bool:
+        return self.weight == 0 and self.interval is None
+
+    def _ends(self, interval: tuple[float, float]) -> tuple[float, float]:
+        """Times of the ends of an interval of noise levels."""
+        if interval[0] < 0:
+            raise ValueError(f"interval must hold noise levels ≥ 0; got {interval}")
         if self.sde is None:
             raise ValueError(
                 "interval must be None for scores without an attribute sde, which noise levels "
-                f"need; got {self.interval}"
+                f"need; got {interval}"
             )
-        levels = torch.tensor(self.interval, dtype=torch.float64, device="cpu")
+        levels = torch.tensor(interval, dtype=torch.float64, device="cpu")
         low, high = times_of_kappa(self.sde, -levels.clamp(1e-300, 1e300).log()).tolist()
         return low, high
 

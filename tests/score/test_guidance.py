@@ -45,6 +45,26 @@ def test_outside_an_interval_of_noise_levels_the_conditional_score_alone_is_eval
         assert network.samples == 6 * weight
 
 
+@pytest.mark.parametrize("interval", [None, (0.2, 2.0), (0.2, 0.3)])
+@pytest.mark.parametrize(("before", "after"), [(0.0, 3.0), (3.0, 0.0), (1.0, 2.0)])
+def test_weight_and_interval_can_be_set(before, after, interval):
+    sde, network = CLD(), Counting()
+    guided = GuidedScore(*pair(sde, network), before)
+    z, t = start(sde, SHAPE), tensor(0.5).expand(6)
+    guided(z, t)
+    guided.weight, guided.interval = after, interval
+    made = GuidedScore(*pair(sde, network), after, interval=interval)
+    assert repr(guided) == repr(made)
+    assert torch.equal(guided(z, t), made(z, t))
+    times = tensor([0.05, 0.2, 0.5])
+    assert torch.equal(guided.evaluations(times), made.evaluations(times))
+    with pytest.raises(ValueError, match="weight must be finite; got inf"):
+        guided.weight = float("inf")
+    with pytest.raises(ValueError, match="interval must be two increasing"):
+        guided.interval = (2.0, 1.0)
+    assert (guided.weight, guided.interval) == (after, interval)
+
+
 def test_samples_at_times_of_their_own_are_guided_one_by_one():
     sde = CLD()
     guided = GuidedScore(*pair(sde, Counting()), 2.0, interval=(0.2, 2.0))
