@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from cldsde.linear.checks import check_callable
@@ -84,8 +85,16 @@ class FunctionScore(Score):
         try:
             return self.function(z, t, **conditions)
         except (RuntimeError, TypeError, ValueError) as error:
-            error.add_note(f"score got states {tuple(z.shape)}. {WRAP_DENOISER}")
+            if not _lacks_memory(error):
+                error.add_note(f"score got states {tuple(z.shape)}. {WRAP_DENOISER}")
             raise
+
+
+def _lacks_memory(error: Exception) -> bool:
+    """Whether a CPU or GPU had too little memory, which torch may report as any RuntimeError."""
+    message = str(error).lower()  # "DefaultCPUAllocator: …", "CUBLAS_STATUS_ALLOC_FAILED"
+    named = any(word in message for word in ("out of memory", "allocator", "alloc_failed"))
+    return named or isinstance(error, torch.OutOfMemoryError)
 
 
 class ScoreWrapper(Score):

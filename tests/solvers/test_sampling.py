@@ -196,6 +196,33 @@ def test_an_error_inside_a_denoiser_in_place_of_a_score_says_how_to_wrap_it():
     assert "states (4, 2, 3, 8, 8). If it is a denoiser, wrap it: DenoiserScore" in note
 
 
+def allocate_too_much(z, t):
+    torch.empty(2**57, dtype=torch.uint8)
+
+
+def fail(error):
+    def score(z, t):
+        raise error
+
+    return score
+
+
+TOO_LARGE = {
+    "CPU": (allocate_too_much, "DefaultCPUAllocator"),
+    "GPU": (fail(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")), "2 GiB"),
+    "driver": (fail(RuntimeError("CUDA error: out of memory")), "CUDA error"),
+    "cuBLAS": (fail(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED")), "CUBLAS"),
+}
+
+
+@pytest.mark.parametrize("device", TOO_LARGE)
+def test_an_error_of_memory_inside_a_score_says_nothing_of_denoisers(device):
+    score, message = TOO_LARGE[device]
+    with pytest.raises(RuntimeError, match=message) as raised:
+        cldsde.sample(CLD(), score, (4, 3, 8, 8))
+    assert not hasattr(raised.value, "__notes__")
+
+
 VARIANCES = torch.logspace(-3, 1, 4, dtype=torch.float64)
 SEEN = torch.linspace(-2, 2, 4, dtype=torch.float64).unsqueeze(1)
 
