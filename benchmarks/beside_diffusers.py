@@ -120,7 +120,7 @@ def by_k_diffusion(
     """Samples of `sample_k_diffusion`, on Karras' levels from 80 to 0.02, or the default ones."""
     if kind == "default levels":
         process = ReverseProcess(sde, DenoiserScore(denoiser, sde))
-        sigmas = recommend(process, nfe, shape=shape[1:]).sigmas
+        sigmas = recommend(process, nfe, shape=shape[1:]).sigmas.float()
     else:
         roots = torch.linspace(80 ** (1 / 7), 0.02 ** (1 / 7), nfe)
         sigmas = torch.cat([roots**7, torch.zeros(1)])

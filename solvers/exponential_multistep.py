@@ -15,7 +15,7 @@ from torch import Tensor
 from cldsde.linear.checks import as_number, check_at_least, one_of
 from cldsde.linear.kappa import vp_time
 from cldsde.linear.sde import LinearSDE
-from cldsde.renamed import current, takes_old
+from cldsde.renamed import current, takes_old, warn_of_old
 from cldsde.score import Conversion, ReverseProcess
 
 from .base import DATA_DETERMINED, Facts, GridSolver, Memory, ScoreAt
@@ -84,6 +84,12 @@ class LevelNoise:
         if len(levels) != len(kappa) or not all(0 <= x < math.inf for x in levels):
             msg = f"stochasticity must be one finite λ ≥ 0 for each of {len(kappa)} κ; "
             raise ValueError(f"{msg}got {levels!r}")
+
+    @property
+    def log_snr(self) -> tuple[float, ...]:
+        """Old name of ``kappa``."""
+        warn_of_old("LevelNoise.log_snr", "kappa")
+        return self.kappa
 
     def at(self, kappa: Tensor) -> Tensor:
         """λ at values of κ ``(n,)``, float64 on the CPU."""

@@ -1,5 +1,7 @@
 """Old names warn, and do what the new ones do."""
 
+import json
+
 import pytest
 import torch
 
@@ -9,6 +11,11 @@ from cldsde.images.config import RunConfig, SamplingConfig
 
 OLD = {"log_snr": (-1.0, 2.0), "stochasticity": (0.5, 1.0)}
 T = torch.tensor([0.1, 0.7], dtype=torch.float64)
+
+
+def settings(**how):
+    how = how or {"kappa": (-1.0, 1.0)}
+    return solvers.SamplerSettings(stochasticity=(1.0,), process=VPSDE(), **how)
 
 
 def weighted(name):
@@ -27,6 +34,9 @@ def weighted(name):
         ),
         (lambda: score.log_snr_density(CLD())(T), lambda: score.kappa_density(CLD())(T)),
         (lambda: weighted("log_snr_weighting"), lambda: weighted("kappa_weighting")),
+        (lambda: solvers.LevelNoise(*OLD.values()).log_snr, lambda: OLD["log_snr"]),
+        (lambda: settings().log_snr, lambda: (-1.0, 1.0)),
+        (lambda: settings(log_snr=(-1.0, 1.0)), settings),
         (lambda: solvers.LevelNoise(**OLD), lambda: solvers.LevelNoise(*OLD.values())),
         (
             lambda: solvers.ExponentialMultistep(variable="log_snr"),
@@ -78,3 +88,44 @@ def test_configurations_of_older_files_are_read_and_keep_their_digest():
     assert found.training_digest()[:16] == "90e35c93e4a87c10"
     old = SamplingConfig(solver="multistep-2", grid="log_snr", options={"variable": "log_snr"})
     assert old == SamplingConfig(solver="multistep-2", grid="kappa", options={"variable": "kappa"})
+
+
+def test_default_settings_is_recommend():
+    process = ReverseProcess(VPSDE(), lambda z, t: -z)
+    with pytest.warns(DeprecationWarning, match="default_settings is called recommend"):
+        found = solvers.default_settings(process, (3, 64, 64), 5)
+    assert found == solvers.recommend(process, 5, shape=(3, 64, 64))
+
+
+def noised(**how):
+    x = 3 * torch.ones(2, 3)
+    return cldsde.pretrained.sample_k_diffusion(lambda x, s: 0.5 * x, x, [3.0, 1.0, 0.1], **how)
+
+
+@pytest.mark.parametrize(
+    ("new", "make"),
+    [("seed", lambda: 3), ("generator", lambda: torch.Generator().manual_seed(3))],
+)
+def test_noise_of_k_diffusion_may_be_a_seed_or_a_generator_for_one_release(new, make):
+    with pytest.warns(DeprecationWarning, match=f"noise={new} is called {new}") as caught:
+        found = noised(noise=make())
+    assert caught[0].filename == __file__
+    assert torch.equal(found, noised(**{new: make()}))
+    with pytest.raises(ValueError, match=f"{new} and noise are alternatives"):
+        noised(noise=solvers.SampleNoise([1, 2]), **{new: make()})
+
+
+@pytest.mark.parametrize("old", ["CLD(beta=4.0, mass=0.25)", repr(cldsde.HOLD())])
+def test_settings_of_version_0_2_know_their_process_by_its_text(tmp_path, old):
+    file = tmp_path / "old.json"
+    file.write_text(json.dumps({"log_snr": [-1, 1], "stochasticity": [1], "process": old}))
+    sde = {"C": CLD, "H": cldsde.HOLD}[old[0]]()
+    assert len(solvers.SamplerSettings.load(file).times(sde)) == 2
+
+
+@pytest.mark.parametrize("text", ["LinearSDE(F=<function f>)", "os.system('x')", "Schedule(1)", ""])
+def test_a_text_that_determines_no_process_is_rejected(tmp_path, text):
+    file = tmp_path / "old.json"
+    file.write_text(json.dumps({"log_snr": [-1, 1], "stochasticity": [1], "process": text}))
+    with pytest.raises(ValueError, match=r"old\.json .*does not determine a process of cldsde"):
+        solvers.SamplerSettings.load(file)

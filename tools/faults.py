@@ -123,8 +123,8 @@ FAULTS = [
     Fault(
         "evaluations of an adaptive solver not counted",
         "solvers/adaptive.py",
-        "self._nfev[self._rows] += evaluations",
-        "self._nfev[self._rows] += evaluations - 1",
+        "self._nfev += evaluations * self.active",
+        "self._nfev += (evaluations - 1) * self.active",
         CONTRACT,
     ),
     Fault(

@@ -37,6 +37,6 @@ def __getattr__(name: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name != "diffusers":
             raise
-        msg = f"{name} needs diffusers; install it with pip install 'cldsde[images]'"
+        msg = f"{name} needs diffusers; install it with pip install 'cldsde[diffusers]'"
         raise ImportError(msg) from error
     return getattr(pipeline_scheduler, name)

@@ -89,7 +89,7 @@ def from_diffusers(
     try:
         import diffusers  # noqa: F401 -- fail before anything else
     except ImportError as error:
-        msg = "from_diffusers needs diffusers; install it with pip install 'cldsde[images]'"
+        msg = "from_diffusers needs diffusers; install it with pip install 'cldsde[diffusers]'"
         raise ImportError(msg) from error
     if isinstance(source, str | Path):
         network, found = _load(Path(source).expanduser(), str(source), download=download)

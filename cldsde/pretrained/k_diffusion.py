@@ -12,13 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cldsde.linear.checks import check_callable, shaped
+from cldsde.linear.checks import as_integer, check_callable, shaped
 from cldsde.linear.interpolants import RectifiedFlow, falling
 from cldsde.linear.processes import CLD, HOLD, PSLD, VESDE, VPSDE, SubVPSDE
+from cldsde.linear.random import check_generator
 from cldsde.linear.sde import LinearSDE
 from cldsde.pretrained.descriptions import process_of, solver_of
 from cldsde.pretrained.stepping import PathSteps, check_steppable, recommended_steps, streams_of
 from cldsde.progress import progress_bar
+from cldsde.renamed import warn_of_old
 from cldsde.score import NoisePath
 from cldsde.solvers import SamplerSettings
 from cldsde.solvers.base import Solver
@@ -42,7 +44,9 @@ def sample_k_diffusion(
     solver: Solver | str | None = None,
     path: NoisePath | None = None,
     settings: SamplerSettings | None = None,
-    noise: NoiseSource | torch.Generator | int | None = None,
+    seed: int | None = None,
+    generator: torch.Generator | None = None,
+    noise: NoiseSource | None = None,
     noise_sampler: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
     r"""Sample with any linear SDE, with the arguments of the samplers of k-diffusion and ComfyUI.
@@ -80,11 +84,11 @@ def sample_k_diffusion(
     settings
         Settings in place of ``solver``, such as those of `cldsde.solvers.recommend`. ``sigmas``
         must then be ``settings.sigmas``, or a part of them from one level to the last.
-    noise
-        A noise source, a generator, or a seed, from which each sample has a random stream of its
-        own. None: random streams that depend on each sample's x alone.
+    seed, generator, noise
+        One source of the noise: a seed, from which each sample has a random stream of its own; a
+        generator; or a noise source. None: random streams that depend on each sample's x alone.
     noise_sampler
-        k-diffusion's source of noise, noise_sampler(sigma, next_sigma), in place of ``noise``. For
+        k-diffusion's source of noise, noise_sampler(sigma, next_sigma), in place of these. For
         processes of one component.
 
     Raises
@@ -99,7 +103,7 @@ def sample_k_diffusion(
     grid_solver = None if solver is None else check_steppable(solver_of(solver))
     path = _path_of(model) if path is None else path
     levels = _checked_levels(sigmas)
-    source = _noise_source(noise, noise_sampler, x, sde)
+    source = _noise_source(_given_noise(seed, generator, noise, len(x)), noise_sampler, x, sde)
     if len(levels) < 2:
         return x
     steps = _steps(sde, grid_solver, levels, path, settings)
@@ -149,6 +153,25 @@ class _SamplerNoise(NoiseSource):
         return drawn.unsqueeze(1).to(z)
 
 
+def _given_noise(seed: object, generator: object, noise: object, count: int) -> object:
+    """The noise source that the arguments name, or None."""
+    if isinstance(noise, torch.Generator):
+        warn_of_old("noise=generator", "generator", stacklevel=5)
+        generator, noise = noise, None
+    elif isinstance(noise, Integral) and not isinstance(noise, bool):
+        warn_of_old("noise=seed", "seed", stacklevel=5)
+        seed, noise = noise, None
+    given = {"seed": seed, "generator": generator, "noise": noise}
+    if len(names := [name for name, x in given.items() if x is not None]) > 1:
+        raise ValueError(f"{' and '.join(names)} are alternatives; got both")
+    if generator is not None:
+        check_generator(generator, several=False)
+        return FreshNoise(generator)  # type: ignore[arg-type]
+    if seed is not None:
+        return SampleNoise(range(count), key=as_integer(seed, 0, "seed"))
+    return noise
+
+
 def _noise_source(
     noise: object, sampler: Callable[[Tensor, Tensor], Tensor] | None, x: Tensor, sde: LinearSDE
 ) -> NoiseSource:
@@ -160,19 +183,13 @@ def _noise_source(
             raise ValueError(
                 f"noise_sampler must be None for {sde!r}: it gives one normal number per entry of "
                 f"x and step, and the process has {sde.components} components, which also need "
-                "noise at the start. Pass noise=, a seed, a generator or a NoiseSource"
+                "noise at the start. Pass seed, generator or noise"
             )
         return _SamplerNoise(sampler)
     if noise is None:
         return streams_of(x)
-    if isinstance(noise, torch.Generator):
-        return FreshNoise(noise)
-    if isinstance(noise, Integral) and not isinstance(noise, bool):
-        if noise < 0:
-            raise ValueError(f"noise must be a seed ≥ 0, a generator or a NoiseSource; got {noise}")
-        return SampleNoise(range(len(x)), key=int(noise))
     if not isinstance(noise, NoiseSource):
-        raise TypeError(f"noise must be a NoiseSource, a generator or a seed; got {noise!r}")
+        raise TypeError(f"noise must be a NoiseSource; got {noise!r}")
     # A source with one stream per sample must fit the batch.
     noise.check(x.unsqueeze(1).expand(-1, sde.components, *(-1,) * (x.ndim - 1)))
     return noise

@@ -185,12 +185,12 @@ def test_noise_depends_on_each_sample_alone():
 def test_noise_may_be_a_seed_a_generator_or_a_source():
     sigmas, x = karras(6).float(), start(14.6).float()
 
-    def found(noise):
-        return sample_k_diffusion(denoiser, x, sigmas, noise=noise)
+    def found(**noise):
+        return sample_k_diffusion(denoiser, x, sigmas, **noise)
 
-    assert torch.equal(found(4), found(SampleNoise(range(3), key=4)))
-    assert torch.equal(found(generator(4)), found(generator(4)))
-    assert not torch.equal(found(4), found(5))
+    assert torch.equal(found(seed=4), found(noise=SampleNoise(range(3), key=4)))
+    assert torch.equal(found(generator=generator(4)), found(generator=generator(4)))
+    assert not torch.equal(found(seed=4), found(seed=5))
 
 
 def test_noise_sampler_draws_for_one_component():
@@ -253,8 +253,9 @@ def unevaluated(x, sigma):
         ({"sigmas": [1000, 0]}, ValueError, r"247.6 or less for CLD.* it: RectifiedFlow.*, VESDE"),
         ({"sigmas": [1e2, 0], "process": "HOLD"}, ValueError, r"22.25 or less.* CLD\(.* VPSDE\("),
         ({"noise_sampler": lambda a, b: a}, ValueError, "2 components"),
-        ({"noise_sampler": lambda a, b: a, "noise": 1}, ValueError, "alternatives"),
-        ({"noise": -1}, ValueError, "seed ≥ 0"),
+        ({"noise_sampler": lambda a, b: a, "seed": 1}, ValueError, "alternatives"),
+        ({"seed": -1}, ValueError, "seed must be"),
+        ({"seed": 1, "generator": generator()}, ValueError, "seed and generator are alternatives"),
         ({"noise": "seed"}, TypeError, "noise must be"),
         ({"noise": SampleNoise([1, 2])}, ValueError, "one seed per sample"),
         ({"path": "linear"}, TypeError, "NoisePath"),
