@@ -24,7 +24,8 @@ class ActiveSamples:
 
     A sample stops when it arrives, when its step length underflows, or when its evaluations are
     used up; the other samples continue. A sample that has stopped keeps its place in the batch and
-    takes steps of length zero, so that every score evaluation gets all samples in their order.
+    takes steps of length zero. So every score evaluation gets all samples in their order.
+
     Times, step lengths and counts are kept on the CPU. Each attempted step copies them to the
     device once (`moved`), and waits for the device once, for the errors of the samples. ``t`` are
     the times of the samples, float64, and ``active`` says which are still on their way, ``(B,)``.

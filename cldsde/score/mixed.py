@@ -148,7 +148,7 @@ class MixedScore(NetworkScore[_Coefficients]):
         self.predicts_data = sde.components == 1 and mixing_logits is None
         self.register_buffer("data_mean", data_mean.to(torch.float32))
         self.register_buffer("data_variance", single)
-        # A float64 copy on the CPU for the coefficients; see `_version`.
+        # A float64 copy on the CPU for the coefficients; see `_state_version`.
         self._variance = single.flatten().cpu().to(torch.float64)
         self._read: tuple[Tensor | None, int] = None, 0
         self._changes = 0
@@ -216,7 +216,7 @@ class MixedScore(NetworkScore[_Coefficients]):
         check_normal(mean, std)
         return _KappaWeighting(self, mean, std)
 
-    def _version(self) -> int:
+    def _state_version(self) -> int:
         """Number of changes of ``data_variance``; copies it to the CPU if it was written to."""
         buffer, (known, version) = self.data_variance, self._read
         # Tensors of inference mode do not count the writes to them.
@@ -240,7 +240,7 @@ class MixedScore(NetworkScore[_Coefficients]):
         information = whitened.information()
         # Keep the clock finite at times when nothing of the data is left.
         kappa = (0.5 * information.log()).clamp_min(_LEAST_CLOCK)
-        self._version()  # reads the variance again if it was written to
+        self._state_version()  # reads the variance again if it was written to
         # There is one reference for each entry of the variance, in axes (*, V, k, k).
         variance, deviation = self._variance, self._variance.sqrt()
         spread = deviation[:, None, None] * psi.unsqueeze(-3)

@@ -70,7 +70,13 @@ class NetworkScore(Score, ABC, Generic[Coefficients]):
         one_of(prediction, TRAINED, "prediction")
         wide = check_state(z, self.sde.components).to(torch.promote_types(z.dtype, torch.float32))
         table = coefficients_at(
-            self, t, wide, self._coefficients, wide.dtype, planned=planned, version=self._version()
+            self,
+            t,
+            wide,
+            self._coefficients,
+            wide.dtype,
+            planned=planned,
+            version=self._state_version(),
         )
         source, value = self._predict(wide, table, prediction, condition)
         if source != prediction:
@@ -117,7 +123,7 @@ class NetworkScore(Score, ABC, Generic[Coefficients]):
         """The loss by a prediction of the network's own; None: `loss` evaluates the score."""
         return None
 
-    def _version(self) -> object:
+    def _state_version(self) -> object:
         """Version of everything that `_coefficients` depends on; see `coefficients_at`."""
         return 0
 

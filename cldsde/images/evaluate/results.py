@@ -150,7 +150,8 @@ def markdown_table(results: Collection[Result]) -> str:
             shown = [f"{x:.2f}" for x in (kappa if few else (kappa[0], kappa[-1]))]
             times = f"κ {(', ' if few else ' to ').join(shown)}"
         else:
-            end = f"{sampler['times'][-1]:.4g}" if "times" in sampler else ""
+            last = sampler["times"][-1] if "times" in sampler else recipe.get("t_end")
+            end = "" if last is None else f"{last:.4g}"
             times = ", ".join(filter(None, (recipe.get("grid"), end)))
         for accuracy in (x.about["classifier_accuracy"] for x in row if "classes" in x.about):
             remarks[f"Classifier of fd: {accuracy:.1%} of held-out images right."] = None
