@@ -12,7 +12,8 @@ from .edm_heun import EDMHeun
 from .euler_maruyama import EulerMaruyama
 from .exponential_euler import ExponentialEuler
 from .exponential_multistep import ExponentialMultistep, LevelNoise
-from .fitting import default_settings, fit_sampler
+from .fitting import default_settings as default_settings  # an old name
+from .fitting import fit_sampler
 from .gotta_go_fast import GottaGoFast
 from .grids import (
     kappa_times,
@@ -73,7 +74,6 @@ __all__ = [
     "as_torchsde",
     "ddim",
     "ddpm",
-    "default_settings",
     "deis",
     "dpm_solver_pp",
     "find_solver",

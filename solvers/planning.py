@@ -134,7 +134,7 @@ class Plan:
         """
         if self.settings is not None:
             fields = self.settings.as_dict().items()
-            return _rounded({k: x for k, x in fields if k not in {"process_name", "network"}})
+            return {k: _rounded(x) for k, x in fields if k not in {"process_name", "network"}}
         how = {"times": self.times.tolist(), "denoise": self.denoise}
         return {"solver": repr(self.solver), **_rounded(how)}
 

@@ -130,8 +130,14 @@ def recommend(
 
     Examples
     --------
-    >>> from cldsde import CLD, solvers
-    >>> print(solvers.recommend(CLD(), 3, shape=(3, 64, 64)))
+    >>> from cldsde import VPSDE, solvers
+    >>> print(solvers.recommend(VPSDE(), 3, shape=(3, 64, 64)))
+    VPSDE(beta_min=0.1, beta_max=20.0): order 3, in vp_time, 3 evaluations
+    | level | κ | σ | λ |
+    | ---: | ---: | ---: | ---: |
+    | 1 | -3.413 | 30.36 | 0.5 |
+    | 2 | -0.6022 | 1.826 | 0.5 |
+    | 3 | 1.7 | 0.1827 | data prediction |
     """
     if isinstance(process, ReverseProcess):
         if levels is not None or guidance:

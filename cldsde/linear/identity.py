@@ -38,8 +38,8 @@ def fingerprint(sde: LinearSDE) -> Fingerprint:
 def same_process(first: LinearSDE | Fingerprint, second: LinearSDE | Fingerprint) -> bool:
     """Whether two processes have the same F and G at all times, and initial covariance.
 
-    A process may be given by its `fingerprint`. The dimension and dtype of the data, the prior and
-    the name of the class do not matter.
+    Numbers that identify a process, as sampler settings keep them, stand for it. The dimension and
+    dtype of the data, the prior and the name of the class do not matter.
     """
     if first is second:
         return True

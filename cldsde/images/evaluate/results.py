@@ -150,8 +150,8 @@ def markdown_table(results: Collection[Result]) -> str:
             shown = [f"{x:.2f}" for x in (kappa if few else (kappa[0], kappa[-1]))]
             times = f"κ {(', ' if few else ' to ').join(shown)}"
         else:
-            last = sampler["times"][-1] if "times" in sampler else recipe.get("t_end")
-            end = "" if last is None else f"{last:.4g}"
+            until = sampler["times"][-1] if "times" in sampler else recipe.get("t_end")
+            end = "" if until is None else f"{until:.4g}"
             times = ", ".join(filter(None, (recipe.get("grid"), end)))
         for accuracy in (x.about["classifier_accuracy"] for x in row if "classes" in x.about):
             remarks[f"Classifier of fd: {accuracy:.1%} of held-out images right."] = None
@@ -178,8 +178,10 @@ def _in_words(sampler: Mapping[str, Any]) -> str:
     if "kappa" not in sampler:
         return str(sampler["solver"]).partition("(")[0]
     noise = sorted({f"{x:.3g}" for x in sampler["stochasticity"]}, key=float)
-    words = f"order {sampler['order']}, λ = {' to '.join(dict.fromkeys((noise[0], noise[-1])))}"
-    return words + ", corrector" * sampler["corrector"]
+    words: str = (
+        f"order {sampler['order']}, λ = {' to '.join(dict.fromkeys((noise[0], noise[-1])))}"
+    )
+    return f"{words}, corrector" if sampler["corrector"] else words
 
 
 def _apart(results: Iterable[Result]) -> list[Result]:
