@@ -215,13 +215,10 @@ def recommended_plan(
     shape: Sequence[int] = (1,),
     start: float | None = None,
     end: float | None = None,
-    *,
-    spent: int = 0,
 ) -> tuple[Plan, float]:
     """The plan that `sample` uses for a process, and κ at which it should end.
 
-    ``spent`` of the evaluations are used before the grid. Raises a ValueError if no solver applies,
-    or ``nfe`` allows no step.
+    Raises a ValueError if no solver applies, or ``nfe`` allows no step.
     """
     # Leave out choices for fewer steps than any grid has, before their grids are made.
     points = torch.arange(1, 65, dtype=torch.float64, device="cpu") / 64
@@ -236,9 +233,9 @@ def recommended_plan(
         )
         try:
             ends = window(process, start, end, shape=shape, nfe=nfe, levels=levels)
-            times = fit_grid(process, solver, *ends, nfe - spent, grid=grid, denoise=True)
+            times = fit_grid(process, solver, *ends, nfe, grid=grid, denoise=True)
             if isinstance(choice, Choice):
-                if len(times) - 1 + spent > choice.most_steps:
+                if len(times) - 1 > choice.most_steps:
                     continue
                 settings = SamplerSettings.of(process.sde, choice.solver, times)
                 return plan(process, settings), levels[1]
