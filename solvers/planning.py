@@ -71,9 +71,8 @@ class Plan:
         noise
             A noise source in place of ``generator``.
         denoise
-            How ``data`` is computed. None: as the plan says, which for a plan of a solver and times
-            is False. False: the data component of the last state. True: the data
-            prediction E[x_0 | z] at the last time. ``"step"``: one Euler step of the reverse SDE to
+            How ``data`` is computed. None: as the plan's ``denoise`` says. False: the data
+            component of the last state. True: the data prediction E[x_0 | z] at the last time. ``"step"``: one Euler step of the reverse SDE to
             time 0 without noise, as in published code. It removes no noise from data that no noise
             drives. Both cost one evaluation.
         t_eval
@@ -266,8 +265,8 @@ def plan(
 ) -> Plan:
     """Precompute everything that depends on process, solver and grid alone, for many solves.
 
-    Call `Plan.solve` of the result for each batch. `SamplerSettings` in place of the solver have
-    times and end, too. ``denoise`` is the default of `Plan.solve`. See `solve` for the other
+    Call `Plan.solve` of the result for each batch. `SamplerSettings` replace solver, times and
+    ``denoise``. ``denoise`` is what `Plan.solve` does by default; None: False. See `solve` for the other
     arguments and errors.
     """
     check_reverse_process(process)

@@ -30,7 +30,7 @@ from .stochastic_heun import StochasticHeun
 # κ = ½ log SNR at the start and end of sampling, for data with a standard deviation of about 1. At
 # the start the noise hides the data. At the end the data prediction removes the remaining noise.
 _KAPPA = (-3.3, 3.3)
-_VISIBLE = 2.0  # samples follow the prior from κ above −2, and lose structure up to κ below 2
+VISIBLE = 2.0  #: Samples follow the prior from κ above −2, and lose structure up to κ below 2.
 _SAME = 1e-4  # in κ, of levels that are rounded to float32
 # A direction of the data with variance v is lost if sampling starts at σ² ≪ v. The strongest
 # direction of D numbers is their mean, with v = D·Var(mean), so that σ² follows D. It also follows
@@ -195,7 +195,7 @@ def solvers_of_levels(sde: LinearSDE, kappa: Tensor) -> list[ExponentialMultiste
 
     A part of a sampling has few steps, but may have long ones, for which order 3 is unstable.
     """
-    whole = bool(kappa[0] <= -_VISIBLE) and bool(kappa[-1] == math.inf)
+    whole = bool(kappa[0] <= -VISIBLE) and bool(kappa[-1] == math.inf)
     n = len(kappa) - 2 if whole else math.inf  # steps before the data prediction
     # Off its fitted levels, which their end tells, the choice for several components is worse from
     # 5 steps on.

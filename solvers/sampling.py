@@ -18,14 +18,11 @@ from .base import Solver, check_solver
 from .named import find_solver
 from .noise import SampleNoise
 from .planning import Plan, plan
-from .recommended import hiding_variance, plan_on_times, recommended_plan, resolved
+from .recommended import VISIBLE, hiding_variance, plan_on_times, recommended_plan, resolved
 from .settings import SamplerSettings
 
 # A start below this part of the level, for at most so many evaluations, is worth a warning.
 _ENOUGH, _MANY = 0.9, 20
-# Samples follow the prior noticeably from κ above −2, and lose structure up to κ below 2.
-_VISIBLE = 2.0
-
 # Largest numbers of state entries and of samples in one batch.
 _NUMBERS, _SAMPLES = 2**20, 4096
 
@@ -216,12 +213,12 @@ def _check_ends(sde: LinearSDE, times: Tensor, shape: Sequence[int], nfe: int, e
     advice = "or more. Use a larger noise schedule, or a score trained at larger noise levels"
     wanted = _ENOUGH * math.sqrt(hiding_variance(shape, min(nfe, _MANY)))
     msg = ""
-    if first > -_VISIBLE:
-        msg = f"the noise does not hide the data {at} {math.exp(_VISIBLE):.3g} {advice}"
+    if first > -VISIBLE:
+        msg = f"the noise does not hide the data {at} {math.exp(VISIBLE):.3g} {advice}"
     elif math.exp(-first) < wanted:
         msg = f"the noise does not hide the mean of data of shape {tuple(shape)} {at} {wanted:.3g} "
         msg += f"{advice}. The brightness of images may vary too little"
-    elif last < min(_VISIBLE, end - 0.1):
+    elif last < min(VISIBLE, end - 0.1):
         msg = f"sampling ends at the noise level {math.exp(-last):.3g}, because process or score "
         msg += "have none below. Data lose structure finer than it"
     if msg:

@@ -49,7 +49,8 @@ class SamplerSettings:
         The process that the settings are for: a `LinearSDE`, or numbers that identify it. The
         attribute has the numbers: equal processes have the same, whatever their names.
     process_name
-        What tables and errors call the process; its ``repr`` by default. It decides nothing.
+        Name of the process in tables and errors; its ``repr`` by default. Samples do not depend on
+        the name.
     order, corrector, variable
         See `ExponentialMultistep`.
     denoise
@@ -233,7 +234,7 @@ def _process_of_text(text: str) -> LinearSDE:
         if not (isinstance(owner, type) and issubclass(owner, kinds)):
             raise ValueError(words)  # noqa: TRY004
         options = {str(x.arg): value(x.value) for x in node.keywords}
-        if issubclass(found if isinstance(found, type) else object, linear.LinearSDE):
+        if owner is found and issubclass(owner, LinearSDE):
             default = found()  # its options are not rounded to six digits, as the text is
             for name, given in options.items():
                 if shown(kept := getattr(default, name)) == shown(given):

@@ -82,8 +82,8 @@ def sample_k_diffusion(
         Signal α and noise σ of x = α(t) x_0 + σ(t) n, if ``sigmas`` are times t of this path. None:
         ``NoisePath.linear()`` for flow models of ComfyUI (``CONST``), x = x_0 + σ n for others.
     settings
-        Settings in place of ``solver``, such as those of `cldsde.solvers.recommend`. ``sigmas``
-        must then be ``settings.sigmas``, or a part of them from one level to the last.
+        Settings in place of ``solver``, for example from `cldsde.solvers.recommend`. ``sigmas``
+        must then be ``settings.sigmas``, or the levels from one of these to the last.
     seed, generator, noise
         One source of the noise: a seed, from which each sample has a random stream of its own; a
         generator; or a noise source. None: random streams that depend on each sample's x alone.
