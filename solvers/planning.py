@@ -72,9 +72,9 @@ class Plan:
             A noise source in place of ``generator``.
         denoise
             How ``data`` is computed. None: as the plan's ``denoise`` says. False: the data
-            component of the last state. True: the data prediction E[x_0 | z] at the last time. ``"step"``: one Euler step of the reverse SDE to
-            time 0 without noise, as in published code. It removes no noise from data that no noise
-            drives. Both cost one evaluation.
+            component of the last state. True: the data prediction E[x_0 | z] at the last time.
+            ``"step"``: one Euler step of the reverse SDE to time 0 without noise, as in published
+            code. It removes no noise from data that no noise drives. Both cost one evaluation.
         t_eval
             Times of the requested states, in the grid's order: times of the grid or, for adaptive
             solvers, any times between its ends. None: the last state only. States are saved before
@@ -266,8 +266,8 @@ def plan(
     """Precompute everything that depends on process, solver and grid alone, for many solves.
 
     Call `Plan.solve` of the result for each batch. `SamplerSettings` replace solver, times and
-    ``denoise``. ``denoise`` is what `Plan.solve` does by default; None: False. See `solve` for the other
-    arguments and errors.
+    ``denoise``. ``denoise`` is what `Plan.solve` does by default; None: False. See `solve` for the
+    other arguments and errors.
     """
     check_reverse_process(process)
     settings: SamplerSettings | None = None

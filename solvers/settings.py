@@ -20,6 +20,7 @@ from cldsde.linear.identity import as_fingerprint, same_process
 from cldsde.linear.kappa import kappa_range, times_of_kappa
 from cldsde.linear.reprs import shown
 from cldsde.linear.sde import LinearSDE, check_process
+from cldsde.messages import counted
 from cldsde.renamed import takes_old, warn_of_old
 from cldsde.tables import Entry, Table
 
@@ -99,7 +100,7 @@ class SamplerSettings:
     def __str__(self) -> str:
         """Table of the levels, their σ = e^−κ, and λ of the step from each."""
         words = [f"order {self.order}", f"in {self.variable}", *["corrector"] * self.corrector]
-        words += [f"{self.nfe} evaluations"]
+        words += [counted(self.nfe, "evaluation")]
         name, network = self.process_name or "unnamed process", self.network
         title = f"{name}{f', network {network}' if network else ''}: {', '.join(words)}"
         end = "data prediction" if self.denoise else "end"
