@@ -235,8 +235,8 @@ def _process_of_text(text: str) -> LinearSDE:
         if not (isinstance(owner, type) and issubclass(owner, kinds)):
             raise ValueError(words)  # noqa: TRY004
         options = {str(x.arg): value(x.value) for x in node.keywords}
-        if owner is found and issubclass(owner, LinearSDE):
-            default = found()  # its options are not rounded to six digits, as the text is
+        if len(words) == 1 and issubclass(owner, LinearSDE):
+            default: Any = found()  # its options are not rounded to six digits, as the text is
             for name, given in options.items():
                 if shown(kept := getattr(default, name)) == shown(given):
                     options[name] = kept
