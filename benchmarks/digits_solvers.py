@@ -79,8 +79,8 @@ RECIPES: dict[str, tuple[solvers.Solver, str, float, float]] = {
 
 
 def grid(name: str, sde: Any, T: float, eps: float, n: int) -> torch.Tensor:
-    make = getattr(solvers, f"{name}_times")
-    return make(sde, T, eps, n) if name in ("logistic", "kappa", "karras") else make(T, eps, n)
+    made: torch.Tensor = getattr(solvers, f"{name}_times")(T, eps, n, sde=sde)
+    return made
 
 
 def main() -> None:

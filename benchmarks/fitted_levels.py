@@ -35,7 +35,7 @@ def both(sde: LinearSDE, nfe: int) -> dict[str, Choice]:
 def options(sde: LinearSDE, row: Choice, nfe: int) -> dict[str, Any]:
     """Solver and grid of a row."""
     first, last = times_of_kappa(sde, torch.tensor(row.ends)).tolist()
-    return {"solver": row.solver, "times": row.grid(sde, first, last, nfe - 1)}
+    return {"solver": row.solver, "times": row.grid(first, last, nfe - 1, sde=sde)}
 
 
 def main() -> None:

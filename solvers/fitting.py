@@ -19,7 +19,7 @@ from cldsde.renamed import warn_of_old
 from cldsde.score import ReverseProcess
 from cldsde.score.reverse import check_reverse_process
 
-from .recommended import checked_data_shape, recommend
+from .recommended import checked_shape, recommend
 from .sampling import sample
 from .settings import SamplerSettings
 
@@ -135,7 +135,7 @@ class Search:
     def __post_init__(self) -> None:
         check_reverse_process(self.process)
         check_callable(self.distance, "distance", "a function of samples")
-        self.shape = checked_data_shape(self.shape)
+        self.shape = checked_shape(self.shape)
         self.samples = as_integer(self.samples, 1, "samples")
         self.nfe, self.seed = as_integer(self.nfe, 2, "nfe"), as_integer(self.seed, 0, "seed")
         self._cma = import_cma()

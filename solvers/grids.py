@@ -12,37 +12,30 @@ from torch import Tensor
 
 from cldsde.linear.checks import as_integer, check_positive
 from cldsde.linear.kappa import kappa_of_vp_time, times_of_kappa, vp_time
-from cldsde.linear.sde import LinearSDE
+from cldsde.linear.sde import LinearSDE, check_process
+from cldsde.renamed import warn_of_old
 
 P = ParamSpec("P")
 
 
-def _process_first(*, needed: bool) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]:
-    """Let every grid be called as grid(sde, T, eps, n); raise if a needed process is missing."""
+def _process_by_name(grid: Callable[P, Tensor]) -> Callable[P, Tensor]:
+    """Take the process as the first argument, too, as older versions did, with a warning."""
 
-    def decorate(grid: Callable[P, Tensor]) -> Callable[P, Tensor]:
-        @functools.wraps(grid)
-        def called(*args: Any, **options: Any) -> Tensor:
-            first = args[0] if args else None
-            sde = options.pop("sde", first)
-            rest = args[1:] if isinstance(first, LinearSDE) else args
-            if needed and not isinstance(sde, LinearSDE):
-                name = grid.__name__
-                msg = f"{name} needs the process first, {name}(sde, T, eps, n); got {sde!r}"
-                raise TypeError(msg)
-            return grid(sde, *rest, **options) if needed else grid(*rest, **options)
+    @functools.wraps(grid)
+    def called(*args: Any, **options: Any) -> Tensor:
+        if args and isinstance(args[0], LinearSDE):
+            warn_of_old(f"{grid.__name__}(sde, T, eps, n)", f"{grid.__name__}(T, eps, n, sde=sde)")
+            return grid(*args[1:], **{"sde": args[0], **options})
+        return grid(*args, **options)
 
-        return called
-
-    return decorate
+    return called
 
 
-@_process_first(needed=False)
-def uniform_times(T: float, eps: float, n: int) -> Tensor:
+@_process_by_name
+def uniform_times(T: float, eps: float, n: int, *, sde: LinearSDE | None = None) -> Tensor:
     """Uniform grid, t_i = T + (i/n)(ε − T).
 
-    The result is a decreasing float64 tensor ``(n + 1,)``. Like every grid it can also be called as
-    ``uniform_times(sde, T, eps, n)``. Values out of range raise a ValueError.
+    The result is a decreasing float64 tensor ``(n + 1,)``. Values out of range raise a ValueError.
 
     Parameters
     ----------
@@ -50,6 +43,8 @@ def uniform_times(T: float, eps: float, n: int) -> Tensor:
         Ends, 0 ≤ ε < T.
     n
         Number of steps, at least 1.
+    sde
+        The process. This grid, `quadratic_times` and `root_times` do not depend on it.
 
     Examples
     --------
@@ -60,8 +55,8 @@ def uniform_times(T: float, eps: float, n: int) -> Tensor:
     return _with_ends(T + fraction * (eps - T), T, eps)
 
 
-@_process_first(needed=False)
-def quadratic_times(T: float, eps: float, n: int) -> Tensor:
+@_process_by_name
+def quadratic_times(T: float, eps: float, n: int, *, sde: LinearSDE | None = None) -> Tensor:
     """Quadratic grid, t_i = ε + (T − ε)(1 − i/n)²: steps shrink linearly towards the data.
 
     Dockhorn et al. (2022, appendix) use this grid for CLD. See `uniform_times` for arguments,
@@ -71,8 +66,8 @@ def quadratic_times(T: float, eps: float, n: int) -> Tensor:
     return _with_ends(eps + (T - eps) * (1 - fraction) ** 2, T, eps)
 
 
-@_process_first(needed=False)
-def root_times(T: float, eps: float, n: int) -> Tensor:
+@_process_by_name
+def root_times(T: float, eps: float, n: int, *, sde: LinearSDE | None = None) -> Tensor:
     """Grid uniform in √t, t_i = (√T + (i/n)(√ε − √T))².
 
     Its last step, 2d√ε + d² with d = (√T − √ε)/n, is longer than the last step of
@@ -82,26 +77,26 @@ def root_times(T: float, eps: float, n: int) -> Tensor:
     return _with_ends((T**0.5 + fraction * (eps**0.5 - T**0.5)) ** 2, T, eps)
 
 
-@_process_first(needed=True)
-def kappa_times(sde: LinearSDE, T: float, eps: float, n: int) -> Tensor:
+@_process_by_name
+def kappa_times(T: float, eps: float, n: int, *, sde: LinearSDE) -> Tensor:
     """Grid uniform in κ(t), half the log of the signal-to-noise ratio (`LinearSDE.kappa`).
 
-    For VP it is the grid of DPM-Solver (Lu et al. 2022). See `uniform_times` for the other
-    arguments, the result and the errors. If κ(T) or κ(ε) is not finite, a ValueError is raised, and
-    without a process a TypeError.
+    For VP it is the grid of DPM-Solver (Lu et al. 2022). See `uniform_times` for arguments, result
+    and errors. If κ(T) or κ(ε) is not finite, a ValueError is raised, and without a process a
+    TypeError.
 
     Examples
     --------
     >>> from cldsde import VPSDE
-    >>> kappa_times(VPSDE(), 1.0, 0.01, 4)
+    >>> kappa_times(1.0, 0.01, 4, sde=VPSDE())
     tensor([1.0000, 0.7706, 0.4494, 0.1003, 0.0100], dtype=torch.float64)
     """
     levels = _between(_fractions(T, eps, n), _kappa_ends(sde, T, eps))
     return _with_ends(times_of_kappa(sde, levels, T, eps), T, eps)
 
 
-@_process_first(needed=True)
-def karras_times(sde: LinearSDE, T: float, eps: float, n: int, rho: float = 7.0) -> Tensor:
+@_process_by_name
+def karras_times(T: float, eps: float, n: int, rho: float = 7.0, *, sde: LinearSDE) -> Tensor:
     """Grid uniform in σ^{1/ρ}, with σ = e^{−κ} for any process (Karras et al. 2022, equation 5).
 
     Under CLD it is less accurate than `root_times` for the probability flow of several modes. See
@@ -117,9 +112,9 @@ def karras_times(sde: LinearSDE, T: float, eps: float, n: int, rho: float = 7.0)
     return _with_ends(times_of_kappa(sde, -rho * powers.log(), T, eps), T, eps)
 
 
-@_process_first(needed=True)
+@_process_by_name
 def logistic_times(
-    sde: LinearSDE, T: float, eps: float, n: int, center: float = 0.7, rate: float = 0.75
+    T: float, eps: float, n: int, center: float = 0.7, rate: float = 0.75, *, sde: LinearSDE
 ) -> Tensor:
     r"""Grid uniform in a logistic function of κ(t), half the log of the signal-to-noise ratio.
 
@@ -143,8 +138,8 @@ def logistic_times(
     return _with_ends(times_of_kappa(sde, center - levels.logit() / rate, T, eps), T, eps)
 
 
-@_process_first(needed=True)
-def vp_times(sde: LinearSDE, T: float, eps: float, n: int) -> Tensor:
+@_process_by_name
+def vp_times(T: float, eps: float, n: int, *, sde: LinearSDE) -> Tensor:
     """Grid uniform in t^¾, with t the time at which the default `cldsde.VPSDE` has the same κ.
 
     The noise of `cldsde.RectifiedFlow` and some others grows fast near t = 1. This grid has more
@@ -164,7 +159,7 @@ def _kappa_ends(sde: LinearSDE, T: float, eps: float, *, finite: bool = True) ->
     if not eps > 0:
         msg = f"eps must be above 0 for a grid in the signal-to-noise ratio; got {eps:g}"
         raise ValueError(msg)
-    ends = sde.kappa(torch.tensor([T, eps], dtype=torch.float64, device="cpu"))
+    ends = check_process(sde).kappa(torch.tensor([T, eps], dtype=torch.float64, device="cpu"))
     if finite and not bool(ends.isfinite().all()):
         raise ValueError(
             f"T must be a time with a finite signal-to-noise ratio; at T = {T:g} nothing of the "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NoReturn
@@ -22,7 +21,7 @@ from cldsde.score import ReverseProcess, Score
 from .base import Solver
 from .exponential_multistep import ExponentialMultistep
 from .grids import root_times, times_of_vp_powers, vp_times
-from .planning import Denoise, Plan, plan
+from .planning import Plan, plan
 from .settings import SamplerSettings
 from .sscs import SSCS
 from .stochastic_heun import StochasticHeun
@@ -46,7 +45,7 @@ class Choice:
     solver: ExponentialMultistep
     most_steps: float = math.inf  #: Largest number of steps.
     most_components: float = math.inf  #: Largest number of components of the process.
-    grid: Callable[..., Tensor] = root_times  #: Function grid(sde, start, end, n).
+    grid: Callable[..., Tensor] = root_times  #: Function grid(start, end, n, sde=…).
     ends: tuple[float, float] = _KAPPA  #: κ at the start, or less for large data, and at the end.
 
 
@@ -57,7 +56,7 @@ _FITTED_LEVELS = (-3.0, -1.35, -0.33, 0.6, 2.35)
 _FEW = 8  # largest number of steps of order 3
 
 
-def fitted_times(sde: LinearSDE, T: float, eps: float, n: int) -> Tensor:
+def fitted_times(T: float, eps: float, n: int, *, sde: LinearSDE) -> Tensor:
     """Grid of n steps on the fitted levels, interpolated and stretched to T and eps.
 
     Both are linear in the square root of VP's time.
@@ -146,7 +145,8 @@ def recommend(
     else:
         process = ReverseProcess(process, AnnouncedScore(levels, 2 if guidance else 1))
     nfe = as_integer(nfe, 1, "nfe")
-    found, _ = recommended_plan(process, nfe, checked_data_shape(shape), start, end)
+    data_shape = (1,) if shape is None else checked_shape(shape)
+    found, _ = recommended_plan(process, nfe, data_shape, start, end)
     if found.settings is None:
         raise ValueError(
             f"process must be one that ExponentialMultistep applies to; {process.sde!r} is sampled "
@@ -175,12 +175,10 @@ class AnnouncedScore(Score):
         return torch.full(t.shape, self._each, device="cpu")
 
 
-def checked_data_shape(shape: Sequence[int] | None) -> tuple[int, ...]:
-    """Check the shape ``(*D)`` of one sample; None: one number."""
-    if shape is None:
-        return (1,)
-    if not isinstance(shape, Sequence) or not shape:
-        msg = f"shape must be (*D), positive integers and at least one data axis; got {shape!r}"
+def checked_shape(shape: Sequence[int], axes: str = "(*D)") -> tuple[int, ...]:
+    """Check the shape ``(*D)`` of one sample, or ``(B, *D)`` of several."""
+    if not isinstance(shape, Sequence) or len(shape) < axes.count(",") + 1:
+        msg = f"shape must be {axes}, positive integers and at least one data axis; got {shape!r}"
         raise ValueError(msg)
     return tuple(as_integer(size, 1, "shape") for size in shape)
 
@@ -247,44 +245,33 @@ def recommended_plan(
 
 def resolved(
     process: ReverseProcess,
-    solver: Solver,
+    solver: Solver | None,
     times: Tensor | None = None,
     *,
     nfe: int = 20,
     shape: Sequence[int] = (1,),
-    denoise: Denoise | None = None,
 ) -> Plan:
-    """The plan of a given solver, by default on `root_times` over the range of `window`.
+    """The plan of a solver, by default on `root_times` over the range of `window`.
 
-    The data prediction ends it, or for processes without one a step; ``denoise`` replaces that.
+    None: the first recommended solver that applies to the given times. The data prediction ends a
+    grid above 0, or for processes without one a step.
     """
     if times is None:
+        assert solver is not None
         ends = window(process, shape=shape, nfe=nfe)
-        times = fit_grid(process, solver, *ends, nfe, denoise=denoise is not False)
-    if as_grid_times(times, "times")[-1] == 0:  # no noise is left at t = 0
-        denoise = False
-    try:
-        return plan(process, solver, times, denoise=True if denoise is None else denoise)
-    except ValueError:
-        if denoise is not None:
-            raise
-        with suppress(ValueError):
-            return plan(process, solver, times, denoise="step")
-        raise
-
-
-def plan_on_times(process: ReverseProcess, times: Tensor) -> Plan:
-    """The plan of the first recommended solver that applies to a grid."""
-    steps, reasons = len(as_grid_times(times, "times")) - 1, []
-    for choice in choices_of(process.sde, steps):
-        try:
-            return resolved(process, choice.solver, times, denoise=True)
-        except ValueError as error:
-            reasons.append(error)
-    for solver in _FALLBACKS:
-        with suppress(ValueError):
-            return resolved(process, solver, times, denoise="step")
-    raise reasons[0]
+        times = fit_grid(process, solver, *ends, nfe, denoise=True)
+    grid = as_grid_times(times, "times")
+    chosen = [choice.solver for choice in choices_of(process.sde, len(grid) - 1)]
+    first: ValueError | None = None
+    for each in (*chosen, *_FALLBACKS) if solver is None else (solver,):
+        # No noise is left at t = 0.
+        for denoise in (False,) if grid[-1] == 0 else (True, "step"):
+            try:
+                return plan(process, each, grid, denoise=denoise)
+            except ValueError as error:
+                first = first or error
+    assert first is not None
+    raise first
 
 
 def fit_grid(
@@ -299,9 +286,9 @@ def fit_grid(
 ) -> Tensor:
     """The longest grid on which a solver evaluates the score at most ``nfe`` times.
 
-    ``grid`` is a function grid(sde, start, end, n). ``denoise`` reserves an evaluation for the data
-    prediction at the end. An adaptive solver gets the two ends. Raises a ValueError if ``nfe`` is
-    too small for one step.
+    ``grid`` is a function grid(start, end, n, sde=…). ``denoise`` reserves an evaluation for the
+    data prediction at the end. An adaptive solver gets the two ends. Raises a ValueError if ``nfe``
+    is too small for one step.
     """
     if solver.facts.adaptive:
         return torch.tensor([start, end], dtype=torch.float64, device="cpu")
@@ -317,7 +304,7 @@ def fit_grid(
     per_step = max(1, solver.facts.nfe_per_step)
     n = budget // per_step
     while n >= 1:
-        times: Tensor = grid(process.sde, start, end, n)
+        times: Tensor = grid(start, end, n, sde=process.sde)
         needed = costs(times)
         excess = int(needed.sum()) - budget
         if excess <= 0:
@@ -325,7 +312,7 @@ def fit_grid(
         # With guidance in intervals, a shorter grid may have a guided step more or less at each end
         # of an interval. Skip only grids that are too long in any case.
         n -= max(1, excess // (per_step * int(needed.max())) - 4)
-    least = int(costs(grid(process.sde, start, end, 1)).sum()) + reserved
+    least = int(costs(grid(start, end, 1, sde=process.sde)).sum()) + reserved
     given = f"{counted(nfe, 'evaluation')} {'is' if nfe == 1 else 'are'}"
     raise ValueError(
         f"{given} too few for a step of {type(solver).__name__}"

@@ -18,7 +18,7 @@ from .base import Solver, check_solver
 from .named import find_solver
 from .noise import SampleNoise
 from .planning import Plan, plan
-from .recommended import VISIBLE, hiding_variance, plan_on_times, recommended_plan, resolved
+from .recommended import VISIBLE, checked_shape, hiding_variance, recommended_plan, resolved
 from .settings import SamplerSettings
 
 # A start below this part of the level, for at most so many evaluations, is worth a warning.
@@ -109,7 +109,7 @@ def sample(
     tensor([0.5000, 1.0000])
     """
     process = ReverseProcess(sde, score)
-    shape = checked_shape(shape)
+    shape = checked_shape(shape, "(B, *D)")
     nfe, seed = as_integer(nfe, 1, "nfe"), as_integer(seed, 0, "seed")
     check_dtype(dtype)
     if noise is not None:
@@ -149,7 +149,7 @@ def _planned(
     if settings is not None:
         return plan(process, settings)
     if times is not None:
-        return plan_on_times(process, times) if solver is None else resolved(process, solver, times)
+        return resolved(process, solver, times)
     last = math.inf
     if solver is not None:
         made = resolved(process, solver, nfe=nfe, shape=shape)
@@ -187,14 +187,6 @@ def _in_batches(
             found.append(solution.raise_for_failure().data)
             bar.update(len(noise.seeds))
     return torch.cat(found)
-
-
-def checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
-    """Check the shape ``(B, *D)`` of samples."""
-    if not isinstance(shape, Sequence) or len(shape) < 2:
-        msg = f"shape must be (B, *D), positive integers and at least one data axis; got {shape!r}"
-        raise ValueError(msg)
-    return tuple(as_integer(size, 1, "shape") for size in shape)
 
 
 def _warn_of_training(score: Score) -> None:

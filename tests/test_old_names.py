@@ -97,6 +97,18 @@ def test_default_settings_is_recommend():
     assert found == solvers.recommend(process, 5, shape=(3, 64, 64))
 
 
+@pytest.mark.parametrize("name", ["uniform_times", "root_times", "kappa_times", "vp_times"])
+def test_grids_took_the_process_first(name):
+    grid, sde = getattr(solvers, name), CLD()
+    new = rf"is called {name}\(T, eps, n, sde=sde\) now"
+    with pytest.warns(DeprecationWarning, match=new) as caught:
+        found = grid(sde, 1.0, 0.1, n=3)
+    assert caught[0].filename == __file__
+    assert torch.equal(found, grid(1.0, 0.1, 3, sde=sde))
+    with pytest.warns(DeprecationWarning, match="karras_times"):
+        assert len(solvers.karras_times(sde, 1.0, 0.1, 3, 7.0)) == 4
+
+
 def noised(**how):
     x = 3 * torch.ones(2, 3)
     return cldsde.pretrained.sample_k_diffusion(lambda x, s: 0.5 * x, x, [3.0, 1.0, 0.1], **how)

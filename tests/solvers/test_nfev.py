@@ -72,7 +72,7 @@ def test_a_sample_takes_at_most_nfe_network_evaluations(score, budget):
 def test_posterior_samples_count_the_network():
     sde, network = CLD(), Counting()
     process = ReverseProcess(sde, limited(network, sde))
-    times = solvers.logistic_times(sde, 0.9, 0.02, 6)
+    times = solvers.logistic_times(0.9, 0.02, 6, sde=sde)
     found = solvers.sample_posterior(
         process, SEEN, times, particles=4, seed=[1, 2], method="pigdm", shape=(2,)
     )

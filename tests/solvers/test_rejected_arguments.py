@@ -42,7 +42,7 @@ def solve(solver=EM, sde=SDE, score=untouchable, state=None, **options):
 
 
 # Grids.
-FLOW, kappa_times = cldsde.RectifiedFlow(), partial(solvers.kappa_times, SDE)
+FLOW, kappa_times = cldsde.RectifiedFlow(), partial(solvers.kappa_times, sde=SDE)
 inverse = partial(solvers.times_of_kappa, SDE)
 CASES = [
     *bad(V, "n must be at least 1; got", partial(solvers.root_times, 1.0, 1e-3), 0),
@@ -50,12 +50,12 @@ CASES = [
     *bad(V, r"eps must lie in \[0, T\) with", partial(solvers.root_times, 1.0, n=9), 1.0, -1e-9),
     *bad(V, "T must be finite", partial(solvers.uniform_times, eps=1e-3, n=9), 0.0, NAN, INF),
     (lambda: kappa_times(1.0, 1 - 4 * EPS, 1000), V, "1000 steps .* below the resolution"),
-    (lambda: solvers.logistic_times(SDE, 1.0, 1e-3, 9, rate=0.0), V, "rate must be finite"),
-    (lambda: solvers.karras_times(SDE, 1.0, 1e-3, 9, -7.0), V, "rho must be finite"),
+    (lambda: solvers.logistic_times(1.0, 1e-3, 9, rate=0.0, sde=SDE), V, "rate must be finite"),
+    (lambda: solvers.karras_times(1.0, 1e-3, 9, -7.0, sde=SDE), V, "rho must be finite"),
     (lambda: kappa_times(1.0, 0.0, 9), V, "eps must be above 0"),
-    (lambda: solvers.kappa_times(FLOW, 1.0, 1e-3, 5), V, "T must be a time with a finite"),
-    (lambda: solvers.karras_times(1.0, 1e-3, 9), T, "karras_times needs the process first"),
-    (lambda: solvers.kappa_times("CLD", 1.0, 0, 1), T, r"\(sde, T, eps, n\); got"),
+    (lambda: solvers.kappa_times(1.0, 1e-3, 5, sde=FLOW), V, "T must be a time with a finite"),
+    (lambda: solvers.karras_times(1.0, 1e-3, 9), T, "argument: 'sde'"),
+    (lambda: solvers.kappa_times(1.0, 0.1, 1, sde="CLD"), T, "sde must be a LinearSDE; got str"),
     (lambda: SDE.kappa(0.0), V, "no density at t = 0"),
     *bad(T, "kappa must be a number", inverse, "3", [[1.0], [2.0, 3.0]]),
     (lambda: inverse(NAN), V, "kappa must not be NaN"),

@@ -12,7 +12,7 @@ from cldsde import CLD, HOLD, VPSDE, DenoiserScore, LinearSDE, solvers
 from cldsde.linear.kappa import vp_time
 from cldsde.score import ConditionalScore, Observation, PosteriorScore, ReverseProcess
 from cldsde.solvers import SampleNoise
-from cldsde.solvers.recommended import plan_on_times, recommended_plan, resolved, window
+from cldsde.solvers.recommended import recommended_plan, resolved, window
 from probes import Recording, generator, hidden_times, tensor
 from score.cases import TWO as DATA
 from score.cases import UNDERDAMPED, normal_denoiser
@@ -99,7 +99,7 @@ def test_a_process_whose_score_does_not_determine_the_data_is_sampled_by_sscs():
     # At this end the driven score says nothing about the data.
     times = tensor([1.0, hidden_times(UNDERDAMPED)[0]])
     assert resolved(process, solvers.SSCS(), times).denoise == "step"
-    assert plan_on_times(process, times).denoise == "step"
+    assert resolved(process, None, times).denoise == "step"
     # The bias at 400 steps of order 1 is 0.06 standard deviations, a third of the tolerance.
     check_moments(cldsde.sample(UNDERDAMPED, process.score, (500, 2), nfe=400))
 
