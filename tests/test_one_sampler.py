@@ -7,7 +7,7 @@ from diffusers import DDIMScheduler, UNet2DModel
 
 from cldsde import CLD, HOLD, VESDE, VPSDE, DenoiserScore, RectifiedFlow, sample
 from cldsde.images.config import ProcessConfig
-from cldsde.images.sample.sampler import ImageSampler, fitted_recipe
+from cldsde.images.sample.sampler import ImageSampler
 from cldsde.images.sample.source import of_diffusers
 from cldsde.linear.covariance import triangular_inverse
 from cldsde.pretrained import PipelineScheduler, from_diffusers, sample_k_diffusion
@@ -87,7 +87,7 @@ def test_settings_give_the_same_samples_everywhere(kind, folder, tmp_path, capsy
 
     # A run of images, and the command. Both have a stream for each seed.
     model = of_diffusers(folder, ProcessConfig(name=kind.__name__))
-    sampler = ImageSampler.of(model, fitted_recipe(model.sampling, settings))
+    sampler = ImageSampler.of(model, settings)
     noise, state = sampler.start(SEEDS)
     expected = sampler.plan.solve(state, noise=noise).data
     images = sampler.sample(SEEDS).images

@@ -14,9 +14,10 @@ from cldsde.errors import SettingError, setting
 from cldsde.solvers import SamplerSettings, named_solvers
 
 if TYPE_CHECKING:
-    from cldsde.images.config import ProcessConfig, SamplingConfig
+    from cldsde.images.config import ProcessConfig
     from cldsde.images.data import DataSet
     from cldsde.images.model import ImageModel
+    from cldsde.images.sample.sampler import Recipe
 
 _MODEL = "diffusers folder, or a file in it, to sample in place of a run"
 _PROCESS = "process to sample with: CLD, VPSDE, …; the run's own by default, CLD for diffusers"
@@ -85,18 +86,15 @@ def process_config(options: Namespace) -> ProcessConfig:
         return ProcessConfig(name=options.process or "CLD", options=changes)
 
 
-def recipes_of(options: Namespace, model: ImageModel) -> Iterator[SamplingConfig]:
-    """Each solver with each budget; the other settings are the options', or else the run's."""
-    from cldsde.images.sample.sampler import changed_recipe, fitted_recipe
+def recipes_of(options: Namespace, model: ImageModel) -> Iterator[Recipe]:
+    """Settings of files, or each solver with each budget; other options default to the run's."""
+    from cldsde.images.sample.sampler import changed_recipe
     from cldsde.images.schema import parse_overrides
 
     if options.settings:
         names = ("solver", "nfe", "grid", "t_start", "t_end", "denoise", "set")
         reject(options, names, "must be left out with --settings, which replaces it")
-        for file in options.settings:
-            with setting("settings"):
-                settings = SamplerSettings.load(Path(file).expanduser())
-            yield fitted_recipe(model.sampling, settings)
+        yield from settings_of(options)
         return
 
     changes = parse_overrides(options.set, "rtol=0.01")
@@ -106,3 +104,9 @@ def recipes_of(options: Namespace, model: ImageModel) -> Iterator[SamplingConfig
         new = {"solver": solver, "nfe": nfe, **given}
         new = {name: value for name, value in new.items() if value is not None}
         yield changed_recipe(model.sampling, changes, **new)
+
+
+def settings_of(options: Namespace) -> list[SamplerSettings]:
+    """The settings in the files that the options name."""
+    with setting("settings"):
+        return [SamplerSettings.load(Path(file).expanduser()) for file in options.settings]

@@ -13,7 +13,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cldsde.cli.models import MODEL, RECIPE, SOLVERS, model_of, process_config, recipes_of
+from cldsde.cli.models import (
+    MODEL,
+    RECIPE,
+    SOLVERS,
+    model_of,
+    process_config,
+    recipes_of,
+    settings_of,
+)
 from cldsde.cli.options import DEVICE, ONE_SEED, SEEDS, Kind, flag, join_processes, option, reject
 from cldsde.errors import require
 from cldsde.messages import counted
@@ -69,7 +77,7 @@ OPTIONS = (
 )
 # Options that a pipeline decides by itself.
 _NOT_FOR_PIPELINES = (
-    *("grid", "t_start", "t_end", "denoise", "set", "settings", "known", "observe"),
+    *("grid", "t_start", "t_end", "denoise", "set", "known", "observe"),
     *("method", "noise_std", "particles", "compile_mode"),
 )
 
@@ -120,6 +128,11 @@ def _pipeline_request(options: Namespace, seeds: range, device: Any) -> Any:
     how: dict[str, Any] = {name: getattr(options, name) for name in names}
     chosen = options.solver in {None, "recommended"}
     how["solver"] = None if chosen else find_solver(options.solver, "recommended")
+    how["settings"] = None
+    if options.settings:
+        reject(options, ("solver", "nfe"), "must be left out with --settings, which replaces it")
+        how["settings"], *more = settings_of(options)
+        require(not more, "settings", "must be one file")
     sampler = PipelineSampler.load(options.model, process_config(options), device, **how)
     return SampleRequest(sampler, seeds, sampler.digest())
 

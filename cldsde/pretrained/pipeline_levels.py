@@ -107,7 +107,7 @@ def levels_of_grid(
     leads = noisiest < float(level) - _ROUNDING and convention.scales(level)[1].item() ** 2 < _WHOLE
     steps = n - leads - 1
     one = [end] if leads else [start]  # a start after the noisiest level would be wasted
-    times = grid(sde, start, end, steps) if steps > 0 else as_float64(one[: steps + 1])
+    times = grid(start, end, steps, sde=sde) if steps > 0 else as_float64(one[: steps + 1])
     found = torch.cat([as_float64([noisiest] * leads), sde.kappa(times), as_float64([math.inf])])
     return found, convention.times(found[:-1]).float()
 
@@ -117,11 +117,13 @@ def levels_of_settings(
 ) -> tuple[Tensor, Tensor]:
     """κ of settings and of the data, and times of the scheduler.
 
-    A network that knows pure noise, as flow matching does, begins there.
+    A network that knows pure noise, as flow matching does, begins there. Without n and times it is
+    the number of levels.
     """
-    n, (noisiest, last) = _number_of_steps(n, given), convention.ends
+    noisiest, last = convention.ends
     levels = [noisiest] * (noisiest == -math.inf) + list(settings.kappa)
     steps = len(levels) - (not settings.denoise)
+    n = steps if n is None and not given else _number_of_steps(n, given)
     if n != steps:
         msg = f"num_inference_steps must be {steps}, the number of levels in the settings"
         raise ValueError(f"{msg}{' and 1' * (steps > settings.nfe)}; got {n}")

@@ -1,17 +1,22 @@
 """Models and pipelines of diffusers from the command line: text, classes and an autoencoder."""
 
+import dataclasses
 import json
+import math
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from command import command
+from cldsde import CLD
+from cldsde.solvers import recommend
+from command import command, rejected
 
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 import tiny_pipelines  # noqa: E402 -- needs both libraries
+from cldsde.pretrained.conventions import Convention  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -25,9 +30,10 @@ def folders(diffusers_model, tmp_path_factory):
 
 @pytest.fixture
 def sampled(folders, tmp_path):
-    def images(name, *options):
-        out, nfe = tmp_path / "x.npz", 6 if name.startswith("model") else 3
-        words = ("--model", folders / name, "--nfe", nfe, "--seeds", "2-4")
+    def images(name, *options, nfe=3):
+        out, nfe = tmp_path / "x.npz", 6 if name.startswith("model") else nfe
+        words = ("--model", folders / name, "--seeds", "2-4")
+        words += () if nfe is None else ("--nfe", nfe)
         words += (*options, "--device", "cpu", "--overwrite", "--out", out)
         assert command("sample", *words) == 0
         with np.load(out) as found:
@@ -52,6 +58,26 @@ def test_options_reach_the_pipeline(sampled):
     for options in (*others, ["--solver", "em"], ["--process-set", "friction=1.5"]):
         assert not np.array_equal(sampled("SD", *TEXT, *options), plain), options
     assert not np.array_equal(sampled("SD", "--prompt", "blue"), plain)
+
+
+def test_a_pipeline_takes_settings(sampled, folders, tmp_path, capsys):
+    """Images of the recommended settings are those without settings."""
+    scheduler = diffusers.DiffusionPipeline.from_pretrained(folders / "SD").scheduler
+    levels = [math.exp(-kappa) for kappa in reversed(Convention.of(scheduler).ends)]
+    file = tmp_path / "few.json"
+    chosen = recommend(CLD(), 3, shape=(4, 128, 128), levels=levels)
+    chosen.save(file)
+    plain = sampled("SD", *TEXT)
+    chosen_by_file = sampled("SD", *TEXT, "--settings", file, nfe=None)
+    assert np.array_equal(chosen_by_file, plain)
+    with_noise = dataclasses.replace(chosen, stochasticity=(0.3, 0.0))
+    with_noise.save(file)
+    assert not np.array_equal(sampled("SD", *TEXT, "--settings", file, nfe=None), plain)
+    words = ("sample", "--model", folders / "SD", *TEXT, "--settings", file)
+    assert "--nfe: must be left out with" in rejected(capsys, *words, "--nfe", 3)
+    assert command(*words, "--process", "VPSDE") == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "error: --settings: settings must be for this process" in last
 
 
 def test_classes_reach_the_pipeline_and_its_guidance(sampled):

@@ -58,7 +58,7 @@ def test_settings_are_kept_in_the_run_and_measured_with_new_seeds(run, capsys):
     # Files have channels last.
     assert (np.load(out)["images"] == to_levels(data, 17).movedim(1, -1).numpy()).all()
     assert command("evaluate", run, *few, "--samples", 6) == 0
-    assert "| fitted" in capsys.readouterr().out
+    assert "| settings" in capsys.readouterr().out
     # Nothing is replaced without being asked, nor before any work.
     error = rejected(capsys, "tune", run, *SHORT)
     assert "sampler-3.json is there already; name another place, or set --overwrite" in error

@@ -171,9 +171,11 @@ def _row(
     row: RowConfig, cells: dict[float, dict[str, Any]], picture: str | None = None
 ) -> dict[str, Any]:
     return {
-        **{name: getattr(row, name) for name in ("model", "label", "solver")},
-        "adaptive": not row.nfe,
-        "fixed": {} if row.nfe else row.fixed,
+        "model": row.model,
+        "label": row.label,
+        "solver": "settings" if row.settings else row.solver,
+        "adaptive": bool(row.tolerances),
+        "fixed": row.fixed if row.tolerances else {},
         "picture": picture,
         "cells": [{"budget": x, **cells.get(x, {"repeats": 0})} for x in row.budgets],
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import field
@@ -15,7 +16,7 @@ from cldsde.errors import require, setting
 from cldsde.images.config import RECOMMENDED, Grid, RunConfig, SamplingConfig, StartTime
 from cldsde.images.data import DataSet
 from cldsde.images.evaluate.evaluation import METRICS, Measurements
-from cldsde.images.sample.sampler import make_plan, make_solver
+from cldsde.images.sample.sampler import Recipe, make_plan, make_solver
 from cldsde.images.schema import (
     KAPPA,
     Configuration,
@@ -29,6 +30,7 @@ from cldsde.images.schema import (
 )
 from cldsde.images.train.engine import check_run
 from cldsde.images.training_config import Time
+from cldsde.solvers import SamplerSettings
 
 PRESETS = {
     name: Path(__file__).with_name("presets") / f"{name}.toml"
@@ -46,10 +48,13 @@ class RowConfig:
 
     model: str
     """Name of the model."""
-    solver: str
+    solver: str = RECOMMENDED
     """Name of the solver."""
     label: str = ""
     """Name of the row; the name of the solver if empty."""
+    settings: tuple[Path, ...] = ()
+    """Files of `cldsde.solvers.SamplerSettings`, such as those of ``cldsde tune``, in place of
+    ``solver``, ``nfe`` and the keys below. Their numbers of evaluations are the budgets."""
     grid: Grid | None = None
     t_start: StartTime = None
     t_end: Time | None = None
@@ -63,6 +68,16 @@ class RowConfig:
     does not set."""
 
     def __post_init__(self) -> None:
+        if self.settings:
+            own = {"model", "label", "settings"}
+            for name, kept in inspect.signature(type(self)).parameters.items():
+                fits = name in own or getattr(self, name) in (kept.default, {})
+                require(fits, name, "must be left out with settings, which replace it")
+            object.__setattr__(self, "label", self.label or "settings")
+            budgets = self.budgets
+            msg = f"must have different numbers of evaluations in a row; got {budgets}"
+            require(len({*budgets}) == len(budgets), "settings", msg)
+            return
         recipe = self._recipe()
         chosen = {name: getattr(recipe, name) for name in ("solver", "grid", "t_end")}
         if recipe.t_end is None and recipe.solver != RECOMMENDED:
@@ -74,21 +89,29 @@ class RowConfig:
         needed, other = ("tolerances", "nfe") if adaptive else ("nfe", "tolerances")
         msg = f"{self.solver} needs a list of {needed}, and no {other}"
         require(bool(getattr(self, needed)) and not getattr(self, other), needed, msg)
-        for recipe in self.recipes():
+        for recipe in self._configurations():
             make_solver(recipe)
+
+    @cached_property
+    def _read(self) -> list[SamplerSettings]:
+        with setting("settings"):
+            return [SamplerSettings.load(file.expanduser()) for file in self.settings]
 
     @property
     def budgets(self) -> tuple[int, ...] | tuple[float, ...]:
         """Score evaluations, or tolerances."""
-        return self.nfe or self.tolerances
+        return tuple(each.nfe for each in self._read) or self.nfe or self.tolerances
 
     @property
     def fixed(self) -> dict[str, Any]:
         """Tolerances that ``options`` sets."""
         return {name: self.options[name] for name in _TOLERANCES if name in self.options}
 
-    def recipes(self) -> list[SamplingConfig]:
-        """The sampling settings for each budget."""
+    def recipes(self) -> list[Recipe]:
+        """How to sample with each budget."""
+        return [*(self._read or self._configurations())]
+
+    def _configurations(self) -> list[SamplingConfig]:
         if self.nfe:
             return [self._recipe(nfe=nfe) for nfe in self.nfe]
         return [

@@ -18,15 +18,14 @@ from pydantic import Field, InstanceOf
 from torch import Tensor
 
 from cldsde.errors import require, setting
-from cldsde.images.config import SamplingConfig
 from cldsde.images.data import DataSet, Images
 from cldsde.images.data.pixels import measured, measured_batches
 from cldsde.images.evaluate import classifier, distances, inception, likelihoods, results
 from cldsde.images.evaluate.results import Result
 from cldsde.images.model import ImageModel, TrainedModel
 from cldsde.images.sample.outputs import of_each, place, shared
-from cldsde.images.sample.sampler import ImageSampler, make_plan
-from cldsde.images.schema import Count, check_name, plain, section
+from cldsde.images.sample.sampler import ImageSampler, Recipe, described_recipe, make_plan
+from cldsde.images.schema import Count, check_name, section
 from cldsde.progress import progress_bar
 from cldsde.score.flow_density import UnsolvedFlowError
 
@@ -123,9 +122,7 @@ class Evaluation(Measurements):
             kept.append(classifier.CLASSIFIER)
         return not all((self.folder / name).exists() for name in kept)
 
-    def of_run(
-        self, model: ImageModel, recipes: Iterable[SamplingConfig], file: Path
-    ) -> list[Result]:
+    def of_run(self, model: ImageModel, recipes: Iterable[Recipe], file: Path) -> list[Result]:
         """Measure a trained model; return the results, which are added to the file.
 
         Failures are results and are not repeated, nor do they end the evaluation. Several processes
@@ -140,10 +137,11 @@ class Evaluation(Measurements):
         """Bits per dim of a trained model; see `of_run`."""
         return self._filled(file, ["bpd"], lambda _: ({"bpd": self._bits(model)}, {}), model.digest)
 
-    def of_recipe(self, model: ImageModel, recipe: SamplingConfig, file: Path) -> list[Result]:
+    def of_recipe(self, model: ImageModel, recipe: Recipe, file: Path) -> list[Result]:
         """Measure images of a recipe; see `of_run`."""
         made = make_plan(model.score, recipe, shape=model.data_shape)
-        own = {"recipe": plain(recipe), "sampler": made.described(), "solver": repr(made.solver)}
+        described = described_recipe(recipe)
+        own = {"recipe": described, "sampler": made.described(), "solver": repr(made.solver)}
         # One for all repetitions, made if something is missing.
         sampler = cache(lambda: ImageSampler.of(model, recipe, batch=self.batch))
         found: list[Result] = []
@@ -152,7 +150,7 @@ class Evaluation(Measurements):
             seeds = range(first, first + self.samples)
             name = model.digest, repr(recipe)
             measure, ends = partial(self._of_seeds, sampler, seeds, name), (seeds[0], seeds[-1])
-            self.bar.set_postfix_str(f"{recipe.solver}, {recipe.nfe}, seeds from {first}")
+            self.bar.set_postfix_str(f"{described['solver']}, {recipe.nfe}, seeds from {first}")
             done = self.bar.n + self.samples
             found += self._filled(file, self._measures, measure, model.digest, seeds=ends, **own)
             self.bar.update(done - self.bar.n)

@@ -164,8 +164,8 @@ def markdown_table(results: Collection[Result]) -> str:
             values.append([_named(x)[name] for x in _apart(found)])
             if len(values[-1]) < len(found):
                 remarks["The table leaves out repetitions that share seeds with another."] = None
-        changed = {} if recipe["solver"] == "fitted" else recipe.get("options", {})
-        solver = ", ".join([recipe["solver"], *(f"{key}={x}" for key, x in changed.items())])
+        changed = recipe.get("options", {}).items()
+        solver = ", ".join([recipe["solver"], *(f"{key}={x}" for key, x in changed)])
         line = [Entry(solver, number=False), Entry(nfe)]
         line += [Entry(times, number=False), Entry(", ".join(sizes))]
         lines.append([*line, *(Entry(mean_and_spread(x, 3)) for x in values)])

@@ -190,12 +190,10 @@ class Conditioning:
         msg += f"{self.observed.noise_std:g}. Use 'moments' or 'pigdm', which do not, or more steps"
         require(self.observed.noise_std >= least, "method", msg)
 
-    def sample(
-        self, plan: Plan, seeds: Sequence[int], *, denoise: bool, chunk: int
-    ) -> tuple[Tensor, Tensor]:
+    def sample(self, plan: Plan, seeds: Sequence[int], *, chunk: int) -> tuple[Tensor, Tensor]:
         """Data ``(N, C, H, W)`` and their score evaluations ``(N,)``, a posterior run per seed."""
         count = self.particles
-        how: Any = {"method": "pigdm", "denoise": denoise, "chunk": chunk, "particles": count}
+        how: Any = {"method": "pigdm", "denoise": plan.denoise, "chunk": chunk, "particles": count}
         given = (plan.process, self.observation, plan.times)
         found = sample_posterior(*given, seed=seeds, device=self.known.device, **how)
         weights = zip(found.log_weights.reshape(-1, count).softmax(1), seeds, strict=True)

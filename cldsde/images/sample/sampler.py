@@ -37,21 +37,15 @@ Item = TypeVar("Item")
 Made = TypeVar("Made")
 
 
-FITTED = "fitted"
-"""Solver of a recipe whose options are the fields of `cldsde.solvers.SamplerSettings`."""
+Recipe = SamplingConfig | SamplerSettings
+"""How to sample: a configuration, of which the recommended parts are chosen later, or settings."""
 
 
-def fitted_recipe(recipe: SamplingConfig, settings: SamplerSettings) -> SamplingConfig:
-    """A recipe with the settings of a fitted sampler in place of solver and grid."""
-    options = settings.as_dict()
-    start: dict[str, Any] = {"t_start": None, "t_end": None, "denoise": True}
-    return changed_recipe(recipe, options, solver=FITTED, nfe=settings.nfe, **start)
-
-
-def _settings(sampling: SamplingConfig) -> SamplerSettings:
-    options = checked_options(SamplerSettings, sampling.options)
-    with setting("options"):
-        return SamplerSettings(**options)
+def described_recipe(recipe: Recipe) -> dict[str, Any]:
+    """A recipe in JSON types; settings are called by the name ``"settings"``."""
+    if isinstance(recipe, SamplerSettings):
+        return {"solver": "settings", "nfe": recipe.nfe, "settings": recipe.as_dict()}
+    return dataclasses.asdict(recipe)
 
 
 def make_solver(sampling: SamplingConfig) -> Solver | None:
@@ -62,8 +56,6 @@ def make_solver(sampling: SamplingConfig) -> Solver | None:
         require(sampling.denoise, "denoise", msg)
         require(not sampling.options, "options", msg)
         return None
-    if sampling.solver == FITTED:
-        return _settings(sampling).solver
     with setting("solver"):
         solver = find_solver(sampling.solver, RECOMMENDED)
     options = checked_options(type(solver), sampling.options)
@@ -92,25 +84,30 @@ def changed_recipe(
 
 def make_plan(
     score: ScoreFunction,
-    sampling: SamplingConfig,
+    recipe: Recipe,
     sde: LinearSDE | None = None,
     observed: Conditioning | None = None,
     shape: Sequence[int] = (1,),
 ) -> Plan:
-    """The plan of a solver for data of a shape, with its way to denoise at the end.
+    """The plan of a recipe for data of a shape, with its way to denoise at the end.
 
-    The grid is the longest with at most ``nfe`` score evaluations, the denoising and guidance
-    included. With an observed picture the recommended solver is ``multistep-2-sde``. Raises a
-    SettingError if recipe, process and observation do not fit.
+    The grid of a configuration is the longest with at most ``nfe`` score evaluations, the denoising
+    and guidance included. With an observed picture the recommended solver is ``multistep-2-sde``.
+    Raises a SettingError if recipe, process and observation do not fit.
     """
     score = as_score(score)
     sde = check_process(score.sde if sde is None else sde)
     process = ReverseProcess(sde, score if observed is None else observed.score(score, sde))
-    if observed is not None and sampling.solver == RECOMMENDED:
-        sampling = dataclasses.replace(sampling, solver="multistep-2-sde")
-    solver = make_solver(sampling)
-    how: dict[str, Any] = {"nfe": sampling.nfe, "shape": shape}
-    how |= {"start": sampling.t_start, "end": sampling.t_end}
+    if isinstance(recipe, SamplerSettings):
+        msg = "are for sampling without an observed picture; name a solver"
+        require(observed is None, "settings", msg)
+        with setting("settings"):
+            return plan(process, recipe)
+    if observed is not None and recipe.solver == RECOMMENDED:
+        recipe = dataclasses.replace(recipe, solver="multistep-2-sde")
+    solver = make_solver(recipe)
+    how: dict[str, Any] = {"nfe": recipe.nfe, "shape": shape}
+    how |= {"start": recipe.t_start, "end": recipe.t_end}
     try:
         if solver is None:
             with setting("t_end"):
@@ -118,20 +115,15 @@ def make_plan(
             with setting("nfe"):
                 return recommended_plan(process, **how)[0]
         if observed is not None:
-            fits = sampling.solver != FITTED
-            require(fits, "settings", "were fitted without an observed picture; name a solver")
             solver = observed.solver(solver)
-        if sampling.solver == FITTED:
-            with setting("settings"):
-                return plan(process, _settings(sampling))
         with setting("t_end"):
             start, end = window(process, **how)
         end = end if observed is None else observed.end(sde, end)
         with setting("nfe"):
-            options: Any = {"denoise": sampling.denoise}
-            options["grid"] = getattr(grids, f"{sampling.grid}_times")
-            times = fit_grid(process, solver, start, end, sampling.nfe, **options)
-        made = plan(process, solver, times, denoise=sampling.denoise)
+            grid = getattr(grids, f"{recipe.grid}_times")
+            denoise = recipe.denoise
+            times = fit_grid(process, solver, start, end, recipe.nfe, grid=grid, denoise=denoise)
+        made = plan(process, solver, times, denoise=denoise)
         if observed is not None:
             observed.check_steps(made)
         return made
@@ -167,7 +159,7 @@ class ImageSampler:
 
     score: Score
     space: ImageSpace
-    sampling: SamplingConfig
+    sampling: Recipe
     _: KW_ONLY
     vae: VAE | None = None  # if the process is of latent variables
     label: int | Literal["all"] | None = None  # class of all images, or i for seed i; None: none
@@ -178,7 +170,7 @@ class ImageSampler:
 
     @classmethod
     def of(
-        cls, model: ImageModel, sampling: SamplingConfig, batch: int | None = None, **options: Any
+        cls, model: ImageModel, sampling: Recipe, batch: int | None = None, **options: Any
     ) -> Self:
         """The sampler of a trained model; batches of small images are larger by default."""
         if batch is None:
@@ -229,7 +221,7 @@ class ImageSampler:
             own["precision"] = self.precision
         observed = None if self.observed is None else self.observed.recipe()
         return {
-            "sampling": dataclasses.asdict(self.sampling),
+            "sampling": described_recipe(self.sampling),
             "sampler": self.plan.described(),
             "observed": observed,
             **own,
@@ -278,13 +270,12 @@ class ImageSampler:
         cast = torch.autocast(self.score.device.type, dtype=half) if half else nullcontext()
         with torch.no_grad(), cast:
             if observed is not None and observed.particles:
-                data, evaluations = observed.sample(
-                    plan, seeds, denoise=self.sampling.denoise, chunk=self.batch
-                )
+                data, evaluations = observed.sample(plan, seeds, chunk=self.batch)
             else:
                 found = plan.solve(state, noise=noise, warn=False)
                 if not found.success:
-                    raise FloatingPointError(f"{self.sampling.solver} failed: {found.message}")
+                    name = described_recipe(self.sampling)["solver"]
+                    raise FloatingPointError(f"{name} failed: {found.message}")
                 data, evaluations = found.data, found.stats["nfev"]
             if isinstance(plan.solver, Imputation):
                 data = plan.solver.impose(data)

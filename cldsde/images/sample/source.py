@@ -24,6 +24,7 @@ from cldsde.images.tensor_files import tensors_digest
 from cldsde.pretrained import PipelineScheduler, from_diffusers
 from cldsde.pretrained.diffusers_models import network_and_scheduler
 from cldsde.score import Denoiser, DenoiserScore, ScoreDenoiser
+from cldsde.solvers import SamplerSettings
 from cldsde.solvers.base import Solver
 
 # Networks of a pipeline besides the one that `from_diffusers` reads.
@@ -146,6 +147,7 @@ class PipelineSampler:
         label: str | None,
         guidance: float | None,
         solver: Solver | None,
+        settings: SamplerSettings | None,
         nfe: int | None,
         batch: int | None,
     ) -> PipelineSampler:
@@ -169,13 +171,15 @@ class PipelineSampler:
         others = [key for key, x in taken.items() if x.default is inspect.Parameter.empty]
         lacking = [key for key in others if key not in (*arguments, "args", "kwargs")]
         require(not lacking, "model", f"a {name} also needs {', '.join(lacking)}")
-        with setting("solver"):
-            pipeline.scheduler = PipelineScheduler(pipeline.scheduler, process.make(), solver)
-        pipeline.to(device).set_progress_bar_config(disable=True)
         given: Any = (("nfe", nfe, Count), ("batch", batch, Count), ("guidance", guidance, Weight))
         for key, value, kind in given:
             check_type(value, kind | None, key)
-        return cls(pipeline, process, arguments, guidance, nfe or _STEPS, batch or _BATCH)
+        with setting("solver" if settings is None else "settings"):
+            made = PipelineScheduler(pipeline.scheduler, process.make(), solver, settings=settings)
+            made.set_timesteps(nfe or (_STEPS if settings is None else None))
+        pipeline.scheduler, steps = made, made.num_inference_steps
+        pipeline.to(device).set_progress_bar_config(disable=True)
+        return cls(pipeline, process, arguments, guidance, steps, batch or _BATCH)
 
     def batches(self, seeds: Sequence[int]) -> list[tuple[int | None, list[int]]]:
         """Seeds of batches; None stands for the label, which the arguments have."""
@@ -217,7 +221,6 @@ class PipelineSampler:
     def recipe(self) -> dict[str, object]:
         """Everything that the images depend on besides weights and seeds, in JSON types."""
         own = {name: getattr(self, name) for name in ("nfe", "batch", "guidance")}
-        scheduler = self.pipeline.scheduler
-        scheduler.set_timesteps(self.nfe)
+        scheduler = self.pipeline.scheduler  # its steps were set when it was made
         sampler = {"solver": repr(scheduler.steps.solver), "sigmas": scheduler.sigmas.tolist()}
         return {"process": plain(self.process), "sampler": sampler, **own, **self.arguments}

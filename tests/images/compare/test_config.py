@@ -4,9 +4,18 @@ import tomllib
 
 import pytest
 
+from cldsde import CLD
+from cldsde.errors import SettingError
 from cldsde.images.compare import config as configs
-from cldsde.images.compare.config import PRESETS, ComparisonConfig, RowConfig, load_comparison
+from cldsde.images.compare.config import (
+    PRESETS,
+    ComparisonConfig,
+    RowConfig,
+    check_comparison,
+    load_comparison,
+)
 from cldsde.images.config import RunConfig, SamplingConfig
+from cldsde.solvers import recommend
 from comparisons import TINY, tiny
 
 EM = {"model": "CLD", "solver": "euler-maruyama", "nfe": [3]}
@@ -41,6 +50,29 @@ def test_a_row_has_a_recipe_for_each_budget_under_the_full_name_of_its_solver():
     # The recommended solver chooses its grid and where it ends.
     recommended = RowConfig(model="CLD", solver="recommended", nfe=(5,))
     assert recommended.recipes() == [SamplingConfig(nfe=5)]
+
+
+def test_a_row_may_have_settings_whose_evaluations_are_its_budgets(tmp_path):
+    files = [str(tmp_path / f"{nfe}.json") for nfe in (3, 5)]
+    settings = [recommend(CLD(), nfe, shape=(1, 8, 8)) for nfe in (3, 5)]
+    for each, file in zip(settings, files, strict=True):
+        each.save(file)
+    row = RowConfig(model="CLD", settings=files)
+    assert (row.recipes(), row.budgets, row.label) == (settings, (3, 5), "settings")
+    with pytest.raises(SettingError, match="nfe: must be left out with settings"):
+        RowConfig(model="CLD", settings=files, nfe=(3,))
+    with pytest.raises(SettingError, match="options: must be left out with settings"):
+        RowConfig(model="CLD", settings=files, options={"order": 3})
+    with pytest.raises(SettingError, match=r"settings: must have different .* got \(3, 3\)"):
+        RowConfig(model="CLD", settings=[files[0], files[0]])
+    with pytest.raises(SettingError, match=r"settings: .*none\.json: No such file"):
+        RowConfig(model="CLD", settings=[str(tmp_path / "none.json")])
+    config = ComparisonConfig.from_dict({**tiny(), "rows": [{"model": "CLD", "settings": files}]})
+    assert ComparisonConfig.from_dict(config.to_dict()) == config
+    check_comparison(config)
+    other = ComparisonConfig.from_dict({**tiny(), "rows": [{"model": "VP", "settings": files}]})
+    with pytest.raises(SettingError, match=r"rows\[0\].settings: settings must be for this pro"):
+        check_comparison(other)
 
 
 @pytest.mark.parametrize(("options", "atol"), [({}, 0.1), ({"atol": 0.02}, 0.02)])
