@@ -177,7 +177,7 @@ class PipelineSampler:
         with setting("solver" if settings is None else "settings"):
             made = PipelineScheduler(pipeline.scheduler, process.make(), solver, settings=settings)
             made.set_timesteps(nfe or (_STEPS if settings is None else None))
-        pipeline.scheduler, steps = made, made.num_inference_steps
+        pipeline.scheduler, steps = made, len(made.timesteps)
         pipeline.to(device).set_progress_bar_config(disable=True)
         return cls(pipeline, process, arguments, guidance, steps, batch or _BATCH)
 
